@@ -1,0 +1,240 @@
+"""Every check of a user's arguments, and the wording of every error.
+
+One sentence per error: which argument, what came, what is accepted. All checks read shapes, dtypes and plain
+numbers; the few that must read tensor values are marked and run only where that costs no device synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SHARES = ("none", "kv", "all")
+
+
+def describe(value: object) -> str:
+    """What came, in a few words: `a float32 tensor of shape [2, 3]`, or `'abc' (str)`."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def integer(name: str, value: object, minimum: int | None = None) -> int:
+    """An int (or a symbolic one), not a bool; numpy integers are taken too."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        if not isinstance(value, torch.SymInt):
+            raise TypeError(f"{name} must be an int, got {describe(value)}")
+    elif type(value) is not int and not isinstance(value, torch.SymInt):
+        value = value.__index__()
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
+def _attention_tensor(name: str, value: object, axes: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {axes}, got {describe(value)}")
+    if value.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions {axes}, got {describe(value)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.shape[3] == 0:
+        raise ValueError(f"{name} must have a last dimension of at least 1, got {describe(value)}")
+
+
+def query_key(query: Tensor, key: Tensor) -> None:
+    """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
+    _attention_tensor("query", query, "[B, Hq, Tq, D]")
+    _attention_tensor("key", key, "[B, Hkv, Tk, D]")
+    if key.dtype != query.dtype:
+        raise TypeError(f"query and key must have one dtype, got query {query.dtype} and key {key.dtype}")
+    if key.device != query.device:
+        raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"query and key must have one batch size, got query {list(query.shape)} and key {list(key.shape)}"
+        )
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(
+            "query and key must have one head dimension D (the last), "
+            f"got query {list(query.shape)} and key {list(key.shape)}"
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads != 0 or heads == 0:
+        raise ValueError(
+            f"the number of query heads must be a positive multiple of the number of key heads, "
+            f"got {heads} query heads and {kv_heads} key heads"
+        )
+
+
+def value_of(key: Tensor, value: Tensor) -> None:
+    """value [B, Hkv, Tk, Dv] beside key [B, Hkv, Tk, D]."""
+    _attention_tensor("value", value, "[B, Hkv, Tk, Dv]")
+    if value.dtype != key.dtype:
+        raise TypeError(f"key and value must have one dtype, got key {key.dtype} and value {value.dtype}")
+    if value.device != key.device:
+        raise ValueError(f"key and value must be on one device, got {key.device} and {value.device}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "key and value must agree in batch, heads and length (the first three dimensions), "
+            f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+
+
+def softmax_scale(scale: object, head_dim: int) -> float:
+    """The factor of q·k; None is the standard 1/√D."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale must be a float or None, got {describe(scale)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def causal_offset_of(is_causal: bool, causal_offset: object, query_length: int, key_length: int) -> int:
+    """The offset of the causal diagonal: query i sees keys 0 … i + offset."""
+    if not is_causal:
+        if causal_offset is not None:
+            raise ValueError(
+                f"causal_offset needs is_causal=True, got causal_offset={causal_offset!r} without it"
+            )
+        return 0
+    if causal_offset is not None:
+        return integer("causal_offset", causal_offset)
+    if query_length != key_length:
+        raise ValueError(
+            f"is_causal with {query_length} queries and {key_length} keys needs causal_offset (query i sees keys "
+            f"0 … i + causal_offset): {key_length - query_length} if the queries are the last ones, 0 if the first"
+        )
+    return 0
+
+
+def mask_of(attn_mask: object, query: Tensor, key: Tensor, groups: int) -> Tensor | None:
+    """The mask as bool [B, G, Tq, Tk], a view wherever possible; None stays None."""
+    if attn_mask is None:
+        return None
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a boolean tensor or None, got {describe(attn_mask)}")
+    if attn_mask.dtype != torch.bool:
+        raise TypeError(
+            f"attn_mask must be boolean (True = may attend), got {describe(attn_mask)}; "
+            "an additive mask of 0 and -inf is `attn_mask == 0`"
+        )
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the query's device {query.device}, got {attn_mask.device}")
+    batch, heads, query_length = query.shape[:3]
+    shape = (batch, heads, query_length, key.shape[2])
+    given = attn_mask.shape
+    if len(given) > 4 or any(n not in (1, want) for n, want in zip(given[::-1], shape[::-1], strict=False)):
+        raise ValueError(
+            f"attn_mask must broadcast to [B, Hq, Tq, Tk] = {list(shape)}, got {describe(attn_mask)}"
+        )
+    while attn_mask.dim() < 4:
+        attn_mask = attn_mask.unsqueeze(0)
+    if attn_mask.shape[1] == 1 or groups == heads:
+        return attn_mask.expand(batch, groups, query_length, shape[3])
+    # A mask per head where heads share one selection: it must be the same for all that share.
+    per_group = attn_mask.unflatten(1, (groups, heads // groups))
+    first = per_group[:, :, :1]
+    # Reads values; a compiler or a fake tensor has none to read.
+    if (
+        per_group.stride(2) != 0
+        and not torch.compiler.is_compiling()
+        and not torch.equal(per_group, first.expand_as(per_group))
+    ):
+        raise ValueError(
+            "attn_mask must not differ among query heads that share one selection "
+            f"({heads // groups} heads share here), got different masks"
+        )
+    return first[:, :, 0].expand(batch, groups, query_length, shape[3])
+
+
+def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
+    """key_lengths as int32/int64 [B] on the key's device."""
+    if key_lengths is None:
+        return None
+    batch, length = key.shape[0], key.shape[2]
+    if not isinstance(key_lengths, Tensor):
+        raise TypeError(
+            f"key_lengths must be an int32 or int64 tensor of shape [B], got {describe(key_lengths)}"
+        )
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths must be int32 or int64, got {describe(key_lengths)}")
+    if key_lengths.shape != (batch,):
+        raise ValueError(f"key_lengths must have shape [B] = [{batch}], got {describe(key_lengths)}")
+    if key_lengths.device != key.device:
+        raise ValueError(f"key_lengths must be on the key's device {key.device}, got {key_lengths.device}")
+    # Reads values: free on the CPU; elsewhere every wing clamps to [0, Tk] instead of synchronising.
+    if key.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in key_lengths.aminmax())
+        if low < 0 or high > length:
+            raise ValueError(
+                f"key_lengths must lie in [0, Tk] = [0, {length}], got values from {low} to {high}"
+            )
+    return key_lengths
+
+
+def budget(top_k: object, window: object, sinks: object, is_causal: bool) -> tuple[int, int, int]:
+    """(top_k, window, sinks), where top_k is the whole budget of keys per query."""
+    top_k = integer("top_k", top_k, 1)
+    window = integer("window", window, 0)
+    sinks = integer("sinks", sinks, 0)
+    if window > 0 and not is_causal:
+        raise ValueError(f"window needs is_causal=True, got window={window} without it")
+    if window + sinks > top_k:
+        raise ValueError(
+            f"top_k is the whole budget and must be at least window + sinks, "
+            f"got top_k={top_k}, window={window}, sinks={sinks}"
+        )
+    return top_k, window, sinks
+
+
+def groups_of(share: object, heads: int, kv_heads: int) -> int:
+    """G, the number of selections per batch entry."""
+    if share == "none":
+        return heads
+    if share == "kv":
+        return kv_heads
+    if share == "all":
+        return 1
+    raise ValueError(f"share must be one of {', '.join(map(repr, SHARES))}, got {describe(share)}")
+
+
+def indices_of(indices: object, query: Tensor, key: Tensor) -> Tensor:
+    """indices as int32 [B, G, Tq, K]."""
+    batch, heads, query_length = query.shape[:3]
+    kv_heads, key_length = key.shape[1], key.shape[2]
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be an int32 tensor of shape [B, G, Tq, K], got {describe(indices)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 (or int64), got {describe(indices)}")
+    if indices.device != query.device:
+        raise ValueError(f"indices must be on the query's device {query.device}, got {indices.device}")
+    if indices.dim() == 3:
+        indices = indices.unsqueeze(1)
+    if (
+        indices.dim() != 4
+        or indices.shape[0] != batch
+        or indices.shape[1] not in (1, kv_heads, heads)
+        or indices.shape[2] != query_length
+    ):
+        raise ValueError(
+            "indices must have shape [B, G, Tq, K] with G one of 1, Hkv, Hq, or [B, Tq, K]; "
+            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, Tq={query_length}, got {describe(indices)}"
+        )
+    if indices.dtype == torch.int64:
+        # An index past 2^31 must not wrap around into range.
+        indices = torch.where((indices >= 0) & (indices < key_length), indices, -1).to(torch.int32)
+    return indices

@@ -1,0 +1,11 @@
+"""The ops: public function, schema, fake and gradient, one file each."""
+
+# The wings register themselves on import; the first is the most preferred. They must stand before the ops,
+# which define one overload per wing.
+from sparse_attn import compiled, reference  # noqa: F401  isort: skip
+
+from sparse_attn.ops.gathered_attention import gathered_attention
+from sparse_attn.ops.topk_attention import topk_attention
+from sparse_attn.ops.topk_select import topk_select
+
+__all__ = ["gathered_attention", "topk_attention", "topk_select"]

@@ -1,0 +1,125 @@
+"""`gathered_attention`: softmax attention of each query to the keys that `indices` names, with gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn import checks
+from sparse_attn.backends import choose, overload
+from sparse_attn.ops.arguments import autocast
+from sparse_attn.ops.registry import define, differentiate
+
+
+def fake(query, key, value, indices, scale) -> tuple[Tensor, Tensor]:
+    rows = query.shape[:3]
+    return query.new_empty((*rows, value.shape[3])), query.new_empty(rows, dtype=torch.float32)
+
+
+def fake_backward(grad_out, grad_lse, query, key, value, indices, out, lse, scale):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+define(
+    "gathered_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor indices, float scale) -> (Tensor out, Tensor lse)",
+    fake,
+)
+define(
+    "gathered_attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor indices, Tensor out, "
+    "Tensor lse, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    fake_backward,
+)
+
+
+def attention_gradients(wing: str, saved, grad_out, grad_lse, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """The one backward, of gathered_attention and of topk_attention; saved is (q, k, v, indices, out, lse)."""
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[4])
+    return overload("gathered_attention_backward", wing)(grad_out, grad_lse, *saved, scale)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, indices, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, indices, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of(wing: str):
+    def backward(ctx, grad_out, grad_lse):
+        if grad_out is None and grad_lse is None:
+            return (None,) * 5
+        return *attention_gradients(wing, ctx.saved_tensors, grad_out, grad_lse, ctx.scale), None, None
+
+    return backward
+
+
+differentiate("gathered_attention", _setup_context, _backward_of)
+
+
+def _refuse_second_order(wing: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "sparse_attn: attention has first-order gradients only; "
+            "a second derivative (create_graph=True, then backward) was asked for"
+        )
+
+    return backward
+
+
+differentiate("gathered_attention_backward", lambda ctx, inputs, output: None, _refuse_second_order)
+
+
+def gathered_attention(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    indices: Tensor,  # int32 [B, G, Tq, K]
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention of each query to its own gathered keys, differentiable in query, key and value.
+
+    With S the filled slots of the query's row of `indices`:
+
+    .. math:: \mathrm{out}_i = \sum_{j \in S_i} \frac{\exp(s\, q_i \cdot k_j)}{\sum_{l \in S_i} \exp(s\, q_i \cdot k_l)} v_j
+
+    Nothing of size [Tq, Tk] is stored; half types accumulate in float32; the backward is deterministic, the same
+    for any number of threads.
+
+    Args:
+        query: [B, Hq, Tq, D], float32, float16, bfloat16 or float64, any strides.
+        key: [B, Hkv, Tk, D], same dtype and device; Hq must be a multiple of Hkv.
+        value: [B, Hkv, Tk, Dv]; Dv may differ from D.
+        indices: int32 (or int64) [B, G, Tq, K], G one of 1, Hkv, Hq, or [B, Tq, K] for G = 1. Any index < 0 or
+            ≥ Tk is an empty slot and is never read through. An index given twice counts twice.
+        scale: factor of q·k, default 1/√D.
+        return_lse: also return the natural-log-sum-exp of the attended scores (differentiable).
+        backend: force one wing ("cpu", "reference"); None chooses.
+
+    Returns:
+        out [B, Hq, Tq, Dv] in the query's dtype; with return_lse (out, lse float32 [B, Hq, Tq]). A query with no
+        filled slot has out 0, lse −inf and gradient 0.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+        >>> indices = sparse_attn.topk_select(q, k, 8, is_causal=True)
+        >>> sparse_attn.gathered_attention(q, k, v, indices).shape
+        torch.Size([1, 2, 64, 16])
+    """
+    query, key, value = autocast(query, key, value)
+    checks.query_key(query, key)
+    checks.value_of(key, value)
+    indices = checks.indices_of(indices, query, key)
+    return_lse = checks.boolean("return_lse", return_lse)
+    scale = checks.softmax_scale(scale, query.shape[3])
+    wing = choose("gathered_attention", query, backend)
+    out, lse = overload("gathered_attention", wing)(query, key, value, indices, scale)
+    return (out, lse) if return_lse else out

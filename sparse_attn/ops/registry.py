@@ -1,0 +1,38 @@
+"""How an op becomes a `torch.library` op: one schema, one fake, one gradient formula, one overload per wing.
+
+Schemas are defined here alone; the compiled extension only adds kernels to them (two definitions of one
+namespace crash the process).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sparse_attn import backends
+
+library = torch.library.Library(backends.NAMESPACE, "DEF")
+
+
+def define(op: str, schema: str, fake: Callable) -> None:
+    """Defines `op.<wing>` for every wing that has the op. `schema` is `(arguments) -> results`."""
+    for wing in backends.wings():
+        if op not in wing.implementations:
+            continue
+        library.define(f"{op}.{wing.name}{schema}")
+        if wing.implementations[op] is not None:
+            library.impl(f"{op}.{wing.name}", wing.implementations[op], wing.dispatch_key)
+        torch.library.register_fake(f"{backends.NAMESPACE}::{op}.{wing.name}", fake, lib=library)
+
+
+def differentiate(op: str, setup_context: Callable, backward_of: Callable[[str], Callable]) -> None:
+    """Registers the gradient of every wing's `op`; `backward_of(wing name)` makes the formula that calls that wing."""
+    for wing in backends.wings():
+        if op in wing.implementations:
+            torch.library.register_autograd(
+                f"{backends.NAMESPACE}::{op}.{wing.name}",
+                backward_of(wing.name),
+                setup_context=setup_context,
+                lib=library,
+            )

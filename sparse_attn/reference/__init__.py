@@ -1,0 +1,30 @@
+"""The pure-PyTorch wing: the definition of every op, the oracle of the tests, the MPS path and the fallback."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_attn.backends import Wing, register
+from sparse_attn.reference.gathered_attention import gathered_attention, gathered_attention_backward
+from sparse_attn.reference.topk_attention import topk_attention
+from sparse_attn.reference.topk_select import topk_select
+
+
+def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64 and device_type == "mps":
+        return "MPS has no float64"
+    return None
+
+
+REFERENCE_WING = Wing(
+    name="reference",
+    dispatch_key="CompositeExplicitAutograd",
+    implementations={
+        "topk_select": topk_select,
+        "gathered_attention": gathered_attention,
+        "gathered_attention_backward": gathered_attention_backward,
+        "topk_attention": topk_attention,
+    },
+    why_not=_why_not,
+)
+register(REFERENCE_WING)

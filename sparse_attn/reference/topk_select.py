@@ -1,0 +1,79 @@
+"""Definition of `topk_select`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.reference.chunks import query_chunks
+
+
+def topk_select(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk], True = may attend
+    key_lengths: Tensor | None,  # int [B]
+    top_k: int,
+    is_causal: bool,
+    causal_offset: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    groups: int,  # G: 1, Hkv or Hq
+) -> Tensor:  # int32 [B, G, Tq, K]
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length = key.shape[1], key.shape[2]
+    budget = min(top_k, key_length)
+    indices = query.new_empty((batch, groups, query_length, budget), dtype=torch.int32)
+    if indices.numel() == 0:
+        return indices
+    compute = torch.promote_types(query.dtype, torch.float32)
+    keys = key.to(compute).unsqueeze(2).transpose(-1, -2)  # [B, Hkv, 1, D, Tk]
+    positions = torch.arange(key_length, device=query.device)  # [Tk]
+    exists = None if key_lengths is None else positions < key_lengths.view(batch, 1, 1, 1)  # [B, 1, 1, Tk]
+
+    for rows in query_chunks(query_length, batch * heads * key_length):
+        tile = query[:, :, rows].to(compute).unflatten(1, (kv_heads, heads // kv_heads))
+        scores = (tile @ keys).flatten(1, 2) * scale  # [B, Hq, t, Tk]
+        visible = torch.ones(
+            (batch, groups, tile.shape[3], key_length), dtype=torch.bool, device=query.device
+        )
+        forced = (positions < sinks).expand_as(visible)
+        if is_causal:
+            last = torch.arange(rows.start, rows.stop, device=query.device) + causal_offset
+            last = last.unsqueeze(-1)  # [t, 1]
+            visible = visible & (positions <= last)
+            forced = forced | (positions > last - window)
+        if exists is not None:
+            visible = visible & exists
+        if attn_mask is not None:
+            visible = visible & attn_mask[:, :, rows]
+        if groups < heads:
+            scores = _mass(scores.unflatten(1, (groups, heads // groups)), visible)
+        rank = _rank(scores, visible, forced & visible)
+        # A stable descending sort gives ties to the smaller key index.
+        best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
+        best = torch.where(visible.gather(-1, best), best, key_length).sort(dim=-1).values
+        indices[:, :, rows] = torch.where(best < key_length, best, -1).to(torch.int32)
+    return indices
+
+
+def _mass(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax probability summed over the heads that share: scores [B, G, R, t, Tk] → [B, G, t, Tk].
+
+    The normaliser skips NaN, so that a NaN marks its own key alone and that key is chosen first.
+    """
+    scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf)
+    lse = scores.masked_fill(scores.isnan(), -torch.inf).logsumexp(-1, keepdim=True)
+    probabilities = torch.where(lse > -torch.inf, (scores - lse).exp(), 0.0)
+    return torch.where(scores.isnan(), scores, probabilities).sum(2)
+
+
+def _rank(scores: Tensor, visible: Tensor, forced: Tensor) -> Tensor:
+    """An integer that orders keys: hidden < −inf < … < +inf < NaN < forced."""
+    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    limits = torch.iinfo(integer)
+    bits = (scores + 0.0).contiguous().view(integer)  # + 0.0 makes −0 equal to +0
+    rank = torch.where(bits < 0, bits ^ limits.max, bits)
+    rank = rank.masked_fill(scores.isnan(), limits.max - 1)
+    return rank.masked_fill(forced, limits.max).masked_fill(~visible, limits.min)
