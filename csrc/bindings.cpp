@@ -1,0 +1,65 @@
+// The table of contents of sparse_attn._C: every op that is implemented in C++, and build_info().
+// Schemas live in Python (sparse_attn/ops), next to their fakes and gradients; only implementations are here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "build_config.h"  // written by the build
+#include "cuda_host.h"
+
+// ---- CPU ------------------------------------------------------------------------------------------------
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+    (void)m;
+}
+
+// ---- CUDA -----------------------------------------------------------------------------------------------
+#ifdef SPARSE_ATTN_HAVE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
+    m.impl("fill_indices.cuda", TORCH_BOX(&sparse_attn::fill_indices_cuda));
+}
+#endif
+
+// ---- Python ---------------------------------------------------------------------------------------------
+namespace {
+
+namespace py = pybind11;
+
+std::vector<std::string> split(const char* list) {
+    std::vector<std::string> items;
+    std::istringstream stream(list);
+    for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
+    return items;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#else
+    return "gcc " __VERSION__;
+#endif
+}
+
+py::dict build_info() {
+    const std::string cuda = SPARSE_ATTN_BUILD_CUDA;
+    const auto target = static_cast<unsigned long long>(TORCH_TARGET_VERSION);
+    py::dict info;
+    info["compiler"] = compiler();
+    info["torch_headers"] = TORCH_VERSION;  // built with these, for any torch from the next line's on
+    info["torch_target"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
+    info["isas"] = split(SPARSE_ATTN_BUILD_ISAS);
+    info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
+    info["cuda_archs"] = split(SPARSE_ATTN_BUILD_CUDA_ARCHS);
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native kernels of sparse_attn; importing it registers them with torch.";
+    m.def("build_info", &build_info, "What this extension was built with and for, as a dict.");
+}

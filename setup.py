@@ -1,0 +1,131 @@
+"""The part of the build that pyproject.toml cannot say: the extension `sparse_attn._C` and the packages.
+
+Environment variables:
+  SPARSE_ATTN_REQUIRE_EXT=1   fail when the extension cannot be built (else: install pure Python)
+  SPARSE_ATTN_PURE=1          do not build it
+  SPARSE_ATTN_CUDA=0          leave out the CUDA kernels even where nvcc is found
+  SPARSE_ATTN_CUDA_ARCHS=90a  build them for these GPUs only ("80,90a"; PTX: "120-virtual")
+  MAX_JOBS=4                  parallel compile jobs (default: the number of usable cores)
+  CXX, CUDA_HOME              which compiler, which CUDA toolkit
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
+from setuptools.command.build_ext import build_ext as _build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import native  # noqa: E402
+from toolchain import Unavailable, env_flag  # noqa: E402
+
+# Every csrc/cpu/*.cpp is compiled once per row, with -DSPARSE_ATTN_ISA=<name>; the CPU at run time decides
+# which copy is called. Rising order; a row whose flags the compiler does not know is left out.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+ISAS = {
+    "generic": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
+
+# What nvcc is asked for, as far as it can. "-virtual" is PTX: that of the newest serves GPUs to come, that of
+# 90 serves those between the rows (10.3, 11.0), because code for 100a runs on 10.0 alone.
+CUDA_ARCHS = ["80", "86", "89", "90a", "90-virtual", "100a", "120", "120-virtual"]
+
+NOTE = "_no_extension.txt"  # in the installed package: why there is no _C
+
+
+def cuda_archs() -> list[str]:
+    asked = re.split(r"[,; ]+", os.environ.get("SPARSE_ATTN_CUDA_ARCHS", "").strip())
+    return [a.removeprefix("sm_").replace(".", "") for a in asked if a] or CUDA_ARCHS
+
+
+class build_ext(_build_ext):
+    problem: str | None = None
+
+    def run(self) -> None:
+        super().run()
+        # pip hides what a successful build prints, so the package itself keeps the reason (doctor shows it).
+        package = ROOT / "sparse_attn" if self.inplace else Path(self.build_lib) / "sparse_attn"
+        (package / NOTE).unlink(missing_ok=True)
+        if self.problem:
+            (package / Path(self.get_ext_filename("sparse_attn._C")).name).unlink(missing_ok=True)
+            package.mkdir(parents=True, exist_ok=True)
+            (package / NOTE).write_text(self.problem + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.unlink(missing_ok=True)
+        try:
+            if env_flag("SPARSE_ATTN_PURE"):
+                raise Unavailable("SPARSE_ATTN_PURE=1 was set")
+            plan = native.make_plan(ISAS, cuda_archs())
+            try:
+                native.build(plan, target)
+            except Unavailable as error:
+                if not plan.nvcc or env_flag("SPARSE_ATTN_REQUIRE_EXT"):
+                    raise
+                # nvcc refuses many a compiler that is fine for the rest: CPU kernels are better than none.
+                self.warn(f"{error}\nTrying again without the CUDA kernels.")
+                plan.nvcc, plan.archs = None, []
+                native.build(plan, target)
+        except Unavailable as error:
+            if env_flag("SPARSE_ATTN_REQUIRE_EXT"):
+                raise SystemExit(f"sparse_attn: SPARSE_ATTN_REQUIRE_EXT=1 is set, but {error}") from None
+            self.problem = str(error)
+            self.warn(f"sparse_attn: {error}\nInstalling pure Python: it works, without the native kernels.")
+
+
+class bdist_wheel(_bdist_wheel):
+    """Names the wheel by what is in it: py3-none-any when the extension could not be built."""
+
+    def run(self) -> None:
+        build = self.get_finalized_command("build")
+        shutil.rmtree(build.build_lib, ignore_errors=True)  # or modules that are gone would stay in the wheel
+        self.run_command("build_ext")
+        if self.get_finalized_command("build_ext").problem:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+
+def packages() -> dict:
+    """`triton_kernels/` goes inside sparse_attn: as a top-level name it belongs to another project."""
+    found = find_packages(include=["sparse_attn", "sparse_attn.*"])
+    if not (ROOT / "triton_kernels").is_dir():
+        return {"packages": found}
+    nested = find_packages("triton_kernels")
+    name = "sparse_attn.triton_kernels"
+    return {
+        "packages": [*found, name, *(f"{name}.{sub}" for sub in nested)],
+        "package_dir": {name: "triton_kernels"},
+    }
+
+
+def listed(*patterns: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "sparse_attn._C",
+            sources=listed("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"),
+            depends=listed("csrc/**/*.h", "csrc/**/*.cuh"),
+            optional=True,  # build_ext above decides what a failure means
+        )
+    ],
+    cmdclass={"build_ext": build_ext, "bdist_wheel": bdist_wheel},
+    **packages(),
+)
