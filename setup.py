@@ -78,7 +78,7 @@ class build_ext(_build_ext):
                     raise
                 # nvcc refuses many a compiler that is fine for the rest: CPU kernels are better than none.
                 self.warn(f"{error}\nTrying again without the CUDA kernels.")
-                plan.nvcc, plan.archs = None, []
+                plan.nvcc, plan.archs, plan.no_cuda = None, [], "nvcc failed on the kernels"
                 native.build(plan, target)
         except Unavailable as error:
             if env_flag("SPARSE_ATTN_REQUIRE_EXT"):

@@ -53,6 +53,7 @@ py::dict build_info() {
     info["torch_target"] = std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
     info["isas"] = split(SPARSE_ATTN_BUILD_ISAS);
     info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
+    info["no_cuda"] = SPARSE_ATTN_BUILD_NO_CUDA;  // why "cuda" is None, else ""
     info["cuda_archs"] = split(SPARSE_ATTN_BUILD_CUDA_ARCHS);
     return info;
 }

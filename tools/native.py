@@ -33,6 +33,7 @@ class Plan:
     torch: Torch
     isas: dict[str, list[str]]  # name → flags, in rising order
     nvcc: Nvcc | None
+    no_cuda: str  # why nvcc is None
     archs: list[str]  # "90a": code for that GPU; "120-virtual": PTX, compiled by newer GPUs when loaded
     build_dir: Path
     jobs: int
@@ -52,14 +53,16 @@ def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
     if not accepts(cxx, []):
         raise Unavailable(f"{shlex.join(cxx)} does not compile C++20; use gcc>=11 or clang>=14")
     usable = {name: flags for name, flags in isas.items() if not flags or (X86 and accepts(cxx, flags))}
-    nvcc = None if os.environ.get("SPARSE_ATTN_CUDA", "1") == "0" else find_nvcc()
+    wanted = os.environ.get("SPARSE_ATTN_CUDA", "1") != "0"
+    nvcc = find_nvcc() if wanted else None
+    no_cuda = "" if nvcc else "no nvcc was found" if wanted else "SPARSE_ATTN_CUDA=0 was set"
     build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = int(os.environ.get("MAX_JOBS") or cores)
     known = [a for a in archs if nvcc and nvcc.knows(a.removesuffix("-virtual"))]
     if nvcc and not known:
         raise Unavailable(f"nvcc {nvcc.version} knows none of the GPUs asked for: {', '.join(archs)}")
-    return Plan(cxx, torch, usable, nvcc, known, build_dir, jobs)
+    return Plan(cxx, torch, usable, nvcc, no_cuda, known, build_dir, jobs)
 
 
 def build(plan: Plan, target: Path) -> None:
@@ -107,6 +110,7 @@ def _config_header(plan: Plan) -> str:
         "// Written by the build: what bindings.cpp reports in build_info().\n#pragma once\n"
         f'#define SPARSE_ATTN_BUILD_ISAS "{",".join(plan.isas)}"\n'
         f'#define SPARSE_ATTN_BUILD_CUDA "{cuda}"\n'
+        f'#define SPARSE_ATTN_BUILD_NO_CUDA "{plan.no_cuda}"\n'
         f'#define SPARSE_ATTN_BUILD_CUDA_ARCHS "{",".join(plan.archs)}"\n'
     )
 

@@ -1,0 +1,41 @@
+# Each command creates .venv when it is absent (tools/setup_env.sh says how torch is chosen).
+#   make demo                      train a small GPT with dense and with top-k attention
+#   make test ARGS="-k gathered"   the tests
+#   make bench                     the benchmarks, their tables and pictures
+#   make lint | format | clean
+
+VENV ?= .venv
+export VENV
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard tools/*.py tools/*.sh triton_kernels/__init__.py) $(shell find csrc)
+FORMAT_CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMAT_PY := .
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.installed-cli
+	@$(BIN)/sparse-attn demo $(ARGS)
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -q tests $(ARGS)
+
+bench: $(VENV)/.installed-bench
+	@$(BIN)/sparse-attn bench $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check $(FORMAT_PY)
+	@$(BIN)/ruff format --check $(FORMAT_PY)
+	@$(BIN)/clang-format --dry-run --Werror $(FORMAT_CPP)
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix $(FORMAT_PY)
+	@$(BIN)/ruff format $(FORMAT_PY)
+	@$(BIN)/clang-format -i $(FORMAT_CPP)
+
+# One stamp per extra; all of them are editable installs of the same tree, so any may follow any.
+$(VENV)/.installed-%: $(SOURCES)
+	@tools/setup_env.sh $*
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info sparse_attn/_C*.so sparse_attn/_no_extension.txt

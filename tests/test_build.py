@@ -1,0 +1,138 @@
+"""The extension as a file: what it needs to load, what it was built for, and where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SPEC = importlib.util.find_spec("sparse_attn._C")
+ROOT = Path(__file__).resolve().parent.parent
+
+needs_extension = pytest.mark.skipif(SPEC is None, reason="sparse_attn was installed without its extension")
+needs_elf = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads an ELF file (Linux)")
+
+
+def build_info() -> dict:
+    return importlib.import_module("sparse_attn._C").build_info()
+
+
+def dynamic_strings(path: Path) -> dict[str, list[str]]:
+    """What `readelf -d` shows of a 64-bit little-endian ELF file: needed libraries and search paths."""
+    data = path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01", "not a 64-bit little-endian ELF file"
+    table, entry_size, entries = struct.unpack_from("<Q", data, 32)[0], *struct.unpack_from("<HH", data, 54)
+    segments = [struct.unpack_from("<IIQQQQ", data, table + i * entry_size) for i in range(entries)]
+
+    def file_offset(address: int) -> int:
+        for kind, _, offset, virtual, _, size in segments:
+            if kind == 1 and virtual <= address < virtual + size:  # PT_LOAD
+                return offset + address - virtual
+        raise AssertionError(f"address {address:#x} is in no segment")
+
+    offset, size = next((s[2], s[5]) for s in segments if s[0] == 2)  # PT_DYNAMIC
+    tags = list(struct.iter_unpack("<qQ", data[offset : offset + size]))
+    strings = file_offset(next(value for tag, value in tags if tag == 5))  # DT_STRTAB
+    found: dict[str, list[str]] = {"NEEDED": [], "RPATH": [], "RUNPATH": []}
+    for tag, value in tags:
+        name = {1: "NEEDED", 15: "RPATH", 29: "RUNPATH"}.get(tag)
+        if name:
+            start = strings + value
+            found[name].append(data[start : data.index(b"\0", start)].decode())
+    return found
+
+
+def fatbin_targets(data: bytes):
+    """(is PTX, compute capability × 10) of each piece of GPU code in a file, read from the fat binary headers."""
+    start = 0
+    while (start := data.find(struct.pack("<IHH", 0xBA55ED50, 1, 16), start)) >= 0:
+        end = start + 16 + struct.unpack_from("<Q", data, start + 8)[0]
+        start += 16
+        while start < end:
+            kind, _, header, payload = struct.unpack_from("<HHIQ", data, start)
+            yield kind == 1, struct.unpack_from("<I", data, start + 28)[0]
+            start += header + payload
+
+
+@needs_extension
+def test_build_info_describes_this_build():
+    info = build_info()
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
+    assert info["torch_target"] == "2.10"
+    assert tuple(int(n) for n in info["torch_headers"].split(".")[:2]) >= (2, 10)
+    assert info["isas"][0] == "generic"
+    assert len(set(info["isas"])) == len(info["isas"])
+    if info["cuda"] is None:
+        assert info["no_cuda"]
+        assert info["cuda_archs"] == []
+    else:
+        assert re.fullmatch(r"\d+\.\d+", info["cuda"])
+        assert info["no_cuda"] == ""
+        assert info["cuda_archs"]
+
+
+@needs_extension
+@needs_elf
+def test_needs_only_what_every_torch_brings():
+    dynamic = dynamic_strings(Path(SPEC.origin))
+    needed = {name.split(".so")[0] for name in dynamic["NEEDED"]}
+    system = {"libstdc++", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread", "ld-linux-x86-64"}
+    system |= {"ld-linux-aarch64"}
+    assert "libtorch_cpu" in needed
+    assert needed <= system | {"libtorch_cpu"}, (
+        f"the extension would not load with every torch: needs {needed}"
+    )
+    assert dynamic["RPATH"] == dynamic["RUNPATH"] == [], "a search path of the building machine is left in"
+
+
+@needs_extension
+@needs_elf
+def test_reads_elf_as_readelf_does():
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed")
+    shown = subprocess.run([readelf, "-dW", SPEC.origin], capture_output=True, text=True, check=True).stdout
+    assert dynamic_strings(Path(SPEC.origin))["NEEDED"] == re.findall(r"\(NEEDED\).*\[(.*)\]", shown)
+
+
+@needs_extension
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+def test_imports_in_a_fresh_process_with_a_torch_without_cuda():
+    code = "import torch, sparse_attn._C; print(sparse_attn._C.build_info()['isas'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "generic" in run.stdout
+
+
+@needs_extension
+def test_carries_code_for_the_declared_gpus():
+    info = build_info()
+    if info["cuda"] is None:
+        pytest.skip(f"built without CUDA: {info['no_cuda']}")
+    declared = {(a.endswith("-virtual"), int(re.match(r"\d+", a)[0])) for a in info["cuda_archs"]}
+    assert set(fatbin_targets(Path(SPEC.origin).read_bytes())) == declared
+
+
+def test_installs_no_name_but_its_own():
+    distribution = importlib.metadata.distribution("sparse-attn")
+    assert distribution.read_text("top_level.txt").split() == ["sparse_attn"]
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source checkout")
+def test_every_native_source_is_in_the_source_distribution():
+    endings = set(re.findall(r"\*(\.\w+)", re.search(r"recursive-include csrc (.*)", manifest())[1]))
+    missing = [str(f) for f in (ROOT / "csrc").rglob("*") if f.is_file() and f.suffix not in endings]
+    assert not missing, f"MANIFEST.in leaves out {missing}"
+
+
+def manifest() -> str:
+    return (ROOT / "MANIFEST.in").read_text()
