@@ -52,7 +52,7 @@ def dynamic_strings(path: Path) -> dict[str, list[str]]:
 
 
 def fatbin_targets(data: bytes):
-    """(is PTX, compute capability × 10) of each piece of GPU code in a file, read from the fat binary headers."""
+    """(is PTX, compute capability × 10) of each piece of GPU code in a file, from the fat binary headers."""
     start = 0
     while (start := data.find(struct.pack("<IHH", 0xBA55ED50, 1, 16), start)) >= 0:
         end = start + 16 + struct.unpack_from("<Q", data, start + 8)[0]
