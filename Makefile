@@ -11,6 +11,7 @@ SOURCES := pyproject.toml setup.py $(wildcard tools/*.py tools/*.sh triton_kerne
 FORMAT_CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 FORMAT_PY := .
 
+.NOTPARALLEL:
 .PHONY: demo test bench lint format clean
 
 demo: $(VENV)/.installed-cli
@@ -23,9 +24,11 @@ bench: $(VENV)/.installed-bench
 	@$(BIN)/sparse-attn bench $(ARGS)
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check $(FORMAT_PY)
-	@$(BIN)/ruff format --check $(FORMAT_PY)
-	@$(BIN)/clang-format --dry-run --Werror $(FORMAT_CPP)
+	@status=0; \
+	$(BIN)/ruff check $(FORMAT_PY) || status=1; \
+	$(BIN)/ruff format --check $(FORMAT_PY) || status=1; \
+	$(BIN)/clang-format --dry-run --Werror $(FORMAT_CPP) || status=1; \
+	exit $$status
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix $(FORMAT_PY)
