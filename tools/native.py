@@ -100,7 +100,8 @@ def _includes(plan: Plan) -> list[str]:
     if not kept.exists():
         shutil.copytree(pybind11.get_include(), kept)
     torch = plan.torch.root / "include"
-    folders = [torch, torch / "torch/csrc/api/include", kept, sysconfig.get_paths()["include"]]
+    # pybind11 first: torch carries a copy too, which refuses to be used beside the stable ABI.
+    folders = [kept, torch, torch / "torch/csrc/api/include", sysconfig.get_paths()["include"]]
     return [f"-I{plan.build_dir}", *(flag for folder in folders for flag in ("-isystem", str(folder)))]
 
 
