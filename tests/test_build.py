@@ -51,6 +51,16 @@ def dynamic_strings(path: Path) -> dict[str, list[str]]:
     return found
 
 
+def sections(path: Path) -> list[str]:
+    """The section names of a 64-bit little-endian ELF object file."""
+    data = path.read_bytes()
+    table = struct.unpack_from("<Q", data, 40)[0]
+    size, count, names = struct.unpack_from("<HHH", data, 58)
+    text = struct.unpack_from("<Q", data, table + names * size + 24)[0]
+    starts = [text + struct.unpack_from("<I", data, table + i * size)[0] for i in range(count)]
+    return [data[start : data.index(b"\0", start)].decode() for start in starts]
+
+
 def fatbin_targets(data: bytes):
     """(is PTX, compute capability × 10) of each piece of GPU code in a file, from the fat binary headers."""
     start = 0
@@ -120,6 +130,17 @@ def test_carries_code_for_the_declared_gpus():
         pytest.skip(f"built without CUDA: {info['no_cuda']}")
     declared = {(a.endswith("-virtual"), int(re.match(r"\d+", a)[0])) for a in info["cuda_archs"]}
     assert set(fatbin_targets(Path(SPEC.origin).read_bytes())) == declared
+
+
+@needs_extension
+@needs_elf
+def test_kernels_of_one_instruction_set_run_nothing_at_load_time():
+    """A constructor at namespace scope would run on import, on CPUs that lack the instructions, and kill them."""
+    objects = [o for isa in build_info()["isas"][1:] for o in ROOT.glob(f"build/native-*/{isa}/*.o")]
+    if not objects:
+        pytest.skip("the object files are not here (installed from a wheel)")
+    guilty = [str(o.relative_to(ROOT)) for o in objects if any(".init_array" in s for s in sections(o))]
+    assert not guilty, f"these have constructors that run at load time: {guilty}"
 
 
 def test_installs_no_name_but_its_own():
