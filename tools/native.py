@@ -76,7 +76,8 @@ def build(plan: Plan, target: Path) -> None:
         if run.returncode:
             raise Unavailable("compiling the native kernels failed:\n" + run.stdout[-8000:])
         sys.stdout.write(run.stdout)
-        subprocess.run([*command[:3], "-t", "cleandead"], stdout=subprocess.DEVNULL)  # objects of deleted sources
+        # Objects of sources that are gone go too.
+        subprocess.run([*command[:3], "-t", "cleandead"], stdout=subprocess.DEVNULL)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(plan.build_dir / "_C.so", target)
 
