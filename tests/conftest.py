@@ -1,0 +1,65 @@
+"""What every test runs under: poisoned memory, two threads, one seed, and once per wing of this machine.
+
+A test that takes `wing` runs for every wing that is registered (see helpers/wings.py); one that takes `dtype`
+too runs for every dtype of that wing. A wing that cannot run here is skipped with its own reason, except that
+SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (test_backends.py).
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is loaded. Deterministic mode, which poisons memory below, needs the first of cuBLAS; the second
+# keeps idle threads from spinning, which on a busy machine costs more than the tests themselves.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from helpers.wings import wings_under_test
+
+THREADS = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "dtypes(*dtypes): only these dtypes of each wing")
+    config.addinivalue_line("markers", "torch_defaults: without poisoned memory and deterministic mode")
+
+
+def _skip_if_missing(wing) -> list:
+    return [pytest.mark.skip(reason=wing.missing)] if wing.missing else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "wing" not in metafunc.fixturenames:
+        return
+    wings = wings_under_test()
+    if "dtype" not in metafunc.fixturenames:
+        cases = [pytest.param(w, id=str(w), marks=_skip_if_missing(w)) for w in wings]
+        metafunc.parametrize("wing", cases)
+        return
+    marker = metafunc.definition.get_closest_marker("dtypes")
+    cases = [
+        pytest.param(w, d, id=f"{w}-{str(d).removeprefix('torch.')}", marks=_skip_if_missing(w))
+        for w in wings
+        for d in w.dtypes
+        if marker is None or d in marker.args
+    ]
+    metafunc.parametrize(("wing", "dtype"), cases)
+
+
+def _poison(on: bool) -> None:
+    """Fills whatever torch allocates without a value, in Python and C++, with NaN or the largest integer."""
+    torch.utils.deterministic.fill_uninitialized_memory = on
+    torch.use_deterministic_algorithms(on, warn_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _environment(request: pytest.FixtureRequest):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    _poison(request.node.get_closest_marker("torch_defaults") is None)
+    yield
+    _poison(False)
+    torch.set_num_threads(threads)

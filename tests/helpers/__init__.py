@@ -1,0 +1,1 @@
+"""What the tests share: the float64 oracle, input generators, comparisons and the wings under test."""

@@ -1,0 +1,148 @@
+"""The three ops once more, in float64, dense and slow: what the tests believe.
+
+Written from the documentation, not from any wing, and with other means: full matrices, Python sorting and
+autograd. Nothing here is fast and nothing needs to be.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def scores(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """scale · q·k as float64 [B, Hq, Tq, Tk]."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return torch.einsum("bhid,bhjd->bhij", query.double(), key) * scale
+
+
+def visible(
+    query: Tensor,
+    key: Tensor,
+    *,
+    is_causal: bool = False,
+    causal_offset: int | None = None,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    **_others,
+) -> Tensor:
+    """Which keys each query may attend to, bool [B, Hq, Tq, Tk]."""
+    shape = (*query.shape[:3], key.shape[2])
+    seen = torch.ones(shape, dtype=torch.bool)
+    i, j = torch.arange(shape[2]).view(-1, 1), torch.arange(shape[3])
+    if is_causal:
+        seen &= j <= i + (causal_offset or 0)
+    if attn_mask is not None:
+        seen &= attn_mask.expand(shape)
+    if key_lengths is not None:
+        seen &= j < key_lengths.view(-1, 1, 1, 1)
+    return seen
+
+
+def forced(
+    query: Tensor,
+    key: Tensor,
+    *,
+    causal_offset: int | None = None,
+    window: int = 0,
+    sinks: int = 0,
+    **_others,
+) -> Tensor:
+    """Which keys are kept whatever their score if they are visible, bool [Tq, Tk]."""
+    i, j = torch.arange(query.shape[2]).view(-1, 1), torch.arange(key.shape[2])
+    own = i + (causal_offset or 0)
+    return (j < sinks) | ((j > own - window) & (j <= own))
+
+
+def groups(query: Tensor, key: Tensor, share: str) -> int:
+    return {"none": query.shape[1], "kv": key.shape[1], "all": 1}[share]
+
+
+def ranks(query: Tensor, key: Tensor, *, scale=None, share: str = "none", **options) -> Tensor:
+    """What a key is chosen by, float64 [B, G, Tq, Tk]: its score, or its attention mass where heads share."""
+    each = scores(query, key, scale)
+    count = groups(query, key, share)
+    if count == query.shape[1]:
+        return each
+    seen = visible(query, key, **options)
+    probabilities = each.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
+    return probabilities.unflatten(1, (count, -1)).sum(2)
+
+
+def topk_select(query: Tensor, key: Tensor, top_k: int, **options) -> Tensor:
+    """int32 [B, G, Tq, K]: sort each row (visible, forced, larger rank, smaller index first) and cut it."""
+    rank = ranks(query, key, **options).numpy()
+    seen = first_of_group(visible(query, key, **options), rank.shape[1]).numpy()
+    kept = np.broadcast_to(forced(query, key, **options).numpy(), seen.shape)
+    length = key.shape[2]
+    position = np.broadcast_to(np.arange(length), seen.shape)
+    is_nan = np.isnan(rank)
+    # The last key of lexsort is its first criterion; False comes before True.
+    order = np.lexsort((position, -np.where(is_nan, 0.0, rank), ~is_nan, ~kept, ~seen), axis=-1)[..., :top_k]
+    chosen = np.sort(np.where(np.take_along_axis(seen, order, -1), order, length), axis=-1)
+    return torch.from_numpy(np.where(chosen < length, chosen, -1).astype(np.int32))
+
+
+def first_of_group(per_head: Tensor, count: int) -> Tensor:
+    """[B, Hq, …] → [B, G, …], for what does not differ within a group."""
+    return per_head.unflatten(1, (count, -1))[:, :, 0]
+
+
+def multiplicity(query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+    """How often each key stands in each query's row of indices, float64 [B, Hq, Tq, Tk]."""
+    if indices.dim() == 3:
+        indices = indices.unsqueeze(1)
+    length = key.shape[2]
+    indices = indices.long()
+    inside = (indices >= 0) & (indices < length)
+    counts = torch.zeros(*indices.shape[:3], length + 1, dtype=torch.float64)
+    counts.scatter_add_(-1, indices.where(inside, length), torch.ones(indices.shape, dtype=torch.float64))
+    return counts[..., :length].repeat_interleave(query.shape[1] // indices.shape[1], dim=1)
+
+
+def gathered_attention(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) in float64, differentiable: softmax over each row's keys, repeated ones counting again."""
+    counts = multiplicity(query, key, indices)
+    attended = scores(query, key, scale).masked_fill(counts == 0, -math.inf)
+    alive = (counts > 0).any(-1)
+    # The maximum only guards against overflow: it is a constant to the gradient.
+    top = attended.detach().amax(-1, keepdim=True) if key.shape[2] else attended.new_zeros((*alive.shape, 1))
+    top = top.masked_fill(~alive.unsqueeze(-1), 0.0)
+    weights = counts * (attended - top).exp()
+    total = weights.sum(-1)
+    lse = torch.where(alive, total.where(alive, 1.0).log() + top.squeeze(-1), -math.inf)
+    value = value.double().repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return (weights / total.where(alive, 1.0).unsqueeze(-1)) @ value, lse
+
+
+def topk_attention(
+    query: Tensor, key: Tensor, value: Tensor, top_k: int, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, indices); out and lse differentiable."""
+    with torch.no_grad():
+        indices = topk_select(query, key, top_k, **options)
+    return *gathered_attention(query, key, value, indices, options.get("scale")), indices
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    scale: float | None = None,
+) -> list[Tensor]:
+    """float64 gradients of query, key and value by autograd."""
+    inputs = [t.detach().double().requires_grad_() for t in (query, key, value)]
+    out, lse = gathered_attention(*inputs, indices, scale)
+    loss = (out * grad_out.double()).sum()
+    if grad_lse is not None:
+        loss = loss + (lse.where(lse > -math.inf, 0.0) * grad_lse.double()).sum()
+    return list(torch.autograd.grad(loss, inputs))

@@ -1,0 +1,76 @@
+"""The wings under test: every registered wing on every device of this machine that it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+import sparse_attn
+from sparse_attn import backends
+
+OPS = ("topk_select", "gathered_attention", "topk_attention")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class WingUnderTest:
+    """One wing on one device. Called like the package, with CPU tensors in and out whatever the device.
+
+    Example:
+        >>> out, lse = wing.gathered_attention(query, key, value, indices, return_lse=True)
+    """
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    missing: str | None = None  # why it cannot run on this machine
+
+    def __str__(self) -> str:
+        return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
+
+    def _run(self, op: str, *args, **kwargs):
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), (args, kwargs))
+        results = getattr(sparse_attn, op)(*args, backend=self.name, **kwargs)
+        return tree_map_only(torch.Tensor, lambda t: t.cpu(), results)
+
+    @property
+    def topk_select(self):
+        return partial(self._run, "topk_select")
+
+    @property
+    def gathered_attention(self):
+        return partial(self._run, "gathered_attention")
+
+    @property
+    def topk_attention(self):
+        return partial(self._run, "topk_attention")
+
+
+def devices() -> list[str]:
+    """The device types of this machine, the CPU first."""
+    found = ["cpu"]
+    found += [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
+    return found
+
+
+def wings_under_test() -> list[WingUnderTest]:
+    """One entry per wing and device; a wing that runs nowhere here has one entry that says why."""
+    found = []
+    for wing in backends.wings():
+        entries, reasons = [], []
+        for device in devices():
+            dtypes = tuple(d for d in DTYPES if wing.why_not(OPS[0], device, d) is None)
+            if dtypes:
+                entries.append(WingUnderTest(wing.name, device, dtypes))
+            else:
+                reasons.append(f"on {device}: {wing.why_not(OPS[0], device, torch.float32)}")
+        if not entries:
+            entries = [
+                WingUnderTest(wing.name, "cpu", DTYPES[:3], f"wing {wing.name!r} {'; '.join(reasons)}")
+            ]
+        found += entries
+    return found
