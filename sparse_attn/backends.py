@@ -55,7 +55,7 @@ def wings() -> tuple[Wing, ...]:
 
 
 def _check_name(name: object) -> str:
-    if name not in _state.wings:
+    if not isinstance(name, str) or name not in _state.wings:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _state.wings))} or None, got {name!r}")
     return name
 

@@ -7,12 +7,16 @@ numbers; the few that must read tensor values are marked and run only where that
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHARES = ("none", "kv", "all")
+# Positions up to here can be added to each other and to a tensor's size within int64, in every wing.
+_LARGEST = 2**62 - 1
 
 
 def describe(value: object) -> str:
@@ -22,15 +26,17 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def integer(name: str, value: object, minimum: int | None = None) -> int:
+def integer(name: str, value: object, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
     """An int (or a symbolic one), not a bool; numpy integers are taken too."""
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         if not isinstance(value, torch.SymInt):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
     elif type(value) is not int and not isinstance(value, torch.SymInt):
         value = value.__index__()
-    if minimum is not None and value < minimum:
+    if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
     return value
 
 
@@ -40,6 +46,16 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
+def _dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether its elements can be read: a compiler, a fake tensor and the meta device have none."""
+    return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
+
+
 def _attention_tensor(name: str, value: object, axes: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {axes}, got {describe(value)}")
@@ -47,8 +63,7 @@ def _attention_tensor(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name} must have 4 dimensions {axes}, got {describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {describe(value)}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    _dense(name, value)
     if value.shape[3] == 0:
         raise ValueError(f"{name} must have a last dimension of at least 1, got {describe(value)}")
 
@@ -96,11 +111,15 @@ def softmax_scale(scale: object, head_dim: int) -> float:
     """The factor of q·k; None is the standard 1/√D."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float, torch.SymFloat)):
+    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a float or None, got {describe(scale)}")
+    try:
+        scale = float(scale)
+    except OverflowError:
+        raise ValueError("scale must be finite, got an int beyond the range of floats") from None
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    return scale
 
 
 def causal_offset_of(is_causal: bool, causal_offset: object, query_length: int, key_length: int) -> int:
@@ -132,6 +151,7 @@ def mask_of(attn_mask: object, query: Tensor, key: Tensor, groups: int) -> Tenso
             f"attn_mask must be boolean (True = may attend), got {describe(attn_mask)}; "
             "an additive mask of 0 and -inf is `attn_mask == 0`"
         )
+    _dense("attn_mask", attn_mask)
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device {query.device}, got {attn_mask.device}")
     batch, heads, query_length = query.shape[:3]
@@ -148,10 +168,9 @@ def mask_of(attn_mask: object, query: Tensor, key: Tensor, groups: int) -> Tenso
     # A mask per head where heads share one selection: it must be the same for all that share.
     per_group = attn_mask.unflatten(1, (groups, heads // groups))
     first = per_group[:, :, :1]
-    # Reads values; a compiler or a fake tensor has none to read.
     if (
         per_group.stride(2) != 0
-        and not torch.compiler.is_compiling()
+        and _has_values(per_group)
         and not torch.equal(per_group, first.expand_as(per_group))
     ):
         raise ValueError(
@@ -174,10 +193,11 @@ def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
         raise TypeError(f"key_lengths must be int32 or int64, got {describe(key_lengths)}")
     if key_lengths.shape != (batch,):
         raise ValueError(f"key_lengths must have shape [B] = [{batch}], got {describe(key_lengths)}")
+    _dense("key_lengths", key_lengths)
     if key_lengths.device != key.device:
         raise ValueError(f"key_lengths must be on the key's device {key.device}, got {key_lengths.device}")
     # Reads values: free on the CPU; elsewhere every wing clamps to [0, Tk] instead of synchronising.
-    if key.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if key.device.type == "cpu" and batch and _has_values(key_lengths):
         low, high = (int(x) for x in key_lengths.aminmax())
         if low < 0 or high > length:
             raise ValueError(
@@ -188,7 +208,7 @@ def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
 
 def budget(top_k: object, window: object, sinks: object, is_causal: bool) -> tuple[int, int, int]:
     """(top_k, window, sinks), where top_k is the whole budget of keys per query."""
-    top_k = integer("top_k", top_k, 1)
+    top_k = integer("top_k", top_k, 1, 2**63 - 1)
     window = integer("window", window, 0)
     sinks = integer("sinks", sinks, 0)
     if window > 0 and not is_causal:
@@ -220,6 +240,7 @@ def indices_of(indices: object, query: Tensor, key: Tensor) -> Tensor:
         raise TypeError(f"indices must be an int32 tensor of shape [B, G, Tq, K], got {describe(indices)}")
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 (or int64), got {describe(indices)}")
+    _dense("indices", indices)
     if indices.device != query.device:
         raise ValueError(f"indices must be on the query's device {query.device}, got {indices.device}")
     if indices.dim() == 3:

@@ -11,9 +11,12 @@ from sparse_attn import checks
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under `torch.autocast` the tensors in its dtype, as scaled_dot_product_attention does; else as they are."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device_type = first.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
