@@ -28,7 +28,8 @@ def _scores(query: Tensor, keys: Tensor, filled: Tensor, scale: float) -> Tensor
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(probabilities, LSE); a row with nothing to attend to has probabilities 0 and LSE −inf."""
     lse = scores.logsumexp(-1)
-    probabilities = torch.where((lse == -torch.inf).unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())
+    # Not exp(scores − lse): the rounding of a large LSE would be a factor on the whole row.
+    probabilities = torch.where((lse == -torch.inf).unsqueeze(-1), 0.0, scores.softmax(-1))
     return probabilities, lse
 
 
