@@ -28,10 +28,9 @@ def describe(value: object) -> str:
 
 def integer(name: str, value: object, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
     """An int (or a symbolic one), not a bool; numpy integers are taken too."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        if not isinstance(value, torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
-    elif type(value) is not int and not isinstance(value, torch.SymInt):
         value = value.__index__()
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")

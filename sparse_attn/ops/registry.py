@@ -14,6 +14,11 @@ from sparse_attn import backends
 
 library = torch.library.Library(backends.NAMESPACE, "DEF")
 
+_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+_WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+for _key in _AUTOCAST_KEYS[1:]:
+    _WITHOUT_AUTOCAST = _WITHOUT_AUTOCAST | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
 
 def define(op: str, schema: str, fake: Callable) -> None:
     """Defines `op.<wing>` for every wing that has the op. `schema` is `(arguments) -> results`."""
@@ -24,6 +29,18 @@ def define(op: str, schema: str, fake: Callable) -> None:
         if wing.implementations[op] is not None:
             library.impl(f"{op}.{wing.name}", wing.implementations[op], wing.dispatch_key)
         torch.library.register_fake(f"{backends.NAMESPACE}::{op}.{wing.name}", fake, lib=library)
+        for key in _AUTOCAST_KEYS:
+            library.impl(f"{op}.{wing.name}", _without_autocast(op, wing.name), key)
+
+
+def _without_autocast(op: str, wing: str) -> Callable:
+    """The op with autocast off inside: its own matrix products would lose their float32 accumulation otherwise."""
+
+    def kernel(*arguments):
+        with torch._C._ExcludeDispatchKeyGuard(_WITHOUT_AUTOCAST):
+            return backends.overload(op, wing)(*arguments)
+
+    return kernel
 
 
 def differentiate(op: str, setup_context: Callable, backward_of: Callable[[str], Callable]) -> None:
