@@ -36,7 +36,6 @@ ISAS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 
 # What nvcc is asked for, as far as it can. "-virtual" is PTX: that of the newest serves GPUs to come, that of

@@ -10,11 +10,16 @@
 #include <vector>
 
 #include "build_config.h"  // written by the build
+#include "cpu_dispatch.h"
+#include "cpu_host.h"
 #include "cuda_host.h"
 
 // ---- CPU ------------------------------------------------------------------------------------------------
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
-    (void)m;
+    m.impl("topk_select.cpu", TORCH_BOX(&sparse_attn::topk_select_cpu));
+    m.impl("gathered_attention.cpu", TORCH_BOX(&sparse_attn::gathered_attention_cpu));
+    m.impl("gathered_attention_backward.cpu", TORCH_BOX(&sparse_attn::gathered_attention_backward_cpu));
+    m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));
 }
 
 // ---- CUDA -----------------------------------------------------------------------------------------------
@@ -62,5 +67,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of sparse_attn; importing it registers them with torch.";
+    m.def("cpu_isa", &sparse_attn::cpu::isa_name, "The instruction set that the CPU kernels run on here.");
     m.def("build_info", &build_info, "What this extension was built with and for, as a dict.");
 }

@@ -1,0 +1,42 @@
+// The CPU kernels of one instruction set, as a table. Every file in this folder is compiled once per
+// instruction set with SPARSE_ATTN_ISA naming it; the host picks a table at load time.
+//
+// Files here use no inline function or template of the standard library: the linker keeps one copy of such
+// code, and it could be the copy that was compiled for an instruction set which this machine lacks.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace sparse_attn::cpu {
+
+struct Range {
+    int64_t begin, end;
+};
+
+struct KernelTable {
+    // Keys in panels for the score tiles: bytes of one (batch, key head), and the packing of some of its
+    // panels.
+    int64_t (*packed_head_bytes)(const SelectParams&);
+    int64_t (*panel_count)(const SelectParams&);
+    void (*pack_keys)(const SelectParams&, int64_t b, int64_t kv_head, Range panels, void* packed_head);
+
+    // Selection for a block of queries of one group; `packed` holds all heads, scratch_bytes is per thread.
+    int64_t (*select_block_queries)(const SelectParams&);
+    int64_t (*select_scratch_bytes)(const SelectParams&);
+    void (*select)(const SelectParams&, int64_t b, int64_t group, Range queries, const void* packed,
+                   void* scratch);
+
+    // Attention to given indices for a block of queries of some query heads.
+    int64_t (*attend_scratch_bytes)(const AttendParams&);
+    void (*attend)(const AttendParams&, int64_t b, Range heads, Range queries, void* scratch);
+
+    // Backward: P, dS and dQ for a block of queries, then dK and dV for a block of keys.
+    int64_t (*backward_query_scratch_bytes)(const AttendBackwardParams&);
+    void (*backward_query)(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);
+    int64_t (*backward_key_scratch_bytes)(const AttendBackwardParams&, int64_t block_keys);
+    void (*backward_key)(const AttendBackwardParams&, int64_t b, int64_t kv_head, Range keys, void* scratch);
+};
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,36 @@
+// The kernels of this instruction set, for the host to pick.
+#include "kernels.h"
+#include "simd.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+int64_t packed_head_bytes(const SelectParams&);
+int64_t panel_count(const SelectParams&);
+void pack_keys(const SelectParams&, int64_t b, int64_t kv_head, Range panels, void* packed_head);
+int64_t select_block_queries(const SelectParams&);
+int64_t select_scratch_bytes(const SelectParams&);
+void select(const SelectParams&, int64_t b, int64_t group, Range queries, const void* packed, void* scratch);
+int64_t attend_scratch_bytes(const AttendParams&);
+void attend(const AttendParams&, int64_t b, Range heads, Range queries, void* scratch);
+int64_t backward_query_scratch_bytes(const AttendBackwardParams&);
+void backward_query(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);
+int64_t backward_key_scratch_bytes(const AttendBackwardParams&, int64_t block_keys);
+void backward_key(const AttendBackwardParams&, int64_t b, int64_t kv_head, Range keys, void* scratch);
+
+extern const KernelTable table;
+const KernelTable table = {
+    packed_head_bytes,
+    panel_count,
+    pack_keys,
+    select_block_queries,
+    select_scratch_bytes,
+    select,
+    attend_scratch_bytes,
+    attend,
+    backward_query_scratch_bytes,
+    backward_query,
+    backward_key_scratch_bytes,
+    backward_key,
+};
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,0 +1,405 @@
+// From torch's tensors to the CPU kernels, and the threads that run them. Arguments are validated in Python
+// first, with better words; the checks here keep a direct call of an op from reading or writing out of
+// bounds.
+#include "cpu_host.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu_dispatch.h"
+
+namespace sparse_attn {
+namespace {
+
+using cpu::KernelTable;
+using cpu::Range;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_of(const Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+    return text + "]";
+}
+
+DType dtype_of(const char* op, const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return DType::kFloat32;
+        case ScalarType::BFloat16:
+            return DType::kBFloat16;
+        case ScalarType::Half:
+            return DType::kFloat16;
+        default:
+            STD_TORCH_CHECK(false, op, ": takes float32, bfloat16 and float16 tensors");
+    }
+}
+
+Strides strides_of(const Tensor& t) {
+    return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value) {
+    bool ok = query.dim() == 4 && key.dim() == 4 && query.size(0) == key.size(0) &&
+              query.size(3) == key.size(3) && key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
+              query.scalar_type() == key.scalar_type() &&
+              key.size(2) <= std::numeric_limits<int32_t>::max() - 64;
+    if (ok && value != nullptr)
+        ok = value->dim() == 4 && value->size(0) == key.size(0) && value->size(1) == key.size(1) &&
+             value->size(2) == key.size(2) && value->scalar_type() == key.scalar_type();
+    STD_TORCH_CHECK(ok, op,
+                    ": query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] must agree; got ",
+                    shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());
+}
+
+struct Free {
+    void operator()(char* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+// Uninitialised, on a cache line's boundary.
+Memory allocate(int64_t bytes) {
+    size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    char* p = static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(rounded, 64)));
+    if (p == nullptr) throw std::bad_alloc();
+    return Memory(p);
+}
+
+int64_t blocks(int64_t n, int64_t size) {
+    return (n + size - 1) / size;
+}
+
+// Runs task(i, scratch) for every i < count on torch's threads, each with scratch of its own. Threads draw
+// the next task from a counter: tasks differ in cost (causal rows see from 1 to T keys), and no result
+// depends on who runs it.
+template <class F>
+void for_each_task(int64_t count, int64_t scratch_bytes, bool parallel, const F& task) {
+    if (count == 0) return;
+    auto work = [&](std::atomic<int64_t>& next) {
+        Memory scratch;
+        for (int64_t i = next++; i < count; i = next++) {
+            if (!scratch) scratch = allocate(scratch_bytes);
+            task(i, scratch.get());
+        }
+    };
+    std::atomic<int64_t> next{0};
+    int64_t threads = parallel ? std::min<int64_t>(torch::stable::get_num_threads(), count) : 1;
+    if (threads == 1) return work(next);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) work(next);
+    });
+}
+
+// Below this many multiply-adds waking the other threads costs more than they save.
+bool worth_threads(double multiply_adds) {
+    return multiply_adds > 1e5;
+}
+
+struct Selection {
+    SelectParams params;
+    std::vector<int64_t> lengths;
+    Memory packed;
+    int64_t block, per_head;
+    bool parallel;
+};
+
+void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key,
+                       const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
+                       int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
+                       int64_t sinks, int64_t groups) {
+    SelectParams& p = s.params;
+    const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
+    const int64_t query_length = query.size(2), key_length = key.size(2);
+    STD_TORCH_CHECK(groups == heads || groups == kv_heads || groups == 1, op,
+                    ": groups must be Hq, Hkv or 1; got ", groups);
+    STD_TORCH_CHECK(top_k >= 1 && window >= 0 && sinks >= 0 && window + sinks <= top_k, op,
+                    ": top_k must be at least 1 and at least window + sinks; got top_k=", top_k,
+                    ", window=", window, ", sinks=", sinks);
+    p.query = query.const_data_ptr();
+    p.key = key.const_data_ptr();
+    p.mask = nullptr;
+    p.lengths = nullptr;
+    p.query_strides = strides_of(query);
+    p.key_strides = strides_of(key);
+    p.mask_strides = {};
+    if (attn_mask) {
+        const Tensor& m = *attn_mask;
+        STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&
+                            m.size(1) == groups && m.size(2) == query_length && m.size(3) == key_length,
+                        op, ": attn_mask must be bool [B, G, Tq, Tk]; got ", shape_of(m));
+        p.mask = static_cast<const uint8_t*>(m.const_data_ptr());
+        p.mask_strides = strides_of(m);
+    }
+    if (key_lengths) {
+        const Tensor& n = *key_lengths;
+        STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
+                            (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),
+                        op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
+        s.lengths.resize(batch);
+        for (int64_t b = 0; b < batch; ++b) {
+            int64_t at = b * n.stride(0);
+            int64_t length = n.scalar_type() == ScalarType::Int
+                                 ? static_cast<const int32_t*>(n.const_data_ptr())[at]
+                                 : static_cast<const int64_t*>(n.const_data_ptr())[at];
+            s.lengths[b] = std::clamp<int64_t>(length, 0, key_length);
+        }
+        p.lengths = s.lengths.data();
+    }
+    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
+    p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
+    p.top_k = std::min(top_k, key_length);
+    // Offsets beyond the sequence change nothing, and clamped ones cannot overflow.
+    p.causal_offset = std::clamp(causal_offset, -query_length - 1, key_length);
+    p.window = std::min(window, key_length), p.sinks = std::min(sinks, key_length);
+    p.scale = static_cast<float>(scale);
+    p.is_causal = is_causal;
+    p.dtype = dtype_of(op, query);
+}
+
+// Whether any query can see more keys than it may keep: if none can, no score is needed.
+bool needs_scores(const SelectParams& p) {
+    int64_t most = p.key_length;
+    if (p.is_causal) most = std::min(most, p.query_length + p.causal_offset);
+    return most > p.top_k || p.mask != nullptr;
+}
+
+void pack_keys(Selection& s) {
+    const SelectParams& p = s.params;
+    const KernelTable& k = cpu::kernels();
+    s.block = k.select_block_queries(p);
+    s.per_head = blocks(p.query_length, s.block);
+    double pairs = static_cast<double>(p.batch * p.heads) * p.query_length * p.key_length;
+    s.parallel = worth_threads(pairs * p.head_dim);
+    if (!needs_scores(p)) return;
+    const int64_t head_bytes = k.packed_head_bytes(p), panels = k.panel_count(p), chunk = 64;
+    s.packed = allocate(head_bytes * p.batch * p.kv_heads);
+    const int64_t chunks = blocks(panels, chunk);
+    for_each_task(p.batch * p.kv_heads * chunks, 64, s.parallel, [&](int64_t i, char*) {
+        int64_t head = i / chunks, c = i % chunks;
+        k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, {c * chunk, std::min(panels, (c + 1) * chunk)},
+                    s.packed.get() + head * head_bytes);
+    });
+}
+
+// Task i of B·G·per_head: all queries of one head in turn, so that its keys stay in cache, the longest rows
+// first.
+struct Block {
+    int64_t b, group;
+    Range queries;
+};
+Block block_of(int64_t i, int64_t groups, int64_t per_head, int64_t block, int64_t query_length) {
+    int64_t head = i / per_head, n = per_head - 1 - i % per_head;
+    return {head / groups, head % groups, {n * block, std::min(query_length, (n + 1) * block)}};
+}
+
+// Rows whose last dimension is contiguous: the kernels read them whole.
+Tensor with_contiguous_rows(const Tensor& t) {
+    return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+AttendParams attend_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                           double scale) {
+    AttendParams p{};
+    p.query = query.const_data_ptr();
+    p.key = key.const_data_ptr();
+    p.value = value.const_data_ptr();
+    p.query_strides = strides_of(query);
+    p.key_strides = strides_of(key);
+    p.value_strides = strides_of(value);
+    p.batch = query.size(0), p.heads = query.size(1), p.kv_heads = key.size(1);
+    p.query_length = query.size(2), p.key_length = key.size(2), p.head_dim = query.size(3),
+    p.value_dim = value.size(3);
+    p.scale = static_cast<float>(scale);
+    p.dtype = dtype_of(op, query);
+    return p;
+}
+
+void set_indices(AttendParams& p, const char* op, const Tensor& indices) {
+    const int64_t groups = indices.dim() == 4 ? indices.size(1) : 0;
+    STD_TORCH_CHECK(
+        indices.scalar_type() == ScalarType::Int && indices.dim() == 4 && indices.size(0) == p.batch &&
+            (groups == 1 || groups == p.kv_heads || groups == p.heads) && indices.size(2) == p.query_length,
+        op, ": indices must be int32 [B, G, Tq, K] with G one of 1, Hkv, Hq; got ", shape_of(indices));
+    p.indices = static_cast<const int32_t*>(indices.const_data_ptr());
+    p.indices_strides = strides_of(indices);
+    p.groups = groups;
+    p.slots = indices.size(3);
+}
+
+Tensor new_lse(const Tensor& query) {
+    return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+}
+
+// Query heads that one task works on: those of a key head, which share its rows in cache.
+constexpr int64_t kAttendQueries = 64;
+
+bool attend_worth_threads(const AttendParams& p) {
+    return worth_threads(static_cast<double>(p.batch * p.heads) * p.query_length * p.slots *
+                         (p.head_dim + p.value_dim));
+}
+
+}  // namespace
+
+Tensor topk_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                       std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                       int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    const char* op = "topk_select.cpu";
+    check_qkv(op, query, key, nullptr);
+    Selection s;
+    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
+                      window, sinks, groups);
+    SelectParams& p = s.params;
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    if (indices.numel() == 0) return indices;
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    pack_keys(s);
+    const KernelTable& k = cpu::kernels();
+    for_each_task(p.batch * p.groups * s.per_head, k.select_scratch_bytes(p), s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
+                      k.select(p, t.b, t.group, t.queries, s.packed.get(), scratch);
+                  });
+    return indices;
+}
+
+std::tuple<Tensor, Tensor> gathered_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor indices,
+                                                  double scale) {
+    const char* op = "gathered_attention.cpu";
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    indices = with_contiguous_rows(indices);
+    AttendParams p = attend_params(op, query, key, value, scale);
+    set_indices(p, op, indices);
+    Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.value_dim});
+    Tensor lse = new_lse(query);
+    if (out.numel() == 0) return {out, lse};
+    p.out = out.mutable_data_ptr();
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    const KernelTable& k = cpu::kernels();
+    const int64_t per_kv = p.heads / p.kv_heads, per_head = blocks(p.query_length, kAttendQueries);
+    for_each_task(p.batch * p.kv_heads * per_head, k.attend_scratch_bytes(p), attend_worth_threads(p),
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, p.kv_heads, per_head, kAttendQueries, p.query_length);
+                      k.attend(p, t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries, scratch);
+                  });
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, Tensor value,
+                                                      std::optional<Tensor> attn_mask,
+                                                      std::optional<Tensor> key_lengths, int64_t top_k,
+                                                      bool is_causal, int64_t causal_offset, double scale,
+                                                      int64_t window, int64_t sinks, int64_t groups) {
+    const char* op = "topk_attention.cpu";
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    Selection s;
+    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
+                      window, sinks, groups);
+    SelectParams& p = s.params;
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, value.size(3)});
+    Tensor lse = new_lse(query);
+    if (out.numel() == 0) return {out, lse, indices};
+    AttendParams a = attend_params(op, query, key, value, scale);
+    set_indices(a, op, indices);
+    a.out = out.mutable_data_ptr();
+    a.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    pack_keys(s);
+    const KernelTable& k = cpu::kernels();
+    const int64_t sharing = p.heads / p.groups;
+    const int64_t bytes = std::max(k.select_scratch_bytes(p), k.attend_scratch_bytes(a));
+    // One task selects and attends: the block's indices and keys are still in cache.
+    for_each_task(p.batch * p.groups * s.per_head, bytes, s.parallel, [&](int64_t i, char* scratch) {
+        Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
+        k.select(p, t.b, t.group, t.queries, s.packed.get(), scratch);
+        k.attend(a, t.b, {t.group * sharing, (t.group + 1) * sharing}, t.queries, scratch);
+    });
+    return {out, lse, indices};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(Tensor grad_out,
+                                                                   std::optional<Tensor> grad_lse,
+                                                                   Tensor query, Tensor key, Tensor value,
+                                                                   Tensor indices, Tensor out, Tensor lse,
+                                                                   double scale) {
+    const char* op = "gathered_attention_backward.cpu";
+    (void)out;  // Σ P∘dP is taken over the slots: more exact than dO·out where out is a half type
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    indices = with_contiguous_rows(indices);
+    lse = torch::stable::contiguous(lse);
+    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+    AttendBackwardParams p{};
+    AttendParams& f = p.forward;
+    f = attend_params(op, query, key, value, scale);
+    set_indices(f, op, indices);
+    STD_TORCH_CHECK(
+        lse.numel() == f.batch * f.heads * f.query_length && lse.scalar_type() == ScalarType::Float, op,
+        ": lse must be float32 [B, Hq, Tq]; got ", shape_of(lse));
+    STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.scalar_type() == query.scalar_type() &&
+                        grad_out.size(0) == f.batch && grad_out.size(1) == f.heads &&
+                        grad_out.size(2) == f.query_length && grad_out.size(3) == f.value_dim,
+                    op, ": grad_out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(grad_out));
+    STD_TORCH_CHECK(
+        !grad_lse || (grad_lse->numel() == lse.numel() && grad_lse->scalar_type() == ScalarType::Float), op,
+        ": grad_lse must be float32 [B, Hq, Tq]; got ", grad_lse ? shape_of(*grad_lse) : std::string());
+    Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
+    Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
+    Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
+    if (f.batch == 0) return {grad_query, grad_key, grad_value};
+
+    f.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.grad_out = grad_out.const_data_ptr();
+    p.grad_out_strides = strides_of(grad_out);
+    p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+    p.grad_query = grad_query.mutable_data_ptr();
+    p.grad_key = grad_key.mutable_data_ptr();
+    p.grad_value = grad_value.mutable_data_ptr();
+    const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
+    Memory probability = allocate(slots * 4), grad_score = allocate(slots * 4);
+    p.probability = reinterpret_cast<float*>(probability.get());
+    p.grad_score = reinterpret_cast<float*>(grad_score.get());
+
+    const KernelTable& k = cpu::kernels();
+    const bool parallel = attend_worth_threads(f);
+    const int64_t per_kv = f.heads / f.kv_heads, per_head = blocks(f.query_length, kAttendQueries);
+    for_each_task(f.batch * f.kv_heads * per_head, k.backward_query_scratch_bytes(p), parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, f.kv_heads, per_head, kAttendQueries, f.query_length);
+                      k.backward_query(p, t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries,
+                                       scratch);
+                  });
+
+    // A block's float32 gradients stay in L2; the size changes no result, since each key sums in query order.
+    const int64_t row_bytes = 4 * (f.head_dim + f.value_dim),
+                  threads = parallel ? torch::stable::get_num_threads() : 1;
+    int64_t block = std::max<int64_t>(64, (int64_t{1} << 19) / row_bytes);
+    const int64_t wanted =
+        blocks(4 * threads, f.batch * f.kv_heads);  // blocks per head that keep all threads busy
+    block = std::clamp<int64_t>(blocks(f.key_length, wanted), 1, block);
+    const int64_t key_blocks = blocks(f.key_length, block);
+    for_each_task(f.batch * f.kv_heads * key_blocks, k.backward_key_scratch_bytes(p, block), parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, f.kv_heads, key_blocks, block, f.key_length);
+                      k.backward_key(p, t.b, t.group, t.queries, scratch);
+                  });
+    return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace sparse_attn
