@@ -93,6 +93,9 @@ def test_contexts_nest_and_end():
         with sparse_attn.use_backend("cpu"):
             assert forced() == "cpu"
         assert forced() == "reference"
+        with sparse_attn.use_backend(None):
+            assert forced() is None
+        assert forced() == "reference"
         with pytest.raises(KeyError), sparse_attn.use_backend("cpu"):
             raise KeyError
         assert forced() == "reference"
