@@ -61,11 +61,12 @@ def _check_name(name: object) -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str | None) -> Iterator[None]:
     """Forces one wing for every call inside the `with` block, in all threads.
 
     Args:
         name: "cpu" or "reference". A call that the wing cannot take raises ValueError instead of falling back.
+            None leaves the choice to the package again, inside another such block.
 
     Raises:
         ValueError: no wing has that name.
@@ -76,7 +77,8 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with sparse_attn.use_backend("reference"):
         ...     out = sparse_attn.topk_attention(q, q, q, 4, is_causal=True)
     """
-    _check_name(name)
+    if name is not None:
+        _check_name(name)
     previous, _state.forced = _state.forced, name
     try:
         yield

@@ -22,8 +22,10 @@ _LARGEST = 2**62 - 1
 def describe(value: object) -> str:
     """What came, in a few words: `a float32 tensor of shape [2, 3]`, or `'abc' (str)`."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{'an' if dtype[0] == 'i' else 'a'} {dtype} tensor of shape {list(value.shape)}"
+    text = " ".join(repr(value).split())
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
 def integer(name: str, value: object, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
