@@ -1,0 +1,179 @@
+"""The tables of README.md and docs/performance.md, made from the committed results.
+
+python -m benchmarks.readme            prints them
+python -m benchmarks.readme --write    puts them between the markers in the two files
+python -m benchmarks.readme --check    fails where a file differs from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.contenders import LABELS
+from benchmarks.machine import in_words
+from benchmarks.report import mark, milliseconds, times_as_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "attention_cpu.json"
+NOT_YET = "*No results are committed yet; `python -m benchmarks.run` makes them.*"
+
+
+def summary(results: dict) -> str:
+    """For the README: when it pays, and when not, against dense SDPA."""
+    dense = [row for row in results["headline"] + results["real"] if "sdpa" in row["rivals"]]
+    know = [row for row in results["know_before_use"] if "sdpa" in row["rivals"]]
+    return "\n".join(
+        [
+            f"Measured on {in_words(results['machine'])}; {results['setting']} unless the row says otherwise. "
+            "“As fast” is dense SDPA's time over ours: below 1× dense is quicker.",
+            "",
+            *_dense_table(dense + know),
+            "",
+            *_sentences(results),
+        ]
+    )
+
+
+def details(results: dict) -> str:
+    """For docs/performance.md: every comparison with its target, and the scaling."""
+    lines = [f"Measured on {in_words(results['machine'])} by `{results['machine']['command']}`.", ""]
+    for key, title in (
+        ("headline", "Random inputs"),
+        ("real", "A language model's own queries and keys"),
+        ("know_before_use", "Know before use"),
+    ):
+        if results[key]:
+            lines += [f"### {title}", "", *_full_table(results[key]), ""]
+    if results["real"] and results["real_inputs"]:
+        origin = results["real_inputs"]
+        lines += [f"The real inputs are those of {origin['model']} over the text {origin['text']}.", ""]
+    lines += ["### Scaling", "", *_scaling_table(results["scaling"]), "", "### Memory and overhead", ""]
+    return "\n".join([*lines, *_sentences(results)])
+
+
+def _verdict(faster: float) -> str:
+    return "pays" if faster >= 1.1 else "even" if faster >= 0.9 else "**does not pay**"
+
+
+def _dense_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "| call | sparse_attn | dense SDPA | as fast | |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        rival = row["rivals"]["sdpa"]
+        call = row["name"] + (f" ({row['note']})" if row["note"] else "")
+        faster = rival["faster"]
+        lines.append(
+            f"| {call} | {milliseconds(row['milliseconds'])} | {milliseconds(rival['milliseconds'])} "
+            f"| {times_as_fast(faster)} | {_verdict(faster)} |"
+        )
+    return lines
+
+
+def _full_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "| call | sparse_attn | rival | its time | as fast | target | |",
+        "| --- | ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        for name, rival in row["rivals"].items():
+            target = "" if rival["target"] is None else f"≥ {rival['target']:.3g}×"
+            lines.append(
+                f"| {row['name']} | {milliseconds(row['milliseconds'])} | {LABELS[name]} "
+                f"| {milliseconds(rival['milliseconds'])} | {times_as_fast(rival['faster'])} "
+                f"| {target} | {mark(rival['met'])} |"
+            )
+    return lines
+
+
+def _scaling_table(scaling: dict[str, dict]) -> list[str]:
+    lengths = sorted({n for points in scaling.values() for n in points["lengths"]})
+    lines = [
+        "| forward, float32 | " + " | ".join(f"T={n}" for n in lengths) + " | grows as |",
+        "| --- |" + " ---: |" * (len(lengths) + 1),
+    ]
+    for name, points in scaling.items():
+        at = dict(zip(points["lengths"], points["milliseconds"], strict=True))
+        cells = [milliseconds(at[n]) if n in at else "" for n in lengths]
+        growth = "" if points["exponent"] is None else f"T^{points['exponent']:.2f}"
+        lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} | {growth} |")
+    return lines
+
+
+def _sentences(results: dict) -> list[str]:
+    lines = []
+    for row in results["headline"]:
+        for name in ("plain", "plain_tuned"):
+            if name in row["rivals"]:
+                rival = row["rivals"][name]
+                target = (
+                    ""
+                    if rival["target"] is None
+                    else f" (target ≥ {rival['target']:g}×: {mark(rival['met'])})"
+                )
+                lines.append(
+                    f"- {row['name']} takes {milliseconds(row['milliseconds'])}; {LABELS[name]} takes "
+                    f"{milliseconds(rival['milliseconds'])}: "
+                    f"{times_as_fast(rival['faster'])} as fast{target}."
+                )
+    for row in results["memory"]:
+        target = "" if row["target_mb"] is None else f" (target < {row['target_mb']} MB: {mark(row['met'])})"
+        lines.append(
+            f"- Peak memory beyond the inputs, {row['op']} {row['direction']} at T={row['length']}: "
+            f"{row['extra_mb']:.0f} MB{target}, of which {row['of_which_returned_mb']:.0f} MB are the "
+            f"results; stored scores would take {row['score_matrix_mb'] / 1e3:,.1f} GB."
+        )
+    call = results["overhead"]
+    lines.append(
+        f"- One call at T={call['length']} without gradients: {call['microseconds']:.0f} µs "
+        f"(target < {call['target_us']} µs: {mark(call['met'])}; SDPA {call['sdpa_microseconds']:.0f} µs)."
+    )
+    grows = [
+        f"{LABELS.get(name, name)} as T^{points['exponent']:.2f}"
+        for name, points in results["scaling"].items()
+        if points["exponent"] is not None
+    ]
+    if grows:
+        lines.append(f"- The time grows: {', '.join(grows)}.")
+    return lines
+
+
+FILES = {"README.md": summary, "docs/performance.md": details}
+MARKED = re.compile(r"(<!-- benchmark: begin -->\n).*?(<!-- benchmark: end -->)", re.DOTALL)
+
+
+def filled(text: str, table: str) -> str:
+    """The file's text with the table between its markers."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="update the files")
+    parser.add_argument("--check", action="store_true", help="fail if the files are out of date")
+    args = parser.parse_args(argv)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
+    stale = []
+    for name, make in FILES.items():
+        table = make(results) if results else NOT_YET
+        path = ROOT / name
+        if args.write:
+            path.write_text(filled(path.read_text(), table))
+        elif args.check:
+            stale += [name] if filled(path.read_text(), table) != path.read_text() else []
+        else:
+            print(f"<!-- {name} -->\n{table}\n")
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run `python -m benchmarks.readme --write`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
