@@ -1,0 +1,134 @@
+"""Trains one arm of the demo and keeps what was done, so that an interruption loses nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sparse_attn
+from sparse_attn.cli.demo_memory import PeakMemory
+from sparse_attn.cli.demo_model import GPT, HEADS, WIDTH, optimizers_of
+from sparse_attn.cli.demo_text import Corpus, windows
+
+EVALUATIONS = 5
+WARM_UP = 10  # steps over which the learning rate rises
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both arms share."""
+
+    steps: int
+    batch: int
+    context: int
+    top_k: int
+    window: int  # of the top_k keys, how many are always the latest
+    seed: int
+    device: torch.device
+
+
+@dataclass
+class Arm:
+    """One of the two models, and what its training has shown so far."""
+
+    name: str
+    top_k: int | None
+    window: int
+    kernel: str
+    train_loss: list[float] = field(default_factory=list)  # nats per character, one per step
+    validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats per character)
+    seconds: float = 0.0  # of the training steps alone
+    tokens: int = 0
+    peak_memory: int | None = None  # bytes
+    model: GPT | None = field(default=None, repr=False)
+
+    @property
+    def validation_loss(self) -> float | None:
+        return self.validation[-1][1] if self.validation else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+
+def arms_of(settings: Settings) -> tuple[Arm, Arm]:
+    """(dense, top-k), untrained."""
+    query = torch.empty(settings.batch, HEADS, settings.context, WIDTH // HEADS, device=settings.device)
+    wing = sparse_attn.explain(
+        query, query, query, settings.top_k, is_causal=True, window=settings.window
+    ).backend
+    return (
+        Arm("dense", None, 0, "PyTorch SDPA"),
+        Arm("top-k", settings.top_k, settings.window, f"sparse_attn, {wing} wing"),
+    )
+
+
+def train_step(model: GPT, optimizers: list[torch.optim.Optimizer], ids: Tensor, targets: Tensor) -> float:
+    """One step on ids and targets [B, T]; the loss before it."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, corpus: Corpus, settings: Settings) -> float:
+    """Nats per character over the fixed windows of the held-out text."""
+    model.eval()
+    total, count = 0.0, 0
+    for starts in corpus.held_out_starts(settings.context).split(settings.batch):
+        ids, targets = windows(corpus.held_out, starts, settings.context, settings.device)
+        total += F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum").item()
+        count += targets.numel()
+    model.train()
+    return total / count
+
+
+def train(arm: Arm, corpus: Corpus, settings: Settings, progress: Callable[[float], None]) -> None:
+    """Trains `arm` in place; calls progress(loss) after each step."""
+    starts = corpus.train_starts(settings.steps, settings.batch, settings.context, settings.seed)
+    _first_calls(arm, corpus, settings, starts[0])
+    memory = PeakMemory(settings.device)
+    torch.manual_seed(settings.seed)  # both arms start from the same weights
+    model = arm.model = _model(arm, corpus, settings)
+    optimizers = optimizers_of(model)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    evaluations = {round(settings.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+    for step in range(settings.steps):
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * _schedule(step, settings.steps)
+        began = time.perf_counter()
+        ids, targets = windows(corpus.train, starts[step], settings.context, settings.device)
+        loss = train_step(model, optimizers, ids, targets)
+        arm.seconds += time.perf_counter() - began
+        arm.tokens += ids.numel()
+        arm.train_loss.append(loss)
+        arm.peak_memory = memory.peak()
+        progress(loss)
+        if step + 1 in evaluations:
+            arm.validation.append((step + 1, validation_loss(model, corpus, settings)))
+
+
+def _model(arm: Arm, corpus: Corpus, settings: Settings) -> GPT:
+    return GPT(len(corpus.alphabet), settings.context, arm.top_k, arm.window).to(settings.device)
+
+
+def _first_calls(arm: Arm, corpus: Corpus, settings: Settings, starts: Tensor) -> None:
+    """One step of a model that is thrown away: what only the first call in a process costs belongs to no arm."""
+    model = _model(arm, corpus, settings)
+    optimizers = optimizers_of(model)
+    train_step(model, optimizers, *windows(corpus.train, starts, settings.context, settings.device))
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Up in WARM_UP steps, then down in a line to a tenth."""
+    return min(1.0, (step + 1) / WARM_UP) * (1.0 - 0.9 * step / steps)
