@@ -35,6 +35,7 @@ SPARSE_ATTN_INLINE float closed_threshold() {
     return __builtin_inff();
 }
 
+// How many of n keys (whole vectors) are at or above the bound.
 SPARSE_ATTN_INLINE int32_t count_ge(const int32_t* keys, int32_t n, int32_t bound) {
     int32_t count = 0;
     for (int32_t i = 0; i < n; i += Vec::W) count += __builtin_popcount(keys_ge(keys + i, bound));

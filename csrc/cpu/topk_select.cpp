@@ -311,8 +311,9 @@ void select_rows(const SelectParams& p, int64_t b, int64_t head, Range queries, 
                     bits |= not_le(s[v], bound) << (v * W);
                 }
                 bits &= lanes;
-                if (!bits) continue;
                 Candidates& c = candidates[i];
+                // Early on most panels hold a survivor or two: a branch there would be a coin toss.
+                if (base > 32 * c.keep && !bits) continue;
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v)
                     c.count += append(c.scores + c.count, c.indices + c.count, bits >> (v * W) & low_bits(W),
