@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,9 @@ def _load() -> tuple[object | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "sparse_attn._C":
             raise
-        return None, "the compiled extension sparse_attn._C is not installed (pure-Python install)"
+        note = Path(__file__).with_name("_no_extension.txt")  # left by an install that could not compile
+        why = note.read_text().strip().splitlines()[0] if note.exists() else "it was never built"
+        return None, f"the compiled extension sparse_attn._C is not installed: {why}"
     except ImportError as error:
         return None, f"the compiled extension sparse_attn._C failed to load: {error}"
 

@@ -4,6 +4,7 @@
 # which define one overload per wing.
 from sparse_attn import compiled, reference  # noqa: F401  isort: skip
 
+from sparse_attn.ops import fill_indices  # noqa: F401
 from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.topk_attention import topk_attention
 from sparse_attn.ops.topk_select import topk_select
