@@ -10,9 +10,10 @@ from sparse_attn.backends import choose, overload
 from sparse_attn.ops.arguments import autocast, selection
 from sparse_attn.ops.registry import define
 
+# SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
 SELECTION_SCHEMA = (
-    "Tensor? attn_mask, Tensor? key_lengths, int top_k, bool is_causal, int causal_offset, "
-    "float scale, int window, int sinks, int groups"
+    "Tensor? attn_mask, Tensor? key_lengths, SymInt top_k, bool is_causal, SymInt causal_offset, "
+    "float scale, SymInt window, SymInt sinks, SymInt groups"
 )
 
 

@@ -125,7 +125,7 @@ def test_compile_with_dynamic_shapes(wing):
 
 
 def test_compile_with_numbers_that_change(wing):
-    """A budget and an offset that are arguments, and an offset made of sizes: right at every value."""
+    """A budget and an offset that are arguments, and an offset made of sizes (a KV cache): no new graph for each."""
     torch._dynamo.reset()
 
     def eager(query, key, value, top_k, offset):
@@ -136,10 +136,12 @@ def test_compile_with_numbers_that_change(wing):
         options = {"is_causal": True, "causal_offset": last, "window": 2, "backend": wing.name}
         return out + sparse_attn.topk_attention(query, key, value, top_k, **options)
 
-    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")
-    for top_k, offset, queries, keys in [(4, 0, 5, 9), (4, 3, 5, 11), (9, -2, 7, 8), (40, 3, 3, 20)]:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counter)
+    for top_k, offset, queries, keys in [(4, 7, 5, 9), (4, 3, 6, 11), (9, -2, 7, 8), (40, 5, 3, 20)]:
         inputs = [t.to(wing.device) for t in qkv(3, 4, 2, queries, keys, 8)]
         torch.testing.assert_close(compiled(*inputs, top_k, offset), eager(*inputs, top_k, offset))
+    assert counter.frame_count == 1, f"{counter.frame_count} graphs"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
