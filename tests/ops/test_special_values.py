@@ -70,6 +70,25 @@ def test_nan_in_a_key(wing, dtype, bad, top_k, share):
     assert torch.equal(lse[untouched], clean[1][untouched])
 
 
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", ["nan", "-nan", "0 * inf"])
+def test_every_kind_of_nan(wing, dtype, kind, share):
+    """Also of negative sign, which is what 0 · inf gives on x86: as bits it is the smallest number of all."""
+    query, key, value = qkv(1, 4, 2, 9, 40, 8, dtype=dtype)
+    if kind == "0 * inf":
+        query[..., 2] = 0
+        key[:, :, 25, 2] = math.inf
+    else:
+        key[:, :, 25, 2] = torch.copysign(
+            torch.tensor(math.nan), torch.tensor(-1.0 if kind[0] == "-" else 1.0)
+        )
+    for top_k in (1, 4):
+        out, lse, indices = run(wing, (query, key, value), top_k, share=share)
+        assert bool((indices == 25).any(-1).all())
+        assert bool(out.isnan().all())
+        assert bool(lse.isnan().all())
+
+
 def test_nan_in_many_keys(wing, dtype):
     """More NaN keys than slots, in every place of a vector: well formed, and every row NaN that sees one."""
     query, key, value = qkv(1, 2, 2, 70, 70, 8, dtype=dtype)
