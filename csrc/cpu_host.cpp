@@ -157,9 +157,10 @@ void prepare_selection(Selection& s, const char* op, const Tensor& query, const 
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
     p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
     p.top_k = std::min(top_k, key_length);
-    // Offsets beyond the sequence change nothing, and clamped ones cannot overflow.
-    p.causal_offset = std::clamp(causal_offset, -query_length - 1, key_length);
-    p.window = std::min(window, key_length), p.sinks = std::min(sinks, key_length);
+    // Far beyond any sequence, and sums of them still fit.
+    constexpr int64_t kFar = int64_t{1} << 40;
+    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
+    p.window = std::min(window, kFar), p.sinks = std::min(sinks, key_length);
     p.scale = static_cast<float>(scale);
     p.is_causal = is_causal;
     p.dtype = dtype_of(op, query);
