@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import json
-import resource
 import subprocess
 import sys
 import threading
@@ -48,9 +47,13 @@ def _resident() -> int:
 
 
 def _highest() -> int:
-    # VmHWM rather than ru_maxrss where there is one: the latter starts at the peak of the parent process.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Not ru_maxrss where there is VmHWM: it starts at the peak of the parent process.
+    peak = _status("VmHWM")
+    if peak:
+        return peak
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _forget_the_past() -> None:
