@@ -1,0 +1,79 @@
+"""The CPU wing on each instruction set below this machine's best: the same tests, in a process that is capped to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_attn import compiled
+
+FILES = (
+    "test_topk_select.py",
+    "test_topk_select_long.py",
+    "test_gathered_attention.py",
+    "test_topk_attention.py",
+    "test_special_values.py",
+    "test_error_budget.py",
+)
+BUILT = () if compiled.extension is None else tuple(compiled.extension.build_info()["isas"])
+
+
+def lower_than_this_machines() -> tuple[str, ...]:
+    return BUILT[: BUILT.index(compiled.extension.cpu_isa())] if BUILT else ()
+
+
+@pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+@pytest.mark.parametrize("isa", lower_than_this_machines())
+def test_the_ops_pass_their_tests(isa):
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-k",
+            "cpu",
+            "-p",
+            "no:cacheprovider",
+            *(here / f for f in FILES),
+        ],
+        env={**os.environ, "SPARSE_ATTN_CPU_ISA": isa},
+        cwd=here.parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, f"{isa}:\n{run.stdout[-4000:]}\n{run.stderr[-2000:]}"
+    assert " passed" in run.stdout
+
+
+@pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+def test_an_unknown_instruction_set_is_refused():
+    code = "from sparse_attn.compiled import extension; extension.cpu_isa()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SPARSE_ATTN_CPU_ISA": "avx1024"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "SPARSE_ATTN_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, got avx1024" in run.stderr
+
+
+@pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+@pytest.mark.parametrize("isa", BUILT)
+def test_the_cap_is_obeyed(isa):
+    code = "from sparse_attn.compiled import extension; print(extension.cpu_isa())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SPARSE_ATTN_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    best = BUILT.index(compiled.extension.cpu_isa())
+    assert run.stdout.strip() == BUILT[min(BUILT.index(isa), best)]
