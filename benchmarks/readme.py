@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.contenders import LABELS
 from benchmarks.machine import in_words
-from benchmarks.report import mark, milliseconds, times_as_fast
+from benchmarks.report import mark, megabytes, milliseconds, times_as_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "attention_cpu.json"
@@ -125,8 +125,8 @@ def _sentences(results: dict) -> list[str]:
         target = "" if row["target_mb"] is None else f" (target < {row['target_mb']} MB: {mark(row['met'])})"
         lines.append(
             f"- Peak memory beyond the inputs, {row['op']} {row['direction']} at T={row['length']}: "
-            f"{row['extra_mb']:.0f} MB{target}, of which {row['of_which_returned_mb']:.0f} MB are the "
-            f"results; stored scores would take {row['score_matrix_mb'] / 1e3:,.1f} GB."
+            f"{megabytes(row['extra_mb'])}{target}, of which {megabytes(row['of_which_returned_mb'])} are the "
+            f"results; stored scores would take {megabytes(row['score_matrix_mb'])}."
         )
     call = results["overhead"]
     lines.append(

@@ -15,7 +15,11 @@ def milliseconds(value: float) -> str:
 
 
 def times_as_fast(faster: float) -> str:
-    return f"{faster:.1f}×" if faster >= 10 else f"{faster:.2f}×"
+    return f"{faster:.1f}×" if faster >= 10 else f"{faster:.2f}×" if faster >= 0.1 else f"{faster:.1g}×"
+
+
+def megabytes(value: float) -> str:
+    return f"{value:.0f} MB" if value < 1000 else f"{value / 1e3:,.1f} GB"
 
 
 def mark(met: bool | None) -> str:
@@ -95,9 +99,9 @@ def _other_table(results: dict) -> Table:
     for row in results["memory"]:
         table.add_row(
             f"peak memory beyond inputs, outputs included: {row['op']} {row['direction']} T={row['length']}\n"
-            f"[dim]{row['of_which_returned_mb']:.0f} MB of it is returned; "
-            f"the scores of all heads would be {row['score_matrix_mb'] / 1e3:,.1f} GB[/]",
-            f"{row['extra_mb']:.0f} MB",
+            f"[dim]{megabytes(row['of_which_returned_mb'])} of it is returned; "
+            f"the scores of all heads would be {megabytes(row['score_matrix_mb'])}[/]",
+            megabytes(row["extra_mb"]),
             "" if row["target_mb"] is None else f"< {row['target_mb']} MB",
             _coloured(row["met"]),
         )

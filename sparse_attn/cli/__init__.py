@@ -16,7 +16,7 @@ import torch
 import sparse_attn
 from sparse_attn.cli.console import UsageError
 
-COMMANDS = ("demo", "doctor")
+COMMANDS = ("demo", "doctor", "bench")
 
 DESCRIPTION = """\
 Top-k gathered sparse attention for PyTorch: each query attends to its top_k best keys alone, and no
@@ -28,6 +28,7 @@ examples:
   sparse-attn doctor           what runs on this machine, what does not and why, and whether it computes right
   sparse-attn demo             watch a small GPT learn with top-k attention beside dense attention (a minute)
   sparse-attn demo --help      everything that the demo can be asked
+  sparse-attn bench --quick    the time against dense attention and plain PyTorch (in a checkout)
 
 in Python:
   out = sparse_attn.topk_attention(query, key, value, top_k=64, is_causal=True)
