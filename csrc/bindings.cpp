@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "build_config.h"  // written by the build
+#include "cpu_attention.h"
 #include "cpu_dispatch.h"
-#include "cpu_host.h"
 #include "cuda_host.h"
 
 // ---- CPU ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// The CPU ops as torch calls them. Defined in cpu_host.cpp, registered in bindings.cpp; shapes as in
-// params.h.
+// The CPU attention ops as torch calls them. Defined in cpu_attention.cpp, registered in bindings.cpp; shapes
+// as in params.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

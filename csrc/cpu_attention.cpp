@@ -1,53 +1,19 @@
 // From torch's tensors to the CPU kernels, and the threads that run them. Arguments are validated in Python
 // first, with better words; the checks here keep a direct call of an op from reading or writing out of
 // bounds.
-#include "cpu_host.h"
+#include "cpu_attention.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
-#include <string>
 #include <vector>
 
 #include "cpu_dispatch.h"
+#include "cpu_tasks.h"
 
 namespace sparse_attn {
 namespace {
 
 using cpu::KernelTable;
 using cpu::Range;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::string shape_of(const Tensor& tensor) {
-    std::string text = "[";
-    for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-    return text + "]";
-}
-
-DType dtype_of(const char* op, const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float:
-            return DType::kFloat32;
-        case ScalarType::BFloat16:
-            return DType::kBFloat16;
-        case ScalarType::Half:
-            return DType::kFloat16;
-        default:
-            STD_TORCH_CHECK(false, op, ": takes float32, bfloat16 and float16 tensors");
-    }
-}
-
-Strides strides_of(const Tensor& t) {
-    return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
 void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value) {
     bool ok = query.dim() == 4 && key.dim() == 4 && query.size(0) == key.size(0) &&
               query.size(3) == key.size(3) && key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
@@ -59,49 +25,6 @@ void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Ten
     STD_TORCH_CHECK(ok, op,
                     ": query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] must agree; got ",
                     shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());
-}
-
-struct Free {
-    void operator()(char* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-// Uninitialised, on a cache line's boundary.
-Memory allocate(int64_t bytes) {
-    size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-    char* p = static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(rounded, 64)));
-    if (p == nullptr) throw std::bad_alloc();
-    return Memory(p);
-}
-
-int64_t blocks(int64_t n, int64_t size) {
-    return (n + size - 1) / size;
-}
-
-// Runs task(i, scratch) for every i < count on torch's threads, each with scratch of its own. Threads draw
-// the next task from a counter: tasks differ in cost (causal rows see from 1 to T keys), and no result
-// depends on who runs it.
-template <class F>
-void for_each_task(int64_t count, int64_t scratch_bytes, bool parallel, const F& task) {
-    if (count == 0) return;
-    auto work = [&](std::atomic<int64_t>& next) {
-        Memory scratch;
-        for (int64_t i = next++; i < count; i = next++) {
-            if (!scratch) scratch = allocate(scratch_bytes);
-            task(i, scratch.get());
-        }
-    };
-    std::atomic<int64_t> next{0};
-    int64_t threads = parallel ? std::min<int64_t>(torch::stable::get_num_threads(), count) : 1;
-    if (threads == 1) return work(next);
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) work(next);
-    });
-}
-
-// Below this many multiply-adds waking the other threads costs more than they save.
-bool worth_threads(double multiply_adds) {
-    return multiply_adds > 1e5;
 }
 
 struct Selection {
