@@ -28,7 +28,7 @@ class Settings:
         longest = max_length or 10**9
         if quick:
             return cls(threads, 1.2, 3, longest, 0.5, min(longest, 8192))
-        return cls(threads, 5.0, 5, longest, 4.0, longest)
+        return cls(threads, 4.0, 5, longest, 4.0, longest)
 
 
 def problem(comparison: Comparison, settings: Settings) -> str | None:
