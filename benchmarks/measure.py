@@ -143,7 +143,11 @@ def peak_memory(settings: Settings, quick: bool, step: Callable[[str], None]) ->
     length = min(cases.MEMORY_LENGTH, settings.max_length)
     runs = [("topk_attention", False, length)]
     if not quick:
-        runs += [("topk_attention", True, length), ("gathered_attention", False, length)]
+        runs += [
+            ("topk_attention", True, length),
+            ("gathered_attention", False, length),
+            ("sdpa", False, length),
+        ]
     rows = []
     for op, backward, at in runs:
         step(f"peak memory of {op} T={at}")

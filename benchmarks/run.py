@@ -114,7 +114,7 @@ def count_steps(args: argparse.Namespace) -> int:
         len(cases.headline(args.quick)) + len(cases.on_real_inputs(args.quick)) + len(cases.know_before_use())
     )
     lengths = {n for lengths in cases.SCALING.values() for n in lengths}
-    return compared + len(lengths) + 1 + (1 if args.quick else 3) + (3 if with_suites(args) else 0)
+    return compared + len(lengths) + 1 + (1 if args.quick else 4) + (3 if with_suites(args) else 0)
 
 
 def main(argv: list[str] | None = None) -> int:
