@@ -64,7 +64,7 @@ def arms_of(settings: Settings) -> tuple[Arm, Arm]:
     ).backend
     return (
         Arm("dense", None, 0, "PyTorch SDPA"),
-        Arm("top-k", settings.top_k, settings.window, f"sparse_attn, {wing} wing"),
+        Arm("top-k", settings.top_k, settings.window, f"{wing} wing"),
     )
 
 

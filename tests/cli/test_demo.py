@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sparse_attn
 from sparse_attn import cli
 from sparse_attn.cli import demo_memory, demo_model, demo_text, demo_timing, demo_train
 
@@ -69,6 +70,14 @@ def test_text_run_prints_tables_and_files(tmp_path, capsys):
     ):
         assert part in text
     assert "wing" in text
+
+
+def test_the_slow_wing_is_announced(tmp_path, capsys):
+    with sparse_attn.use_backend("reference"):
+        assert demo(tmp_path, "--lengths") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "no compiled kernels here" in text
+    assert "reference wing" in text
 
 
 def test_no_lengths_no_timing(tmp_path, capsys):
