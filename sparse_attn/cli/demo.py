@@ -17,7 +17,6 @@ from sparse_attn.cli.console import UsageError, available_devices, device_of, re
 from sparse_attn.cli.demo_keys import chosen_keys
 from sparse_attn.cli.demo_plots import draw
 from sparse_attn.cli.demo_report import Report, as_json, print_report, print_start
-from sparse_attn.cli.demo_timing import CONTENDERS
 from sparse_attn.cli.demo_train import Settings, arms_of, train
 
 HELP = "train a small GPT on real text, dense and top-k side by side, and time attention at long lengths"
@@ -144,7 +143,7 @@ def _measure(report: Report, lengths: list[int], progress) -> None:
     settings, corpus = report.settings, report.corpus
     training = [Bar(progress, f"train {arm.name}", settings.steps) for arm in report.arms]
     sampling = Bar(progress, "sample", SAMPLE_LENGTH)
-    timing = Bar(progress, "timing", len(lengths) * len(CONTENDERS)) if lengths else None
+    timing = Bar(progress, "timing", len(lengths)) if lengths else None
     for arm, bar in zip(report.arms, training, strict=True):
         bar.begin()
         train(arm, corpus, settings, lambda loss, bar=bar: bar.advance(f"loss {loss:.3f}"))
@@ -161,7 +160,7 @@ def _measure(report: Report, lengths: list[int], progress) -> None:
         timing.begin()
         report.timing = demo_timing.start(settings.top_k, settings.device)
         for done in demo_timing.measure(report.timing, lengths, settings.device, settings.seed):
-            timing.advance(done)
+            timing.advance(f"T={done:,} done")
 
 
 class Bar:

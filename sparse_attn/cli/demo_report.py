@@ -72,7 +72,7 @@ def _arm(arm: Arm) -> dict:
         "validation_bits_per_character": _finite(nats / math.log(2)) if nats is not None else None,
         "tokens_per_second": arm.tokens_per_second,
         "peak_memory_bytes": arm.peak_memory,
-        "seconds": arm.seconds,
+        "seconds": sum(arm.step_seconds),
         "train_loss": [_finite(loss) for loss in arm.train_loss],
         "validation": [{"step": step, "nats_per_character": _finite(loss)} for step, loss in arm.validation],
     }

@@ -21,7 +21,7 @@ def _quick(request, monkeypatch):
         monkeypatch.setattr("sparse_attn.cli.demo.draw", lambda *what: None)
     monkeypatch.setattr(demo_text, "WINDOWS", 4)
     monkeypatch.setattr("sparse_attn.cli.demo.SAMPLE_LENGTH", 8)
-    monkeypatch.setattr(demo_timing, "PATIENCE", 0.0)
+    monkeypatch.setattr(demo_timing, "ROUNDS", 1)
 
 
 @pytest.fixture
