@@ -33,7 +33,7 @@ def device_of(name: str) -> torch.device:
             raise RuntimeError("the meta device computes nothing")
         torch.ones(2, device=device).sum().item()
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
         raise UsageError(f"--device {name} is not available here: {reason}") from None
     return device
 

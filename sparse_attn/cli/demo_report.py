@@ -123,7 +123,7 @@ def print_report(console, report: Report) -> None:
     if report.interrupted:
         console.print("\n[bold]Ended by Ctrl-C[/]; this is what was done until then.")
     console.print(_training_table(report))
-    if all(arm.validation for arm in report.arms):
+    if all(len(arm.train_loss) == report.settings.steps for arm in report.arms):
         console.print("  One seed, a short training: a longer one may end the other way round.", style="dim")
     console.print()
     if report.timing and report.timing.seconds:
@@ -162,7 +162,16 @@ def _training_table(report: Report):
     def row(name: str, cell) -> None:
         table.add_row(name, *(cell(arm) or "–" for arm in report.arms))
 
-    row("validation loss (nats/token)", lambda arm: _number(arm.validation_loss, "{:.3f}"))
+    def loss(arm: Arm) -> str | None:
+        cell = _number(arm.validation_loss, "{:.3f}")
+        # Of an arm that was cut short, which step it is of: it must not be read beside the other's last.
+        return (
+            cell
+            if len(arm.train_loss) == settings.steps
+            else cell and f"{cell} (step {arm.validation[-1][0]})"
+        )
+
+    row("validation loss (nats/token)", loss)
     row("  in bits/token", lambda arm: _number(arm.validation_loss, "{:.3f}", 1 / math.log(2)))
     row("training speed (tokens/s)", lambda arm: _number(arm.tokens_per_second, "{:,.0f}"))
     row("peak memory (MB)", lambda arm: _number(arm.peak_memory, "{:,.0f}", 1e-6))
