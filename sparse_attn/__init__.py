@@ -10,12 +10,15 @@ from sparse_attn.ops import (
     variable_width_embedding,
 )
 from sparse_attn.ops.topk_attention import explain
+from sparse_attn.planner import WidthPlan, plan_widths
 
 __version__ = "0.1.0"
 __all__ = [
+    "WidthPlan",
     "explain",
     "gathered_attention",
     "nn",
+    "plan_widths",
     "topk_attention",
     "topk_select",
     "use_backend",
