@@ -11,6 +11,7 @@
 
 #include "build_config.h"  // written by the build
 #include "cpu_attention.h"
+#include "cpu_cross_entropy.h"
 #include "cpu_dispatch.h"
 #include "cpu_embedding.h"
 #include "cuda_host.h"
@@ -21,6 +22,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("gathered_attention.cpu", TORCH_BOX(&sparse_attn::gathered_attention_cpu));
     m.impl("gathered_attention_backward.cpu", TORCH_BOX(&sparse_attn::gathered_attention_backward_cpu));
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));
+    m.impl("variable_width_cross_entropy.cpu", TORCH_BOX(&sparse_attn::variable_width_cross_entropy_cpu));
+    m.impl("variable_width_cross_entropy_backward.cpu",
+           TORCH_BOX(&sparse_attn::variable_width_cross_entropy_backward_cpu));
     m.impl("variable_width_embedding.cpu", TORCH_BOX(&sparse_attn::variable_width_embedding_cpu));
     m.impl("variable_width_embedding_backward.cpu",
            TORCH_BOX(&sparse_attn::variable_width_embedding_backward_cpu));

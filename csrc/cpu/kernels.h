@@ -15,7 +15,10 @@ struct Range {
     int64_t begin, end;
 };
 
+struct CrossEntropyKernels;  // cross_entropy_params.h
+
 struct KernelTable {
+    const CrossEntropyKernels* cross_entropy;
 
     // Keys in panels for the score tiles: bytes of one (batch, key head), and the packing of some of its
     // panels.

@@ -25,8 +25,10 @@ int64_t embedding_padded_width(int64_t width);
 void embedding_backward(const EmbeddingParams&, int64_t band, Range distinct, void* scratch);
 void embedding_backward_projection(const EmbeddingParams&, int64_t band, Range columns, void* scratch);
 
+extern const CrossEntropyKernels cross_entropy_table;
 extern const KernelTable table;
 const KernelTable table = {
+    &cross_entropy_table,
     packed_head_bytes,
     panel_count,
     pack_keys,
