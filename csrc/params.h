@@ -67,7 +67,7 @@ struct EmbeddingBand {
     void* grad_table;  // [n, width], zeros, or with grad_rows [last − first, width]; or null
     void* grad_projection;  // [D, width], or null
     float* sums;            // [last − first, D] scratch: grad_out summed over each row's positions
-    float* rows;            // [last − first, padded width] scratch: the rows themselves
+    float* rows;            // [padded width, last − first] scratch: the rows themselves, in panels
     bool grad_rows;         // a gradient row for each distinct row, not for each row of the table
 };
 

@@ -1,25 +1,25 @@
 // variable_width_embedding: each distinct row is projected once and copied to the positions of its token.
 //
 // A band without a projection is copies alone. With one, a block of distinct rows is gathered into packed
-// tiles and multiplied by the projection, packed in panels of kTileColumns outputs; the block's results stay
+// tiles and multiplied by the projection, packed in panels of kTileCols outputs; the block's results stay
 // in the second-level cache until they are copied out.
+#include "gemm_tile.h"
 #include "kernels.h"
 #include "scratch.h"
-#include "tile.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 int64_t embedding_padded_width(int64_t width) {
-    return round_up(width, kTileColumns);
+    return round_up(width, kTileCols);
 }
 
 // Forward panels are outputs d, backward panels are columns of the table.
 int64_t embedding_panels(const EmbeddingParams& p, int64_t band, bool backward) {
-    return embedding_padded_width(backward ? p.bands[band].width : p.embedding_dim) / kTileColumns;
+    return embedding_padded_width(backward ? p.bands[band].width : p.embedding_dim) / kTileCols;
 }
 int64_t embedding_packed_bytes(const EmbeddingParams& p, int64_t band, bool backward) {
     int64_t depth = backward ? p.embedding_dim : p.bands[band].width;
-    return embedding_panels(p, band, backward) * depth * kTileColumns * 4;
+    return embedding_panels(p, band, backward) * depth * kTileCols * 4;
 }
 
 int64_t embedding_scratch_bytes(const EmbeddingParams& p) {
@@ -39,13 +39,13 @@ void pack_projection(const EmbeddingParams& p, int64_t band, bool backward, Rang
     const int64_t depth = backward ? p.embedding_dim : e.width;
     const int64_t columns = backward ? e.width : p.embedding_dim;
     for (int64_t n = panels.begin; n < panels.end; ++n) {
-        const int64_t first = n * kTileColumns;
-        const int64_t count = minimum<int64_t>(kTileColumns, columns - first);
-        float* to = e.packed + n * depth * kTileColumns;
-        for (int64_t k = 0; k < depth; ++k, to += kTileColumns) {
+        const int64_t first = n * kTileCols;
+        const int64_t count = minimum<int64_t>(kTileCols, columns - first);
+        float* to = e.packed + n * depth * kTileCols;
+        for (int64_t k = 0; k < depth; ++k, to += kTileCols) {
             const T* from = backward ? projection + k * e.width + first : projection + first * e.width + k;
             load_row(to, from, count, backward ? 1 : e.width);
-            for (int64_t j = count; j < kTileColumns; ++j) to[j] = 0.0f;
+            for (int64_t j = count; j < kTileCols; ++j) to[j] = 0.0f;
         }
     }
 }
@@ -105,11 +105,7 @@ void project(const EmbeddingParams& p, int64_t band, Range distinct, void* memor
                 for (int64_t w = 0; w < e.width; ++w) to[w * kTileRows] = 0.0f;
             }
         }
-        for (int64_t n = 0; n < columns / kTileColumns; ++n)
-            for (int64_t r = 0; r < rows; r += kTileRows)
-                multiply_tile<false>(results + r * columns + n * kTileColumns, columns,
-                                     packed_rows + r * e.width, e.packed + n * e.width * kTileColumns,
-                                     kTileColumns, e.width);
+        gemm_packed<false>(results, columns, packed_rows, e.packed, rows, columns, e.width);
     } else {
         for (int64_t r = 0; r < rows; ++r)
             project_by_dots(p, e, table_row<T>(p, e, distinct.begin + r), results + r * columns, packed_rows);

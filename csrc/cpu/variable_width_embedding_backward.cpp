@@ -3,9 +3,9 @@
 //
 // Every sum has one order, whatever the number of threads: a row's positions ascend, a product's terms ascend
 // in blocks of kDepth.
+#include "gemm_tile.h"
 #include "kernels.h"
 #include "scratch.h"
-#include "tile.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -15,23 +15,38 @@ namespace {
 
 constexpr int64_t kDepth = 256;  // distinct rows of one pass over a projection's gradient
 
-// to [D] = the sum of grad_out over a row's positions.
+// Positions of one partial sum: the error of a token that occurs n times grows with n / kPartial, not with n.
+constexpr int64_t kPartial = 64;
+
+SPARSE_ATTN_INLINE const char* row_bytes(const void* rows, int64_t row, int64_t bytes) {
+    return static_cast<const char*>(rows) + row * bytes;
+}
+
+// to [D] = the sum of grad_out over positions [begin, end), begin < end.
 template <class T>
-void sum_positions(const EmbeddingParams& p, int64_t distinct, float* to) {
-    const int64_t n = p.embedding_dim;
-    const T* grad_out = static_cast<const T*>(p.grad_out);
-    const int64_t begin = p.starts[distinct], end = p.starts[distinct + 1];
-    load_row(to, grad_out + p.positions[begin] * n, n);
+void sum_some(const EmbeddingParams& p, int64_t begin, int64_t end, float* to) {
+    const int64_t n = p.embedding_dim, bytes = n * static_cast<int64_t>(sizeof(T));
+    load_row(to, reinterpret_cast<const T*>(row_bytes(p.grad_out, p.positions[begin], bytes)), n);
     for (int64_t i = begin + 1; i < end; ++i) {
-        const T* from = grad_out + p.positions[i] * n;
+        const T* from = reinterpret_cast<const T*>(row_bytes(p.grad_out, p.positions[i], bytes));
         if (i + 1 < end) {
-            const char* next = reinterpret_cast<const char*>(grad_out + p.positions[i + 1] * n);
-            for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64)
-                __builtin_prefetch(next + byte);
+            const char* next = row_bytes(p.grad_out, p.positions[i + 1], bytes);
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte);
         }
         int64_t d = 0;
         for (; d + Vec::W <= n; d += Vec::W) store(to + d, load(to + d) + load(from + d));
         for (; d < n; ++d) to[d] += to_float(from[d]);
+    }
+}
+
+// to [D] = the sum of grad_out over a row's positions; `partial` [D] is scratch.
+template <class T>
+void sum_positions(const EmbeddingParams& p, int64_t distinct, float* to, float* partial) {
+    const int64_t begin = p.starts[distinct], end = p.starts[distinct + 1];
+    sum_some<T>(p, begin, minimum(end, begin + kPartial), to);
+    for (int64_t i = begin + kPartial; i < end; i += kPartial) {
+        sum_some<T>(p, i, minimum(end, i + kPartial), partial);
+        for (int64_t d = 0; d < p.embedding_dim; ++d) to[d] += partial[d];
     }
 }
 
@@ -43,10 +58,11 @@ void rows_backward(const EmbeddingParams& p, int64_t band, Range distinct, void*
     const int64_t columns = embedding_padded_width(e.width);
     T* grad_table = static_cast<T*>(e.grad_table);
     auto grad_row = [&](int64_t u) { return grad_table + (e.grad_rows ? u - e.first : p.row[u]) * e.width; };
+    float* partial = scratch.take<float>(dim);
     if (!e.projection) {
         float* sum = scratch.take<float>(dim);
         for (int64_t u = distinct.begin; u < distinct.end; ++u) {
-            sum_positions<T>(p, u, sum);
+            sum_positions<T>(p, u, sum, partial);
             store_row(grad_row(u), sum, dim);
         }
         return;
@@ -56,23 +72,20 @@ void rows_backward(const EmbeddingParams& p, int64_t band, Range distinct, void*
     float* packed_sums = scratch.take<float>(kEmbeddingBlock * dim);
     float* results = scratch.take<float>(kEmbeddingBlock * columns);
     for (int64_t r = 0; r < rows; ++r) {
-        sum_positions<T>(p, distinct.begin + r, sums + r * dim);
+        sum_positions<T>(p, distinct.begin + r, sums + r * dim, partial);
         if (e.rows) {
             const T* from = static_cast<const T*>(e.table) + p.row[distinct.begin + r] * e.table_stride;
-            float* to = e.rows + (distinct.begin + r - e.first) * columns;
-            load_row(to, from, e.width);
-            for (int64_t w = e.width; w < columns; ++w) to[w] = 0.0f;
+            for (int64_t w = 0; w < columns; w += kTileCols) {
+                float* to = e.rows + w * (e.last - e.first) + (distinct.begin + r - e.first) * kTileCols;
+                const int64_t filled = minimum<int64_t>(kTileCols, e.width - w);
+                load_row(to, from + w, filled);
+                for (int64_t j = filled; j < kTileCols; ++j) to[j] = 0.0f;
+            }
         }
     }
     if (!grad_table) return;
-    for (int64_t r = 0; r < round_up(rows, kTileRows); ++r) {
-        float* to = packed_sums + r / kTileRows * kTileRows * dim + r % kTileRows;
-        for (int64_t d = 0; d < dim; ++d) to[d * kTileRows] = r < rows ? sums[r * dim + d] : 0.0f;
-    }
-    for (int64_t n = 0; n < columns / kTileColumns; ++n)
-        for (int64_t r = 0; r < rows; r += kTileRows)
-            multiply_tile<false>(results + r * columns + n * kTileColumns, columns, packed_sums + r * dim,
-                                 e.packed + n * dim * kTileColumns, kTileColumns, dim);
+    pack_rows(packed_sums, sums, rows, dim, dim, 1);
+    gemm_packed<false>(results, columns, packed_sums, e.packed, rows, columns, dim);
     for (int64_t r = 0; r < rows; ++r)
         store_row(grad_row(distinct.begin + r), results + r * columns, e.width);
 }
@@ -89,17 +102,10 @@ void projection_backward(const EmbeddingParams& p, int64_t band, Range columns, 
     memset(results, 0, static_cast<size_t>(kEmbeddingBlock * width) * 4);
     for (int64_t first = 0; first < all; first += kDepth) {
         const int64_t depth = minimum(kDepth, all - first);
-        for (int64_t r = 0; r < count; r += kTileRows) {
-            float* to = packed_sums + r * kDepth;
-            const float* from = e.sums + first * dim + columns.begin + r;
-            const int64_t filled = minimum<int64_t>(kTileRows, count - r);
-            for (int64_t k = 0; k < depth; ++k, to += kTileRows, from += dim)
-                for (int64_t i = 0; i < kTileRows; ++i) to[i] = i < filled ? from[i] : 0.0f;
-        }
-        for (int64_t n = 0; n < width / kTileColumns; ++n)
-            for (int64_t r = 0; r < count; r += kTileRows)
-                multiply_tile<true>(results + r * width + n * kTileColumns, width, packed_sums + r * kDepth,
-                                    e.rows + first * width + n * kTileColumns, width, depth);
+        pack_rows(packed_sums, e.sums + first * dim + columns.begin, count, 1, depth, dim);
+        for (int64_t w = 0; w < width; w += kTileCols)
+            gemm_packed<true>(results + w, width, packed_sums, e.rows + w * all + first * kTileCols, count,
+                              kTileCols, depth);
     }
     T* to = static_cast<T*>(e.grad_projection) + columns.begin * e.width;
     for (int64_t r = 0; r < count; ++r) store_row(to + r * e.width, results + r * width, e.width);
