@@ -91,7 +91,7 @@ class _Search:
         ends = self._solve(widths)
         used = self._parameters(ends, widths)
         error = (numpy.diff(self.mass[ends], axis=1) * self.err[widths]).sum(1)
-        error[used > self.budget] = numpy.inf
+        error[(used > self.budget) | self._wasteful(ends, widths)] = numpy.inf
         unused = used < FILLED * self.budget
         split = ((ends > self.counted) & (ends < self.total)).any(1)
         first = numpy.lexsort((error, split, unused))[0]
@@ -146,6 +146,14 @@ class _Search:
         together[:, 1:-1] = numpy.minimum(together[:, 1:-1], self.counted)
         filled = self._parameters(together, widths) >= FILLED * self.budget
         return numpy.where(filled[:, None], together, edges)
+
+    def _wasteful(self, edges: numpy.ndarray, widths: numpy.ndarray) -> numpy.ndarray:
+        """[N]: sets whose first band below the full width would be smaller at the full width."""
+        sizes = numpy.diff(edges, axis=1)
+        wasteful = (sizes > 0) & (widths < self.dim) & ((sizes + self.dim) * widths >= sizes * self.dim)
+        first = (sizes > 0) & (widths < self.dim)
+        first &= numpy.cumsum(first, axis=1) == 1
+        return (wasteful & first).any(1)
 
     def _parameters(self, edges: numpy.ndarray, widths: numpy.ndarray) -> numpy.ndarray:
         sizes = numpy.diff(edges, axis=1)
