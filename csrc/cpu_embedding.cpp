@@ -3,9 +3,11 @@
 // call of an op from reading or writing out of bounds.
 #include "cpu_embedding.h"
 
+#include <cstring>
 #include <limits>
 
 #include "cpu_dispatch.h"
+#include "cpu_memory.h"
 #include "cpu_tasks.h"
 
 namespace sparse_attn {
@@ -85,6 +87,7 @@ struct Call {
 
     float* scratch(int64_t floats) {
         memory.push_back(allocate(floats * 4));
+        prefer_large_pages(memory.back().get(), floats * 4);
         return reinterpret_cast<float*>(memory.back().get());
     }
 };
@@ -215,6 +218,30 @@ void pack_projections(Call& c, bool backward, int64_t least_rows) {
                   [&](int64_t i, char*) { k.embedding_pack(p, tasks[i].band, backward, tasks[i].panels); });
 }
 
+int64_t element_bytes(const EmbeddingParams& p) {
+    return p.dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Zeros in all of the gradients that are as large as their tables.
+void clear_grad_tables(const Call& c) {
+    constexpr int64_t kChunk = int64_t{1} << 20;
+    struct Chunk {
+        char* begin;
+        int64_t bytes;
+    };
+    std::vector<Chunk> chunks;
+    for (size_t b = 0; b < c.bands.size(); ++b) {
+        const EmbeddingBand& e = c.bands[b];
+        if (!e.grad_table || e.grad_rows) continue;
+        const int64_t bytes = c.tables[b].size(0) * e.width * element_bytes(c.params);
+        prefer_large_pages(e.grad_table, bytes);
+        for (int64_t at = 0; at < bytes; at += kChunk)
+            chunks.push_back({static_cast<char*>(e.grad_table) + at, std::min(kChunk, bytes - at)});
+    }
+    for_each_task(chunks.size(), 64, chunks.size() > 1,
+                  [&](int64_t i, char*) { std::memset(chunks[i].begin, 0, chunks[i].bytes); });
+}
+
 // Tasks of at most kEmbeddingBlock distinct rows with not too many positions: ids follow Zipf's law, and a
 // few rows can have most of the positions. How rows are divided changes no result.
 struct Block {
@@ -251,7 +278,8 @@ Tensor variable_width_embedding_cpu(Tensor ids, std::vector<Tensor> tables, std:
     Tensor out = torch::stable::new_empty(tables[0], shape);
     if (out.numel() == 0) return out;
     p.out = out.mutable_data_ptr();
-    const int64_t row_bytes = p.embedding_dim * (p.dtype == DType::kFloat32 ? 4 : 2);
+    const int64_t row_bytes = p.embedding_dim * element_bytes(p);
+    prefer_large_pages(p.out, c.count * row_bytes);
     for (int64_t i : c.groups.padded) std::memset(static_cast<char*>(p.out) + i * row_bytes, 0, row_bytes);
     pack_projections(c, false, kFewRows);
     const KernelTable& k = cpu::kernels();
@@ -282,8 +310,8 @@ variable_width_embedding_backward_cpu(Tensor grad_out, Tensor ids, std::vector<T
         EmbeddingBand& e = c.bands[b];
         const int64_t hit = e.last - e.first;
         if (need_tables) {
-            grad_tables.push_back(sparse ? torch::stable::new_empty(tables[b], {hit, e.width})
-                                         : torch::stable::new_zeros(tables[b], {tables[b].size(0), e.width}));
+            grad_tables.push_back(
+                torch::stable::new_empty(tables[b], {sparse ? hit : tables[b].size(0), e.width}));
             e.grad_table = grad_tables.back().mutable_data_ptr();
             e.grad_rows = sparse;
             if (sparse) {
@@ -300,6 +328,7 @@ variable_width_embedding_backward_cpu(Tensor grad_out, Tensor ids, std::vector<T
         e.sums = c.scratch(hit * p.embedding_dim);
         e.rows = c.scratch(hit * k.embedding_padded_width(e.width));
     }
+    clear_grad_tables(c);
     if (need_tables) pack_projections(c, true, 1);
     const std::vector<Block> tasks = blocks_of(c);
     const int64_t bytes = k.embedding_scratch_bytes(p);
