@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from numbers import Real
 
 import torch
@@ -121,12 +121,13 @@ def reduction_of(reduction: object) -> str:
     return reduction
 
 
-def factor(name: str, value: object, most: float = math.inf) -> float:
-    """A plain number from 0 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+def factor(name: str, value: object, most: float = sys.float_info.max) -> float:
+    """A plain number from 0 to `most`, by default a finite one."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not 0 <= value <= most or not math.isfinite(value):
-        bound = "finite and at least 0" if most == math.inf else f"from 0 to {most:g}"
+    # NaN fails too. Comparisons alone: math.isfinite does not take a compiler's symbolic number.
+    if not 0 <= value <= most:
+        bound = "finite and at least 0" if most == sys.float_info.max else f"from 0 to {most:g}"
         raise ValueError(f"{name} must be {bound}, got {value}")
     return float(value)
 

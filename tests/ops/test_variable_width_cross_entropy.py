@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import bands as helper
 from helpers.bands import dense_loss, value_and_gradients
 from helpers.compare import assert_within_budget
@@ -283,6 +284,26 @@ def test_compile_is_one_graph(name):
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     ours = value_and_gradients(compiled, hidden, bands)
     torch.testing.assert_close(ours, value_and_gradients(eager, hidden, bands))
+
+
+@WINGS
+def test_compile_with_dynamic_shapes(name):
+    """A new number of tokens needs no new graph."""
+    torch._dynamo.reset()
+    bands = problem("three")[2]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def eager(h, t):
+        return run(h, t, bands, name)
+
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (11, 23, 130):  # none of them a size of the tables: those would be taken for equal
+        hidden, targets, _ = problem("three", tokens)
+        torch.testing.assert_close(compiled(hidden, targets), eager(hidden, targets))
+        first = (
+            counter.frame_count if tokens == 11 else first
+        )  # 2: the compiler starts again for a plain float
+    assert counter.frame_count == first, f"{counter.frame_count} graphs"
 
 
 @WINGS
