@@ -12,7 +12,7 @@ constexpr int64_t kPiece = 1 << 18;  // tokens of one task
 
 // In a text the same few ids come again and again, and a counter that was just written is slow to read:
 // neighbours count into different tables.
-constexpr int64_t kTables = 4;
+constexpr int64_t kTables = 2;
 
 template <class Id>
 void count_piece(const Id* tokens, int64_t n, int64_t bins, uint32_t* tables) {
