@@ -19,6 +19,10 @@ using cpu::Range;
 // Bands with fewer distinct rows than this are projected by dot products: packing the projection costs more.
 constexpr int64_t kFewRows = 6;
 
+// Multiply-adds and numbers written from which on other threads are woken: a call has up to three rounds of
+// tasks.
+constexpr double kWorthThreads = 2e6;
+
 bool is_index(const Tensor& t) {
     return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
 }
@@ -195,7 +199,7 @@ void prepare(Call& c, const char* op, const Tensor& ids, const std::vector<Tenso
     p.row = c.groups.row.data();
     p.starts = c.groups.starts.data();
     p.positions = c.groups.positions.data();
-    c.parallel = worth_threads(work);
+    c.parallel = work > kWorthThreads;
 }
 
 void pack_projections(Call& c, bool backward, int64_t least_rows) {

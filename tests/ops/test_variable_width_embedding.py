@@ -214,8 +214,8 @@ def test_number_of_threads(wing, dtype, sparse):
     if wing.name != "cpu":
         pytest.skip("the promise is the CPU wing's")
     e = make_tables(72, (72, 33, 8), (100, 900, 2000), dtype=dtype).require_grad()
-    ids = make_ids("zipf", 3000, 6000)
-    grad_out = torch.randn(6000, 72).to(dtype)
+    ids = make_ids("zipf", 3000, 40000)
+    grad_out = torch.randn(40000, 72).to(dtype)
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
