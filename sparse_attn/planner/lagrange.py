@@ -75,10 +75,8 @@ class _Search:
         # Ascending, for searchsorted.
         self.height = -numpy.log(weights) + TIE * numpy.arange(self.total) / self.total
         self.best: tuple[int, ...] = ()
-        self.best_score = (
-            True,
-            numpy.inf,
-        )  # (the budget is left unused, expected error): the less the better
+        # (the budget is left unused, tokens that never occur are split, expected error): the less the better
+        self.best_score = (True, True, numpy.inf)
         self.seen: set[tuple[int, ...]] = set()
 
     def offer(self, sets: list[tuple[int, ...]]) -> None:
@@ -92,9 +90,9 @@ class _Search:
         used = self._parameters(ends, widths)
         error = (numpy.diff(self.mass[ends], axis=1) * self.err[widths]).sum(1)
         error[(used > self.budget) | self._wasteful(ends, widths)] = numpy.inf
-        unused = used < FILLED * self.budget
+        unused = (used < FILLED * self.budget) | ~numpy.isfinite(error)
         split = ((ends > self.counted) & (ends < self.total)).any(1)
-        first = numpy.lexsort((error, split, unused))[0]
+        first = numpy.lexsort((error, split, unused, ~numpy.isfinite(error)))[0]
         score = (bool(unused[first]), bool(split[first]), float(error[first]))
         if numpy.isfinite(score[2]) and score < self.best_score:
             self.best, self.best_score = sets[first], score

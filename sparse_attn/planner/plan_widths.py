@@ -35,9 +35,9 @@ def plan_widths(
     """How wide each token's embedding row should be, from how often it occurs.
 
     The plan has at most `budget` numbers in its tables and projections together, and uses at least 97 % of the budget
-    wherever some plan can. Of two tokens the more frequent never has the narrower row; tokens that never occur
-    are in the narrowest band, unless the budget cannot be used otherwise. A budget of the full table or more gives
-    the full table.
+    wherever a plan can whose bands are worth their projections. Of two tokens the more frequent never has the narrower
+    row; tokens that never occur are in the narrowest band, unless the budget cannot be used otherwise. A budget of the
+    full table or more gives the full table.
 
     Args:
         counts: how often each token occurs, [V], in id order (the ids need no order of frequency); integers or

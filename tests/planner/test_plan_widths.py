@@ -29,7 +29,7 @@ def width_of(plan) -> torch.Tensor:
 def most_used(tokens: int, dim: int, budget: int, multiple_of: int) -> int:
     """The most parameters, not above budget, of any plan of one or two bands that are worth their projections.
 
-    That is by trying all; where a band would be smaller with full rows it counts as that.
+    That is by trying all; where a band would be smaller with full rows, or both with the wide ones, that counts.
     """
     grid = [*range(multiple_of, dim, multiple_of), dim]
     best = 0
@@ -40,6 +40,7 @@ def most_used(tokens: int, dim: int, budget: int, multiple_of: int) -> int:
         full_rest = full & ((rest + dim) * narrow >= rest * dim)
         sizes = numpy.where(full, first * dim, (first + dim) * wide)
         sizes += numpy.where(full_rest, rest * dim, (rest + dim * (rest > 0)) * narrow)
+        sizes = numpy.minimum(sizes, min(tokens * dim, (tokens + dim) * wide))
         best = max(best, int(sizes[sizes <= budget].max(initial=0)))
     return best
 
