@@ -28,7 +28,7 @@ class Settings:
         longest = max_length or 10**9
         if quick:
             return cls(threads, 1.2, 3, longest, 0.5, min(longest, 8192))
-        return cls(threads, 5.0, 5, longest, 4.0, longest)
+        return cls(threads, 4.0, 5, longest, 4.0, longest)
 
 
 def problem(comparison: Comparison, settings: Settings) -> str | None:
@@ -143,7 +143,11 @@ def peak_memory(settings: Settings, quick: bool, step: Callable[[str], None]) ->
     length = min(cases.MEMORY_LENGTH, settings.max_length)
     runs = [("topk_attention", False, length)]
     if not quick:
-        runs += [("topk_attention", True, length), ("gathered_attention", False, length)]
+        runs += [
+            ("topk_attention", True, length),
+            ("gathered_attention", False, length),
+            ("sdpa", False, length),
+        ]
     rows = []
     for op, backward, at in runs:
         step(f"peak memory of {op} T={at}")

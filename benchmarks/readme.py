@@ -29,7 +29,8 @@ def summary(results: dict) -> str:
     return "\n".join(
         [
             f"Measured on {in_words(results['machine'])}; {results['setting']} unless the row says otherwise. "
-            "“As fast” is dense SDPA's time over ours: below 1× dense is quicker.",
+            "“As fast” is dense SDPA's time over ours: below 1× dense is quicker. “real” rows use a language "
+            "model's own queries and keys, the others independent random numbers.",
             "",
             *_dense_table(dense + know),
             "",

@@ -46,6 +46,8 @@ def print_results(results: dict, console: Console) -> None:
     console.print(_other_table(results))
     for line in results["left_out"]:
         console.print(f"[dim]left out: {escape(line)}[/]", highlight=False)
+    if results["suites"]:
+        console.print(f"[dim]the pytest suites' {len(results['suites'])} timings are in the JSON[/]")
     judged = [met for met in _judgements(results) if met is not None]
     if judged:
         console.print(f"\n[bold]{sum(judged)} of {len(judged)} targets met.[/]")

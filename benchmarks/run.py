@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,9 +45,13 @@ def run(args: argparse.Namespace, step) -> dict:
     """All measurements, as one JSON-able dict; `step` is told what comes next."""
     settings = measure.Settings.of(args.quick, args.threads, args.max_length)
     with torch.random.fork_rng(devices=[]):
+        # The cheap ones that depend on other processes first: if they fail, little is lost.
+        memory, overhead = measure.peak_memory(settings, args.quick, step), measure.overhead(args.quick, step)
         headline, left_out = measure.comparisons(cases.headline(args.quick), settings, step)
         real, no_real = measure.comparisons(cases.on_real_inputs(args.quick), settings, step)
         know, too_long = measure.comparisons(cases.know_before_use(), settings, step)
+        scaling = measure.scaling(settings, step)
+        suite_rows, failed = suites(settings, step) if with_suites(args) else ([], [])
     rows = headline + real + know
     return {
         "format": 1,
@@ -57,12 +62,13 @@ def run(args: argparse.Namespace, step) -> dict:
         "headline": headline,
         "real": real,
         "know_before_use": know,
-        "scaling": measure.scaling(settings, step),
-        "overhead": measure.overhead(args.quick, step),
-        "memory": measure.peak_memory(settings, args.quick, step),
-        "suites": suites(settings, step) if with_suites(args) else [],
+        "scaling": scaling,
+        "overhead": overhead,
+        "memory": memory,
+        "suites": suite_rows,
         "left_out": [
             *dict.fromkeys(left_out + no_real + too_long),
+            *failed,
             *(f"{row['name']}: {why}" for row in rows for why in row["left_out"].values()),
         ],
     }
@@ -72,9 +78,9 @@ def with_suites(args: argparse.Namespace) -> bool:
     return not args.quick and not args.no_suites and find_spec("pytest_benchmark") is not None
 
 
-def suites(settings: measure.Settings, step) -> list[dict]:
-    """Runs the pytest-benchmark suites in a process of their own and keeps the medians."""
-    rows = []
+def suites(settings: measure.Settings, step) -> tuple[list[dict], list[str]]:
+    """Runs the pytest-benchmark suites in processes of their own: (medians, what failed)."""
+    rows, failed = [], []
     for file in sorted(HERE.glob("bench_*.py")):
         step(f"suite {file.stem}")
         with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +91,10 @@ def suites(settings: measure.Settings, step) -> list[dict]:
             command += ["--max-length", str(min(settings.max_length, 4096)), "-k", "not plain or 1024"]
             done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
             if done.returncode != 0:
-                raise RuntimeError(f"pytest {file.name} failed:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+                last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+                failed.append(f"suite {file.stem} failed: {' '.join(last)}")
+            if not report.exists():
+                continue
             found = json.loads(report.read_text())["benchmarks"]
         rows += [
             {
@@ -97,7 +106,7 @@ def suites(settings: measure.Settings, step) -> list[dict]:
             }
             for row in found
         ]
-    return rows
+    return rows, failed
 
 
 def count_steps(args: argparse.Namespace) -> int:
@@ -105,7 +114,7 @@ def count_steps(args: argparse.Namespace) -> int:
         len(cases.headline(args.quick)) + len(cases.on_real_inputs(args.quick)) + len(cases.know_before_use())
     )
     lengths = {n for lengths in cases.SCALING.values() for n in lengths}
-    return compared + len(lengths) + 1 + (1 if args.quick else 3) + (3 if with_suites(args) else 0)
+    return compared + len(lengths) + 1 + (1 if args.quick else 4) + (3 if with_suites(args) else 0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,6 +133,8 @@ def execute(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise SystemExit(f"{error}: the benchmarks need rich, matplotlib and pytest-benchmark") from None
     torch.set_num_threads(args.threads)
+    if os.environ.get(inputs.REAL_INPUTS):  # the suites run in another folder
+        os.environ[inputs.REAL_INPUTS] = str(Path(os.environ[inputs.REAL_INPUTS]).resolve())
     if machine.wing() != "cpu" and args.max_length is None:
         args.max_length = PURE_MAX_LENGTH
     console, messages = Console(), Console(stderr=True)

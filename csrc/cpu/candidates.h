@@ -23,7 +23,7 @@ constexpr int kSlack = 64;
 
 // The buffer's length: large enough that cutting is rare, small enough to stay in cache.
 SPARSE_ATTN_INLINE int64_t candidate_capacity(int64_t keep) {
-    return round_up(keep + maximum<int64_t>(keep, 192), Vec::W);
+    return round_up(keep + maximum<int64_t>(keep, 128), Vec::W);
 }
 
 // A threshold that every score passes (comparisons are "not <=", which NaN always passes).

@@ -67,6 +67,11 @@ void query_rows(const AttendBackwardParams& p, int64_t b, Range heads, Range que
             store_row(static_cast<T*>(p.grad_query) + row * f.head_dim, grad_query, f.head_dim);
             // Back to the slots; the key pass reads filled slots alone.
             float *to_probability = p.probability + row * f.slots, *to_grad = p.grad_score + row * f.slots;
+            if (filled == f.slots) {  // every slot in its place already
+                memcpy(to_probability, scores, static_cast<size_t>(filled) * 4);
+                memcpy(to_grad, grad_scores, static_cast<size_t>(filled) * 4);
+                continue;
+            }
             for (int64_t n = 0; n < filled; ++n) {
                 to_probability[slot_of[n]] = scores[n];
                 to_grad[slot_of[n]] = grad_scores[n];

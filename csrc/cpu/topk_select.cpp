@@ -184,11 +184,11 @@ SPARSE_ATTN_INLINE void emit(int32_t* row, int64_t slots, const Visible& v, cons
 // ---- the tile
 // ---------------------------------------------------------------------------------------------------
 
-// tile[r][j] = dot product of query r and key j of the panel. Not inlined: the accumulators need all
-// registers.
-template <class Tile>
-__attribute__((noinline)) void score_tile(float* tile, const float* queries, const float* panel,
-                                          int64_t word_count) {
+// tile[r][j] = dot product of query r and key j of the panel, and, if wanted, bit j of beats[r]: it is not <=
+// the row's threshold. Returns the rows with any bit. Not inlined: the accumulators need all registers.
+template <class Tile, bool kCompare>
+__attribute__((noinline)) uint32_t score_tile(float* tile, const float* queries, const float* panel,
+                                              int64_t word_count, const float* threshold, uint32_t* beats) {
     Vec acc[MR][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
@@ -205,6 +205,19 @@ __attribute__((noinline)) void score_tile(float* tile, const float* queries, con
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) store(tile + r * NR + v * W, acc[r][v]);
+    uint32_t rows = 0;
+    if constexpr (kCompare) {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) {
+            const Vec bound = broadcast(threshold[r]);
+            uint32_t bits = 0;
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) bits |= not_le(acc[r][v], bound) << (v * W);
+            beats[r] = bits;
+            rows |= static_cast<uint32_t>(bits != 0) << r;
+        }
+    }
+    return rows;
 }
 
 SPARSE_ATTN_INLINE float sign_of(float scale) {
@@ -252,6 +265,7 @@ void select_rows(const SelectParams& p, int64_t b, int64_t head, Range queries, 
     Visible visible[kBlockRows];
     float threshold[kBlockRows];
     alignas(64) float tile[MR * NR];
+    uint32_t beats[MR];
     bool scored[kBlockRows];
     // Per row group: where any scored row needs tiles, and where all lanes of all its rows count.
     Range needed[kRowGroups], inner[kRowGroups];
@@ -295,30 +309,29 @@ void select_rows(const SelectParams& p, int64_t b, int64_t head, Range queries, 
         const float* panel = packed + n * word_count * NR;
         for (int g = 0; g < kRowGroups; ++g) {
             if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
-            score_tile<Tile>(tile, tile_queries + g * MR * word_count, panel, word_count);
+            uint32_t beaten = score_tile<Tile, true>(tile, tile_queries + g * MR * word_count, panel,
+                                                     word_count, threshold + g * MR, beats);
             const bool all_lanes = base >= inner[g].begin && base + NR <= inner[g].end;
-            for (int r = 0; r < MR; ++r) {
-                const int i = g * MR + r;
-                const uint32_t lanes = all_lanes   ? ~0u
-                                       : scored[i] ? candidate_bits(visible[i], base, NR)
-                                                   : 0u;
-                const Vec bound = broadcast(threshold[i]);
-                Vec s[NV];
-                uint32_t bits = 0;
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) {
-                    s[v] = load(tile + r * NR + v * W);
-                    bits |= not_le(s[v], bound) << (v * W);
-                }
-                bits &= lanes;
+            for (; beaten; beaten &= beaten - 1) {
+                const int r = __builtin_ctz(beaten), i = g * MR + r;
+                uint32_t bits = beats[r];
+                if (!all_lanes) bits &= scored[i] ? candidate_bits(visible[i], base, NR) : 0u;
+                if (!bits) continue;
                 Candidates& c = candidates[i];
-                // Early on most panels hold a survivor or two: a branch there would be a coin toss.
-                if (base > 32 * c.keep && !bits) continue;
+                int32_t count = c.count;
+                if ((bits & (bits - 1)) == 0) {
+                    // The usual case once the threshold is good: one survivor.
+                    const int lane = __builtin_ctz(bits);
+                    c.scores[count] = tile[r * NR + lane];
+                    c.indices[count++] = static_cast<int32_t>(base) + lane;
+                } else {
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v)
-                    c.count += append(c.scores + c.count, c.indices + c.count, bits >> (v * W) & low_bits(W),
-                                      s[v], static_cast<int32_t>(base + v * W));
-                if (c.count > full) threshold[i] = keep_best(c, keys);
+                    for (int v = 0; v < NV; ++v)
+                        count += append(c.scores + count, c.indices + count, bits >> (v * W) & low_bits(W),
+                                        load(tile + r * NR + v * W), static_cast<int32_t>(base + v * W));
+                }
+                c.count = count;
+                if (count > full) threshold[i] = keep_best(c, keys);
             }
         }
     }
@@ -410,8 +423,8 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
             }
         for (int64_t base = 0; base < length; base += NR)
             for (int64_t start = 0; start < padded_rows; start += MR) {
-                score_tile<Tile>(tile, tile_queries + start * word_count, head_keys + base * word_count,
-                                 word_count);
+                score_tile<Tile, false>(tile, tile_queries + start * word_count,
+                                        head_keys + base * word_count, word_count, nullptr, nullptr);
                 for (int64_t r = 0; r < minimum<int64_t>(MR, tile_rows - start); ++r) {
                     int64_t row = start + r, i = row / heads_per_kv,
                             h = k * heads_per_kv + row % heads_per_kv;

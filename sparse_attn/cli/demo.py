@@ -15,8 +15,8 @@ from sparse_attn import backends
 from sparse_attn.cli import demo_text, demo_timing
 from sparse_attn.cli.console import UsageError, available_devices, device_of, require
 from sparse_attn.cli.demo_keys import chosen_keys
+from sparse_attn.cli.demo_plots import draw
 from sparse_attn.cli.demo_report import Report, as_json, print_report, print_start
-from sparse_attn.cli.demo_timing import CONTENDERS
 from sparse_attn.cli.demo_train import Settings, arms_of, train
 
 HELP = "train a small GPT on real text, dense and top-k side by side, and time attention at long lengths"
@@ -66,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     number = functools.partial(add, metavar="N")
     number("--steps", type=_count(1), default=300, help="training steps of each arm (default %(default)s)")
-    number("--top-k", type=_count(1), default=32, help="keys per query (default %(default)s)")
+    number("--top-k", type=_count(1), default=16, help="keys per query (default %(default)s)")
     number("--window", type=_count(0), help="how many of them are always the latest (default: a quarter)")
     number("--context", type=_count(2), default=256, help="characters in a window (default %(default)s)")
     number("--batch", type=_count(1), default=8, help="windows in a training step (default %(default)s)")
@@ -109,12 +109,12 @@ def run(arguments: argparse.Namespace) -> int:
         report.interrupted = True
     except demo_timing.Disagreement as error:
         report.error = str(error)
-    _write(report, out)
-    if arguments.json:
-        json.dump(as_json(report), sys.stdout, indent=2)
-        print()
-    else:
-        print_report(console, report)
+    report.files = {"json": str(out / "demo.json"), "png": str(out / "demo.png")}
+    text = json.dumps(as_json(report), indent=2)
+    print(text) if arguments.json else print_report(console, report)
+    (out / "demo.json").write_text(text + "\n", "utf-8")
+    # Last, because it takes longest, and a second Ctrl-C may come.
+    draw(out / "demo.png", report.corpus.name, report.arms, report.timing, report.keys)
     if report.error:
         print(f"sparse-attn demo: {report.error}", file=sys.stderr)
     return 130 if report.interrupted else 1 if report.error else 0
@@ -143,7 +143,7 @@ def _measure(report: Report, lengths: list[int], progress) -> None:
     settings, corpus = report.settings, report.corpus
     training = [Bar(progress, f"train {arm.name}", settings.steps) for arm in report.arms]
     sampling = Bar(progress, "sample", SAMPLE_LENGTH)
-    timing = Bar(progress, "timing", len(lengths) * len(CONTENDERS)) if lengths else None
+    timing = Bar(progress, "timing", len(lengths)) if lengths else None
     for arm, bar in zip(report.arms, training, strict=True):
         bar.begin()
         train(arm, corpus, settings, lambda loss, bar=bar: bar.advance(f"loss {loss:.3f}"))
@@ -160,7 +160,7 @@ def _measure(report: Report, lengths: list[int], progress) -> None:
         timing.begin()
         report.timing = demo_timing.start(settings.top_k, settings.device)
         for done in demo_timing.measure(report.timing, lengths, settings.device, settings.seed):
-            timing.advance(done)
+            timing.advance(f"T={done:,} done")
 
 
 class Bar:
@@ -212,11 +212,3 @@ def _folder(name: str) -> Path:
     except OSError as error:
         raise UsageError(f"--out {name} cannot be written to: {error.strerror or error}") from None
     return folder
-
-
-def _write(report: Report, out: Path) -> None:
-    from sparse_attn.cli.demo_plots import draw
-
-    report.files = {"json": str(out / "demo.json"), "png": str(out / "demo.png")}
-    draw(out / "demo.png", report.corpus.name, report.arms, report.timing, report.keys)
-    (out / "demo.json").write_text(json.dumps(as_json(report), indent=2) + "\n", "utf-8")

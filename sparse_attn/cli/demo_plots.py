@@ -11,6 +11,7 @@ from sparse_attn.cli.demo_train import Arm
 
 # Okabe-Ito: told apart by colour-blind readers too.
 COLORS = {"dense": "#0072B2", "SDPA": "#0072B2", "top-k": "#D55E00", "plain PyTorch": "#009E73"}
+FUTURE = "#d9d9d9"
 MARKERS = {"SDPA": "o", "top-k": "s", "plain PyTorch": "^"}
 
 
@@ -55,14 +56,22 @@ def _loss(axes, text_name: str, arms: list[Arm]) -> None:
         color = COLORS[arm.name]
         label = arm.name if arm.top_k is None else f"{arm.name} ({arm.top_k} keys per query)"
         steps = range(1, len(arm.train_loss) + 1)
-        axes.plot(steps, _smooth(arm.train_loss), color=color, alpha=0.45, lw=1.5, label=f"{label}: training")
+        axes.plot(
+            steps,
+            _smooth(arm.train_loss),
+            color=color,
+            alpha=0.45,
+            lw=1.5,
+            label=f"{label}: training, running mean",
+        )
         if arm.validation:
             x, y = zip(*arm.validation, strict=True)
             marker = "o" if arm.top_k is None else "s"
             axes.plot(
                 x, y, color=color, marker=marker, lw=2, label=f"{label}: held-out, {y[-1]:.3f} at the end"
             )
-    axes.set_title(f"A small GPT learns to spell: same seed, same data order\n({text_name})")
+    title = f"A small GPT learns to spell: same seed, same data order\n({text_name})"
+    axes.set_title(title, parse_math=False)  # a file name may hold dollar signs
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per character; lower is better)")
     axes.grid(alpha=0.3)
@@ -73,6 +82,8 @@ def _timing(axes, timing: Timing | None) -> None:
     if timing is None or not any(value for row in timing.seconds.values() for value in row.values()):
         _missing(axes, "Attention time")
         return
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     for name in CONTENDERS:
         points = [(length, row[name] * 1e3) for length, row in timing.seconds.items() if row[name]]
         if not points:
@@ -91,11 +102,13 @@ def _timing(axes, timing: Timing | None) -> None:
             label=label.get(name, f"top-k: sparse_attn ({timing.wing} wing)"),
         )
         axes.annotate(
-            f"{y[-1]:,.0f} ms", (x[-1], y[-1]), xytext=(7, 0), textcoords="offset points", va="center"
+            f"{_short(y[-1])} ms", (x[-1], y[-1]), xytext=(7, 0), textcoords="offset points", va="center"
         )
     lengths = list(timing.seconds)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: _short(value)))
     axes.set_xlim(lengths[0] * 0.9, lengths[-1] * 1.45)
     axes.set_title(
         f"Time of one causal attention, forward\n({HEADS} heads of {HEAD_DIM}, float32, {timing.top_k} keys per query)"
@@ -103,7 +116,11 @@ def _timing(axes, timing: Timing | None) -> None:
     axes.set_xlabel("sequence length T (tokens)")
     axes.set_ylabel("milliseconds (lower is better)")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _visible(character: str) -> str:
@@ -116,13 +133,14 @@ def _keys(figure, axes, keys: ChosenKeys | None) -> None:
         return
     import numpy
     from matplotlib import colors
+    from matplotlib.patches import Patch
 
     weights = numpy.array([[numpy.nan if w is None else w for w in row] for row in keys.weights])
     queries, shown = weights.shape
     hidden = numpy.arange(shown) > numpy.arange(shown - queries, shown)[:, None]
     axes.imshow(
         numpy.where(hidden, 1.0, numpy.nan),
-        cmap=colors.ListedColormap(["#d9d9d9"]),
+        cmap=colors.ListedColormap([FUTURE]),
         aspect="auto",
         interpolation="none",
     )
@@ -133,19 +151,28 @@ def _keys(figure, axes, keys: ChosenKeys | None) -> None:
         aspect="auto",
         interpolation="none",
     )
-    axes.set_xticks(range(shown), map(_visible, keys.text), family="DejaVu Sans Mono", fontsize=8)
-    axes.set_yticks(range(queries), map(_visible, keys.queries), family="DejaVu Sans Mono", fontsize=8)
+    axes.set_xticks(range(shown), map(_visible, keys.text), family="DejaVu Sans Mono", fontsize=9.5)
+    axes.set_yticks(range(queries), map(_visible, keys.queries), family="DejaVu Sans Mono", fontsize=9.5)
     axes.tick_params(length=0)
     axes.set_xticks(numpy.arange(shown + 1) - 0.5, minor=True)
     axes.set_yticks(numpy.arange(queries + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#e8e8e8", lw=0.4)
     axes.tick_params(which="minor", length=0)
-    before = f"; {keys.outside:.0%} of the weight lies further left" if keys.context > shown else ""
-    always = f"; the latest {keys.window} always" if keys.window else ""
+    notes = [f"the latest {keys.window} are always kept"] if keys.window else []
+    notes += [f"{keys.outside:.0%} of the weight lies further left"] if keys.context > shown else []
     axes.set_title(
-        f"Which keys were chosen: layer {keys.layer + 1}, head {keys.head + 1}, the last {queries} characters "
-        f"of a held-out sentence\ncoloured: one of the query's {keys.top_k} keys (of {keys.context} in its "
-        f"context{before}{always}) · white: seen, not chosen · grey: the future"
+        f"Which of {keys.context} keys the top-k model chose for the last {queries} characters of a held-out sentence\n"
+        f"(layer {keys.layer + 1}, head {keys.head + 1}, the one that looks furthest back; "
+        f"{keys.top_k} keys per query{''.join(f'; {note}' for note in notes)})"
+    )
+    axes.legend(
+        handles=[
+            Patch(facecolor="#f03b20", label="chosen (colour: attention weight)"),
+            Patch(facecolor="white", edgecolor="#999999", label="seen, not chosen"),
+            Patch(facecolor=FUTURE, label="the future, never seen"),
+        ],
+        loc="upper right",
+        framealpha=1,
     )
     axes.set_xlabel("key (each column is a character of the text)")
     axes.set_ylabel("query (read downwards)")

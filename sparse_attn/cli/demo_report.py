@@ -72,7 +72,7 @@ def _arm(arm: Arm) -> dict:
         "validation_bits_per_character": _finite(nats / math.log(2)) if nats is not None else None,
         "tokens_per_second": arm.tokens_per_second,
         "peak_memory_bytes": arm.peak_memory,
-        "seconds": arm.seconds,
+        "seconds": sum(arm.step_seconds),
         "train_loss": [_finite(loss) for loss in arm.train_loss],
         "validation": [{"step": step, "nats_per_character": _finite(loss)} for step, loss in arm.validation],
     }
@@ -108,6 +108,11 @@ def print_start(console, report: Report) -> None:
     )
     if settings.top_k >= settings.context:
         console.print("Note: --top-k is not below --context, so top-k attention keeps every key here.\n")
+    if report.arms[1].kernel == "reference wing":
+        console.print(
+            "Note: no compiled kernels here (`sparse-attn doctor` says why), so top-k attention runs in plain "
+            "PyTorch, many times slower.\n"
+        )
 
 
 def _always(window: int) -> str:
@@ -118,17 +123,19 @@ def print_report(console, report: Report) -> None:
     if report.interrupted:
         console.print("\n[bold]Ended by Ctrl-C[/]; this is what was done until then.")
     console.print(_training_table(report))
+    if all(arm.validation for arm in report.arms):
+        console.print("  One seed, a short training: a longer one may end the other way round.", style="dim")
+    console.print()
     if report.timing and report.timing.seconds:
         console.print(_timing_table(report.timing))
         for what, why in report.timing.skipped.items():
             console.print(f"  – {what}: not run, {why}", style="dim")
-        console.print(_where_it_pays(report.timing), "\n")
+        console.print(f"  {_where_it_pays(report.timing)}\n", style="dim")
     if report.sample:
-        console.print(
-            f"[bold]A sample of the top-k model[/], after the prompt [dim]{_plain(report.prompt)}[/]"
-        )
-        console.print(_plain(report.sample.strip()), "\n")
-    console.print(f"Written: {report.files['png']} (picture), {report.files['json']} (every number)")
+        console.print("[bold]A sample of the top-k model[/], the prompt in grey:")
+        console.print(f"[dim]{_plain(report.prompt)}[/]{_plain(report.sample.rstrip())}\n")
+    for file in report.files.values():
+        console.print(f"  → {_plain(file)}", soft_wrap=True)
 
 
 def _plain(text: str) -> str:
@@ -169,6 +176,10 @@ def _number(value: float | None, form: str, factor: float = 1.0) -> str | None:
     return None if value is None else form.format(value * factor)
 
 
+def _ratio(value: float) -> str:
+    return f"{value:.1f}×" if value >= 1 else f"{value:.2f}×"
+
+
 def _timing_table(timing: Timing):
     from rich.table import Table
 
@@ -182,7 +193,7 @@ def _timing_table(timing: Timing):
     for length, row in timing.seconds.items():
         dense, ours, plain = (row[name] for name in ("SDPA", "top-k", "plain PyTorch"))
         cells = [_number(value, "{:,.1f}", 1e3) or "–" for value in (dense, ours, plain)]
-        ratios = [f"{other / ours:.1f}×" if other and ours else "–" for other in (dense, plain)]
+        ratios = [_ratio(other / ours) if other and ours else "–" for other in (dense, plain)]
         table.add_row(f"{length:,}", *cells, *ratios)
     return table
 

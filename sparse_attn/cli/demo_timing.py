@@ -14,8 +14,9 @@ import sparse_attn
 
 HEADS, HEAD_DIM = 8, 64
 CONTENDERS = ("SDPA", "top-k", "plain PyTorch")
-PATIENCE = 1.0  # seconds of repetitions for one number
-TOO_LONG = 10.0  # seconds for one call
+PATIENCE = 3.0  # seconds of repetitions for one length
+FEWEST_ROUNDS, ROUNDS = 3, 20
+TOO_LONG = 6.0  # seconds for one call
 TOO_BIG = 1 << 30  # bytes of a score matrix
 CHECKED_QUERIES = 128
 TOLERANCE = 1e-3
@@ -59,30 +60,57 @@ def start(top_k: int, device: torch.device) -> Timing:
     return Timing(sparse_attn.explain(tensor, tensor, tensor, top_k, is_causal=True).backend, top_k)
 
 
-def measure(timing: Timing, lengths: list[int], device: torch.device, seed: int) -> Iterator[str]:
-    """Fills `timing` in place, length by length; yields what it does next, for a progress bar."""
+def measure(timing: Timing, lengths: list[int], device: torch.device, seed: int) -> Iterator[int]:
+    """Fills `timing` in place; yields each length that is done, for a progress bar."""
     generator = torch.Generator().manual_seed(seed)
     for length in sorted(lengths):
-        query, key, value = (
-            torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(device) for _ in range(3)
-        )
-        calls = {
-            "SDPA": lambda q=query, k=key, v=value: _dense(q, k, v),
-            "top-k": lambda q=query, k=key, v=value: sparse_attn.topk_attention(
-                q, k, v, timing.top_k, is_causal=True
-            ),
-            "plain PyTorch": lambda q=query, k=key, v=value: plain_topk_attention(q, k, v, timing.top_k),
-        }
-        for name in CONTENDERS:
-            yield f"{name} at T={length}"
-            expected = _expected(timing, name, length)
-            why_not = _why_not(name, length, expected)
-            if why_not:
-                timing.skipped[f"{name} at T={length}"] = why_not
-            elif name == "top-k":
-                _check(timing, query, key, value)
-            seconds = None if why_not else _median(calls[name], device, warm_up=(expected or 0) < PATIENCE)
-            timing.seconds.setdefault(length, dict.fromkeys(CONTENDERS))[name] = seconds
+        row = timing.seconds[length] = dict.fromkeys(CONTENDERS)
+        inputs = [torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(device) for _ in range(3)]
+        calls = _calls(timing, length, *inputs)
+        if "top-k" in calls:
+            _check(timing, *inputs)
+        _measure_in_turns(row, calls, device)
+        yield length
+
+
+def _calls(timing: Timing, length: int, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable]:
+    """The contenders that can be run at this length; the others' reasons go into `timing`."""
+    calls = {
+        "SDPA": lambda: _dense(query, key, value),
+        "top-k": lambda: sparse_attn.topk_attention(query, key, value, timing.top_k, is_causal=True),
+        "plain PyTorch": lambda: plain_topk_attention(query, key, value, timing.top_k),
+    }
+    for name in CONTENDERS:
+        why_not = _why_not(name, length, _expected(timing, name, length))
+        if why_not:
+            timing.skipped[f"{name} at T={length}"] = why_not
+            del calls[name]
+    return calls
+
+
+def _measure_in_turns(row: dict[str, float | None], calls: dict[str, Callable], device: torch.device) -> None:
+    """Medians over rounds, so that a disturbance of the machine hits all contenders and not one."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        first = {name: _timed(call, device) for name, call in calls.items()}
+        if sum(first.values()) > PATIENCE:  # what a first call costs more is little beside seconds
+            row.update(first)
+            return
+        began = time.perf_counter()
+        for done in range(ROUNDS):
+            if done >= FEWEST_ROUNDS and time.perf_counter() - began > PATIENCE:
+                return
+            for name, call in calls.items():
+                times[name].append(_timed(call, device))
+                row[name] = statistics.median(times[name])
+
+
+def _timed(call: Callable[[], Tensor], device: torch.device) -> float:
+    _synchronize(device)
+    began = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - began
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,7 +119,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _expected(timing: Timing, name: str, length: int) -> float | None:
     """From the length before, as if time went with T²."""
-    known = [(t, row[name]) for t, row in timing.seconds.items() if row.get(name)]
+    known = [(t, row[name]) for t, row in timing.seconds.items() if row[name]]
     return known[-1][1] * (length / known[-1][0]) ** 2 if known else None
 
 
@@ -118,20 +146,6 @@ def _check(timing: Timing, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"topk_attention ({timing.wing} wing) and plain PyTorch disagree at T={length}: relative error {error:.1e}"
         )
     timing.largest_error = max(timing.largest_error, error)
-
-
-def _median(call: Callable[[], Tensor], device: torch.device, warm_up: bool) -> float:
-    with torch.no_grad():
-        if warm_up:
-            call()
-        times: list[float] = []
-        while not times or (sum(times) < PATIENCE and len(times) < 20):
-            _synchronize(device)
-            began = time.perf_counter()
-            call()
-            _synchronize(device)
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def _synchronize(device: torch.device) -> None:

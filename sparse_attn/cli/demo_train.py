@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,8 +43,8 @@ class Arm:
     kernel: str
     train_loss: list[float] = field(default_factory=list)  # nats per character, one per step
     validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats per character)
-    seconds: float = 0.0  # of the training steps alone
-    tokens: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    step_tokens: int = 0
     peak_memory: int | None = None  # bytes
     model: GPT | None = field(default=None, repr=False)
 
@@ -53,7 +54,8 @@ class Arm:
 
     @property
     def tokens_per_second(self) -> float | None:
-        return self.tokens / self.seconds if self.seconds else None
+        """By the median step: what else the machine does for a while is not the arm's doing."""
+        return self.step_tokens / statistics.median(self.step_seconds) if self.step_seconds else None
 
 
 def arms_of(settings: Settings) -> tuple[Arm, Arm]:
@@ -64,7 +66,7 @@ def arms_of(settings: Settings) -> tuple[Arm, Arm]:
     ).backend
     return (
         Arm("dense", None, 0, "PyTorch SDPA"),
-        Arm("top-k", settings.top_k, settings.window, f"sparse_attn, {wing} wing"),
+        Arm("top-k", settings.top_k, settings.window, f"{wing} wing"),
     )
 
 
@@ -109,8 +111,8 @@ def train(arm: Arm, corpus: Corpus, settings: Settings, progress: Callable[[floa
         began = time.perf_counter()
         ids, targets = windows(corpus.train, starts[step], settings.context, settings.device)
         loss = train_step(model, optimizers, ids, targets)
-        arm.seconds += time.perf_counter() - began
-        arm.tokens += ids.numel()
+        arm.step_seconds.append(time.perf_counter() - began)
+        arm.step_tokens = ids.numel()
         arm.train_loss.append(loss)
         arm.peak_memory = memory.peak()
         progress(loss)

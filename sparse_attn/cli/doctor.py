@@ -108,9 +108,7 @@ def _cuda_driver() -> str | None:
 
 def _extension() -> dict:
     if compiled.extension is None:
-        note = Path(sparse_attn.__file__).with_name("_no_extension.txt")  # left by the build that gave up
-        why = f": {note.read_text().strip()}" if note.is_file() else ""
-        return {"loaded": False, "why_not": f"{compiled.load_error}{why}"}
+        return {"loaded": False, "why_not": compiled.load_error}
     return {"loaded": True, **compiled.extension.build_info()}
 
 

@@ -85,7 +85,7 @@ def gathered_attention(
 
     With S the filled slots of the query's row of `indices`:
 
-    .. math:: \mathrm{out}_i = \sum_{j \in S_i} \frac{\exp(s\, q_i \cdot k_j)}{\sum_{l \in S_i} \exp(s\, q_i \cdot k_l)} v_j
+    .. math:: \mathrm{out}_i = \sum_{j \in S_i} \mathrm{softmax}_{j \in S_i}(s\, q_i \cdot k_j)\, v_j
 
     Nothing of size [Tq, Tk] is stored; half types accumulate in float32; the backward is deterministic, the same
     for any number of threads.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sparse_attn
 from sparse_attn import cli
 from sparse_attn.cli import demo_memory, demo_model, demo_text, demo_timing, demo_train
 
@@ -14,17 +15,25 @@ TINY = ["--steps", "2", "--context", "48", "--batch", "2", "--top-k", "8", "--de
 
 
 @pytest.fixture(autouse=True)
-def _small_validation(monkeypatch):
+def _quick(request, monkeypatch):
+    """A small validation set, a short sample, one repetition in the timing, and no picture unless asked for."""
+    if "picture" not in request.fixturenames:
+        monkeypatch.setattr("sparse_attn.cli.demo.draw", lambda *what: None)
     monkeypatch.setattr(demo_text, "WINDOWS", 4)
     monkeypatch.setattr("sparse_attn.cli.demo.SAMPLE_LENGTH", 8)
-    monkeypatch.setattr(demo_timing, "PATIENCE", 0.0)  # one repetition
+    monkeypatch.setattr(demo_timing, "ROUNDS", 1)
+
+
+@pytest.fixture
+def picture():
+    """For tests that want the picture drawn, which takes a second."""
 
 
 def demo(tmp_path: Path, *options: str) -> int:
     return cli.main(["demo", *TINY, "--out", str(tmp_path), *options])
 
 
-def test_json_run_has_every_number(tmp_path, capsys):
+def test_json_run_has_every_number(tmp_path, capsys, picture):
     assert demo(tmp_path, "--json", "--lengths", "64", "32") == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -71,6 +80,14 @@ def test_text_run_prints_tables_and_files(tmp_path, capsys):
     assert "wing" in text
 
 
+def test_the_slow_wing_is_announced(tmp_path, capsys):
+    with sparse_attn.use_backend("reference"):
+        assert demo(tmp_path, "--lengths") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "no compiled kernels here" in text
+    assert "reference wing" in text
+
+
 def test_no_lengths_no_timing(tmp_path, capsys):
     assert demo(tmp_path, "--json", "--lengths") == 0
     assert json.loads(capsys.readouterr().out)["timing"] is None
@@ -88,7 +105,7 @@ def test_same_seed_same_losses(tmp_path, capsys):
     assert runs[0] != runs[2]
 
 
-def test_own_text_in_any_script(tmp_path, capsys):
+def test_own_text_in_any_script(tmp_path, capsys, picture):
     text = tmp_path / "text.txt"
     text.write_text("Съешь ещё этих мягких французских булок, 日本語も.\n" * 40, "utf-8")
     assert demo(tmp_path, "--json", "--lengths", "--text", str(text)) == 0
@@ -118,7 +135,7 @@ def interrupting(function, after: int):
 
 # Calls of train_step: one of warm-up, then two, in each of the two arms.
 @pytest.mark.parametrize(("after", "done"), [(1, [0, 0]), (3, [1, 0]), (5, [2, 0]), (6, [2, 1])])
-def test_ctrl_c_while_training_keeps_what_is_done(after, done, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_while_training_keeps_what_is_done(after, done, tmp_path, monkeypatch, capsys, picture):
     monkeypatch.setattr(demo_train, "train_step", interrupting(demo_train.train_step, after))
     assert demo(tmp_path, "--json") == 130
     result = json.loads(capsys.readouterr().out)
