@@ -5,14 +5,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "build_config.h"  // written by the build
 #include "cpu_attention.h"
+#include "cpu_cross_entropy.h"
 #include "cpu_dispatch.h"
+#include "cpu_embedding.h"
 #include "cuda_host.h"
+#include "token_counts.h"
 
 // ---- CPU ------------------------------------------------------------------------------------------------
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
@@ -20,6 +24,12 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("gathered_attention.cpu", TORCH_BOX(&sparse_attn::gathered_attention_cpu));
     m.impl("gathered_attention_backward.cpu", TORCH_BOX(&sparse_attn::gathered_attention_backward_cpu));
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));
+    m.impl("variable_width_cross_entropy.cpu", TORCH_BOX(&sparse_attn::variable_width_cross_entropy_cpu));
+    m.impl("variable_width_cross_entropy_backward.cpu",
+           TORCH_BOX(&sparse_attn::variable_width_cross_entropy_backward_cpu));
+    m.impl("variable_width_embedding.cpu", TORCH_BOX(&sparse_attn::variable_width_embedding_cpu));
+    m.impl("variable_width_embedding_backward.cpu",
+           TORCH_BOX(&sparse_attn::variable_width_embedding_backward_cpu));
 }
 
 // ---- CUDA -----------------------------------------------------------------------------------------------
@@ -63,10 +73,40 @@ py::dict build_info() {
     return info;
 }
 
+// tokens: a buffer of uint16 or uint32 [N]; counts: a writable one of int64 [V], or None for the largest id.
+int64_t read_tokens(const py::buffer& tokens, const std::optional<py::buffer>& counts) {
+    const py::buffer_info ids = tokens.request();
+    const bool narrow = ids.item_type_is_equivalent_to<uint16_t>();
+    if (!narrow && !ids.item_type_is_equivalent_to<uint32_t>())
+        throw py::type_error("tokens must be uint16 or uint32");
+    if (ids.ndim != 1 || ids.size >= (py::ssize_t{1} << 32) ||
+        (ids.size > 1 && ids.strides[0] != ids.itemsize))
+        throw py::value_error("tokens must be one contiguous row of less than 2^32 ids");
+    auto with = [&](auto&& read) {
+        py::gil_scoped_release others_run;
+        return narrow ? read(static_cast<const uint16_t*>(ids.ptr))
+                      : read(static_cast<const uint32_t*>(ids.ptr));
+    };
+    if (!counts) return with([&](auto* t) { return sparse_attn::largest_token(t, ids.size); });
+    const py::buffer_info out = counts->request(/*writable=*/true);
+    if (!out.item_type_is_equivalent_to<int64_t>() || out.ndim != 1 || out.size < 1 || out.size > (1 << 28) ||
+        (out.size > 1 && out.strides[0] != out.itemsize))
+        throw py::value_error("counts must be a contiguous row of int64");
+    auto* into = static_cast<int64_t*>(out.ptr);
+    return with([&](auto* t) { return sparse_attn::count_tokens(t, ids.size, out.size, into); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of sparse_attn; importing it registers them with torch.";
     m.def("cpu_isa", &sparse_attn::cpu::isa_name, "The instruction set that the CPU kernels run on here.");
+    m.def(
+        "count_tokens", [](const py::buffer& t, const py::buffer& c) { return read_tokens(t, c); },
+        "Adds the occurrences of each id to counts; returns the position of the first id beyond them, or "
+        "-1.");
+    m.def(
+        "largest_token", [](const py::buffer& t) { return read_tokens(t, std::nullopt); },
+        "The largest id, or -1.");
     m.def("build_info", &build_info, "What this extension was built with and for, as a dict.");
 }

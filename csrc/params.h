@@ -56,4 +56,34 @@ struct AttendBackwardParams {
     float* grad_score;   // [B, Hq, Tq, K] scratch: scale · dS, likewise
 };
 
+// Variable-width embedding. N ids, D the model width; a band is a table of rows of one width. The host groups
+// the ids: `distinct` are the rows that occur, each with the positions where it does.
+struct EmbeddingBand {
+    const void* table;       // [n, width], rows table_stride apart
+    const void* projection;  // [D, width], contiguous, or null where the width is D
+    int64_t table_stride, width;
+    int64_t first, last;  // its distinct rows
+    float* packed;     // scratch for the packed projection, or null where the rows are too few to be worth it
+    void* grad_table;  // [n, width], zeros, or with grad_rows [last − first, width]; or null
+    void* grad_projection;  // [D, width], or null
+    float* sums;            // [last − first, D] scratch: grad_out summed over each row's positions
+    float* rows;            // [padded width, last − first] scratch: the rows themselves, in panels
+    bool grad_rows;         // a gradient row for each distinct row, not for each row of the table
+};
+
+struct EmbeddingParams {
+    const EmbeddingBand* bands;
+    const int64_t* row;        // [distinct] in its band's table
+    const int64_t* starts;     // [distinct + 1] into positions
+    const int64_t* positions;  // where each distinct row occurs, ascending
+    void* out;                 // [N, D], contiguous
+    const void* grad_out;      // [N, D], contiguous
+    int64_t embedding_dim;     // D
+    int64_t widest;            // the largest width of a band with a projection
+    DType dtype;
+};
+
+// Distinct rows of one task; a multiple of every instruction set's tile rows.
+constexpr int64_t kEmbeddingBlock = 48;
+
 }  // namespace sparse_attn

@@ -2,8 +2,26 @@
 
 from sparse_attn import nn
 from sparse_attn.backends import use_backend
-from sparse_attn.ops import gathered_attention, topk_attention, topk_select
+from sparse_attn.ops import (
+    gathered_attention,
+    topk_attention,
+    topk_select,
+    variable_width_cross_entropy,
+    variable_width_embedding,
+)
 from sparse_attn.ops.topk_attention import explain
+from sparse_attn.planner import WidthPlan, plan_widths
 
 __version__ = "0.1.0"
-__all__ = ["explain", "gathered_attention", "nn", "topk_attention", "topk_select", "use_backend"]
+__all__ = [
+    "WidthPlan",
+    "explain",
+    "gathered_attention",
+    "nn",
+    "plan_widths",
+    "topk_attention",
+    "topk_select",
+    "use_backend",
+    "variable_width_cross_entropy",
+    "variable_width_embedding",
+]

@@ -42,7 +42,16 @@ CPU_WING = Wing(
     name="cpu",
     dispatch_key="CPU",
     implementations=dict.fromkeys(
-        ("topk_select", "gathered_attention", "gathered_attention_backward", "topk_attention")
+        (
+            "topk_select",
+            "gathered_attention",
+            "gathered_attention_backward",
+            "topk_attention",
+            "variable_width_embedding",
+            "variable_width_embedding_backward",
+            "variable_width_cross_entropy",
+            "variable_width_cross_entropy_backward",
+        )
     ),
     why_not=_cpu_why_not,
 )

@@ -15,7 +15,11 @@ struct Range {
     int64_t begin, end;
 };
 
+struct CrossEntropyKernels;  // cross_entropy_params.h
+
 struct KernelTable {
+    const CrossEntropyKernels* cross_entropy;
+
     // Keys in panels for the score tiles: bytes of one (batch, key head), and the packing of some of its
     // panels.
     int64_t (*packed_head_bytes)(const SelectParams&);
@@ -37,6 +41,17 @@ struct KernelTable {
     void (*backward_query)(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);
     int64_t (*backward_key_scratch_bytes)(const AttendBackwardParams&, int64_t block_keys);
     void (*backward_key)(const AttendBackwardParams&, int64_t b, int64_t kv_head, Range keys, void* scratch);
+
+    // Variable-width embedding: the packing of a projection, the output rows of some distinct rows; backward:
+    // sums and table gradients of some distinct rows, then some rows of a projection's gradient.
+    int64_t (*embedding_panels)(const EmbeddingParams&, int64_t band, bool backward);
+    int64_t (*embedding_packed_bytes)(const EmbeddingParams&, int64_t band, bool backward);
+    void (*embedding_pack)(const EmbeddingParams&, int64_t band, bool backward, Range panels);
+    int64_t (*embedding_scratch_bytes)(const EmbeddingParams&);
+    void (*embedding)(const EmbeddingParams&, int64_t band, Range distinct, void* scratch);
+    int64_t (*embedding_padded_width)(int64_t width);
+    void (*embedding_backward)(const EmbeddingParams&, int64_t band, Range distinct, void* scratch);
+    void (*embedding_backward_projection)(const EmbeddingParams&, int64_t band, Range columns, void* scratch);
 };
 
 }  // namespace sparse_attn::cpu

@@ -16,9 +16,19 @@ int64_t backward_query_scratch_bytes(const AttendBackwardParams&);
 void backward_query(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);
 int64_t backward_key_scratch_bytes(const AttendBackwardParams&, int64_t block_keys);
 void backward_key(const AttendBackwardParams&, int64_t b, int64_t kv_head, Range keys, void* scratch);
+int64_t embedding_panels(const EmbeddingParams&, int64_t band, bool backward);
+int64_t embedding_packed_bytes(const EmbeddingParams&, int64_t band, bool backward);
+void embedding_pack(const EmbeddingParams&, int64_t band, bool backward, Range panels);
+int64_t embedding_scratch_bytes(const EmbeddingParams&);
+void embedding(const EmbeddingParams&, int64_t band, Range distinct, void* scratch);
+int64_t embedding_padded_width(int64_t width);
+void embedding_backward(const EmbeddingParams&, int64_t band, Range distinct, void* scratch);
+void embedding_backward_projection(const EmbeddingParams&, int64_t band, Range columns, void* scratch);
 
+extern const CrossEntropyKernels cross_entropy_table;
 extern const KernelTable table;
 const KernelTable table = {
+    &cross_entropy_table,
     packed_head_bytes,
     panel_count,
     pack_keys,
@@ -31,6 +41,14 @@ const KernelTable table = {
     backward_query,
     backward_key_scratch_bytes,
     backward_key,
+    embedding_panels,
+    embedding_packed_bytes,
+    embedding_pack,
+    embedding_scratch_bytes,
+    embedding,
+    embedding_padded_width,
+    embedding_backward,
+    embedding_backward_projection,
 };
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

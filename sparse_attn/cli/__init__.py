@@ -16,7 +16,7 @@ import torch
 import sparse_attn
 from sparse_attn.cli.console import UsageError
 
-COMMANDS = ("demo", "doctor", "bench")
+COMMANDS = ("demo", "doctor", "bench", "plan")
 
 DESCRIPTION = """\
 Top-k gathered sparse attention for PyTorch: each query attends to its top_k best keys alone, and no
@@ -29,6 +29,8 @@ examples:
   sparse-attn demo             watch a small GPT learn with top-k attention beside dense attention (a minute)
   sparse-attn demo --help      everything that the demo can be asked
   sparse-attn bench --quick    the time against dense attention and plain PyTorch (in a checkout)
+  sparse-attn plan --tokens train.bin --dim 768 --budget 10M
+                               how wide each token's embedding row should be
 
 in Python:
   out = sparse_attn.topk_attention(query, key, value, top_k=64, is_causal=True)

@@ -1,5 +1,7 @@
 """Modules over the ops."""
 
 from sparse_attn.nn.topk_attention import TopKAttention
+from sparse_attn.nn.variable_width_embedding import VariableWidthEmbedding
+from sparse_attn.nn.variable_width_head import VariableWidthHead
 
-__all__ = ["TopKAttention"]
+__all__ = ["TopKAttention", "VariableWidthEmbedding", "VariableWidthHead"]

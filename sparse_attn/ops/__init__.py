@@ -8,5 +8,13 @@ from sparse_attn.ops import fill_indices  # noqa: F401
 from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.topk_attention import topk_attention
 from sparse_attn.ops.topk_select import topk_select
+from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
+from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 
-__all__ = ["gathered_attention", "topk_attention", "topk_select"]
+__all__ = [
+    "gathered_attention",
+    "topk_attention",
+    "topk_select",
+    "variable_width_cross_entropy",
+    "variable_width_embedding",
+]

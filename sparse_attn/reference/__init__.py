@@ -8,6 +8,14 @@ from sparse_attn.backends import Wing, register
 from sparse_attn.reference.gathered_attention import gathered_attention, gathered_attention_backward
 from sparse_attn.reference.topk_attention import topk_attention
 from sparse_attn.reference.topk_select import topk_select
+from sparse_attn.reference.variable_width_cross_entropy import (
+    variable_width_cross_entropy,
+    variable_width_cross_entropy_backward,
+)
+from sparse_attn.reference.variable_width_embedding import (
+    variable_width_embedding,
+    variable_width_embedding_backward,
+)
 
 
 def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -24,6 +32,10 @@ REFERENCE_WING = Wing(
         "gathered_attention": gathered_attention,
         "gathered_attention_backward": gathered_attention_backward,
         "topk_attention": topk_attention,
+        "variable_width_embedding": variable_width_embedding,
+        "variable_width_embedding_backward": variable_width_embedding_backward,
+        "variable_width_cross_entropy": variable_width_cross_entropy,
+        "variable_width_cross_entropy_backward": variable_width_cross_entropy_backward,
     },
     why_not=_why_not,
 )

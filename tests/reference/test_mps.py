@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.embeddings import make_ids, make_tables
 from helpers.inputs import OPTIONS, index_rows, mask, options_for, qkv
 from helpers.native_functions import has_kernel, native_functions, parse
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -175,3 +176,26 @@ def test_the_checker_on_the_real_file():
     assert len(absent) > 50
     with pytest.raises(KeyError):
         has_kernel("no_such_op", "MPS")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_embedding_has_mps_kernels(device):
+    e, recorder = make_tables(), Recorder()
+    tables = [t.to(device) for t in e.tables]
+    projections = [torch.empty((0, 0) if p is None else p.shape, device=device) for p in e.projections]
+    arguments = (
+        make_ids("zipf", 200, 20).to(device),
+        tables,
+        projections,
+        e.token_band.to(device),
+        e.token_row.to(device),
+        3,
+    )
+    with recorder:
+        out = RUN["variable_width_embedding"](*arguments, False)
+        # The sizes of sparse gradients depend on the ids, which meta tensors do not have.
+        for sparse in (False, True) if device == "cpu" else (False,):
+            RUN["variable_width_embedding_backward"](out, *arguments, sparse, True, True)
+    assert recorder.ops
+    assert torch.float64 not in recorder.dtypes
+    assert not [op for op in sorted(recorder.ops) if not has_kernel(op, "MPS")]
