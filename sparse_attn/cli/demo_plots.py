@@ -68,7 +68,12 @@ def _loss(axes, text_name: str, arms: list[Arm]) -> None:
             x, y = zip(*arm.validation, strict=True)
             marker = "o" if arm.top_k is None else "s"
             axes.plot(
-                x, y, color=color, marker=marker, lw=2, label=f"{label}: held-out, {y[-1]:.3f} at the end"
+                x,
+                y,
+                color=color,
+                marker=marker,
+                lw=2,
+                label=f"{label}: held-out, {y[-1]:.3f} at step {x[-1]}",
             )
     title = f"A small GPT learns to spell: same seed, same data order\n({text_name})"
     axes.set_title(title, parse_math=False)  # a file name may hold dollar signs
