@@ -74,6 +74,10 @@ def run(args: argparse.Namespace, step) -> dict:
     }
 
 
+# The attention ops; the embedding's benchmarks are commands of their own.
+SUITES = ("gathered_attention", "topk_attention", "topk_select")
+
+
 def with_suites(args: argparse.Namespace) -> bool:
     return not args.quick and not args.no_suites and find_spec("pytest_benchmark") is not None
 
@@ -81,7 +85,7 @@ def with_suites(args: argparse.Namespace) -> bool:
 def suites(settings: measure.Settings, step) -> tuple[list[dict], list[str]]:
     """Runs the pytest-benchmark suites in processes of their own: (medians, what failed)."""
     rows, failed = [], []
-    for file in sorted(HERE.glob("bench_*.py")):
+    for file in (HERE / f"bench_{op}.py" for op in SUITES):
         step(f"suite {file.stem}")
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
@@ -114,7 +118,7 @@ def count_steps(args: argparse.Namespace) -> int:
         len(cases.headline(args.quick)) + len(cases.on_real_inputs(args.quick)) + len(cases.know_before_use())
     )
     lengths = {n for lengths in cases.SCALING.values() for n in lengths}
-    return compared + len(lengths) + 1 + (1 if args.quick else 4) + (3 if with_suites(args) else 0)
+    return compared + len(lengths) + 1 + (1 if args.quick else 4) + (len(SUITES) if with_suites(args) else 0)
 
 
 def main(argv: list[str] | None = None) -> int:
