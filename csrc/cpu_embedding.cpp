@@ -43,8 +43,7 @@ struct Groups {
     std::vector<int64_t> band_start;  // [B + 1] into the distinct rows
     std::vector<int64_t> row;         // [distinct]
     std::vector<int64_t> starts;      // [distinct + 1] into positions
-    std::vector<int64_t> positions;   // [N − padded], ascending within a row
-    std::vector<int64_t> padded;      // positions of padding_idx
+    std::vector<int64_t> positions;   // [grouped], ascending within a row
 };
 
 // A row of some table → its number in the order of first occurrence: a plain array where the tables have no
@@ -64,7 +63,7 @@ class Numbering {
         while (!direct_ && numbers_[at] >= 0 && keys_[numbers_[at]] != key)
             at = at + 1 == static_cast<int64_t>(numbers_.size()) ? 0 : at + 1;
         if (numbers_[at] < 0) {
-            numbers_[at] = static_cast<int64_t>(keys_.size());
+            numbers_[at] = static_cast<int32_t>(keys_.size());
             keys_.push_back(key);
         }
         return numbers_[at];
@@ -77,14 +76,19 @@ class Numbering {
     int bits_ = 4;
     bool direct_;
     std::vector<int64_t> keys_;     // by number
-    std::vector<int64_t> numbers_;  // by key or hash, −1 where there is none
+    std::vector<int32_t> numbers_;  // by key or hash, −1 where there is none
 };
+
+// Output of at least this many bytes passes the caches by: it would not stay in them.
+constexpr int64_t kLargeOutput = int64_t{8} << 20;
 
 struct Call {
     EmbeddingParams params{};
     std::vector<EmbeddingBand> bands;
     std::vector<Tensor> tables, projections;  // with contiguous rows, for as long as the call lasts
     std::vector<Memory> memory;
+    Tensor ids, token_band, token_row;  // contiguous
+    int64_t padding_idx;
     Groups groups;
     int64_t count;  // N
     bool parallel;
@@ -96,11 +100,46 @@ struct Call {
     }
 };
 
-void group(Call& c, const char* op, const Tensor& ids, const Tensor& token_band, const Tensor& token_row,
-           int64_t padding_idx, bool by_row) {
-    const int64_t n = ids.numel(), vocabulary = token_band.numel(), bands = c.bands.size();
-    const Integers id(ids), row_of(token_row);
-    const int32_t* band_of = static_cast<const int32_t*>(token_band.const_data_ptr());
+// What an id stands for; its band is kPadding for padding_idx.
+constexpr int64_t kPadding = -1;
+struct Place {
+    int64_t band, row;
+};
+
+class Places {
+  public:
+    Places(const Call& c, const char* op)
+        : op_(op),
+          id_(c.ids),
+          row_of_(c.token_row),
+          band_of_(static_cast<const int32_t*>(c.token_band.const_data_ptr())),
+          vocabulary_(c.token_band.numel()),
+          padding_idx_(c.padding_idx) {
+        for (const Tensor& table : c.tables) sizes_.push_back(table.size(0));
+    }
+    Place operator[](int64_t position) const {
+        const int64_t token = id_[position];
+        STD_TORCH_CHECK(token >= 0 && token < vocabulary_, op_, ": id ", token, " at flat position ",
+                        position, " is outside the vocabulary of ", vocabulary_);
+        if (token == padding_idx_) return {kPadding, 0};
+        const int64_t band = band_of_[token], row = row_of_[token], bands = sizes_.size();
+        STD_TORCH_CHECK(band >= 0 && band < bands && row >= 0 && row < sizes_[band], op_, ": token ", token,
+                        " is mapped to row ", row, " of band ", band, ", which does not exist");
+        return {band, row};
+    }
+
+  private:
+    const char* op_;
+    Integers id_, row_of_;
+    const int32_t* band_of_;
+    int64_t vocabulary_, padding_idx_;
+    std::vector<int64_t> sizes_;
+};
+
+// Checks all ids; groups the positions of all bands, or with `projected` of those with a projection alone.
+void group(Call& c, const char* op, bool projected, bool by_row) {
+    const int64_t n = c.count, bands = c.bands.size();
+    const Places place(c, op);
     Groups& g = c.groups;
     std::vector<int64_t> offset(bands, 0);  // of a table's rows among the rows of all
     for (int64_t b = 1; b < bands; ++b) offset[b] = offset[b - 1] + c.tables[b - 1].size(0);
@@ -112,17 +151,11 @@ void group(Call& c, const char* op, const Tensor& ids, const Tensor& token_band,
     std::vector<int64_t> number(n);
     g.band_start.assign(bands + 1, 0);
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t token = id[i];
-        STD_TORCH_CHECK(token >= 0 && token < vocabulary, op, ": id ", token, " at flat position ", i,
-                        " is outside the vocabulary of ", vocabulary);
-        if (token == padding_idx) {
+        const auto [band, row] = place[i];
+        if (band == kPadding || (projected && !c.bands[band].projection)) {
             number[i] = -1;
-            g.padded.push_back(i);
             continue;
         }
-        const int64_t band = band_of[token], row = row_of[token];
-        STD_TORCH_CHECK(band >= 0 && band < bands && row >= 0 && row < c.tables[band].size(0), op, ": token ",
-                        token, " is mapped to row ", row, " of band ", band, ", which does not exist");
         const int64_t u = number[i] = numbering(offset[band] + row);
         if (u == static_cast<int64_t>(rows.size())) {
             rows.push_back({band, row, 0});
@@ -146,15 +179,28 @@ void group(Call& c, const char* op, const Tensor& ids, const Tensor& token_band,
         g.starts[s + 1] = g.starts[s] + r.count;
         r.count = g.starts[s];  // from here on: where the next position goes
     }
-    g.positions.resize(n - g.padded.size());
+    g.positions.resize(g.starts.back());
     for (int64_t i = 0; i < n; ++i)
         if (number[i] >= 0) g.positions[rows[number[i]].count++] = i;
+
+    EmbeddingParams& p = c.params;
+    double work = static_cast<double>(n) * p.embedding_dim;
+    for (int64_t b = 0; b < bands; ++b) {
+        EmbeddingBand& e = c.bands[b];
+        e.first = g.band_start[b], e.last = g.band_start[b + 1];
+        if (e.projection) work += static_cast<double>(e.last - e.first) * e.width * p.embedding_dim;
+    }
+    c.parallel = work > kWorthThreads;
+    p.bands = c.bands.data();
+    p.row = g.row.data();
+    p.starts = g.starts.data();
+    p.positions = g.positions.data();
 }
 
 // Checks, and everything that forward and backward share.
 void prepare(Call& c, const char* op, const Tensor& ids, const std::vector<Tensor>& tables,
              const std::vector<Tensor>& projections, const Tensor& token_band, const Tensor& token_row,
-             int64_t padding_idx, bool by_row) {
+             int64_t padding_idx) {
     STD_TORCH_CHECK(!tables.empty() && tables.size() == projections.size(), op,
                     ": takes one projection (possibly without elements) for each table");
     STD_TORCH_CHECK(is_index(ids) && is_index(token_row) && token_band.scalar_type() == ScalarType::Int &&
@@ -185,21 +231,11 @@ void prepare(Call& c, const char* op, const Tensor& ids, const std::vector<Tenso
         if (projected) p.widest = std::max(p.widest, e.width);
         c.bands.push_back(e);
     }
-    const Tensor flat = torch::stable::contiguous(ids);
-    c.count = flat.numel();
-    group(c, op, flat, torch::stable::contiguous(token_band), torch::stable::contiguous(token_row),
-          padding_idx, by_row);
-    double work = static_cast<double>(c.count) * p.embedding_dim;
-    for (size_t b = 0; b < c.bands.size(); ++b) {
-        EmbeddingBand& e = c.bands[b];
-        e.first = c.groups.band_start[b], e.last = c.groups.band_start[b + 1];
-        if (e.projection) work += static_cast<double>(e.last - e.first) * e.width * p.embedding_dim;
-    }
-    p.bands = c.bands.data();
-    p.row = c.groups.row.data();
-    p.starts = c.groups.starts.data();
-    p.positions = c.groups.positions.data();
-    c.parallel = work > kWorthThreads;
+    c.ids = torch::stable::contiguous(ids);
+    c.token_band = torch::stable::contiguous(token_band);
+    c.token_row = torch::stable::contiguous(token_row);
+    c.padding_idx = padding_idx;
+    c.count = ids.numel();
 }
 
 void pack_projections(Call& c, bool backward, int64_t least_rows) {
@@ -268,6 +304,35 @@ std::vector<Block> blocks_of(const Call& c) {
     return found;
 }
 
+// Positions [begin, end) whose rows need no projection, and zeros for padding_idx.
+void copy_rows(const Call& c, const char* op, int64_t begin, int64_t end) {
+    constexpr int64_t kAhead = 2;  // rows lie anywhere in the table: their first lines are fetched this early
+    const EmbeddingParams& p = c.params;
+    const Places place(c, op);
+    const int64_t element = element_bytes(p), bytes = p.embedding_dim * element;
+    const bool around_caches = c.count * bytes >= kLargeOutput;
+    char* out = static_cast<char*>(p.out);
+    auto source = [&](int64_t i) -> const char* {  // nullptr: not copied
+        const auto [band, row] = place[i];
+        if (band == kPadding || c.bands[band].projection) return nullptr;
+        const EmbeddingBand& e = c.bands[band];
+        return static_cast<const char*>(e.table) + row * e.table_stride * element;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+        const char* next = i + kAhead < end ? source(i + kAhead) : nullptr;
+        for (int64_t byte = 0; next && byte < std::min<int64_t>(bytes, 4096); byte += 64)
+            __builtin_prefetch(next + byte);
+        const char* from = source(i);
+        if (from && around_caches)
+            copy_around_caches(out + i * bytes, from, bytes);
+        else if (from)
+            std::memcpy(out + i * bytes, from, bytes);
+        else if (place[i].band == kPadding)
+            std::memset(out + i * bytes, 0, bytes);
+    }
+    if (around_caches) finish_copies();
+}
+
 }  // namespace
 
 Tensor variable_width_embedding_cpu(Tensor ids, std::vector<Tensor> tables, std::vector<Tensor> projections,
@@ -275,7 +340,7 @@ Tensor variable_width_embedding_cpu(Tensor ids, std::vector<Tensor> tables, std:
     (void)sparse;  // of the gradients
     const char* op = "variable_width_embedding.cpu";
     Call c;
-    prepare(c, op, ids, tables, projections, token_band, token_row, padding_idx, false);
+    prepare(c, op, ids, tables, projections, token_band, token_row, padding_idx);
     EmbeddingParams& p = c.params;
     std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
     shape.push_back(p.embedding_dim);
@@ -284,12 +349,19 @@ Tensor variable_width_embedding_cpu(Tensor ids, std::vector<Tensor> tables, std:
     p.out = out.mutable_data_ptr();
     const int64_t row_bytes = p.embedding_dim * element_bytes(p);
     prefer_large_pages(p.out, c.count * row_bytes);
-    for (int64_t i : c.groups.padded) std::memset(static_cast<char*>(p.out) + i * row_bytes, 0, row_bytes);
+    group(c, op, true, false);
     pack_projections(c, false, kFewRows);
+    // Copies and products in turn: threads that all write to fresh memory at once wait for the system.
     const KernelTable& k = cpu::kernels();
-    const std::vector<Block> tasks = blocks_of(c);
-    for_each_task(tasks.size(), k.embedding_scratch_bytes(p), c.parallel, [&](int64_t i, char* scratch) {
-        k.embedding(p, tasks[i].band, tasks[i].distinct, scratch);
+    const std::vector<Block> products = blocks_of(c);
+    const int64_t chunk = std::max<int64_t>(1, kLargePage / row_bytes);
+    const int64_t copies = blocks(c.count, chunk), tasks = copies + static_cast<int64_t>(products.size());
+    for_each_task(tasks, k.embedding_scratch_bytes(p), c.parallel, [&](int64_t i, char* scratch) {
+        const int64_t copy = (i * copies + tasks - 1) / tasks;  // of the copies, those before task i
+        if ((i + 1) * copies > copy * tasks)
+            return copy_rows(c, op, copy * chunk, std::min(c.count, (copy + 1) * chunk));
+        const Block& block = products[i - copy];
+        k.embedding(p, block.band, block.distinct, scratch);
     });
     return out;
 }
@@ -301,7 +373,8 @@ variable_width_embedding_backward_cpu(Tensor grad_out, Tensor ids, std::vector<T
                                       bool need_projections) {
     const char* op = "variable_width_embedding_backward.cpu";
     Call c;
-    prepare(c, op, ids, tables, projections, token_band, token_row, padding_idx, sparse && need_tables);
+    prepare(c, op, ids, tables, projections, token_band, token_row, padding_idx);
+    group(c, op, false, sparse && need_tables);
     EmbeddingParams& p = c.params;
     STD_TORCH_CHECK(
         grad_out.scalar_type() == tables[0].scalar_type() && grad_out.numel() == c.count * p.embedding_dim,

@@ -79,7 +79,10 @@ def build(plan: Plan, target: Path) -> None:
         # Objects of sources that are gone go too.
         subprocess.run([*command[:3], "-t", "cleandead"], stdout=subprocess.DEVNULL)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(plan.build_dir / "_C.so", target)
+        # Replaced in one step: a process that loads it meanwhile gets the old one or the new one, whole.
+        fresh = target.with_suffix(".new")
+        shutil.copy2(plan.build_dir / "_C.so", fresh)
+        fresh.replace(target)
 
 
 def _ninja() -> str:

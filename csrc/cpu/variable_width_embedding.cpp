@@ -96,6 +96,11 @@ void project(const EmbeddingParams& p, int64_t band, Range distinct, void* memor
     float* results = scratch.take<float>(kEmbeddingBlock * columns);
     T* converted = scratch.take<T>(p.embedding_dim);
     if (e.packed) {
+        for (int64_t u = distinct.begin; u < distinct.end; ++u) {
+            const char* from = reinterpret_cast<const char*>(table_row<T>(p, e, u));
+            for (int64_t i = 0; i < e.width * static_cast<int64_t>(sizeof(T)); i += 64)
+                __builtin_prefetch(from + i);
+        }
         for (int64_t r = 0; r < round_up(rows, kTileRows); ++r) {
             float* to = packed_rows + r / kTileRows * kTileRows * e.width + r % kTileRows;
             if (r < rows) {

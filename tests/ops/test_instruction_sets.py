@@ -19,6 +19,7 @@ FILES = (
     "test_special_values.py",
     "test_error_budget.py",
     "test_variable_width_embedding.py",
+    "test_variable_width_embedding_errors.py",
     "test_variable_width_cross_entropy.py",
 )
 BUILT = () if compiled.extension is None else tuple(compiled.extension.build_info()["isas"])
