@@ -23,8 +23,9 @@ HELP = "train a small GPT on real text, dense and top-k side by side, and time a
 
 DESCRIPTION = """\
 Trains a small causal GPT (characters as tokens) on a text twice, once with dense attention and once with each query
-attending to its --top-k best keys alone: same seed, same data order. Then times one attention at several lengths.
-About a minute on two cores. Ctrl-C ends it early and keeps what it has.
+attending to its --top-k best keys alone: same seed, same data order. (--embedding variable adds a third model, see
+below.) Then times one attention at several lengths. About a minute on two cores. Ctrl-C ends it early and keeps what
+it has.
 
 What you get: a table (validation loss, speed, peak memory; attention times for scaled_dot_product_attention,
 sparse_attn and the same written in plain PyTorch), a text sample of the top-k model, and in the --out folder
@@ -38,6 +39,7 @@ examples:
   sparse-attn demo --text my.txt --steps 1000   your own text (UTF-8), longer
   sparse-attn demo --top-k 4                    how few keys are enough?
   sparse-attn demo --context 512 --top-k 32     longer windows
+  sparse-attn demo --embedding variable         frequent characters wide, rare ones narrow
   sparse-attn demo --lengths 1024 16384         other lengths in the timing (--lengths alone: no timing)
   sparse-attn demo --json | jq .arms            numbers for a program, nothing else on the standard output
 
@@ -78,6 +80,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[1024, 2048, 4096, 8192],
         help="sequence lengths to time (default 1024 2048 4096 8192)",
     )
+    add(
+        "--embedding",
+        choices=("dense", "variable"),
+        default="dense",
+        help="variable: a third model, top-k with an embedding and a head of variable width (wide for frequent "
+        "characters), planned from the text's own counts at half the parameters",
+    )
     add("--text", metavar="FILE", help="train on this UTF-8 text instead of the one in the package")
     add(
         "--device",
@@ -97,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = _folder(arguments.out)
     corpus = demo_text.load(arguments.text, arguments.context)
     settings = _settings(arguments, device)
-    report = Report(settings, corpus, arms=list(arms_of(settings)))
+    report = Report(settings, corpus, arms=arms_of(settings, corpus))
     # With --json the standard output is the program's; bars go to the other stream, and only for an eye.
     console = Console(stderr=arguments.json, highlight=False)
     if not arguments.json:
@@ -135,6 +144,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> Settings:
         window=window,
         seed=arguments.seed,
         device=device,
+        embedding=arguments.embedding,
     )
 
 

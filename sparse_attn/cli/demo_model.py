@@ -1,4 +1,4 @@
-"""The demo's model: a small causal GPT whose attention is dense or top-k, and nothing else differs."""
+"""The demo's model: a small causal GPT whose attention is dense or top-k, its embedding plain or of variable width."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sparse_attn.nn import TopKAttention
+from sparse_attn.nn import TopKAttention, VariableWidthEmbedding, VariableWidthHead
+from sparse_attn.planner import WidthPlan
 
 WIDTH, HEADS, LAYERS = 128, 4, 2
 
@@ -36,26 +38,52 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Characters in, logits of the next character out.
 
-    ``top_k=None`` is dense attention; `window` of the top_k keys are always the latest ones.
+    ``top_k=None`` is dense attention; `window` of the top_k keys are always the latest ones. With a `plan` the
+    embedding and the head have its widths, else they are nn.Embedding and nn.Linear.
     """
 
-    def __init__(self, vocabulary: int, context: int, top_k: int | None, window: int = 0) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        top_k: int | None,
+        window: int = 0,
+        plan: WidthPlan | None = None,
+    ) -> None:
         super().__init__()
         self.context = context
-        self.embedding = nn.Embedding(vocabulary, WIDTH)
-        nn.init.normal_(self.embedding.weight, std=WIDTH**-0.5)
+        self.embedding = nn.Embedding(vocabulary, WIDTH) if plan is None else VariableWidthEmbedding(plan)
+        for table in [self.embedding.weight] if plan is None else self.embedding.tables:
+            nn.init.normal_(table, std=WIDTH**-0.5)
         self.register_buffer("positions", _waves(context))
         self.blocks = nn.ModuleList(Block(top_k, window) for _ in range(LAYERS))
         self.norm = nn.RMSNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
-        nn.init.zeros_(self.head.weight)  # the first prediction is uniform: loss ln(vocabulary)
+        self.head = (
+            nn.Linear(WIDTH, vocabulary, bias=False) if plan is None else VariableWidthHead.from_plan(plan)
+        )
+        for table in [self.head.weight] if plan is None else self.head.embedding.tables:
+            nn.init.zeros_(table)  # the first prediction is uniform: loss ln(vocabulary)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [B, T ≤ context] → logits [B, T, vocabulary]."""
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T ≤ context] → what the head reads, [B, T, WIDTH]."""
         stream = self.embedding(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             stream = block(stream)
-        return self.head(self.norm(stream))
+        return self.norm(stream)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T ≤ context] → logits [B, T, vocabulary]."""
+        return self.head(self.hidden(ids))
+
+    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of ids and targets [B, T], in nats."""
+        if isinstance(self.head, VariableWidthHead):
+            return self.head.loss(self.hidden(ids), targets, reduction=reduction)
+        return F.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), reduction=reduction)
+
+    def vocabulary_parameters(self) -> int:
+        """Numbers in the embedding and in the head."""
+        return sum(p.numel() for module in (self.embedding, self.head) for p in module.parameters())
 
     @torch.no_grad()
     def generate(self, prompt: list[int], count: int, seed: int, temperature: float = 0.8) -> Iterator[int]:

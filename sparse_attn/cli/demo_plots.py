@@ -10,7 +10,13 @@ from sparse_attn.cli.demo_timing import CONTENDERS, HEAD_DIM, HEADS, Timing
 from sparse_attn.cli.demo_train import Arm
 
 # Okabe-Ito: told apart by colour-blind readers too.
-COLORS = {"dense": "#0072B2", "SDPA": "#0072B2", "top-k": "#D55E00", "plain PyTorch": "#009E73"}
+COLORS = {
+    "dense": "#0072B2",
+    "SDPA": "#0072B2",
+    "top-k": "#D55E00",
+    "plain PyTorch": "#009E73",
+    "top-k + widths": "#CC79A7",
+}
 FUTURE = "#d9d9d9"
 MARKERS = {"SDPA": "o", "top-k": "s", "plain PyTorch": "^"}
 
@@ -66,7 +72,7 @@ def _loss(axes, text_name: str, arms: list[Arm]) -> None:
         )
         if arm.validation:
             x, y = zip(*arm.validation, strict=True)
-            marker = "o" if arm.top_k is None else "s"
+            marker = "o" if arm.top_k is None else "s" if arm.plan is None else "D"
             axes.plot(
                 x,
                 y,

@@ -67,6 +67,7 @@ def _arm(arm: Arm) -> dict:
         "top_k": arm.top_k,
         "window": arm.window,
         "kernel": arm.kernel,
+        "embedding": _embedding(arm),
         "steps_done": len(arm.train_loss),
         "validation_nats_per_character": _finite(nats),
         "validation_bits_per_character": _finite(nats / math.log(2)) if nats is not None else None,
@@ -75,6 +76,16 @@ def _arm(arm: Arm) -> dict:
         "seconds": sum(arm.step_seconds),
         "train_loss": [_finite(loss) for loss in arm.train_loss],
         "validation": [{"step": step, "nats_per_character": _finite(loss)} for step, loss in arm.validation],
+    }
+
+
+def _embedding(arm: Arm) -> dict:
+    """Of the embedding and the head: how wide, and how many numbers together (None before the model is made)."""
+    plan = arm.plan
+    return {
+        "widths": [WIDTH] if plan is None else list(plan.widths),
+        "characters": None if plan is None else list(plan.band_sizes),
+        "parameters": arm.model.vocabulary_parameters() if arm.model else None,
     }
 
 
@@ -102,8 +113,8 @@ def print_start(console, report: Report) -> None:
     characters = len(corpus.train) + len(corpus.held_out)
     console.print(
         f"A {LAYERS}-layer GPT of width {WIDTH} learns [bold]{_plain(corpus.name)}[/] ({characters:,} characters, "
-        f"the last tenth held out) on {settings.device}, twice: with dense attention, and with each query attending to "
-        f"{settings.top_k} of up to {settings.context} keys{_always(settings.window)}. "
+        f"the last tenth held out) on {settings.device}: with dense attention, and with each query attending to "
+        f"{settings.top_k} of up to {settings.context} keys{_always(settings.window)}{_widened(settings)}. "
         "Ctrl-C ends it early and keeps what it has.\n"
     )
     if settings.top_k >= settings.context:
@@ -117,6 +128,12 @@ def print_start(console, report: Report) -> None:
 
 def _always(window: int) -> str:
     return f", the latest {window} always among them" if window else ""
+
+
+def _widened(settings: Settings) -> str:
+    if settings.embedding == "dense":
+        return ""
+    return "; a third time so, with an embedding and a head that are wide for frequent characters alone"
 
 
 def print_report(console, report: Report) -> None:
@@ -176,9 +193,18 @@ def _training_table(report: Report):
     row("training speed (tokens/s)", lambda arm: _number(arm.tokens_per_second, "{:,.0f}"))
     row("peak memory (MB)", lambda arm: _number(arm.peak_memory, "{:,.0f}", 1e-6))
     row("attention by", lambda arm: arm.kernel)
+    if any(arm.plan for arm in report.arms):
+        row("widths of the embedding", lambda arm: _widths(arm))
+        row("  its and the head's parameters", lambda arm: _number(_embedding(arm)["parameters"], "{:,.0f}"))
     if any(len(arm.train_loss) < settings.steps for arm in report.arms):
         row("steps done", lambda arm: f"{len(arm.train_loss)} of {settings.steps}")
     return table
+
+
+def _widths(arm: Arm) -> str:
+    if arm.plan is None:
+        return str(WIDTH)
+    return ", ".join(f"{w} ({n})" for w, n in zip(arm.plan.widths, arm.plan.band_sizes, strict=True))
 
 
 def _number(value: float | None, form: str, factor: float = 1.0) -> str | None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import sparse_attn
+from sparse_attn.cli.console import UsageError
 from sparse_attn.cli.demo_memory import PeakMemory
 from sparse_attn.cli.demo_model import GPT, HEADS, WIDTH, optimizers_of
 from sparse_attn.cli.demo_text import Corpus, windows
+from sparse_attn.planner import WidthPlan, plan_widths
 
 EVALUATIONS = 5
 WARM_UP = 10  # steps over which the learning rate rises
@@ -22,7 +23,7 @@ WARM_UP = 10  # steps over which the learning rate rises
 
 @dataclass(frozen=True)
 class Settings:
-    """What both arms share."""
+    """What all arms share."""
 
     steps: int
     batch: int
@@ -31,16 +32,18 @@ class Settings:
     window: int  # of the top_k keys, how many are always the latest
     seed: int
     device: torch.device
+    embedding: str = "dense"  # "variable" adds an arm
 
 
 @dataclass
 class Arm:
-    """One of the two models, and what its training has shown so far."""
+    """One of the models, and what its training has shown so far."""
 
     name: str
     top_k: int | None
     window: int
     kernel: str
+    plan: WidthPlan | None = None  # widths of the embedding and the head; None: nn.Embedding and nn.Linear
     train_loss: list[float] = field(default_factory=list)  # nats per character, one per step
     validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, nats per character)
     step_seconds: list[float] = field(default_factory=list)
@@ -58,23 +61,39 @@ class Arm:
         return self.step_tokens / statistics.median(self.step_seconds) if self.step_seconds else None
 
 
-def arms_of(settings: Settings) -> tuple[Arm, Arm]:
-    """(dense, top-k), untrained."""
+def arms_of(settings: Settings, corpus: Corpus) -> list[Arm]:
+    """Dense, top-k, and where it is asked for top-k with an embedding of variable width, untrained."""
     query = torch.empty(settings.batch, HEADS, settings.context, WIDTH // HEADS, device=settings.device)
     wing = sparse_attn.explain(
         query, query, query, settings.top_k, is_causal=True, window=settings.window
     ).backend
-    return (
+    kernel = f"{wing} wing"
+    arms = [
         Arm("dense", None, 0, "PyTorch SDPA"),
-        Arm("top-k", settings.top_k, settings.window, f"{wing} wing"),
-    )
+        Arm("top-k", settings.top_k, settings.window, kernel),
+    ]
+    if settings.embedding == "variable":
+        plan = _plan_of(corpus)
+        arms.append(Arm("top-k + widths", settings.top_k, settings.window, kernel, plan))
+    return arms
+
+
+def _plan_of(corpus: Corpus) -> WidthPlan:
+    """Widths from the training text's own counts, at half the parameters of a full table."""
+    counts = torch.bincount(corpus.train, minlength=len(corpus.alphabet))
+    try:
+        return plan_widths(counts, WIDTH, ratio=0.5)
+    except ValueError as error:
+        raise UsageError(
+            f"--embedding variable: an alphabet of {len(counts)} characters has no such plan ({error})"
+        ) from None
 
 
 def train_step(model: GPT, optimizers: list[torch.optim.Optimizer], ids: Tensor, targets: Tensor) -> float:
     """One step on ids and targets [B, T]; the loss before it."""
     for optimizer in optimizers:
         optimizer.zero_grad()
-    loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+    loss = model.loss(ids, targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -89,7 +108,7 @@ def validation_loss(model: GPT, corpus: Corpus, settings: Settings) -> float:
     total, count = 0.0, 0
     for starts in corpus.held_out_starts(settings.context).split(settings.batch):
         ids, targets = windows(corpus.held_out, starts, settings.context, settings.device)
-        total += F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum").item()
+        total += model.loss(ids, targets, reduction="sum").item()
         count += targets.numel()
     model.train()
     return total / count
@@ -100,7 +119,7 @@ def train(arm: Arm, corpus: Corpus, settings: Settings, progress: Callable[[floa
     starts = corpus.train_starts(settings.steps, settings.batch, settings.context, settings.seed)
     _first_calls(arm, corpus, settings, starts[0])
     memory = PeakMemory(settings.device)
-    torch.manual_seed(settings.seed)  # both arms start from the same weights
+    torch.manual_seed(settings.seed)  # all arms start from the same weights
     model = arm.model = _model(arm, corpus, settings)
     optimizers = optimizers_of(model)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -121,7 +140,8 @@ def train(arm: Arm, corpus: Corpus, settings: Settings, progress: Callable[[floa
 
 
 def _model(arm: Arm, corpus: Corpus, settings: Settings) -> GPT:
-    return GPT(len(corpus.alphabet), settings.context, arm.top_k, arm.window).to(settings.device)
+    vocabulary = len(corpus.alphabet)
+    return GPT(vocabulary, settings.context, arm.top_k, arm.window, arm.plan).to(settings.device)
 
 
 def _first_calls(arm: Arm, corpus: Corpus, settings: Settings, starts: Tensor) -> None:

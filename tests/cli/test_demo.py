@@ -88,6 +88,29 @@ def test_the_slow_wing_is_announced(tmp_path, capsys):
     assert "reference wing" in text
 
 
+def test_embedding_of_variable_width(tmp_path, capsys, picture):
+    assert demo(tmp_path, "--json", "--lengths", "--embedding", "variable") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["arms"]) == ["dense", "top-k", "top-k + widths"]
+    full, ours = (result["arms"][name]["embedding"] for name in ("top-k", "top-k + widths"))
+    alphabet = result["text"]["alphabet"]
+    assert full["parameters"] == 2 * alphabet * demo_model.WIDTH
+    # Half of it, of which a plan uses at least 97 %, tables and projections together.
+    assert 0.97 * 0.5 * full["parameters"] <= ours["parameters"] <= 0.5 * full["parameters"]
+    assert sum(ours["characters"]) == alphabet
+    assert ours["widths"] == sorted(ours["widths"], reverse=True)
+    losses = result["arms"]["top-k + widths"]["train_loss"]
+    assert losses[0] == pytest.approx(math.log(alphabet), abs=1e-4)
+    assert losses[1] < losses[0]
+
+
+def test_a_text_without_such_widths_is_refused(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("ab" * 1000, "utf-8")
+    assert demo(tmp_path, "--lengths", "--text", str(text), "--embedding", "variable") == 2
+    assert "--embedding variable" in capsys.readouterr().err
+
+
 def test_no_lengths_no_timing(tmp_path, capsys):
     assert demo(tmp_path, "--json", "--lengths") == 0
     assert json.loads(capsys.readouterr().out)["timing"] is None
