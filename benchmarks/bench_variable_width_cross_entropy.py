@@ -1,12 +1,11 @@
 """`variable_width_cross_entropy` against the dense head, fused and not, and the approximate adaptive softmax.
 
 pytest benchmarks/bench_variable_width_cross_entropy.py
-python -m benchmarks.bench_variable_width_cross_entropy      the ratios beside their targets, one run
+python -m benchmarks.widths      the ratios beside their targets, one run
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -54,10 +53,11 @@ def measure(kind: str, rounds: int) -> list[dict]:
         ours = times["ours"].median
         rows += [
             {
+                "op": OP,
                 "ids": kind,
                 "direction": "forward + backward" if backward else "forward",
-                "contender": name,
-                "ms": 1e3 * times[name].median,
+                "contender": cases.LABELS[name],
+                "milliseconds": 1e3 * times[name].median,
                 "over_ours": times[name].median / ours,
                 "target": cases.TARGETS.get(name) if backward else None,
             }
@@ -68,16 +68,15 @@ def measure(kind: str, rounds: int) -> list[dict]:
 
 def peak_memory(name: str, threads: int) -> dict:
     """MB beyond inputs of forward + backward, gradients included, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_variable_width_cross_entropy", "--peak-of", name]
-    run = subprocess.run(
-        [*command, "--threads", str(threads)], cwd=memory.ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks.widths", "--peak-of", name, "--threads", str(threads)]
+    run = subprocess.run(command, cwd=memory.ROOT, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"the memory measurement failed: {run.stderr.strip().splitlines()[-1:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def _peak_here(name: str) -> dict:
+def peak_here(name: str) -> dict:
+    """What `peak_memory` asks of its process."""
     forward, leaves = cases.prepare(name, "zipf")
     leaves = tuple(t.detach().requires_grad_() for t in leaves)
     warm, few = cases.prepare(name, "zipf", 8)
@@ -97,56 +96,8 @@ def _peak_here(name: str) -> dict:
     peak = max(sampler.peak, highest) if highest > highest_before else sampler.peak
     returned = sum(g.numel() * g.element_size() for g in grads) / 1e6
     return {
-        "contender": name,
+        "contender": cases.LABELS[name],
         "extra_mb": max(0, peak - before) / 1e6,
         "of_which_gradients_mb": returned,
         "seconds": seconds,
     }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_variable_width_cross_entropy")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--peak-of", choices=tuple(cases.LABELS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.peak_of:
-        print(json.dumps(_peak_here(args.peak_of)))
-        return 0
-    rows = []
-    for kind in cases.KINDS:
-        reason = cases.why_not(kind)
-        if reason is None:
-            rows += measure(kind, args.rounds)
-        elif not args.json:
-            print(f"left out: {kind} ids: {reason}")
-    names = [n for n in cases.LABELS if cases.problem(n, "zipf") is None]
-    peaks = {name: peak_memory(name, args.threads) for name in names}
-    if args.json:
-        setting = {"setting": cases.SETTING, "threads": args.threads}
-        print(json.dumps({**setting, "rows": rows, "memory": list(peaks.values())}, indent=1))
-        return 0
-    print(f"{cases.SETTING}; {args.threads} threads; torch {torch.__version__}")
-    for row in rows:
-        head = f"{row['ids']:5} {row['direction']:19} {cases.LABELS[row['contender']]:39}"
-        print(
-            f"{head} {row['ms']:8.1f} ms  {row['over_ours']:6.2f} × ours{verdict(row['over_ours'], row['target'])}"
-        )
-    for name, peak in peaks.items():
-        ratio = peak["extra_mb"] / max(1e-3, peaks["ours"]["extra_mb"])
-        target = cases.MEMORY_TARGET if name == "dense" else None
-        head = f"peak  forward + backward  {cases.LABELS[name]:39}"
-        print(f"{head} {peak['extra_mb']:8.1f} MB  {ratio:6.2f} × ours{verdict(ratio, target)}")
-    return 0
-
-
-def verdict(ratio: float, target: float | None) -> str:
-    if target is None:
-        return ""
-    return f"  at least {target:.2f}: {'met' if ratio >= target else 'falls short'}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

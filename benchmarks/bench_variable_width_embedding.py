@@ -1,13 +1,10 @@
 """`variable_width_embedding` against nn.Embedding, eager adaptive input, and torch.compile of all bands.
 
 pytest benchmarks/bench_variable_width_embedding.py
-python -m benchmarks.bench_variable_width_embedding      the ratios beside their targets, one run
+python -m benchmarks.widths      the ratios beside their targets, one run
 """
 
 from __future__ import annotations
-
-import argparse
-import json
 
 import pytest
 import torch
@@ -40,13 +37,14 @@ def test_variable_width_embedding(benchmark, name, kind, backward) -> None:
     benchmark.pedantic(call, rounds=9, warmup_rounds=2)
 
 
-def measure(kind: str, rounds: int) -> list[dict]:
-    """One row per direction and rival: times in milliseconds, rounds of all contenders in turn."""
+def measure(kind: str, rounds: int, directions: tuple[str, ...] = tuple(cases.TARGETS)) -> list[dict]:
+    """One row per direction and contender: times in milliseconds, rounds of all contenders in turn."""
     inputs = cases.make(kind)
     for name in cases.LABELS:
         cases.check(name, inputs)
     rows = []
-    for direction, targets in cases.TARGETS.items():
+    for direction in directions:
+        targets = cases.TARGETS[direction]
         backward = direction != "forward"
         names = [n for n in cases.LABELS if backward or not n.endswith("sparse")]
         calls = {n: timing.bound(*cases.prepare(n, inputs), backward) for n in names}
@@ -54,45 +52,14 @@ def measure(kind: str, rounds: int) -> list[dict]:
         ours = times["ours"].median
         rows += [
             {
+                "op": OP,
                 "ids": kind,
                 "direction": direction,
-                "contender": name,
-                "ms": 1e3 * times[name].median,
+                "contender": cases.LABELS[name],
+                "milliseconds": 1e3 * times[name].median,
                 "over_ours": times[name].median / ours,
                 "target": targets.get(name),
             }
             for name in names
         ]
     return rows
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_variable_width_embedding")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = []
-    for kind in cases.KINDS:
-        reason = cases.why_not(kind)
-        if reason is None:
-            rows += measure(kind, args.rounds)
-        elif not args.json:
-            print(f"left out: {kind} ids: {reason}")
-    if args.json:
-        print(json.dumps({"setting": cases.SETTING, "threads": args.threads, "rows": rows}, indent=1))
-        return 0
-    print(f"{cases.SETTING}; {args.threads} threads; torch {torch.__version__}")
-    for row in rows:
-        target = ""
-        if row["target"] is not None:
-            verdict = "met" if row["over_ours"] >= row["target"] else "falls short"
-            target = f"  at least {row['target']:.2f}: {verdict}"
-        head = f"{row['ids']:5} {row['direction']:19} {cases.LABELS[row['contender']]:31}"
-        print(f"{head} {row['ms']:8.2f} ms  {row['over_ours']:6.2f} × ours{target}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

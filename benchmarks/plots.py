@@ -27,20 +27,20 @@ def draw(results: dict, path: Path) -> None:
         for name, rival in row["rivals"].items()
         if name in SHORT
     ]
-    _ratio_bars(axes[0, 0], bars, "How many times as fast as the alternative (right of 1: faster)")
+    ratio_bars(axes[0, 0], bars, "How many times as fast as the alternative (right of 1: faster)")
     _scaling(axes[0, 1], results["scaling"])
     slow = [
         (f"{row['name']}\n{row['note']}" if row["note"] else row["name"], rival["faster"], rival["target"])
         for row in results["know_before_use"]
         for rival in row["rivals"].values()
     ]
-    _ratio_bars(axes[1, 0], slow, "Know before use: times as fast as dense SDPA (left of 1: do not use it)")
+    ratio_bars(axes[1, 0], slow, "Know before use: times as fast as dense SDPA (left of 1: do not use it)")
     _memory(axes[1, 1], results["memory"])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _ratio_bars(axis, bars: list[tuple[str, float, float | None]], title: str) -> None:
+def ratio_bars(axis, bars: list[tuple[str, float, float | None]], title: str) -> None:
     axis.set_title(title, fontsize=11, loc="left")
     if not bars:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)

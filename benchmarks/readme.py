@@ -1,7 +1,7 @@
-"""The tables of README.md and docs/performance.md, made from the committed results.
+"""The tables of README.md and docs, made from the committed results.
 
 python -m benchmarks.readme            prints them
-python -m benchmarks.readme --write    puts them between the markers in the two files
+python -m benchmarks.readme --write    puts them between the markers in the files
 python -m benchmarks.readme --check    fails where a file differs from the results
 """
 
@@ -18,8 +18,7 @@ from benchmarks.machine import in_words
 from benchmarks.report import mark, megabytes, milliseconds, times_as_fast
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "attention_cpu.json"
-NOT_YET = "*No results are committed yet; `python -m benchmarks.run` makes them.*"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def summary(results: dict) -> str:
@@ -144,13 +143,78 @@ def _sentences(results: dict) -> list[str]:
     return lines
 
 
-FILES = {"README.md": summary, "docs/performance.md": details}
-MARKED = re.compile(r"(<!-- benchmark: begin -->\n).*?(<!-- benchmark: end -->)", re.DOTALL)
+def widths(results: dict) -> str:
+    """The lookup and the loss against each alternative, and memory."""
+    lines = [
+        f"Measured on {in_words(results['machine'])} by `{results['machine']['command']}`. "
+        "“As fast” is the alternative's time over ours.",
+    ]
+    for op, setting in (
+        ("variable_width_embedding", results["lookup"]),
+        ("variable_width_cross_entropy", results["loss"]),
+    ):
+        rows = [row for row in results["rows"] if row["op"] == op]
+        lines += ["", f"`{op}`, {setting}:", ""]
+        lines += ["| ids | direction | alternative | sparse_attn | its time | as fast | target | |"]
+        lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | --- |"]
+        ours = {(r["ids"], r["direction"]): r for r in rows if r["contender"] == "sparse_attn"}
+        for row in (r for r in rows if r["contender"] != "sparse_attn"):
+            own = ours[row["ids"], row["direction"]]["milliseconds"]
+            target, met = row["target"], None if row["target"] is None else row["over_ours"] >= row["target"]
+            lines.append(
+                f"| {row['ids']} | {row['direction']} | {row['contender']} | {milliseconds(own)} "
+                f"| {milliseconds(row['milliseconds'])} | {times_as_fast(row['over_ours'])} "
+                f"| {'' if target is None else f'≥ {target:.2f}×'} | {mark(met)} |"
+            )
+    if results["memory"]:
+        peaks = ", ".join(f"{row['contender']} {megabytes(row['extra_mb'])}" for row in results["memory"])
+        lines += ["", f"Peak memory of the loss, forward + backward, beyond the inputs: {peaks}."]
+    return "\n".join(lines)
 
 
-def filled(text: str, table: str) -> str:
+def compression(results: dict) -> str:
+    """What a trained model loses when its table gets fewer parameters."""
+    full, *rows = results["rows"]
+    tokens = results["tokens"]
+    lines = [
+        f"{results['model']}, table and tied head replaced, nothing retrained; counts + 1 from {tokens['counted']:,} "
+        f"tokens, cross-entropy (nats per token) of {tokens['evaluated']:,} tokens of {len(results['texts'])} other "
+        f"documents of the same kind. The full table ({full['parameters']:,} parameters): {full['cross_entropy']:.3f}.",
+        "",
+        "| parameters | rule | widths | table error, counted text | table error, other text | cross-entropy | change |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        change = row["cross_entropy"] - full["cross_entropy"]
+        rank = row["parameters"] // (full["parameters"] // results["dim"] + results["dim"])
+        widths = f"{rank}" if row["bands"] is None else ", ".join(map(str, row["bands"][1]))
+        name = "uniform low rank" if row["bands"] is None else f"`{row['table']}`"
+        lines.append(
+            f"| {row['parameters'] / full['parameters']:.0%} | {name} | {widths} | {row['error_counted']:.2%} "
+            f"| {row['error_text']:.2%} | {row['cross_entropy']:.3f} | {change:+.3f} |"
+        )
+    return "\n".join(lines)
+
+
+# marker → (results, what makes the table, the command that makes the results), per file
+BLOCKS = {
+    "README.md": {
+        "benchmark": ("attention_cpu", summary, "benchmarks.run"),
+        "widths": ("widths_cpu", widths, "benchmarks.widths"),
+    },
+    "docs/performance.md": {"benchmark": ("attention_cpu", details, "benchmarks.run")},
+    "docs/planner.md": {
+        "compression": ("compress_embedding_smollm2", compression, "benchmarks.compress_embedding")
+    },
+}
+
+
+def filled(text: str, marker: str, table: str) -> str:
     """The file's text with the table between its markers."""
-    return MARKED.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+    marked = re.compile(rf"(<!-- {marker}: begin -->\n).*?(<!-- {marker}: end -->)", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"no <!-- {marker}: begin --> … <!-- {marker}: end --> in the text")
+    return marked.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,17 +224,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="update the files")
     parser.add_argument("--check", action="store_true", help="fail if the files are out of date")
     args = parser.parse_args(argv)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
     stale = []
-    for name, make in FILES.items():
-        table = make(results) if results else NOT_YET
+    for name, blocks in BLOCKS.items():
         path = ROOT / name
+        text = path.read_text("utf-8")
+        for marker, (source, make, command) in blocks.items():
+            results = RESULTS / f"{source}.json"
+            table = (
+                make(json.loads(results.read_text("utf-8")))
+                if results.exists()
+                else f"*No results are committed yet; `python -m {command}` makes them.*"
+            )
+            if not args.write and not args.check:
+                print(f"<!-- {name}: {marker} -->\n{table}\n")
+            text = filled(text, marker, table)
         if args.write:
-            path.write_text(filled(path.read_text(), table))
-        elif args.check:
-            stale += [name] if filled(path.read_text(), table) != path.read_text() else []
-        else:
-            print(f"<!-- {name} -->\n{table}\n")
+            path.write_text(text, "utf-8")
+        elif args.check and text != path.read_text("utf-8"):
+            stale.append(name)
     if stale:
         print(f"out of date: {', '.join(stale)}; run `python -m benchmarks.readme --write`", file=sys.stderr)
     return 1 if stale else 0
