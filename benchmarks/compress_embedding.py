@@ -100,7 +100,6 @@ def main() -> None:
         result = {
             "machine": machine.describe(torch.get_num_threads(), "python -m benchmarks.compress_embedding"),
             "model": args.gguf or Path(args.model).name,
-            "dim": dim,
             "texts": [Path(name).name for name in args.text],
             "tokens": {"counted": int(counts.sum()), "evaluated": len(seen)},
             "rows": rows,

@@ -186,8 +186,7 @@ def compression(results: dict) -> str:
     ]
     for row in rows:
         change = row["cross_entropy"] - full["cross_entropy"]
-        rank = row["parameters"] // (full["parameters"] // results["dim"] + results["dim"])
-        widths = f"{rank}" if row["bands"] is None else ", ".join(map(str, row["bands"][1]))
+        widths = "one" if row["bands"] is None else ", ".join(map(str, row["bands"][1]))
         name = "uniform low rank" if row["bands"] is None else f"`{row['table']}`"
         lines.append(
             f"| {row['parameters'] / full['parameters']:.0%} | {name} | {widths} | {row['error_counted']:.2%} "
