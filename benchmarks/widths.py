@@ -145,9 +145,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--rounds", type=int, help="of the loss; the lookup has three times as many (default 5)"
-    )
     parser.add_argument("--out", type=Path, help="folder for the two files")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of tables")
     parser.add_argument("--peak-of", choices=tuple(cross_entropy_cases.LABELS), help=argparse.SUPPRESS)
