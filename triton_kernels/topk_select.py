@@ -1,0 +1,523 @@
+"""`topk_select`: exact top-k keys of each query, in one pass over the keys and without a [Tq, Tk] matrix.
+
+A program takes a tile of queries and streams tiles of keys through the tensor cores, keys along the rows of the
+score tile and queries along its columns. A score that beats its query's running threshold is appended to the
+query's candidates (candidates.py); when a row of candidates runs full, the rows are cut to their best and the
+thresholds rise. Of n keys in random order about K (1 + ln(n / K)) are ever appended. Scratch memory belongs to the
+resident programs, not to the queries: programs × BLOCK_M × capacity × 8 bytes.
+
+Appending is optimistic: a stretch of key tiles is streamed without a check (which keeps the loop free of branches,
+so that loads are pipelined); slots past the capacity are never written, and a stretch that overflowed is streamed
+again in pieces that cannot. Ascending scores, the worst case, cost about three times the best one.
+
+The floor is the product: 2 D operations per visible pair (T = 16k, 16 heads, D = 128, causal: 0.55 TFLOP, under 1 ms
+on an H100), then about 20 instructions per score for compare, count and predicated store. A histogram of the scores
+first and a second pass that emits would need the product twice, and exact bins still need the candidates' cut.
+
+Where heads share a selection a key's score is its summed softmax probability (shared_scores.py).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dot import INTERPRETED, dot
+from .candidates import (
+    LARGEST,
+    count_passes,
+    cut_in_place,
+    find_cut,
+    index_of,
+    kept_slots,
+    pack,
+    score_of,
+)
+from .shared_scores import attention_mass, log_sum_exp
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the selection kernel; a session with a GPU tunes `config`."""
+
+    block_m: int  # queries of a tile; 32 per warp puts each query into one thread
+    block_n: int  # keys of a tile
+    capacity: int  # candidates of a query; at least budget + slack + block_n
+    slack: int  # a cut may leave so many more than the budget, which saves rounds
+    cut_elements: int  # candidates whose keys are in registers together while rows are cut
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int
+
+
+def config(element_size: int, head_dim: int, budget: int, amd: bool) -> Config:
+    """By the shape class alone: nothing is timed at run time."""
+    wide = triton.next_power_of_2(head_dim) * element_size  # bytes of a row
+    num_warps = 4 if wide <= 256 and budget <= 1024 else 2
+    if amd:
+        num_warps = 1  # of 64 lanes; 64 KiB of shared memory
+    block_m = num_warps * (64 if amd else 32)
+    capacity = triton.next_power_of_2(budget + max(budget // 2, 128))
+    return Config(
+        block_m=block_m,
+        block_n=32,
+        capacity=capacity,
+        slack=budget // 8,
+        cut_elements=num_warps * (64 if amd else 32) * 64,
+        num_warps=num_warps,
+        num_stages=1 if wide >= 1024 else 2 if amd or wide >= 512 else 3,
+        programs_per_processor=3 if num_warps == 4 else 6,
+    )
+
+
+@triton.jit
+def _select(
+    query,  # [B, Hq, Tq, D]
+    key,  # [B, Hkv, Tk, D]
+    mask,  # uint8 [B, G, Tq, Tk] or None
+    lengths,  # int [B] or None
+    shift,  # float32 [B, Hq, Tq]: LSE of each head where heads share, or None
+    slots,  # int64 [programs, BLOCK_M, CAPACITY + BLOCK_N], scratch
+    counts,  # int32 [programs, BLOCK_M], scratch
+    thresholds,  # float32 [programs, BLOCK_M], scratch
+    queue,  # int32 [1]: the next tile
+    indices,  # int32 [B, G, Tq, K], or where keys are split int64 slots [B, G, Tq, splits, K]
+    scores,  # float32 [B, G, Tq, K] or None
+    query_b,
+    query_h,
+    query_t,
+    query_d,
+    key_b,
+    key_h,
+    key_t,
+    key_d,
+    mask_b,
+    mask_g,
+    mask_q,
+    mask_k,
+    groups,
+    query_length,
+    key_length,
+    head_dim,
+    budget,
+    slack,
+    causal_offset,  # query i sees keys up to i + causal_offset
+    window_offset,  # and always keeps those beyond i + window_offset
+    sinks,
+    scale,
+    tiles,
+    query_blocks,
+    splits,
+    split_length,  # keys, a multiple of BLOCK_N
+    SIGN: tl.constexpr,  # of the scale: −1, 0, 1; ranks need no more of it
+    IS_CAUSAL: tl.constexpr,
+    SHARING: tl.constexpr,  # query heads of one selection
+    REPEAT: tl.constexpr,  # query heads of one key head
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,  # queries whose candidates are cut together
+    CHUNK: tl.constexpr,  # columns of candidates in registers while the cut is searched
+    STEP: tl.constexpr,  # and while it is made
+):
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_D)
+    STRIDE: tl.constexpr = CAPACITY + BLOCK_N
+    program = tl.program_id(0).to(tl.int64)
+    slots += program * (BLOCK_M * STRIDE)
+    counts += program * BLOCK_M
+    thresholds += program * BLOCK_M
+    own_slots = slots + row * STRIDE
+    inside_depth = depth < head_dim
+
+    # A queue, not a stride: tiles of causal attention differ in cost. Who takes a tile changes nothing in it.
+    tile = tl.atomic_add(queue, 1)
+    while tile < tiles:
+        split = tile % splits
+        block = query_blocks - 1 - (tile // splits) % query_blocks  # the longest rows of a head come first
+        group = (tile // splits) // query_blocks  # of all batch entries
+        batch = (group // groups).to(tl.int64)
+        head = ((group % groups) * SHARING).to(tl.int64)
+        first_row = block * BLOCK_M
+        last_row = tl.minimum(first_row + BLOCK_M, query_length) - 1
+        position = tl.minimum(first_row + row, last_row)  # rows past the end repeat the last one
+
+        length = key_length
+        if lengths is not None:
+            length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
+        if IS_CAUSAL:
+            row_end = tl.minimum(tl.maximum(position + causal_offset + 1, 0), length)
+            window_start = position + window_offset + 1
+            tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+            plain_end = tl.minimum(first_row + tl.minimum(causal_offset, window_offset) + 1, length)
+        else:
+            row_end = tl.zeros_like(position) + length
+            window_start = tl.zeros_like(position) + LARGEST
+            tile_end = length
+            plain_end = length
+        # Key tiles of [plain_first, plain_stop) are seen whole by every row, and hold no forced key.
+        plain_first = tl.cdiv(sinks, BLOCK_N)
+        plain_stop = tl.maximum(plain_end, 0) // BLOCK_N
+        if mask is not None:
+            plain_stop = plain_stop * 0
+            mask_rows = (
+                mask
+                + batch * mask_b
+                + (group % groups).to(tl.int64) * mask_g
+                + position.to(tl.int64) * mask_q
+            )
+        n = split * (split_length // BLOCK_N)
+        n_stop = tl.minimum(tl.cdiv(tile_end, BLOCK_N), n + split_length // BLOCK_N)
+
+        query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
+        key_head = key + batch * key_b + (head // REPEAT) * key_h
+        if SHARING == 1:
+            queries = tl.load(
+                query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d,
+                mask=inside_depth[:, None],
+                other=0.0,
+            )
+            if SIGN != 1:
+                queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
+        else:
+            shift_rows = shift + ((batch * groups * SHARING + head) * query_length + position)
+
+        count = tl.zeros_like(row)
+        threshold = tl.full([BLOCK_M], float("nan"), tl.float32)  # everything passes: not (NaN >= x)
+        reach = 1
+        while n < n_stop:
+            room = CAPACITY - tl.max(count, 0)
+            if room < BLOCK_N:
+                tl.store(counts + row, count)
+                tl.debug_barrier()
+                for first in range(0, BLOCK_M, ROWS):
+                    some = first + tl.arange(0, ROWS)
+                    some_start = LARGEST + tl.zeros_like(some)
+                    if IS_CAUSAL:
+                        some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+                    kept, bar = cut_in_place(
+                        slots + some * STRIDE,
+                        tl.load(counts + some),
+                        sinks,
+                        some_start,
+                        budget,
+                        slack,
+                        CAPACITY,
+                        CHUNK,
+                        STEP,
+                    )
+                    tl.store(counts + some, kept)
+                    tl.store(thresholds + some, bar)
+                tl.debug_barrier()
+                count = tl.load(counts + row)
+                threshold = tl.load(thresholds + row)
+                tl.debug_barrier()
+                room = CAPACITY - tl.max(count, 0)
+            plain = (n >= plain_first) & (n < plain_stop)
+            stop = tl.minimum(n_stop, n + tl.maximum(room // BLOCK_N, reach))
+            if plain:
+                stop = tl.minimum(stop, plain_stop)
+            elif n < plain_stop:
+                stop = tl.minimum(stop, plain_first)
+            before = count
+            if plain:
+                for tile_n in range(n, stop):
+                    index = tile_n * BLOCK_N + column
+                    if SHARING == 1:
+                        keys = tl.load(
+                            key_head
+                            + index.to(tl.int64)[:, None] * key_t
+                            + depth.to(tl.int64)[None, :] * key_d,
+                            mask=inside_depth[None, :],
+                            other=0.0,
+                        )
+                        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+                    else:
+                        score = attention_mass(
+                            query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
+                            head, index, index < tile_end, inside_depth, depth, scale,
+                            SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                        )  # fmt: skip
+                    # The threshold stands first: the type of the comparison follows its first operand.
+                    passes = (~(threshold[None, :] >= score)).to(tl.int32)
+                    start = own_slots + tl.minimum(count, CAPACITY) - 1
+                    count += tl.sum(passes, 0)
+                    score, place = tl.associative_scan((score, passes), 0, count_passes)
+                    slot = pack(score, index[:, None])
+                    tl.store(start[None, :] + place, slot, mask=~(threshold[None, :] >= score))
+            else:
+                for tile_n in range(n, stop):
+                    index = tile_n * BLOCK_N + column
+                    exists = index < tile_end
+                    if SHARING == 1:
+                        keys = tl.load(
+                            key_head
+                            + index.to(tl.int64)[:, None] * key_t
+                            + depth.to(tl.int64)[None, :] * key_d,
+                            mask=exists[:, None] & inside_depth[None, :],
+                            other=0.0,
+                        )
+                        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+                    else:
+                        score = attention_mass(
+                            query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
+                            head, index, exists, inside_depth, depth, scale,
+                            SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                        )  # fmt: skip
+                    passes = ~(threshold[None, :] >= score)
+                    passes |= (index < sinks)[:, None] | (index[:, None] >= window_start[None, :])
+                    passes &= index[:, None] < row_end[None, :]
+                    if mask is not None:
+                        allowed = tl.load(
+                            mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=passes, other=0
+                        )
+                        passes &= allowed != 0
+                    start = own_slots + tl.minimum(count, CAPACITY) - 1
+                    count += tl.sum(passes.to(tl.int32), 0)
+                    score, place = tl.associative_scan((score, passes.to(tl.int32)), 0, count_passes)
+                    slot = pack(score, index[:, None])
+                    tl.store(start[None, :] + place, slot, mask=passes)
+            if tl.max(count, 0) <= CAPACITY:
+                reach = 2 * (stop - n)
+                n = stop
+            else:
+                count = before
+                reach = 1
+
+        tl.store(counts + row, count)
+        tl.debug_barrier()
+        for first in range(0, BLOCK_M, ROWS):
+            some = first + tl.arange(0, ROWS)
+            valid = first_row + some < query_length
+            some_start = LARGEST + tl.zeros_like(some)
+            if IS_CAUSAL:
+                some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+            out_row = group.to(tl.int64) * query_length + first_row + some
+            _emit(
+                slots + some * STRIDE, tl.load(counts + some), valid, sinks, some_start, budget,
+                (out_row * splits + split) * budget, indices, scores, SPLIT, CAPACITY, CHUNK, STEP,
+            )  # fmt: skip
+        tl.debug_barrier()  # the next tile overwrites what some thread may still read
+        tile = tl.atomic_add(queue, 1)
+
+
+@triton.jit
+def _emit(
+    rows,  # pointer to each row of slots, [Q]
+    count,  # int32 [Q]
+    valid,  # int1 [Q]: rows that exist
+    sinks,
+    window_start,  # int32 [Q]
+    budget,
+    place,  # int64 [Q]: where each row's output begins
+    indices,
+    scores,
+    SPLIT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Writes the best of each row, ascending, then −1."""
+    low, equal, size = find_cut(rows, count, sinks, window_start, budget, 0, CAPACITY, CHUNK)
+    written = tl.zeros_like(count)
+    equal_seen = tl.zeros_like(count)
+    for first in range(0, tl.max(count, 0), STEP):
+        column = first + tl.arange(0, STEP)
+        slot, keep, equal_seen = kept_slots(rows, column, count, sinks, window_start, low, equal, equal_seen)
+        target = place[:, None] + written[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
+        written += tl.sum(keep.to(tl.int32), 1)
+        keep &= valid[:, None]
+        if SPLIT:
+            tl.store(indices + target, slot, mask=keep)
+        else:
+            tl.store(indices + target, index_of(slot), mask=keep)
+            if scores is not None:
+                tl.store(scores + target, score_of(slot), mask=keep)
+    for first in range(0, budget, STEP):
+        column = first + tl.arange(0, STEP)
+        empty = valid[:, None] & (column[None, :] >= written[:, None]) & (column[None, :] < budget)
+        tl.store(indices + place[:, None] + column[None, :], -1, mask=empty)
+        if not SPLIT and scores is not None:
+            tl.store(scores + place[:, None] + column[None, :], float("-inf"), mask=empty)
+
+
+@triton.jit
+def _merge(
+    slots,  # int64 [rows, splits · K], ascending keys, index −1 where empty
+    indices,  # int32 [rows, K]
+    scores,  # float32 [rows, K] or None
+    rows,
+    query_length,
+    width,  # splits · K
+    budget,
+    window_offset,
+    sinks,
+    IS_CAUSAL: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The best K of the rows' candidates from all splits of the keys."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    row = tl.minimum(row, rows - 1)
+    count = tl.zeros([ROWS], tl.int32) + width
+    start = LARGEST + tl.zeros_like(count)
+    if IS_CAUSAL:
+        start = (row % query_length).to(tl.int32) + window_offset + 1
+    _emit(
+        slots + row * width, count, valid, sinks, start, budget,
+        row * budget, indices, scores, False, CAPACITY, CHUNK, STEP,
+    )  # fmt: skip
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Of the device; a few in the interpreter, where programs run one after the other."""
+    if device.type == "cpu":
+        return 2
+    properties = getattr(torch, device.type).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def _splits(tiles: int, programs: int, key_length: int, budget: int, block_n: int) -> tuple[int, int]:
+    """(number of pieces of the keys, keys of a piece): more than one where the queries alone fill no device."""
+    # A piece shorter than a few budgets would only copy its keys into the merge.
+    pieces = min(programs // tiles, key_length // max(4 * budget, 16 * block_n), max(1, 8192 // budget))
+    if pieces < 2:
+        return 1, triton.cdiv(key_length, block_n) * block_n
+    length = triton.cdiv(triton.cdiv(key_length, pieces), block_n) * block_n
+    return triton.cdiv(key_length, length), length
+
+
+def topk_select(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk], True = may attend
+    key_lengths: Tensor | None,  # int [B]
+    top_k: int,
+    is_causal: bool,
+    causal_offset: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    groups: int,  # G: 1, Hkv or Hq
+) -> Tensor:  # int32 [B, G, Tq, K]
+    return select(
+        query,
+        key,
+        attn_mask,
+        key_lengths,
+        top_k,
+        is_causal,
+        causal_offset,
+        scale,
+        window,
+        sinks,
+        groups,
+        False,
+    )[0]
+
+
+def select(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk]
+    key_lengths: Tensor | None,  # int [B]
+    top_k: int,
+    is_causal: bool,
+    causal_offset: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    groups: int,
+    with_scores: bool,
+) -> tuple[Tensor, Tensor | None]:  # indices int32 [B, G, Tq, K], scores float32 [B, G, Tq, K]
+    """The selection and, if wanted, what ranked each key: sign(scale) · q·k, or its mass; −inf in an empty slot."""
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length = key.shape[1], key.shape[2]
+    budget = min(top_k, key_length)
+    shape = (batch, groups, query_length, budget)
+    indices = query.new_empty(shape, dtype=torch.int32)
+    scores = query.new_empty(shape, dtype=torch.float32) if with_scores else None
+    if indices.numel() == 0:
+        return indices, scores
+    sharing, repeat = heads // groups, heads // kv_heads
+    c = config(query.element_size(), head_dim, budget, torch.version.hip is not None)
+    # Positions beyond every key are all alike; like this their sums stay within 32 bits.
+    window_offset = min(max(causal_offset - window, -query_length - 1), key_length)
+    causal_offset = min(max(causal_offset, -query_length), key_length)
+    sinks = min(sinks, key_length)
+    mask = None if attn_mask is None else attn_mask.view(torch.uint8)
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    blocks = triton.cdiv(query_length, c.block_m)
+    tiles = batch * groups * blocks
+    programs = _processors(query.device) * c.programs_per_processor
+    splits, split_length = _splits(tiles, programs, key_length, budget, c.block_n)
+    programs = min(programs, tiles * splits)
+    found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)
+
+    slots = query.new_empty((programs, c.block_m, c.capacity + c.block_n), dtype=torch.int64)
+    counts = query.new_empty((programs, c.block_m), dtype=torch.int32)
+    thresholds = query.new_empty((programs, c.block_m), dtype=torch.float32)
+    queue = query.new_zeros(1, dtype=torch.int32)
+    cut = _cut_shape(c, c.block_m, c.capacity)
+
+    with _device_of(query):
+        shift = None
+        if sharing > 1:
+            shift = query.new_empty((batch, heads, query_length), dtype=torch.float32)
+            log_sum_exp[(batch * heads * blocks,)](
+                query, key, mask, key_lengths, shift, *query.stride(), *key.stride(), *mask_strides,
+                heads, query_length, key_length, head_dim, causal_offset, scale, blocks,
+                is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
+                num_warps=c.num_warps, num_stages=c.num_stages,
+            )  # fmt: skip
+        _select[(programs,)](
+            query, key, mask, key_lengths, shift, slots, counts, thresholds, queue, found,
+            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides,
+            groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, sinks, scale,
+            tiles * splits, blocks, splits, split_length,
+            1 if sharing > 1 else (scale > 0) - (scale < 0), is_causal, sharing, repeat, splits > 1,
+            c.block_m, c.block_n, block_d, c.capacity, *cut,
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            rows, width = batch * groups * query_length, splits * budget
+            capacity = triton.next_power_of_2(width)
+            cut = _cut_shape(c, 32, capacity)
+            _merge[(triton.cdiv(rows, cut[0]),)](
+                found, indices, scores, rows, query_length, width, budget, window_offset, sinks,
+                is_causal, capacity, *cut, num_warps=c.num_warps,
+            )  # fmt: skip
+    return indices, scores
+
+
+def _cut_shape(c: Config, rows: int, capacity: int) -> tuple[int, int, int]:
+    """(ROWS, CHUNK, STEP) of find_cut and what follows it, for rows of this capacity."""
+    together = max(1, min(rows, c.cut_elements // capacity))
+    chunk = c.cut_elements // together
+    return together, chunk, min(capacity, max(32, c.cut_elements // 4 // together))
+
+
+def _device_of(tensor: Tensor):
+    """Triton launches on the current device."""
+    return (
+        nullcontext()
+        if tensor.device.type == "cpu"
+        else getattr(torch, tensor.device.type).device(tensor.device)
+    )
