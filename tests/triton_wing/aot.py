@@ -51,6 +51,7 @@ class Case:
     num_stages: int = 2
     may_spill: bool = False  # not a main configuration: its spills are shown, not refused
     targets: tuple[str, ...] = tuple(TARGETS)
+    options: dict[str, Any] = field(default_factory=dict)  # of the launch beside these
 
     def source(self):
         """What Triton compiles."""
@@ -128,7 +129,7 @@ def compile_case(op: str, number: int, target: str) -> Resources:
         compiled = triton.compile(
             case.source(),
             target=GPUTarget(backend, architecture, lanes),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options},
         )
         read = _read_cubin if backend == "cuda" else _read_amdgcn
         registers, spilled = read(compiled.asm)

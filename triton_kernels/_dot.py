@@ -1,0 +1,24 @@
+"""The matrix product inside kernels: exact in float32, and right in the interpreter too."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# Triton's interpreter keeps bfloat16 as integers, and multiplies those.
+INTERPRETED = tl.constexpr(not isinstance(_probe, triton.JITFunction))
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a · b: a [M, K], b [K, N] of one dtype, total float32 [M, N]; no TF32."""
+    if INTERPRETED:
+        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")
