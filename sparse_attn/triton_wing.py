@@ -31,7 +31,7 @@ FILES = {
     "gathered_attention_backward": "gathered_attention_backward",
     "topk_attention": "topk_attention",
     "variable_width_embedding": "variable_width_embedding",
-    "variable_width_embedding_backward": "variable_width_embedding",
+    "variable_width_embedding_backward": "variable_width_embedding_backward",
     "variable_width_cross_entropy": "variable_width_cross_entropy",
     "variable_width_cross_entropy_backward": "variable_width_cross_entropy",
 }

@@ -19,6 +19,5 @@ INTERPRETED = tl.constexpr(not isinstance(_probe, triton.JITFunction))
 def dot(a, b, total):
     """total + a · b: a [M, K], b [K, N] of one dtype, total float32 [M, N]; no TF32."""
     if INTERPRETED:
-        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, total, input_precision="ieee")
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")

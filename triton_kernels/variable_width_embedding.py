@@ -277,7 +277,7 @@ def variable_width_embedding(
 ) -> Tensor:  # [*, D]
     dim = projections[0].shape[0] or tables[0].shape[1]
     out = tables[0].new_empty((*ids.shape, dim))
-    flat = ids.reshape(-1)
+    flat = ids.reshape(-1).contiguous()
     count = flat.shape[0]
     if count == 0:
         return out
