@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LN2, LOG2E, grid_of, is_half, outer_program
+from ._common import LN2, LOG2E, grid_of, is_half, outer_program, rounded
 from ._dot import dot
 
 
@@ -111,7 +111,7 @@ def _tile(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(weights, axis=1)
-        mean = dot(weights.to(values.dtype), values, mean * shrink[:, None])
+        mean = dot(rounded(weights, values.dtype), values, mean * shrink[:, None])
         largest = larger
 
     place = (b * units * shared + head) * tl.num_programs(0) + t
@@ -119,7 +119,7 @@ def _tile(
     total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: 0, and an LSE of −inf by `largest`
     tl.store(
         out + place[:, None] * VALUE_DIM + column[None, :],
-        (mean / total[:, None]).to(out.dtype.element_ty),
+        rounded(mean / total[:, None], out.dtype.element_ty),
         mask=present[:, None] & (column < VALUE_DIM)[None, :],
     )
     tl.store(lse + place, (largest + tl.log2(total)) * LN2, mask=present)
@@ -170,8 +170,10 @@ def _vector(
     largest = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_K,), tl.float32)
     mean = tl.zeros((BLOCK_K, BLOCK_VALUE), tl.float32)
+    row, filled = gather_rows(rows_of, 0, indices_k, budget, key_length, BLOCK_K)
     for start in range(0, budget, BLOCK_K):
-        row, filled = gather_rows(rows_of, start, indices_k, budget, key_length, BLOCK_K)
+        # The next block's indices are on their way while this one's rows are.
+        next_row, next_filled = gather_rows(rows_of, start + BLOCK_K, indices_k, budget, key_length, BLOCK_K)
         keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM).to(tl.float32)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE).to(tl.float32)
         scores = tl.where(filled, tl.sum(keys * vector[None, :], axis=1) * factor, float("-inf"))
@@ -181,7 +183,7 @@ def _vector(
         shrink = tl.exp2(largest - base)
         total = total * shrink + weights
         mean = mean * shrink[:, None] + weights[:, None] * values
-        largest = larger
+        largest, row, filled = larger, next_row, next_filled
 
     top = tl.max(largest, axis=0)
     shrink = tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top))
@@ -190,7 +192,7 @@ def _vector(
     result = tl.sum(mean * shrink[:, None], axis=0) / whole
     place = (b * heads + head) * tl.num_programs(0) + t
     column = tl.arange(0, BLOCK_VALUE)
-    tl.store(out + place * VALUE_DIM + column, result.to(out.dtype.element_ty), mask=column < VALUE_DIM)
+    tl.store(out + place * VALUE_DIM + column, rounded(result, out.dtype.element_ty), mask=column < VALUE_DIM)
     tl.store(lse + place, (top + tl.log2(whole)) * LN2)
 
 
@@ -213,10 +215,10 @@ def tile_config(dtype: torch.dtype, shared: int, dim: int, value_dim: int) -> di
     }
 
 
-def vector_config(dim: int, value_dim: int) -> dict[str, int]:
-    """Block sizes of `_vector`: 32 elements of each operand per thread."""
+def vector_config(dim: int, value_dim: int, elements: int = 2048) -> dict[str, int]:
+    """Block sizes of `_vector` and of the backward's: so many elements of each operand, 16 or 32 per thread."""
     widest = triton.next_power_of_2(max(dim, value_dim))
-    return {"BLOCK_K": min(64, max(16, 4096 // widest)), "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_K": min(64, max(8, elements // widest)), "num_warps": 4, "num_stages": 2}
 
 
 def gathered_attention(

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program
+from ._common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
 from ._dot import dot
 from .gathered_attention import gather_rows, load_rows, vector_config
 from .gathered_attention_sums import entries_by_key, sum_config, sum_entries, sum_queries
@@ -121,8 +121,8 @@ def _tile_queries(
         real = filled[None, :] & present[:, None]  # 0 · inf of a head that is not there is NaN too
         weights = tl.where(real, tl.exp2(scores - base[:, None]), 0.0)
         slopes = dot(grads, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
-        slopes = tl.where(real, weights * (slopes - delta[:, None]), 0.0).to(keys.dtype)
-        weights = weights.to(values.dtype)
+        slopes = rounded(tl.where(real, weights * (slopes - delta[:, None]), 0.0), keys.dtype)
+        weights = rounded(weights, values.dtype)
         gradient = dot(slopes, keys, gradient)
         to_key = dot(tl.trans(slopes), queries, tl.zeros((BLOCK_K, BLOCK_DIM), tl.float32)) * scale
         to_value = dot(tl.trans(weights), grads, tl.zeros((BLOCK_K, BLOCK_VALUE), tl.float32))
@@ -138,12 +138,12 @@ def _tile_queries(
             tl.atomic_add(key_place, to_key, mask=key_mask, sem="relaxed")
             tl.atomic_add(value_place, to_value, mask=value_mask, sem="relaxed")
         else:
-            tl.store(key_place, to_key.to(key_sink.dtype.element_ty), mask=key_mask)
-            tl.store(value_place, to_value.to(value_sink.dtype.element_ty), mask=value_mask)
+            tl.store(key_place, rounded(to_key, key_sink.dtype.element_ty), mask=key_mask)
+            tl.store(value_place, rounded(to_value, value_sink.dtype.element_ty), mask=value_mask)
 
     tl.store(
         grad_query + row_place[:, None] * DIM + key_column[None, :],
-        (gradient * scale).to(grad_query.dtype.element_ty),
+        rounded(gradient * scale, grad_query.dtype.element_ty),
         mask=present[:, None] & (key_column < DIM)[None, :],
     )
 
@@ -240,7 +240,9 @@ def _vector_queries(
     whole = tl.sum(total, axis=0)
     inverse = tl.where(whole == 0.0, 0.0, 1.0 / tl.where(whole == 0.0, 1.0, whole))
     result = tl.sum(gradient, axis=0) * (scale * inverse)
-    tl.store(grad_query + place * DIM + column, result.to(grad_query.dtype.element_ty), mask=column < DIM)
+    tl.store(
+        grad_query + place * DIM + column, rounded(result, grad_query.dtype.element_ty), mask=column < DIM
+    )
     tl.store(rows + place, delta)
     tl.store(rows + programs.to(tl.int64) * tl.num_programs(0) + place, inverse)
 
@@ -254,7 +256,7 @@ def tile_config(shared: int, dim: int, value_dim: int) -> dict[str, int]:
     """Block sizes of `_tile_queries`: dQ and one of dK, dV of a block are in registers at once."""
     wide = max(dim, value_dim) > 128
     return {
-        "BLOCK_M": min(32 if wide else 64, max(16, triton.next_power_of_2(shared))),
+        "BLOCK_M": min(32, max(16, triton.next_power_of_2(shared))),
         "BLOCK_K": 16 if wide else 32,
         "num_warps": 4,
         "num_stages": 2,
@@ -359,7 +361,7 @@ def _by_heads(inputs, strides, sizes, scale, dims):
     scales = (scale * LOG2E, scale)
     _vector_queries[grid_of(query_length, batch * heads)](
         *inputs, grad_query, rows, grad_key, grad_value, *strides, batch * heads, heads, kv_heads, groups,
-        key_length, budget, *scales, ATOMICS=atomics, **dims, **vector_config(dims["DIM"], dims["VALUE_DIM"]),
+        key_length, budget, *scales, ATOMICS=atomics, **dims, **vector_config(dims["DIM"], dims["VALUE_DIM"], 4096),
     )  # fmt: skip
     for first in range(0, 0 if atomics else query_length, chunk):
         size = min(chunk, query_length - first)

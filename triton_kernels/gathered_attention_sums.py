@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LOG2_OF_E, outer_program
+from ._common import LOG2_OF_E, outer_program, rounded
 from .gathered_attention import load_rows
 
 
@@ -28,7 +28,7 @@ def _store_sum(
     place = target + row * DIM + column
     if ADD:
         total += tl.load(place, mask=column < DIM, other=0.0)
-    tl.store(place, total.to(target.dtype.element_ty), mask=column < DIM)
+    tl.store(place, rounded(total, target.dtype.element_ty), mask=column < DIM)
 
 
 @triton.jit

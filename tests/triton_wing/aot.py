@@ -93,7 +93,7 @@ class Resources:
     case: str
     target: str
     registers: int = 0  # of one thread (gfx942: vector registers)
-    spilled: int = 0  # bytes of local memory of one thread (gfx942: registers put away)
+    spilled: int = 0  # bytes of local memory of one thread
     shared: int = 0  # bytes of shared memory of one block
     may_spill: bool = False
     error: str | None = None
@@ -105,7 +105,7 @@ class Resources:
         limit = TARGETS[self.target][3]
         found = [f"{self.shared} bytes of shared memory, {limit} are there"] if self.shared > limit else []
         if self.spilled and not self.may_spill:
-            found.append(f"{self.spilled} spilled")
+            found.append(f"{self.spilled} bytes spilled")
         return found
 
 
@@ -166,7 +166,8 @@ def _read_cubin(asm) -> tuple[int, int]:
 def _read_amdgcn(asm) -> tuple[int, int]:
     text = asm["amdgcn"]
     read = {n: int(v) for n, v in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)}
-    return read["vgpr_count"], read["vgpr_spill_count"] + read["sgpr_spill_count"]
+    # Scalar registers are put away in lanes of vector registers, without memory: those are no spills.
+    return read["vgpr_count"], read["private_segment_fixed_size"]
 
 
 def compile_all(of: list[str]) -> Iterator[Resources]:

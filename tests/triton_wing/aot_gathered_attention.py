@@ -21,12 +21,12 @@ def common(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
     indices = strides("indices", groups, "k", BUDGET)
     indices["indices_g"] = indices.pop("indices_h")
     return {
-        **{n: f"*{dtype}" for n in ("query", "key", "value", "out")},
-        **{"indices": "*i32", "lse": "*fp32"},
+        **dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}"),
+        "indices": "*i32", "lse": "*fp32",
         **strides("query", HEADS, "d", dim), **strides("key", kv_heads, "d", dim),
         **strides("value", kv_heads, "d", dim), **indices,
-        **{"kv_heads": kv_heads, "groups": groups, "key_length": LENGTH, "budget": BUDGET, "factor": 0.1},
-        **{"DIM": dim, "VALUE_DIM": dim, "BLOCK_DIM": dim, "BLOCK_VALUE": dim},
+        "kv_heads": kv_heads, "groups": groups, "key_length": LENGTH, "budget": BUDGET, "factor": 0.1,
+        "DIM": dim, "VALUE_DIM": dim, "BLOCK_DIM": dim, "BLOCK_VALUE": dim,
     }  # fmt: skip
 
 
@@ -34,11 +34,25 @@ def gradients(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
     return {
         **common(dtype, kv_heads, groups, dim),
         **strides("grad", HEADS, "d", dim),
-        **{"grad_out": f"*{dtype}", "grad_lse": None, "grad_query": f"*{dtype}", "rows": "*fp32"},
-        **{"grad_key": "*fp32", "grad_value": "*fp32", "order": "*i64", "offsets": "*i32"},
-        **{"key_entries": f"*{dtype}", "value_entries": f"*{dtype}"},
-        **{"key_sink": f"*{dtype}", "value_sink": f"*{dtype}", "scale": 0.1, "ATOMICS": False, "ADD": True},
-        **{"query_length": LENGTH, "first_query": 2048, "batch": 1, "entries": 2048 * BUDGET},
+        "grad_out": f"*{dtype}",
+        "grad_lse": None,
+        "grad_query": f"*{dtype}",
+        "rows": "*fp32",
+        "grad_key": "*fp32",
+        "grad_value": "*fp32",
+        "order": "*i64",
+        "offsets": "*i32",
+        "key_entries": f"*{dtype}",
+        "value_entries": f"*{dtype}",
+        "key_sink": f"*{dtype}",
+        "value_sink": f"*{dtype}",
+        "scale": 0.1,
+        "ATOMICS": False,
+        "ADD": True,
+        "query_length": LENGTH,
+        "first_query": 2048,
+        "batch": 1,
+        "entries": 2048 * BUDGET,
     }
 
 
@@ -82,6 +96,7 @@ def cases() -> list[aot.Case]:
         config = forward.vector_config(dim, dim)
         found.append(case(f"forward, vector {label}", forward._vector, arguments, config, **rare))
         arguments = {**gradients(dtype, HEADS, HEADS, dim), **alone}
+        config = forward.vector_config(dim, dim, 4096)
         found.append(case(f"queries, vector {label}", backward._vector_queries, arguments, config, **rare))
         found.append(
             case(f"keys, vector {label}", sums.sum_queries, arguments, sums.sum_config(dim, dim), **rare)
