@@ -33,7 +33,7 @@ FILES = {
     "variable_width_embedding": "variable_width_embedding",
     "variable_width_embedding_backward": "variable_width_embedding_backward",
     "variable_width_cross_entropy": "variable_width_cross_entropy",
-    "variable_width_cross_entropy_backward": "variable_width_cross_entropy",
+    "variable_width_cross_entropy_backward": "variable_width_cross_entropy_backward",
 }
 
 # Its distributions, by platform.
