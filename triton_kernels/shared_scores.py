@@ -12,8 +12,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _head_scores(
-    query_rows, key_rows, query_d, key_d, exists, inside_depth, depth, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+    query_rows,
+    key_rows,
+    query_d,
+    key_d,
+    exists,
+    inside_depth,
+    depth,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """scale · q·k of one head, float32 [BN, BM]."""
     queries = tl.load(
         query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
@@ -50,7 +59,7 @@ def attention_mass(
 ):
     """Σ over the sharing heads of exp(score − LSE), float32 [BN, BM]; a NaN score makes its own key NaN."""
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for number in range(0, SHARING):
+    for number in range(SHARING):
         key_number = (head + number) // REPEAT - head // REPEAT
         score = _head_scores(
             query_rows + number * query_h,

@@ -61,21 +61,44 @@ class Config:
 def config(element_size: int, head_dim: int, budget: int, amd: bool) -> Config:
     """By the shape class alone: nothing is timed at run time."""
     wide = triton.next_power_of_2(head_dim) * element_size  # bytes of a row
-    num_warps = 4 if wide <= 256 and budget <= 1024 else 2
-    if amd:
-        num_warps = 1  # of 64 lanes; 64 KiB of shared memory
-    block_m = num_warps * (64 if amd else 32)
     capacity = triton.next_power_of_2(budget + max(budget // 2, 128))
+    if INTERPRETED:  # few and large steps; nothing has to fit anywhere
+        return Config(32, 32, capacity, budget // 8, 32 * capacity, 1, 1, 1)
+    lanes = 64 if amd else 32
+    num_warps = 2 if amd else 4
+    if amd:
+        block_m = 64  # and 64 KiB of shared memory
+    elif element_size == 4:
+        block_m = 32  # no tensor core multiplies float32 exactly: its tiles are made of registers
+    else:
+        block_m = 128 if wide <= 256 and budget <= 1024 else 64
     return Config(
         block_m=block_m,
         block_n=32,
         capacity=capacity,
         slack=budget // 8,
-        cut_elements=num_warps * (64 if amd else 32) * 64,
+        cut_elements=num_warps * lanes * (64 if capacity >= 8192 else 32),
         num_warps=num_warps,
-        num_stages=1 if wide >= 1024 else 2 if amd or wide >= 512 else 3,
-        programs_per_processor=3 if num_warps == 4 else 6,
+        num_stages=2 if amd or wide >= 512 else 3,
+        programs_per_processor=2,
     )
+
+
+@triton.jit
+def _load_queries(query_rows, query_d, depth, inside_depth, SIGN: tl.constexpr):
+    """[D, BM], times the sign of the scale."""
+    queries = tl.load(
+        query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
+    )
+    if SIGN != 1:
+        queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
+    return queries
+
+
+@triton.jit
+def _sum_of(passes):
+    """How many of each column pass. (LLVM makes a population count of it, for which it takes 8 bytes of stack.)"""
+    return tl.sum(passes.to(tl.int32), 0)
 
 
 @triton.jit
@@ -182,56 +205,42 @@ def _select(
 
         query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
         key_head = key + batch * key_b + (head // REPEAT) * key_h
-        if SHARING == 1:
-            queries = tl.load(
-                query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d,
-                mask=inside_depth[:, None],
-                other=0.0,
-            )
-            if SIGN != 1:
-                queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
-        else:
+        if SHARING > 1:
             shift_rows = shift + ((batch * groups * SHARING + head) * query_length + position)
 
-        count = tl.zeros_like(row)
-        threshold = tl.full([BLOCK_M], float("nan"), tl.float32)  # everything passes: not (NaN >= x)
+        # Counts and thresholds live in memory between stretches, so that each loop keeps them in a layout of its own.
+        tl.store(counts + row, tl.zeros_like(row))
+        tl.store(thresholds + row, tl.full([BLOCK_M], float("nan"), tl.float32))  # all pass: not (NaN >= x)
+        longest = 0
         reach = 1
         while n < n_stop:
-            room = CAPACITY - tl.max(count, 0)
-            if room < BLOCK_N:
-                tl.store(counts + row, count)
-                tl.debug_barrier()
+            tl.debug_barrier()
+            if longest > CAPACITY - BLOCK_N:
                 for first in range(0, BLOCK_M, ROWS):
                     some = first + tl.arange(0, ROWS)
                     some_start = LARGEST + tl.zeros_like(some)
                     if IS_CAUSAL:
                         some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
                     kept, bar = cut_in_place(
-                        slots + some * STRIDE,
-                        tl.load(counts + some),
-                        sinks,
-                        some_start,
-                        budget,
-                        slack,
-                        CAPACITY,
-                        CHUNK,
-                        STEP,
-                    )
+                        slots + some * STRIDE, tl.load(counts + some), sinks, some_start, budget, slack,
+                        CAPACITY, CHUNK, STEP,
+                    )  # fmt: skip
                     tl.store(counts + some, kept)
                     tl.store(thresholds + some, bar)
                 tl.debug_barrier()
-                count = tl.load(counts + row)
-                threshold = tl.load(thresholds + row)
-                tl.debug_barrier()
-                room = CAPACITY - tl.max(count, 0)
+                longest = tl.max(tl.load(counts + row), 0)
+            room = CAPACITY - longest
             plain = (n >= plain_first) & (n < plain_stop)
             stop = tl.minimum(n_stop, n + tl.maximum(room // BLOCK_N, reach))
             if plain:
                 stop = tl.minimum(stop, plain_stop)
             elif n < plain_stop:
                 stop = tl.minimum(stop, plain_first)
-            before = count
+            count = tl.load(counts + row)
+            threshold = tl.load(thresholds + row)
             if plain:
+                if SHARING == 1:
+                    queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
                 for tile_n in range(n, stop):
                     index = tile_n * BLOCK_N + column
                     if SHARING == 1:
@@ -250,13 +259,15 @@ def _select(
                             SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
                     # The threshold stands first: the type of the comparison follows its first operand.
-                    passes = (~(threshold[None, :] >= score)).to(tl.int32)
+                    passes = ~(threshold[None, :] >= score)
                     start = own_slots + tl.minimum(count, CAPACITY) - 1
-                    count += tl.sum(passes, 0)
-                    score, place = tl.associative_scan((score, passes), 0, count_passes)
+                    count += _sum_of(passes)
+                    score, place = tl.associative_scan((score, passes.to(tl.int32)), 0, count_passes)
                     slot = pack(score, index[:, None])
                     tl.store(start[None, :] + place, slot, mask=~(threshold[None, :] >= score))
             else:
+                if SHARING == 1:
+                    queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
                 for tile_n in range(n, stop):
                     index = tile_n * BLOCK_N + column
                     exists = index < tile_end
@@ -284,18 +295,20 @@ def _select(
                         )
                         passes &= allowed != 0
                     start = own_slots + tl.minimum(count, CAPACITY) - 1
-                    count += tl.sum(passes.to(tl.int32), 0)
+                    count += _sum_of(passes)
                     score, place = tl.associative_scan((score, passes.to(tl.int32)), 0, count_passes)
                     slot = pack(score, index[:, None])
                     tl.store(start[None, :] + place, slot, mask=passes)
-            if tl.max(count, 0) <= CAPACITY:
+            after = tl.max(count, 0)
+            if after <= CAPACITY:
+                tl.debug_barrier()
+                tl.store(counts + row, count)
+                longest = after
                 reach = 2 * (stop - n)
                 n = stop
             else:
-                count = before
-                reach = 1
+                reach = 1  # as if the stretch had not been: its candidates lie behind the counts in memory
 
-        tl.store(counts + row, count)
         tl.debug_barrier()
         for first in range(0, BLOCK_M, ROWS):
             some = first + tl.arange(0, ROWS)
@@ -510,8 +523,8 @@ def select(
 def _cut_shape(c: Config, rows: int, capacity: int) -> tuple[int, int, int]:
     """(ROWS, CHUNK, STEP) of find_cut and what follows it, for rows of this capacity."""
     together = max(1, min(rows, c.cut_elements // capacity))
-    chunk = c.cut_elements // together
-    return together, chunk, min(capacity, max(32, c.cut_elements // 4 // together))
+    chunk = max(1, c.cut_elements // together)
+    return together, chunk, min(capacity, max(16, c.cut_elements // 4 // together))
 
 
 def _device_of(tensor: Tensor):
