@@ -54,39 +54,47 @@ def _token_terms(
     band,
     n,  # int64 [BLOCK_N]
     n_live,  # bool [BLOCK_N]
-    count,
 ):
-    """(softmax, sharp, flat, LSE in base 2, the target's row or −1) of each token; 0 past the end."""
+    """(softmax, LSE in base 2, the target's row in this band or −1) of each token; 0 past the end."""
     own = tl.load(target_band + n, mask=n_live, other=-1) == band
     row = tl.load(target_row + n, mask=own, other=-1)
     softmax = tl.load(factors + n, mask=n_live, other=0.0)
-    sharp = tl.load(factors + count.to(tl.int64) + n, mask=n_live, other=0.0)
-    flat = tl.load(factors + 2 * count.to(tl.int64) + n, mask=n_live, other=0.0)
-    return softmax, sharp, flat, tl.load(lse + n, mask=n_live, other=0.0) * LOG2E, row
+    return softmax, tl.load(lse + n, mask=n_live, other=0.0) * LOG2E, row
 
 
 @triton.jit
 def _grad_of(
-    z,  # float32, tokens × classes or classes × tokens; what follows broadcasts to it
-    softmax,
-    sharp,
-    flat,
-    lse2,
-    row,
-    v,  # int32: 0, 1, … BLOCK_V − 1
-    class_weight,
+    z,  # float32, [BLOCK_N, BLOCK_V] if AXIS is 1, [BLOCK_V, BLOCK_N] if 0
+    softmax,  # float32 [BLOCK_N]
+    lse2,  # float32 [BLOCK_N]
+    row,  # [BLOCK_N]
+    factors,  # float32 [3, N]
+    n,  # int64 [BLOCK_N]
+    n_live,  # bool [BLOCK_N]
+    count,
     first,  # class of the tile
+    class_weight,  # float32 [classes], if WEIGHTED
+    v_live,  # bool [BLOCK_V]
+    AXIS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     SMOOTH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
-    """The gradient of the logits."""
-    grad = tl.exp2(z * LOG2E - lse2) * softmax
+    """The gradient of the logits. What few tiles need is loaded where it is needed, not kept in registers."""
+    grad = tl.exp2(z * LOG2E - tl.expand_dims(lse2, AXIS)) * tl.expand_dims(softmax, AXIS)
     place = (row - first).to(tl.int32)  # of the target in this tile
     near = (place >= 0) & (place < BLOCK_V)
-    if tl.max(near.to(tl.int32)) > 0:  # few tiles of a large band hold a target of these tokens
-        grad = tl.where(v == place, grad - sharp, grad)
+    if tl.max(near.to(tl.int32), axis=0) > 0:  # few tiles of a large band hold a target of these tokens
+        sharp = tl.load(factors + count.to(tl.int64) + n, mask=n_live, other=0.0)
+        is_target = tl.expand_dims(tl.arange(0, BLOCK_V), 1 - AXIS) == tl.expand_dims(place, AXIS)
+        grad = tl.where(is_target, grad - tl.expand_dims(sharp, AXIS), grad)
     if SMOOTH:
-        grad -= flat * class_weight
+        flat = tl.expand_dims(tl.load(factors + 2 * count.to(tl.int64) + n, mask=n_live, other=0.0), AXIS)
+        if WEIGHTED:
+            weights = tl.load(class_weight + first + tl.arange(0, BLOCK_V), mask=v_live, other=0.0)
+            grad -= flat * tl.expand_dims(weights, 1 - AXIS)
+        else:
+            grad -= flat
     return grad
 
 
@@ -123,9 +131,7 @@ def grad_projected_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
     active = tl.load(target_band + n, mask=n_live, other=-1) >= 0
     if tl.max(active.to(tl.int32), axis=0) > 0:
-        softmax, sharp, flat, lse2, row = _token_terms(
-            factors, lse, target_band, target_row, band, n, n_live, count
-        )
+        softmax, lse2, row = _token_terms(factors, lse, target_band, target_row, band, n, n_live)
         h = tl.load(
             projected + n[:, None] * projected_row + (k * projected_column)[None, :], mask=shown, other=0.0
         )
@@ -140,12 +146,9 @@ def grad_projected_kernel(
                 other=0.0,
             )
             z = dot(h, tl.trans(e), tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32))
-            weights = tl.full((BLOCK_V,), 1.0, dtype=tl.float32)
-            if WEIGHTED:
-                weights = tl.load(class_weight + v, mask=v_live, other=0.0)
             grad = _grad_of(
-                z, softmax[:, None], sharp[:, None], flat[:, None], lse2[:, None], row[:, None],
-                tl.arange(0, BLOCK_V)[None, :], weights[None, :], first, BLOCK_V, SMOOTH,
+                z, softmax, lse2, row, factors, n, n_live, count, first, class_weight, v_live,
+                1, BLOCK_V, SMOOTH, WEIGHTED,
             )  # fmt: skip
             grad = tl.where(v_live[None, :], grad, 0.0)
             total = dot(grad.to(e.dtype), e, total)
@@ -184,18 +187,13 @@ def grad_table_kernel(
     k = tl.arange(0, BLOCK_W)
     shown = v_live[:, None] & (k < width)[None, :]
     e = tl.load(table + v[:, None] * table_row + (k * table_column)[None, :], mask=shown, other=0.0)
-    weights = tl.full((BLOCK_V,), 1.0, dtype=tl.float32)
-    if WEIGHTED:
-        weights = tl.load(class_weight + v, mask=v_live, other=0.0)
     total = tl.zeros((BLOCK_V, BLOCK_W), dtype=tl.float32)
     begin = split * share
     end = tl.minimum(count, begin + share).to(tl.int64)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_live = n < end
-        softmax, sharp, flat, lse2, row = _token_terms(
-            factors, lse, target_band, target_row, band, n, n_live, count
-        )
+        softmax, lse2, row = _token_terms(factors, lse, target_band, target_row, band, n, n_live)
         h = tl.load(
             projected + n[:, None] * projected_row + (k * projected_column)[None, :],
             mask=n_live[:, None] & (k < width)[None, :],
@@ -203,8 +201,8 @@ def grad_table_kernel(
         )
         z = dot(e, tl.trans(h), tl.zeros((BLOCK_V, BLOCK_N), dtype=tl.float32))
         grad = _grad_of(
-            z, softmax[None, :], sharp[None, :], flat[None, :], lse2[None, :], row[None, :],
-            tl.arange(0, BLOCK_V)[:, None], weights[:, None], first, BLOCK_V, SMOOTH,
+            z, softmax, lse2, row, factors, n, n_live, count, first, class_weight, v_live,
+            0, BLOCK_V, SMOOTH, WEIGHTED,
         )  # fmt: skip
         total = dot(grad.to(h.dtype), h, total)
     tl.store(partial + (split * classes + v[:, None]) * width + k[None, :], total, mask=shown)
@@ -244,15 +242,10 @@ def grad_logits_kernel(
         projected, table, n, v, n_live, v_live, width, projected_row, projected_column, table_row,
         table_column, BLOCK_N, BLOCK_V, BLOCK_K,
     )  # fmt: skip
-    softmax, sharp, flat, lse2, row = _token_terms(
-        factors, lse, target_band, target_row, band, n, n_live, count
-    )
-    weights = tl.full((BLOCK_V,), 1.0, dtype=tl.float32)
-    if WEIGHTED:
-        weights = tl.load(class_weight + v, mask=v_live, other=0.0)
+    softmax, lse2, row = _token_terms(factors, lse, target_band, target_row, band, n, n_live)
     value = _grad_of(
-        z, softmax[:, None], sharp[:, None], flat[:, None], lse2[:, None], row[:, None] - first_class,
-        tl.arange(0, BLOCK_V)[None, :], weights[None, :], first, BLOCK_V, SMOOTH,
+        z, softmax, lse2, row - first_class, factors, n, n_live, count, first, class_weight, v_live,
+        1, BLOCK_V, SMOOTH, WEIGHTED,
     )  # fmt: skip
     tl.store(
         grad + n[:, None] * classes + v[None, :],

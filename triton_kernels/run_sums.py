@@ -245,7 +245,7 @@ def sum_runs(
     partial = torch.empty((tiles, 2, width), dtype=torch.float32, device=grad.device)
     block_w = power_of_2(width, 16, 512)
     grid = (tiles, triton.cdiv(width, block_w))
-    warps = max(1, block_w // 128)
+    warps = max(1, block_w // 64)
     sum_runs_kernel[grid](
         grad,
         partial,

@@ -306,14 +306,16 @@ def forward_config(dtype: torch.dtype, width: int) -> tuple[int, int, int, int, 
     block_k = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:
         return 32, 64, 16, 4, 2
+    if block_k <= 64:
+        return 128, 64, block_k, 4, 2
     if block_k <= 128:
         return 128, 128, block_k, 8, 2
     return 128, 128, 64, 8, 3
 
 
-def class_splits(tiles: int, classes: int, block: int) -> tuple[int, int]:
-    """(splits, classes of one split) so that tiles · splits programs fill a large GPU."""
-    splits = max(1, min(MOST_SPLITS, triton.cdiv(PROGRAMS, tiles), triton.cdiv(classes, block)))
+def class_splits(tiles: int, classes: int, block: int, programs: int = PROGRAMS) -> tuple[int, int]:
+    """(splits, classes of one split), so that tiles · splits come to `programs` where there are classes enough."""
+    splits = max(1, min(MOST_SPLITS, triton.cdiv(programs, tiles), triton.cdiv(classes, block)))
     share = triton.cdiv(triton.cdiv(classes, splits), block) * block
     return triton.cdiv(classes, share), share
 

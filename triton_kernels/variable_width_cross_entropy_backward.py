@@ -33,7 +33,7 @@ HEADROOM = 256.0  # float16: a probability of 1e-5 times a factor of at most thi
 
 def fused_config(width: int) -> tuple[int, int, int, int, int]:
     """Of the two fused kernels: (streamed block, own block, BLOCK_W, num_warps, num_stages)"""
-    return 64, 128, max(16, triton.next_power_of_2(width)), 8, 2
+    return 64, 64, max(16, triton.next_power_of_2(width)), 4, 2
 
 
 def chunk_config(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
@@ -100,7 +100,7 @@ class _Gradients:
         streamed, own, block_w, warps, stages = fused_config(width)
         strides = (h.stride(0), h.stride(1), table.stride(0), table.stride(1))
         tiles = triton.cdiv(count, own)
-        splits, share = class_splits(tiles, classes, streamed)
+        splits, share = class_splits(tiles, classes, streamed, PROGRAMS)
         back = h.new_empty((splits, count, width), dtype=torch.float32)
         kernels.grad_projected_kernel[(tiles, splits)](
             back, h, table, *self.arguments(b), count, classes, share, width, *strides, **self.flags(b),

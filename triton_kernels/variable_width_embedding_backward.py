@@ -138,7 +138,7 @@ def project_back_config(dtype: torch.dtype, width: int) -> tuple[int, int, int, 
 def projection_grad_config(dtype: torch.dtype, dim: int, width: int) -> tuple[int, int, int, int]:
     """(BLOCK_N, BLOCK_D, BLOCK_W, num_warps)"""
     if dtype == torch.float32:
-        return 16, power_of_2(dim, 16, 64), power_of_2(width, 16, 32), 4
+        return 32, power_of_2(dim, 16, 64), power_of_2(width, 16, 64), 8
     return 64, power_of_2(dim, 16, 64), power_of_2(width, 16, 128), 4
 
 
