@@ -46,7 +46,7 @@ def load_rows(
 ):
     """[BLOCK, BLOCK_DIM] in the tensor's dtype: the rows, 0 where not valid and past DIM."""
     column = tl.arange(0, BLOCK_DIM)
-    place = start + row[:, None] * stride_row + (column * stride_column)[None, :]
+    place = start + row[:, None] * stride_row + (column.to(tl.int64) * stride_column)[None, :]
     return tl.load(place, mask=valid[:, None] & (column < DIM)[None, :], other=0.0)
 
 
@@ -165,7 +165,7 @@ def _vector(
     key += b * key_b + kv_head.to(tl.int64) * key_h
     value += b * value_b + kv_head.to(tl.int64) * value_h
     column = tl.arange(0, BLOCK_DIM)
-    vector = tl.load(query + column * query_d, mask=column < DIM, other=0.0).to(tl.float32)
+    vector = tl.load(query + column.to(tl.int64) * query_d, mask=column < DIM, other=0.0).to(tl.float32)
 
     largest = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_K,), tl.float32)
@@ -215,8 +215,8 @@ def tile_config(dtype: torch.dtype, shared: int, dim: int, value_dim: int) -> di
     }
 
 
-def vector_config(dim: int, value_dim: int, elements: int = 2048) -> dict[str, int]:
-    """Block sizes of `_vector` and of the backward's: so many elements of each operand, 16 or 32 per thread."""
+def vector_config(dim: int, value_dim: int, elements: int) -> dict[str, int]:
+    """Block sizes of `_vector` and of the backward's: so many elements of each operand, 8 to 32 per thread."""
     widest = triton.next_power_of_2(max(dim, value_dim))
     return {"BLOCK_K": min(64, max(8, elements // widest)), "num_warps": 4, "num_stages": 2}
 
@@ -254,6 +254,6 @@ def gathered_attention(
         _tile[grid](*tensors, *strides, programs, units, tiles, shared, *sizes, **dims, **config)
     else:
         grid = grid_of(query_length, batch * heads)
-        config = vector_config(dim, value_dim)
+        config = vector_config(dim, value_dim, 2048 if is_half(query.dtype) else 1024)
         _vector[grid](*tensors, *strides, batch * heads, heads, *sizes, **dims, **config)
     return out, lse

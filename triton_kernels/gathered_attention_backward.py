@@ -173,6 +173,7 @@ def _vector_queries(
     groups,
     key_length,
     budget,
+    rows_half,  # B · Hq · Tq
     factor,  # scale · log2 e
     scale,
     ATOMICS: tl.constexpr,
@@ -201,8 +202,10 @@ def _vector_queries(
     column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE)
     query += b * query_b + head.to(tl.int64) * query_h + t * query_t
     grad_out += b * grad_b + head.to(tl.int64) * grad_h + t * grad_t
-    vector = tl.load(query + column * query_d, mask=column < DIM, other=0.0).to(tl.float32)
-    grad = tl.load(grad_out + value_column * grad_d, mask=value_column < VALUE_DIM, other=0.0).to(tl.float32)
+    vector = tl.load(query + column.to(tl.int64) * query_d, mask=column < DIM, other=0.0).to(tl.float32)
+    grad = tl.load(
+        grad_out + value_column.to(tl.int64) * grad_d, mask=value_column < VALUE_DIM, other=0.0
+    ).to(tl.float32)
     attended = tl.load(out + place * VALUE_DIM + value_column, mask=value_column < VALUE_DIM, other=0.0)
     delta = tl.sum(grad * attended.to(tl.float32), axis=0)
     if grad_lse is not None:
@@ -244,7 +247,7 @@ def _vector_queries(
         grad_query + place * DIM + column, rounded(result, grad_query.dtype.element_ty), mask=column < DIM
     )
     tl.store(rows + place, delta)
-    tl.store(rows + programs.to(tl.int64) * tl.num_programs(0) + place, inverse)
+    tl.store(rows + rows_half + place, inverse)
 
 
 def takes_tiles(dtype: torch.dtype, shared: int) -> bool:
@@ -359,16 +362,17 @@ def _by_heads(inputs, strides, sizes, scale, dims):
     grad_key, grad_value = _sums(key, value, triton.cdiv(query_length, chunk), atomics)
     rows = query.new_empty((2, batch, heads, query_length), dtype=torch.float32)
     scales = (scale * LOG2E, scale)
+    config = vector_config(dims["DIM"], dims["VALUE_DIM"], 4096)
     _vector_queries[grid_of(query_length, batch * heads)](
         *inputs, grad_query, rows, grad_key, grad_value, *strides, batch * heads, heads, kv_heads, groups,
-        key_length, budget, *scales, ATOMICS=atomics, **dims, **vector_config(dims["DIM"], dims["VALUE_DIM"], 4096),
+        key_length, budget, lse.numel(), *scales, ATOMICS=atomics, **dims, **config,
     )  # fmt: skip
     for first in range(0, 0 if atomics else query_length, chunk):
         size = min(chunk, query_length - first)
         order, offsets = entries_by_key(indices[:, :, first : first + size], key_length)
         sum_queries[grid_of(key_length, batch * kv_heads)](
             grad_out, query, key, value, lse, rows, order, offsets, grad_key, grad_value, *strides[:16],
-            batch * kv_heads, batch, heads, kv_heads, groups, first, query_length, size * budget, budget,
-            *scales, ADD=first > 0, **dims, **sum_config(dims["DIM"], dims["VALUE_DIM"]),
+            batch * kv_heads, heads, kv_heads, groups, first, query_length, size * budget, budget,
+            lse.numel(), *scales, ADD=first > 0, **dims, **sum_config(dims["DIM"], dims["VALUE_DIM"]),
         )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -101,7 +101,6 @@ def sum_queries(
     key_b, key_h, key_t, key_d,
     value_b, value_h, value_t, value_d,
     programs,  # B · Hkv
-    batch,
     heads,
     kv_heads,
     groups,
@@ -109,6 +108,7 @@ def sum_queries(
     query_length,
     entries,  # chunk · K
     budget,
+    rows_half,  # B · Hq · Tq
     factor,  # scale · log2 e
     scale,
     ADD: tl.constexpr,
@@ -128,8 +128,8 @@ def sum_queries(
     column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE)
     key += b * key_b + kv_head * key_h + row * key_t
     value += b * value_b + kv_head * value_h + row * value_t
-    own_key = tl.load(key + column * key_d, mask=column < DIM, other=0.0).to(tl.float32)
-    own_value = tl.load(value + value_column * value_d, mask=value_column < VALUE_DIM, other=0.0)
+    own_key = tl.load(key + column.to(tl.int64) * key_d, mask=column < DIM, other=0.0).to(tl.float32)
+    own_value = tl.load(value + value_column.to(tl.int64) * value_d, mask=value_column < VALUE_DIM, other=0.0)
     own_value = own_value.to(tl.float32)
     to_key = tl.zeros((BLOCK_E, BLOCK_DIM), tl.float32)
     to_value = tl.zeros((BLOCK_E, BLOCK_VALUE), tl.float32)
@@ -152,7 +152,7 @@ def sum_queries(
             base = tl.load(lse + row_of + t, mask=valid, other=0.0) * LOG2_OF_E
             base = tl.where(base == float("-inf"), float("inf"), base)
             delta = tl.load(rows + row_of + t, mask=valid, other=0.0)
-            inverse = tl.load(rows + batch * heads * query_length + row_of + t, mask=valid, other=0.0)
+            inverse = tl.load(rows + rows_half + row_of + t, mask=valid, other=0.0)
             scores = tl.sum(queries * own_key[None, :], axis=1) * factor
             weights = tl.where(valid, tl.exp2(scores - base) * inverse, 0.0)
             slopes = weights * (tl.sum(grads * own_value[None, :], axis=1) - delta)

@@ -51,7 +51,7 @@ def gradients(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
         "ADD": True,
         "query_length": LENGTH,
         "first_query": 2048,
-        "batch": 1,
+        "rows_half": HEADS * LENGTH,
         "entries": 2048 * BUDGET,
     }
 
@@ -93,7 +93,7 @@ def cases() -> list[aot.Case]:
             )
         alone = {"heads": HEADS, "programs": 16}
         arguments = {**common(dtype, HEADS, HEADS, dim), **alone}
-        config = forward.vector_config(dim, dim)
+        config = forward.vector_config(dim, dim, 1024 if dtype == "fp32" else 2048)
         found.append(case(f"forward, vector {label}", forward._vector, arguments, config, **rare))
         arguments = {**gradients(dtype, HEADS, HEADS, dim), **alone}
         config = forward.vector_config(dim, dim, 4096)
@@ -120,4 +120,18 @@ def cases() -> list[aot.Case]:
         found.append(
             case(f"queries, tile bf16 D128, {heads} heads", backward._tile_queries, arguments, config)
         )
+    # One batch entry, one head, one key: every such number is compiled in.
+    ones = {"heads": 1, "shared": 1, "units": 1, "tiles": 1, "programs": 1, "key_length": 1, "budget": 1}
+    ones |= {"query_length": 1, "first_query": 0, "entries": 1, "rows_half": 1}
+    arguments = {**gradients("fp32", 1, 1, 16), **ones, "grad_lse": "*fp32"}
+    config = forward.vector_config(16, 16, 2048)
+    kernels = (forward._vector, backward._vector_queries)
+    for kernel in kernels:
+        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
+    config = backward.tile_config(1, 16, 16)
+    for kernel in (forward._tile, backward._tile_queries):
+        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
+    for kernel in (sums.sum_entries, sums.sum_queries):
+        config = sums.sum_config(16, 16)
+        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
     return found
