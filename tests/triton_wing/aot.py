@@ -50,7 +50,6 @@ class Case:
     num_warps: int = 4
     num_stages: int = 2
     may_spill: bool = False  # not a main configuration: its spills are shown, not refused
-    frame: int = 0  # bytes of stack that it takes by design, which are no spills
     targets: tuple[str, ...] = tuple(TARGETS)
     options: dict[str, Any] = field(default_factory=dict)  # of the launch beside these
 
@@ -134,7 +133,6 @@ def compile_case(op: str, number: int, target: str) -> Resources:
         )
         read = _read_cubin if backend == "cuda" else _read_amdgcn
         registers, spilled = read(compiled.asm)
-        spilled = max(0, spilled - case.frame)
         shared = compiled.metadata.shared
     except Exception as error:  # the finding of this case; the others go on
         text = f"{type(error).__name__}: {error}"
@@ -162,7 +160,9 @@ def _read_cubin(asm) -> tuple[int, int]:
     registers, stack, local = (
         int(re.search(rf"\b{what}:(\d+)", run.stdout)[1]) for what in ("REG", "STACK", "LOCAL")
     )
-    return registers, stack + local
+    # What LLVM itself puts on the stack (it packs long rows of bits there) is no register that ptxas put away.
+    own = sum(int(n) for n in re.findall(r"\.local .*__local_depot\d+\[(\d+)\]", asm["ptx"]))
+    return registers, max(0, stack + local - own)
 
 
 def _read_amdgcn(asm) -> tuple[int, int]:

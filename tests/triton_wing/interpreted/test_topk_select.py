@@ -51,15 +51,12 @@ def test_options(wing, name, share):
 @pytest.mark.parametrize("name", ["window_sinks", "everything", "mask", "lengths"])
 def test_options_in_small_tiles(wing, sizes, name):
     """More than one tile of queries and of keys, and rows that are cut while forced keys are in them."""
-    query, key = integers(2, 2, 19, 8, seed=1), integers(2, 1, 45, 8, seed=2)
+    query, key = integers(2, 1, 11, 8, seed=1), integers(2, 1, 37, 8, seed=2)
     options = options_for(name, query, key)
-    for slack in (0, 2):
-        sizes(capacity=16, slack=slack)
-        indices = wing.topk_select(query, key, 6, **options)
-        assert_identical(indices, query, key, 6, **options)
+    sizes(capacity=16, slack=2)
+    assert_identical(wing.topk_select(query, key, 6, **options), query, key, 6, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [1, 8, 16, 64, 72])
 def test_head_dimensions(wing, dtype, dim):
     query, key = integers(1, 2, 5, dim, dtype=dtype), integers(1, 1, 40, dim, dtype=dtype, seed=1)
@@ -104,26 +101,28 @@ def test_orders(wing, sizes, order, slack):
         assert_identical(wing.topk_select(query, key, top_k), query, key, top_k)
 
 
-@pytest.mark.parametrize("order", ["ascending", "plateau", "steps", "zigzag"])
+@pytest.mark.parametrize("order", ["steps", "zigzag"])
 def test_candidates_beyond_the_registers(wing, sizes, order):
     """Rows that are cut by reading them from memory again and again."""
     query, key = with_scores(ORDERS[order], 8, torch.float32)
-    sizes(capacity=32, cut_elements=8)
-    for options in ({}, {"is_causal": True, "causal_offset": 80, "window": 3, "sinks": 2}):
-        assert_identical(wing.topk_select(query, key, 9, **options), query, key, 9, **options)
+    key = key[:, :, ::2]
+    sizes(capacity=32, cut_elements=16)
+    options = {"is_causal": True, "causal_offset": 43, "window": 3, "sinks": 2}
+    assert_identical(wing.topk_select(query, key, 9, **options), query, key, 9, **options)
 
 
 @pytest.mark.parametrize("share", ["none", "all"])
 def test_keys_split_over_programs(wing, sizes, share):
     """Few queries and many keys: pieces of the keys, then a merge."""
-    sizes(programs=8, capacity=16)
-    query, key = integers(2, 2, 3, 8), integers(2, 2, 300, 8, seed=1)
-    lengths = {"key_lengths": torch.tensor([300, 20])}
-    for options in ({}, {"is_causal": True, "causal_offset": 290, "window": 1, "sinks": 1}, lengths):
-        options = {**options, "share": share}
-        indices = wing.topk_select(query, key, 3, **options)
-        (assert_identical if share == "none" else assert_best)(indices, query, key, 3, **options)
-    assert topk_select._splits(2, 16, 300, 3, 8)[0] > 1
+    sizes(programs=8, capacity=32, block_n=16, cut_elements=256)
+    query, key = integers(2, 1, 3, 8), integers(2, 1, 600, 8, seed=1)
+    if share == "all":
+        query = query.expand(2, 2, 3, 8)
+    options = {"key_lengths": torch.tensor([600, 20]), "share": share}
+    options |= {"is_causal": True, "causal_offset": 580, "window": 1, "sinks": 1}
+    indices = wing.topk_select(query, key, 3, **options)
+    (assert_identical if share == "none" else assert_best)(indices, query, key, 3, **options)
+    assert topk_select._splits(2, 16, 600, 3, 16)[0] > 1
 
 
 def test_special_scores(wing, sizes):
@@ -134,10 +133,10 @@ def test_special_scores(wing, sizes):
     key = torch.zeros(1, 1, len(scores), 1)
     key[0, 0, :, 0] = scores
     query = torch.ones(1, 1, 1, 1)
-    for top_k in (1, 5, 6, 7, 9, 16, 21, 27, 32):
+    for top_k in (1, 6, 7, 16, 32):
         sizes(capacity=64)
         assert_identical(wing.topk_select(query, key, top_k), query, key, top_k)
-        if top_k <= 8:
+        if top_k == 6:
             sizes(capacity=16)
             assert_identical(wing.topk_select(query, key, top_k), query, key, top_k)
 
@@ -177,9 +176,9 @@ def test_masks_of_every_stride(wing):
 
 def test_normal_scores(wing, sizes):
     """Rounding and all, and twice the same."""
-    query, key = normal(1, 4, 20, 16), normal(1, 2, 70, 16, seed=1)
+    query, key = normal(1, 4, 9, 16), normal(1, 2, 70, 16, seed=1)
     for share in ("none", "kv", "all"):
-        options = {"share": share, "is_causal": True, "causal_offset": 50}
+        options = {"share": share, "is_causal": True, "causal_offset": 61}
         found = wing.topk_select(query, key, 6, **options)
         assert_best(found, query, key, 6, **options)
         assert torch.equal(found, wing.topk_select(query, key, 6, **options))
