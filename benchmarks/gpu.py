@@ -154,6 +154,17 @@ def against_targets(rows: list[dict]) -> list[dict]:
     return found
 
 
+def tests_of(folder: Path) -> dict:
+    """What `gpu_check.sh test` left beside: the sums, and the names of what failed or was left out."""
+    found = {}
+    for path in sorted(folder.glob("tests_*.json")):
+        report = json.loads(path.read_text())
+        bad = [{n: v for n, v in f.items() if n != "output"} for f in report["files"]]
+        bad = [f for f in bad if f.get("failures") or f.keys() & {"left_out", "stopped", "error"}]
+        found[path.stem] = {"total": report["total"], "bad": bad}
+    return found
+
+
 def slug(name: str) -> str:
     return "gpu_" + re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
@@ -236,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
             errors[name] = error
     ratios(rows)
     results = {"format": 1, "machine": describe(args.dry_run), "seconds": seconds, "errors": errors}
-    results |= {"targets": against_targets(rows), "rows": rows}
+    results |= {"tests": tests_of(args.out), "targets": against_targets(rows), "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{slug(results['machine']['device'])}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

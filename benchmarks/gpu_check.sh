@@ -73,7 +73,7 @@ if torch.cuda.is_available() and not torch.version.hip:
 tests() {
     local half=$((limit / 2)) status=0
     if [[ -n $dry ]]; then
-        "$python" -m benchmarks.gpu_tests --limit "$limit" --out "$out/tests_dry_run.json" tests/test_backends.py
+        "$python" -m benchmarks.gpu_tests --limit "$limit" --out "$out/tests_dry_run.json" tests/test_checks.py
         return
     fi
     # The ids of what runs on the device end in its name: triton-cuda.
