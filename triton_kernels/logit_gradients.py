@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._common import LOG2_OF_E
 from ._dot import dot
-from .variable_width_cross_entropy import LOG2E, class_logits
+from .online_lse import class_logits
 
 
 @triton.jit(do_not_specialize=["count", "smoothing", "vocabulary"])
@@ -59,7 +60,7 @@ def _token_terms(
     own = tl.load(target_band + n, mask=n_live, other=-1) == band
     row = tl.load(target_row + n, mask=own, other=-1)
     softmax = tl.load(factors + n, mask=n_live, other=0.0)
-    return softmax, tl.load(lse + n, mask=n_live, other=0.0) * LOG2E, row
+    return softmax, tl.load(lse + n, mask=n_live, other=0.0) * LOG2_OF_E, row
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _grad_of(
     WEIGHTED: tl.constexpr,
 ):
     """The gradient of the logits. What few tiles need is loaded where it is needed, not kept in registers."""
-    grad = tl.exp2(z * LOG2E - tl.expand_dims(lse2, AXIS)) * tl.expand_dims(softmax, AXIS)
+    grad = tl.exp2(z * LOG2_OF_E - tl.expand_dims(lse2, AXIS)) * tl.expand_dims(softmax, AXIS)
     place = (row - first).to(tl.int32)  # of the target in this tile
     near = (place >= 0) & (place < BLOCK_V)
     if tl.max(near.to(tl.int32), axis=0) > 0:  # few tiles of a large band hold a target of these tokens
@@ -96,6 +97,50 @@ def _grad_of(
         else:
             grad -= flat
     return grad
+
+
+@triton.jit
+def _projected_step(
+    total,  # float32 [BLOCK_N, BLOCK_W]
+    first,  # class of the tile
+    end,
+    h,  # [BLOCK_N, BLOCK_W]
+    table,
+    softmax,  # [BLOCK_N], as the next four
+    lse2,
+    row,
+    factors,
+    n,
+    n_live,
+    count,
+    class_weight,
+    width,
+    table_row,
+    table_column,
+    WHOLE: tl.constexpr,  # all classes of the tile exist: no number need be masked
+    SMOOTH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """total + the tile's gradient of the logits · its rows of the table."""
+    k = tl.arange(0, BLOCK_W)
+    v = first + tl.arange(0, BLOCK_V)
+    v_live = v < end
+    e = tl.load(
+        table + v[:, None] * table_row + (k * table_column)[None, :],
+        mask=v_live[:, None] & (k < width)[None, :],
+        other=0.0,
+    )
+    z = dot(h, tl.trans(e), tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32))
+    grad = _grad_of(
+        z, softmax, lse2, row, factors, n, n_live, count, first, class_weight, v_live,
+        1, BLOCK_V, SMOOTH, WEIGHTED,
+    )  # fmt: skip
+    if not WHOLE:
+        grad = tl.where(v_live[None, :], grad, 0.0)  # it can be ∞, and ∞ · 0 is NaN
+    return dot(grad.to(e.dtype), e, total)
 
 
 @triton.jit(do_not_specialize=["count", "classes", "share", "band"])
@@ -137,21 +182,17 @@ def grad_projected_kernel(
         )
         begin = split * share
         end = tl.minimum(classes, begin + share)
-        for first in range(begin, end, BLOCK_V):
-            v = first + tl.arange(0, BLOCK_V)
-            v_live = v < end
-            e = tl.load(
-                table + v[:, None] * table_row + (k * table_column)[None, :],
-                mask=v_live[:, None] & (k < width)[None, :],
-                other=0.0,
-            )
-            z = dot(h, tl.trans(e), tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32))
-            grad = _grad_of(
-                z, softmax, lse2, row, factors, n, n_live, count, first, class_weight, v_live,
-                1, BLOCK_V, SMOOTH, WEIGHTED,
+        whole = begin + (end - begin) // BLOCK_V * BLOCK_V
+        for first in range(begin, whole, BLOCK_V):
+            total = _projected_step(
+                total, first, end, h, table, softmax, lse2, row, factors, n, n_live, count, class_weight, width,
+                table_row, table_column, True, SMOOTH, WEIGHTED, BLOCK_N, BLOCK_V, BLOCK_W,
             )  # fmt: skip
-            grad = tl.where(v_live[None, :], grad, 0.0)
-            total = dot(grad.to(e.dtype), e, total)
+        if whole < end:
+            total = _projected_step(
+                total, whole, end, h, table, softmax, lse2, row, factors, n, n_live, count, class_weight, width,
+                table_row, table_column, False, SMOOTH, WEIGHTED, BLOCK_N, BLOCK_V, BLOCK_W,
+            )  # fmt: skip
     tl.store(partial + (split * count + n[:, None]) * width + k[None, :], total, mask=shown)
 
 
