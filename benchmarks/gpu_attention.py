@@ -227,7 +227,7 @@ def selections(device: Device, length: int, top_k: int, pattern: str, chunk: int
 
 
 def gathered_attention(device: Device) -> Iterator[dict]:
-    heads, length, dim, top_k = (4, 12, 16, 5) if device.dry else (16, 32768, 128, 512)
+    heads, length, dim, top_k = (4, 7, 16, 5) if device.dry else (16, 32768, 128, 512)
     for kv_heads, pattern in ((1, "random"), (1, "runs"), (heads, "random")):
         inputs = tensors(device, heads, kv_heads, length, dim)
         indices = selections(device, length, top_k, pattern)

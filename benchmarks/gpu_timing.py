@@ -107,10 +107,11 @@ def compare(
                 first = device.seconds(call)  # compiles, where the check has not yet
                 if contender.check is not None and direction == directions[0]:
                     contender.check(forward)
-                peak = device.peak_bytes(call)
-                times = device.milliseconds(call)
+                peak, median, spread = None, None, None
+                if not device.dry:
+                    peak = device.peak_bytes(call)
+                    median, spread = device.milliseconds(call)
                 del call
-                median, spread = times or (None, None)
                 facts = {"ms": median, "spread_ms": spread, "peak_bytes": peak, "first_call_s": first}
                 yield {**row, "direction": direction, **facts}
         except Exception as error:  # what fails is a finding too

@@ -98,8 +98,18 @@ def _find_in_checkout() -> None:
 
 
 def _on_first_call(op: str) -> Callable:
+    function = None
+
     def implementation(*arguments):
-        return getattr(import_module(f"{PACKAGE}.{FILES[op]}"), op)(*arguments)
+        nonlocal function
+        if function is None:
+            function = getattr(import_module(f"{PACKAGE}.{FILES[op]}"), op)
+        device = arguments[0].device  # the first argument of every op is a tensor
+        if device.type == "cpu":
+            return function(*arguments)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.get_device_module(device).device(device):
+            return function(*arguments)
 
     return implementation
 

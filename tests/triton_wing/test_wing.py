@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +133,26 @@ print(json.dumps([explanation.backend, explanation.reasons["triton"], doubles.ba
 """
     preferred = "reference" if backends.reasons("topk_attention", "cpu", torch.float32)["cpu"] else "cpu"
     assert json.loads(run(code, TRITON_INTERPRET="1")) == [preferred, None, "reference"]
+
+
+def test_kernels_run_on_the_tensors_device(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    entered = []
+
+    class Devices:
+        @staticmethod
+        @contextmanager
+        def device(device):
+            entered.append(device)
+            yield
+
+    kernels = SimpleNamespace(topk_select=lambda tensor: f"ran with {len(entered)} devices entered")
+    monkeypatch.setattr(triton_wing, "import_module", lambda name: kernels)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Devices)
+    op = triton_wing._on_first_call("topk_select")
+    assert op(On("cuda:1")) == "ran with 1 devices entered"
+    assert entered == [torch.device("cuda:1")]
+    assert op(On("cpu")) == "ran with 1 devices entered"
 
 
 def test_the_name_on_top_is_not_taken():
