@@ -19,5 +19,9 @@ INTERPRETED = tl.constexpr(not isinstance(_probe, triton.JITFunction))
 def dot(a, b, total):
     """total + a · b: a [M, K], b [K, N] of one dtype, total float32 [M, N]; no TF32."""
     if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+        # NumPy's float32 products of equal rows differ by their place in the matrix, which breaks ties; in float64
+        # they do so beyond what the rounding to float32 leaves.
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return total + product.to(tl.float32)
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")

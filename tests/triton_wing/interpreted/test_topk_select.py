@@ -32,8 +32,13 @@ def sizes(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize("share", ["none", "kv", "all"])
-@pytest.mark.parametrize("name", OPTIONS)
+SHARED = ("causal", "window_sinks", "negative_scale", "mask_keys", "lengths_causal", "everything")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [(n, "none") for n in OPTIONS] + [(n, share) for n in SHARED for share in ("kv", "all")],
+)
 def test_options(wing, name, share):
     """One dtype each: what an option does is the same in all."""
     number = list(OPTIONS).index(name)
@@ -69,7 +74,7 @@ def test_lengths_about_the_capacity(wing, sizes, length):
     sizes(capacity=16)
     query, key = integers(1, 1, min(length, 9), 4), integers(1, 1, length, 4, seed=1)
     options = {"is_causal": True, "causal_offset": length - query.shape[2]}
-    for top_k in (1, 8):
+    for top_k in (3, 8):
         assert_identical(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
 
 
@@ -91,17 +96,16 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("slack", [0, 3])
 @pytest.mark.parametrize("order", ORDERS)
-def test_orders(wing, sizes, order, slack):
+def test_orders(wing, sizes, order):
     query, key = with_scores(ORDERS[order], 8, torch.float32)
     query = query * torch.tensor([1.0, -1.0, 0.0]).view(1, 1, 3, 1)
-    for top_k, capacity in ((1, 16), (5, 16), (8, 32)):
-        sizes(capacity=capacity, slack=slack)
+    for top_k, slack in ((1, 0), (5, 3), (8, 0)):
+        sizes(capacity=16, slack=slack)
         assert_identical(wing.topk_select(query, key, top_k), query, key, top_k)
 
 
-@pytest.mark.parametrize("order", ["steps", "zigzag"])
+@pytest.mark.parametrize("order", ["steps"])
 def test_candidates_beyond_the_registers(wing, sizes, order):
     """Rows that are cut by reading them from memory again and again."""
     query, key = with_scores(ORDERS[order], 8, torch.float32)
@@ -133,7 +137,7 @@ def test_special_scores(wing, sizes):
     key = torch.zeros(1, 1, len(scores), 1)
     key[0, 0, :, 0] = scores
     query = torch.ones(1, 1, 1, 1)
-    for top_k in (1, 6, 7, 16, 32):
+    for top_k in (1, 6, 16):
         sizes(capacity=64)
         assert_identical(wing.topk_select(query, key, top_k), query, key, top_k)
         if top_k == 6:
@@ -176,13 +180,11 @@ def test_masks_of_every_stride(wing):
 
 def test_normal_scores(wing, sizes):
     """Rounding and all, and twice the same."""
-    query, key = normal(1, 4, 9, 16), normal(1, 2, 70, 16, seed=1)
-    for share in ("none", "kv", "all"):
-        options = {"share": share, "is_causal": True, "causal_offset": 61}
+    query, key = normal(1, 2, 5, 16), normal(1, 1, 50, 16, seed=1)
+    for share in ("all", "none"):
+        options = {"share": share, "is_causal": True, "causal_offset": 45}
         found = wing.topk_select(query, key, 6, **options)
         assert_best(found, query, key, 6, **options)
         assert torch.equal(found, wing.topk_select(query, key, 6, **options))
-        if share == "none":  # sizes change nothing
-            sizes(capacity=16, slack=1)
-            assert torch.equal(found, wing.topk_select(query, key, 6, **options))
-            sizes(block_m=32, block_n=32, capacity=64, cut_elements=2048)
+    sizes(capacity=16, slack=1)  # sizes change nothing
+    assert torch.equal(found, wing.topk_select(query, key, 6, **options))
