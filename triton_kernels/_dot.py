@@ -22,6 +22,7 @@ def dot(a, b, total):
         # NumPy's float32 products of equal rows differ by their place in the matrix, which breaks ties; in float64
         # they do so beyond what the rounding to float32 leaves.
         product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
-        return total + product.to(tl.float32)
+        total += product.to(tl.float32)
     else:
-        return tl.dot(a, b, total, input_precision="ieee")
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total

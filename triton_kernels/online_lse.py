@@ -246,21 +246,26 @@ def loss_kernel(
     SMOOTH: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     active = tl.load(target_band + n, mask=n < count, other=-1) >= 0
-    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(partial + split * count.to(tl.int64) + n, mask=active, other=0.0))
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    top = tl.where(active, float("-inf"), 0.0)  # numbers where nothing is read, so that no NaN comes up there
+    total = tl.where(active, 0.0, 1.0)
     weighted = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        part = partial + split * count.to(tl.int64) + n
-        height = tl.load(part, mask=active, other=0.0)
-        part += splits * count.to(tl.int64)
-        total += tl.load(part, mask=active, other=1.0) * tl.exp2(height - top)
+    for first in range(0, splits, BLOCK_S):
+        split = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
+        shown = (split < splits)[:, None] & active[None, :]
+        part = partial + split[:, None] * count + n[None, :]
+        height = tl.load(part, mask=shown, other=float("-inf"))
+        part += splits.to(tl.int64) * count
+        sums = tl.load(part, mask=shown, other=0.0)
+        new = tl.maximum(top, tl.max(height, axis=0))
+        total = total * tl.exp2(top - new) + tl.sum(sums * tl.exp2(height - new[None, :]), axis=0)
+        top = new
         if SMOOTH:
-            weighted += tl.load(part + splits * count.to(tl.int64), mask=active, other=0.0)
+            part += splits.to(tl.int64) * count
+            weighted += tl.sum(tl.load(part, mask=shown, other=0.0), axis=0)
     whole = (top + tl.log2(total)) * LN2
     value = (1 - smoothing) * (whole - tl.load(target_logit + n, mask=active, other=0.0))
     weights = vocabulary.to(tl.float32)

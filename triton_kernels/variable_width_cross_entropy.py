@@ -135,14 +135,14 @@ def variable_width_cross_entropy(
             RESIDENT=width <= block_k, SMOOTH=smooth, WEIGHTED=weights is not None,
             BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        target_logits_kernel[(triton.cdiv(count, 32),)](
+        target_logits_kernel[(triton.cdiv(count, 16),)](
             target_logit, h, table, c.band, c.row, b, count, classes, width, *strides,
-            BLOCK_N=32, BLOCK_K=min(64, max(16, triton.next_power_of_2(width))), num_warps=4,
+            BLOCK_N=16, BLOCK_K=min(256, max(16, triton.next_power_of_2(width))), num_warps=4,
         )  # fmt: skip
         first += own_splits
-    loss_kernel[(triton.cdiv(count, 64),)](
+    loss_kernel[(triton.cdiv(count, 32),)](
         loss, lse, partial, c.band, target_logit, c.target_weight, lse if weight is None else c.weight_sum,
         count, splits, c.vocabulary, float(label_smoothing),
-        SMOOTH=smooth, WEIGHTED=weight is not None, BLOCK=64, num_warps=2,
+        SMOOTH=smooth, WEIGHTED=weight is not None, BLOCK=32, BLOCK_S=32, num_warps=2,
     )  # fmt: skip
     return loss, lse

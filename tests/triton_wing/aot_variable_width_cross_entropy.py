@@ -103,14 +103,14 @@ def _small():
         "target logits bf16 W512",
         forward.target_logits_kernel,
         _common(torch.bfloat16, 512, 2000)
-        | {"target_logit": "*fp32", "target_row": "*i32", "band": 2, "BLOCK_N": 32, "BLOCK_K": 64},
+        | {"target_logit": "*fp32", "target_row": "*i32", "band": 2, "BLOCK_N": 16, "BLOCK_K": 256},
     )
     yield Case(
         "loss",
         forward.loss_kernel,
         {"loss": "*fp32", "lse": "*fp32", "partial": "*fp32", "target_band": "*i32", "target_logit": "*fp32",
          "target_weight": "*fp32", "weight_sum": "*fp32", "count": TOKENS, "splits": 48, "vocabulary": 50257,
-         "smoothing": 0.1, "SMOOTH": True, "WEIGHTED": True, "BLOCK": 64},
+         "smoothing": 0.1, "SMOOTH": True, "WEIGHTED": True, "BLOCK": 32, "BLOCK_S": 32},
         num_warps=2,
     )  # fmt: skip
     yield Case(
