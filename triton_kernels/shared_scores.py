@@ -60,13 +60,13 @@ def attention_mass(
     """Σ over the sharing heads of exp(score − LSE), float32 [BN, BM]; a NaN score makes its own key NaN."""
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for number in range(SHARING):
-        key_number = (head + number) // REPEAT - head // REPEAT
+        this = head + number  # 64 bits, as is what is made of it
         score = _head_scores(
-            query_rows + number * query_h,
-            key_head + key_number * key_h + index.to(tl.int64) * key_t,
+            query_rows + (this - head) * query_h,
+            key_head + (this // REPEAT - head // REPEAT) * key_h + index.to(tl.int64) * key_t,
             query_d, key_d, exists, inside_depth, depth, scale, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        shift = tl.load(shift_rows + number * query_length)
+        shift = tl.load(shift_rows + (this - head) * query_length)
         mass += tl.exp2((score - shift[None, :]) * LOG2_E)
     return mass
 

@@ -55,12 +55,14 @@ def config(element_size: int, head_dim: int, budget: int, amd: bool) -> Config:
     lanes = 64 if amd else 32
     num_warps = 2 if amd else 4
     wide_floats = element_size == 4 and wide >= 512
-    if amd:
+    if capacity >= 4096:
+        block_m = 32 if capacity <= 8192 else 16  # scratch memory grows with their product
+    elif amd:
         block_m = 64  # and 64 KiB of shared memory
     elif element_size == 4:
         block_m = 32  # no tensor core multiplies float32 exactly: its tiles are made of registers
     else:
-        block_m = 128 if wide <= 256 and budget <= 1024 else 64
+        block_m = 128 if wide <= 256 else 64
     return Config(
         block_m=block_m,
         block_n=16 if wide_floats else 32,
@@ -69,7 +71,7 @@ def config(element_size: int, head_dim: int, budget: int, amd: bool) -> Config:
         cut_elements=num_warps * lanes * (16 if wide_floats else 64 if capacity >= 8192 and not amd else 32),
         num_warps=num_warps,
         num_stages=1 if element_size == 4 else 2 if amd or wide >= 512 else 3,
-        programs_per_processor=2,
+        programs_per_processor=2 if capacity <= 1024 else 1,
     )
 
 
