@@ -26,6 +26,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
+# Bytes: one address, which ptxas puts away to fit one more block on a multiprocessor. Which kernels that befalls changes
+# with its version; the table shows it.
+TOLERATED_SPILL = 8
 
 # target → (Triton's backend, architecture, lanes of a warp, bytes of shared memory for one block)
 TARGETS = {
@@ -104,7 +107,7 @@ class Resources:
             return [self.error]
         limit = TARGETS[self.target][3]
         found = [f"{self.shared} bytes of shared memory, {limit} are there"] if self.shared > limit else []
-        if self.spilled and not self.may_spill:
+        if self.spilled > TOLERATED_SPILL and not self.may_spill:
             found.append(f"{self.spilled} bytes spilled")
         return found
 
