@@ -26,8 +26,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
-# Bytes: one address, which ptxas puts away to fit one more block on a multiprocessor. Which kernels that befalls changes
-# with its version; the table shows it.
+# Bytes: one address, which ptxas puts away to fit one more block on a multiprocessor. Which kernels that befalls
+# changes with its version; the table shows it.
 TOLERATED_SPILL = 8
 
 # target → (Triton's backend, architecture, lanes of a warp, bytes of shared memory for one block)
