@@ -25,12 +25,28 @@ class Wing:
 
     `implementations` maps an op's name to its Python function, or to None where C++ registers the kernel.
     `why_not(op, device_type, dtype)` is None where the wing takes such a call, else the reason in one clause.
+    `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …).
+    A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
     name: str
     dispatch_key: str
     implementations: dict[str, Callable | None]
     why_not: Callable[[str, str, torch.dtype], str | None]
+    limits: dict[str, int] = field(default_factory=dict)
+    by_name_only: bool = False
+
+    def refusal(self, op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+        """None where the wing takes the call, else why not in one clause."""
+        if op not in self.implementations:
+            return f"it has no {op}"
+        reason = self.why_not(op, device_type, dtype)
+        if reason is not None:
+            return reason
+        for name, limit in self.limits.items():
+            if name in sizes and sizes[name] > limit:
+                return f"it takes {name} up to {limit}, got {sizes[name]}"
+        return None
 
 
 @dataclass
@@ -65,8 +81,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Forces one wing for every call inside the `with` block, in all threads.
 
     Args:
-        name: "cpu" or "reference". A call that the wing cannot take raises ValueError instead of falling back.
-            None leaves the choice to the package again, inside another such block.
+        name: "cpu", "triton" or "reference". A call that the wing cannot take raises ValueError instead of falling
+            back. None leaves the choice to the package again, inside another such block.
 
     Raises:
         ValueError: no wing has that name.
@@ -86,39 +102,40 @@ def use_backend(name: str | None) -> Iterator[None]:
         _state.forced = previous
 
 
-def reasons(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
+def reasons(op: str, device_type: str, dtype: torch.dtype, **sizes: int) -> dict[str, str | None]:
     """For each wing None if it takes the call, else why not."""
-    return {
-        w.name: w.why_not(op, device_type, dtype) if op in w.implementations else f"it has no {op}"
-        for w in _state.wings.values()
-    }
+    return {w.name: w.refusal(op, device_type, dtype, sizes) for w in _state.wings.values()}
 
 
-def choose(op: str, tensor: Tensor, backend: str | None) -> str:
-    """The name of the wing that runs `op` on such tensors; `backend` (or `use_backend`) forces one."""
+def choose(op: str, tensor: Tensor, backend: str | None, **sizes: int) -> str:
+    """The name of the wing that runs `op` on such tensors; `backend` (or `use_backend`) forces one.
+
+    `sizes` are those that some wing limits.
+    """
     device_type, dtype = tensor.device.type, tensor.dtype
     forced = backend if backend is not None else _state.forced
     if forced is not None:
-        wing = _state.wings[_check_name(forced)]
-        reason = wing.why_not(op, device_type, dtype) if op in wing.implementations else f"it has no {op}"
+        reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes)
         if reason is not None:
             raise ValueError(f"backend={forced!r} cannot run {op} here: {reason}")
         return forced
     for wing in _state.wings.values():
-        if op in wing.implementations and wing.why_not(op, device_type, dtype) is None:
+        if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes) is None:
             if wing.name == "reference" and device_type not in ("cpu", "meta"):
-                _warn_reference(op, device_type, dtype)
+                _warn_reference(op, device_type, dtype, sizes)
             return wing.name
-    raise ValueError(f"no backend runs {op} on {device_type} with {dtype}: {reasons(op, device_type, dtype)}")
+    why = reasons(op, device_type, dtype, **sizes)
+    raise ValueError(f"no backend runs {op} on {device_type} with {dtype}: {why}")
 
 
-def _warn_reference(op: str, device_type: str, dtype: torch.dtype) -> None:
+def _warn_reference(op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> None:
     """No silent fallback: on an accelerator the slow path says so, once per op and device type."""
     label = f"{op} on {device_type}"
     if torch.compiler.is_compiling() or label in _state.warned:
         return
     _state.warned.add(label)
-    why = "; ".join(f"{n}: {r}" for n, r in reasons(op, device_type, dtype).items() if r is not None)
+    refusals = reasons(op, device_type, dtype, **sizes)
+    why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
     warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=4)
 
 

@@ -23,6 +23,14 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def sizes_of(query: Tensor, value: Tensor | None = None) -> dict[str, int]:
+    """What some wing limits (`Wing.limits`)."""
+    sizes = {"head_dim": query.shape[3]}
+    if value is not None:
+        sizes["value_dim"] = value.shape[3]
+    return sizes
+
+
 def selection(
     query: Tensor,
     key: Tensor,

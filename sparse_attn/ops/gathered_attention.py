@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.backends import choose, overload
-from sparse_attn.ops.arguments import autocast
+from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.registry import define, differentiate
 
 
@@ -98,7 +98,7 @@ def gathered_attention(
             ≥ Tk is an empty slot and is never read through. An index given twice counts twice.
         scale: factor of q·k, default 1/√D.
         return_lse: also return the natural-log-sum-exp of the attended scores (differentiable).
-        backend: force one wing ("cpu", "reference"); None chooses.
+        backend: force one wing ("cpu", "triton", "reference"); None chooses.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with return_lse (out, lse float32 [B, Hq, Tq]). A query with no
@@ -120,6 +120,6 @@ def gathered_attention(
     indices = checks.indices_of(indices, query, key)
     return_lse = checks.boolean("return_lse", return_lse)
     scale = checks.softmax_scale(scale, query.shape[3])
-    wing = choose("gathered_attention", query, backend)
+    wing = choose("gathered_attention", query, backend, **sizes_of(query, value))
     out, lse = overload("gathered_attention", wing)(query, key, value, indices, scale)
     return (out, lse) if return_lse else out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.backends import choose, overload, reasons
-from sparse_attn.ops.arguments import autocast, selection
+from sparse_attn.ops.arguments import autocast, selection, sizes_of
 from sparse_attn.ops.gathered_attention import attention_gradients
 from sparse_attn.ops.gathered_attention import fake as fake_attention
 from sparse_attn.ops.registry import define, differentiate
@@ -95,7 +95,7 @@ def topk_attention(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
-        backend: force one wing ("cpu", "reference"); None chooses. See :func:`explain`.
+        backend: force one wing ("cpu", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for,
@@ -129,7 +129,7 @@ def topk_attention(
     )
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    wing = choose("topk_attention", query, backend)
+    wing = choose("topk_attention", query, backend, **sizes_of(query, value))
     out, lse, indices = overload("topk_attention", wing)(query, key, value, *arguments)
     if not return_lse and not return_indices:
         return out
@@ -187,7 +187,7 @@ def explain(
         >>> print(sparse_attn.explain(q, q, q, 4).backend)
         reference
     """
-    query, *_ = _checked(
+    query, _, value, _ = _checked(
         query,
         key,
         value,
@@ -201,5 +201,7 @@ def explain(
         sinks,
         share,
     )
-    wing = choose("topk_attention", query, backend)
-    return Explanation("topk_attention", wing, reasons("topk_attention", query.device.type, query.dtype))
+    sizes = sizes_of(query, value)
+    wing = choose("topk_attention", query, backend, **sizes)
+    why_not = reasons("topk_attention", query.device.type, query.dtype, **sizes)
+    return Explanation("topk_attention", wing, why_not)

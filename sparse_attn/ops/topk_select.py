@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.backends import choose, overload
-from sparse_attn.ops.arguments import autocast, selection
+from sparse_attn.ops.arguments import autocast, selection, sizes_of
 from sparse_attn.ops.registry import define
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
@@ -60,7 +60,7 @@ def topk_select(
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
-        backend: force one wing ("cpu", "reference"); None chooses.
+        backend: force one wing ("cpu", "triton", "reference"); None chooses.
 
     Returns:
         int32 [B, G, Tq, min(top_k, Tk)], G = Hq, Hkv or 1 by `share`: unique, ascending, empty slots −1 at the
@@ -84,4 +84,5 @@ def topk_select(
     arguments = selection(
         query, key, top_k, is_causal, causal_offset, attn_mask, key_lengths, scale, window, sinks, share
     )
-    return overload("topk_select", choose("topk_select", query, backend))(query, key, *arguments)
+    wing = choose("topk_select", query, backend, **sizes_of(query))
+    return overload("topk_select", wing)(query, key, *arguments)

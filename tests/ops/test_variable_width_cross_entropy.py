@@ -12,6 +12,8 @@ import torch._dynamo.testing
 from helpers import bands as helper
 from helpers.bands import dense_loss, value_and_gradients
 from helpers.compare import assert_within_budget
+from helpers.wings import wings_under_test
+from torch.utils._pytree import tree_map_only
 
 import sparse_attn
 import sparse_attn.reference.chunks
@@ -19,7 +21,9 @@ from sparse_attn import compiled
 from sparse_attn.backends import overload
 
 NATIVE = pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
-WINGS = pytest.mark.parametrize("name", [pytest.param("cpu", marks=NATIVE), "reference"])
+# name → (backend, device)
+PLACES = {str(w): (w.name, w.device) for w in wings_under_test() if w.device != "mps"}
+WINGS = pytest.mark.parametrize("name", [pytest.param(n, marks=NATIVE if n == "cpu" else ()) for n in PLACES])
 SHAPES = {  # D, sizes, widths
     "three": (16, (5, 7, 40), (16, 8, 3)),
     "tiles": (40, (300, 33, 700), (40, 17, 5)),
@@ -33,16 +37,16 @@ SHAPES = {  # D, sizes, widths
 
 
 def run(hidden, targets, bands, name, **options):
-    return sparse_attn.variable_width_cross_entropy(
-        hidden,
-        targets,
-        bands.tables,
-        bands.projections,
-        bands.token_band,
-        bands.token_row,
-        backend=name,
-        **options,
-    )
+    """CPU tensors in and out, whatever the wing's device; gradients come back too."""
+    backend, device = PLACES.get(name, (name, "cpu"))
+    arguments = (hidden, targets, bands.tables, bands.projections, bands.token_band, bands.token_row)
+    arguments, options = tree_map_only(torch.Tensor, lambda t: t.to(device), (arguments, options))
+    return sparse_attn.variable_width_cross_entropy(*arguments, backend=backend, **options).cpu()
+
+
+def only_cpu(name):
+    if PLACES.get(name, (name, "cpu"))[1] != "cpu":
+        pytest.skip("CPU tensors")
 
 
 def problem(shape="three", tokens=7, seed=1, ignored=True, dtype=torch.float32):
@@ -253,6 +257,7 @@ def test_no_logits_are_stored():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_opcheck(name, dtype, weighted):
+    only_cpu(name)
     hidden, targets, bands = problem("three", 5, dtype=dtype)
     tables = [t.requires_grad_() for t in bands.tables]
     projections = [
@@ -307,6 +312,7 @@ def test_compile_with_dynamic_shapes(name):
 
 @WINGS
 def test_autocast(name):
+    only_cpu(name)
     hidden, targets, bands = problem("tiles", 40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = value_and_gradients(lambda h, b: run(h, targets, b, name), hidden, bands)

@@ -1,0 +1,269 @@
+"""The GPU benchmarks of the attention ops: against SDPA, FlexAttention and plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sparse_attn
+from benchmarks.gpu_timing import Contender, Device, assert_near, compare
+
+SAMPLED = 16  # queries that are computed once more in float64
+OUTPUT = 2**-6  # of the largest value: bfloat16 products and outputs, rounded
+SCORE = 2**-10  # of a selected score: float32 sums of exact products
+
+
+def tensors(device: Device, heads: int, kv_heads: int, length: int, dim: int, seed: int = 0) -> list[Tensor]:
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D], bfloat16."""
+    generator = torch.Generator(device.name).manual_seed(seed)
+    shapes = [(1, h, length, dim) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(s, device=device.name, generator=generator).bfloat16() for s in shapes]
+
+
+def sample(length: int, device: str) -> Tensor:
+    return torch.linspace(0, length - 1, min(SAMPLED, length), device=device).long()
+
+
+# ---- what is right --------------------------------------------------------------------------------------------
+
+
+def exact(query, key, value, rows: Tensor, indices: Tensor | None) -> Tensor:
+    """float64 [1, Hq, R, D]: causal attention of the sampled queries, to their indices alone where given."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+    scores = query[:, :, rows] @ key.mT * query.shape[3] ** -0.5
+    length = key.shape[2]
+    if indices is None:
+        hidden = torch.arange(length, device=rows.device) > rows.unsqueeze(1)
+    else:
+        index = indices[:, :, rows].long()
+        index = index.where((index >= 0) & (index < length), length)
+        hidden = torch.ones(*index.shape[:3], length + 1, dtype=torch.bool, device=rows.device)
+        hidden = hidden.scatter(3, index, False)[..., :length]
+        hidden = hidden.repeat_interleave(query.shape[1] // index.shape[1], dim=1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+
+
+def check_attention(
+    inputs: list[Tensor], indices: Tensor | None, gradients: bool, forward: Callable[..., Tensor]
+) -> None:
+    """Sampled outputs, and the gradients of a loss of those alone, against float64."""
+    rows = sample(inputs[0].shape[2], inputs[0].device.type)
+    leaves = [t.detach().requires_grad_(gradients) for t in inputs]
+    wide = [t.detach().double().requires_grad_(gradients) for t in inputs]
+    out, want = forward(*leaves), exact(*wide, rows, indices)
+    assert_near("output", out[:, :, rows], want, OUTPUT)
+    if not gradients:
+        return
+    grad = torch.randn(want.shape, device=want.device).to(out.dtype)
+    grads = torch.autograd.grad(out, leaves, torch.zeros_like(out).index_copy(2, rows, grad))
+    wanted = torch.autograd.grad(want, wide, grad.double())
+    for name, ours, true in zip(("query", "key", "value"), grads, wanted, strict=True):
+        assert_near(f"gradient of {name}", ours, true, 2 * OUTPUT)
+
+
+def check_selection(query: Tensor, key: Tensor, select: Callable[..., Tensor], *_leaves) -> None:
+    """The selected scores of sampled queries are the largest visible ones."""
+    indices = select(query, key)
+    rows = sample(query.shape[2], query.device.type)
+    shared = query.shape[1] // key.shape[1]
+    keys = key.double().repeat_interleave(shared, dim=1)
+    scores = query[:, :, rows].double() @ keys.mT
+    hidden = torch.arange(key.shape[2], device=rows.device) > rows.unsqueeze(1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    chosen = indices[:, :, rows].long()
+    best = scores.topk(chosen.shape[3], dim=-1).values
+    ours = scores.gather(3, chosen.clamp(min=0)).masked_fill(chosen < 0, -torch.inf)
+    ours = ours.sort(-1, descending=True).values
+    if not torch.equal(best.isinf(), ours.isinf()):
+        raise AssertionError("rows hold a wrong number of keys")
+    finite = best.isfinite()
+    assert_near("selected scores", ours[finite], best[finite], SCORE)
+
+
+def check_topk(inputs: list[Tensor], top_k: int, forward: Callable[..., Tensor]) -> None:
+    options = {"is_causal": True, "return_indices": True}
+    check_selection(
+        *inputs[:2], lambda q, k: sparse_attn.topk_attention(q, k, inputs[2], top_k, **options)[1]
+    )
+    indices = sparse_attn.topk_attention(*inputs, top_k, **options)[1]
+    check_attention(inputs, indices, False, forward)
+
+
+# ---- what a user would pick instead ---------------------------------------------------------------------------
+
+
+def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+            )
+
+    return attend
+
+
+@cache
+def _flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(device: Device, length: int) -> Callable[..., Tensor]:
+    """Dense causal FlexAttention: a mask of the top-k keys of each query is no mask of blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device.name)
+    run = flex_attention if device.dry else _flex()
+    return lambda query, key, value: run(
+        query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def plain_select(query: Tensor, key: Tensor, top_k: int, chunk: int = 1024) -> Tensor:
+    """matmul + torch.topk, in chunks of queries so that it fits: int64 [1, Hq, T, K], hidden keys −1."""
+    found = []
+    place = torch.arange(key.shape[2], device=key.device)
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT
+    for first in range(0, query.shape[2], chunk):
+        rows = place[first : first + chunk].unsqueeze(1)
+        scores = (query[:, :, first : first + chunk] @ keys).masked_fill(place > rows, -torch.inf)
+        best, index = scores.topk(min(top_k, key.shape[2]), dim=-1)
+        found.append(index.masked_fill(best == -torch.inf, -1))
+    return torch.cat(found, dim=2)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, top_k: int, chunk: int = 256) -> Tensor:
+    """Select, gather and attend in plain PyTorch, in chunks of queries."""
+    found = []
+    heads = torch.arange(query.shape[1], device=query.device).view(-1, 1, 1)
+    keys, values = (t[0].repeat_interleave(query.shape[1] // t.shape[1], dim=0) for t in (key, value))
+    indices = plain_select(query, key, top_k)[0]
+    for first in range(0, query.shape[2], chunk):
+        index = indices[:, first : first + chunk]
+        rows = heads, index.clamp(min=0)
+        scores = torch.einsum("hqd,hqkd->hqk", query[0, :, first : first + chunk], keys[rows])
+        scores = (scores * query.shape[3] ** -0.5).masked_fill(index < 0, -torch.inf)
+        found.append(torch.einsum("hqk,hqkd->hqd", scores.softmax(-1), values[rows]))
+    return torch.cat(found, dim=1).unsqueeze(0)
+
+
+# ---- sections ---------------------------------------------------------------------------------------------------
+
+
+def dense(device: Device, inputs: list[Tensor], gradients: bool) -> dict[str, Contender]:
+    """SDPA and FlexAttention over all visible keys."""
+    leaves, check = tuple(inputs), partial(check_attention, inputs, None, gradients)
+    kernels = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
+    if device.dry:
+        kernels = {"sdpa_math": SDPBackend.MATH}
+    found = {name: Contender(partial(sdpa, backend), leaves, check) for name, backend in kernels.items()}
+    if device.dry and inputs[0].shape[1] != 2:
+        return found  # compiled on a CPU FlexAttention has no backward, and as it is it takes its time: once will do
+    found["flex_dense"] = Contender(partial(flex, device, inputs[0].shape[2]), leaves, check)
+    return found
+
+
+def topk_attention(device: Device) -> Iterator[dict]:
+    heads, length, dim = (2, 12, 16) if device.dry else (16, 16384, 128)
+    for top_k in (4,) if device.dry else (64, 128, 256, 512):
+        inputs = tensors(device, heads, heads, length, dim)
+
+        def ours(query, key, value, top_k=top_k, share="none"):
+            return sparse_attn.topk_attention(
+                query, key, value, top_k, is_causal=True, share=share, backend="triton"
+            )
+
+        def plain(query, key, value, top_k=top_k):
+            return plain_attention(query, key, value, top_k)
+
+        with sparse_attn.use_backend("triton"):
+            contenders = {
+                "ours": Contender(lambda ours=ours: ours, tuple(inputs), partial(check_topk, inputs, top_k)),
+                "ours_share_all": Contender(lambda ours=ours: partial(ours, share="all"), tuple(inputs)),
+                **dense(device, inputs, False),
+                "plain_topk_gather": Contender(lambda plain=plain: plain, tuple(inputs)),
+            }
+            yield from compare("topk_attention", f"H{heads} D{dim} T{length} K{top_k}", contenders, device)
+
+
+def topk_select(device: Device) -> Iterator[dict]:
+    heads, length, dim = (2, 12, 16) if device.dry else (16, 16384, 128)
+    query, key, _ = tensors(device, heads, heads, length, dim)
+    for top_k in (4,) if device.dry else (64, 128, 256, 512):
+        ours = partial(sparse_attn.topk_select, top_k=top_k, is_causal=True, backend="triton")
+        plain = partial(plain_select, top_k=top_k)
+        contenders = {
+            name: Contender(lambda run=run: run, (query, key), partial(check_selection, query, key))
+            for name, run in {"ours": ours, "plain_matmul_topk": plain}.items()
+        }
+        if not device.dry:  # plain PyTorch rounds its scores to bfloat16 before it chooses
+            contenders["plain_matmul_topk"].check = None
+        yield from compare("topk_select", f"H{heads} D{dim} T{length} K{top_k}", contenders, device)
+
+
+def selections(device: Device, length: int, top_k: int, pattern: str, chunk: int = 1024) -> Tensor:
+    """int32 [1, 1, T, K], causal: keys anywhere, or in runs of 32 neighbours as real heads have them."""
+    generator = torch.Generator(device.name).manual_seed(3)
+    run = 1 if pattern == "random" else min(32, top_k)
+    found = []
+    for first in range(0, length, chunk):
+        rows = torch.arange(first, min(first + chunk, length), device=device.name).unsqueeze(1)
+        blocks = torch.arange(0, length, run, device=device.name)
+        draw = torch.rand(len(rows), len(blocks), device=device.name, generator=generator)
+        draw = draw.masked_fill(blocks > rows, -1.0)
+        best, block = draw.topk(min(top_k // run, len(blocks)), dim=-1)
+        index = (block * run).unsqueeze(-1) + torch.arange(run, device=device.name)
+        seen = (best >= 0).unsqueeze(-1) & (index <= rows.unsqueeze(-1))
+        index = index.masked_fill(~seen, length).flatten(1).sort(-1).values
+        found.append(index.masked_fill(index == length, -1).int())
+    return torch.cat(found).view(1, 1, length, -1)
+
+
+def gathered_attention(device: Device) -> Iterator[dict]:
+    heads, length, dim, top_k = (4, 7, 16, 5) if device.dry else (16, 32768, 128, 512)
+    for kv_heads, pattern in ((1, "random"), (1, "runs"), (heads, "random")):
+        inputs = tensors(device, heads, kv_heads, length, dim)
+        indices = selections(device, length, top_k, pattern)
+
+        def ours(query, key, value, indices=indices):
+            return sparse_attn.gathered_attention(query, key, value, indices, backend="triton")
+
+        check = partial(check_attention, inputs, indices, True)
+        contenders = {
+            "ours": Contender(lambda ours=ours: ours, tuple(inputs), check),
+            **dense(device, inputs, False),
+        }
+        case = f"H{heads}/{kv_heads} D{dim} T{length} K{top_k} {pattern}"
+        directions = ("forward", "backward", "both")
+        yield from compare("gathered_attention", case, contenders, device, directions)
+
+
+def memory(device: Device) -> Iterator[dict]:
+    """What topk_attention allocates, forward and backward, beside one [Tq, Tk] matrix of one head in bfloat16."""
+    heads, length, dim, top_k = (2, 12, 16, 4) if device.dry else (8, 32768, 64, 64)
+    inputs = [t.requires_grad_() for t in tensors(device, heads, heads, length, dim)]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return sparse_attn.topk_attention(*inputs, top_k, is_causal=True, backend="triton")
+
+    def both() -> object:
+        out = sparse_attn.topk_attention(*inputs, top_k, is_causal=True, backend="triton")
+        return torch.autograd.grad(out.sum(), inputs)
+
+    matrix = 2 * length * length
+    row = {"section": "memory", "case": f"H{heads} D{dim} T{length} K{top_k}", "contender": "ours"}
+    for direction, call in (("forward", forward), ("both", both)):
+        peak = device.peak_bytes(call)
+        verdict = None if peak is None else peak < matrix
+        yield {
+            **row, "direction": direction, "peak_bytes": peak, "one_matrix_bytes": matrix,
+            "all_matrices_bytes": heads * matrix, "no_matrix": verdict,
+        }  # fmt: skip

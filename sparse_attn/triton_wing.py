@@ -1,0 +1,128 @@
+"""The wing of `sparse_attn.triton_kernels`: NVIDIA, AMD and Intel GPUs, and the CPU in Triton's interpreter.
+
+Triton takes a second to load and is not everywhere, so each op imports its kernels on its first call. Kernels read
+TRITON_INTERPRET when they are defined, hence it is read once, when the package is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import torch
+
+from sparse_attn.backends import Wing, register
+
+PACKAGE = "sparse_attn.triton_kernels"
+MINIMUM = (3, 2)  # of Triton
+DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs "cuda" too
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Sizes a kernel holds in registers at once. `explain` and the dispatcher read them; the ops name the sizes.
+LIMITS = {"head_dim": 256, "value_dim": 256}
+
+# op → the file of triton_kernels that has a function of that name
+FILES = {
+    "topk_select": "topk_select",
+    "gathered_attention": "gathered_attention",
+    "gathered_attention_backward": "gathered_attention_backward",
+    "topk_attention": "topk_attention",
+    "variable_width_embedding": "variable_width_embedding",
+    "variable_width_embedding_backward": "variable_width_embedding_backward",
+    "variable_width_cross_entropy": "variable_width_cross_entropy",
+    "variable_width_cross_entropy_backward": "variable_width_cross_entropy_backward",
+}
+
+# Its distributions, by platform.
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows")
+
+
+def _version() -> tuple[int, ...] | None:
+    """Triton's, (0,) where it is there without saying, None where it is not there."""
+    if find_spec("triton") is None:
+        return None
+    for name in _DISTRIBUTIONS:
+        try:
+            return tuple(int(n) for n in metadata.version(name).split(".")[:2])
+        except (metadata.PackageNotFoundError, ValueError):
+            continue
+    return (0,)
+
+
+version = _version()
+interpreted = os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes")
+
+
+def _too_old(device_type: str) -> str | None:
+    """The device, where it is known: a graph being compiled says no more than "cuda"."""
+    if device_type != "cuda" or torch.version.hip or interpreted or torch.compiler.is_compiling():
+        return None
+    if not torch.cuda.is_available():
+        return None  # a fake tensor
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else "it needs compute capability 8.0, got {}.{}".format(*capability)
+
+
+def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if version is None:
+        return "Triton is not installed (pip install triton)"
+    if (0,) < version < MINIMUM:
+        return "it needs Triton {}.{}, got {}.{}".format(*MINIMUM, *version)
+    if device_type == "cpu" and not interpreted:
+        return (
+            "it takes cpu tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+        )
+    if device_type not in (*DEVICES, "cpu"):
+        return f"it takes {' and '.join(DEVICES)} tensors, got {device_type}"
+    if dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}"
+    return _too_old(device_type)
+
+
+def _find_in_checkout() -> None:
+    """Makes `sparse_attn.triton_kernels` of the folder beside the package, where it is no folder inside it.
+
+    An install puts the folder inside; a checkout (PYTHONPATH, editable) has it at the root of the repository,
+    since `triton_kernels` as a top-level name is another project's.
+    """
+    package = Path(__file__).resolve().parent
+    init = package.parent / "triton_kernels" / "__init__.py"
+    if (package / "triton_kernels").is_dir() or not init.is_file() or PACKAGE in sys.modules:
+        return
+    spec = spec_from_file_location(PACKAGE, init, submodule_search_locations=[str(init.parent)])
+    sys.modules[PACKAGE] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[PACKAGE])
+
+
+def _on_first_call(op: str) -> Callable:
+    function = None
+
+    def implementation(*arguments):
+        nonlocal function
+        if function is None:
+            function = getattr(import_module(f"{PACKAGE}.{FILES[op]}"), op)
+        device = arguments[0].device  # the first argument of every op is a tensor
+        if device.type == "cpu":
+            return function(*arguments)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.get_device_module(device).device(device):
+            return function(*arguments)
+
+    return implementation
+
+
+_find_in_checkout()
+TRITON_WING = Wing(
+    name="triton",
+    # Not a key per device: one kernel serves CUDA, ROCm, XPU and, interpreted, the CPU.
+    dispatch_key="CompositeExplicitAutograd",
+    implementations={op: _on_first_call(op) for op in FILES},
+    why_not=_why_not,
+    limits=LIMITS,
+    # The interpreter is thousands of times slower than any other wing: nobody gets it without a word.
+    by_name_only=interpreted,
+)
+register(TRITON_WING)

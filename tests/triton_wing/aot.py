@@ -1,0 +1,218 @@
+"""Compiles Triton kernels for GPUs that are not here, and reads from the object what each needs.
+
+A file `aot_<op>.py` beside this one has a function `cases()` that lists the kernels of its op as they are launched:
+
+    aot.Case("forward bf16 D128", kernel, {"query": "*bf16", "length": 16384, "scale": 0.1, "BLOCK": 64}, num_warps=4)
+
+By hand: PYTHONPATH=tests python -m triton_wing.aot [op …] prints the table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PROCESSES = 2
+# Bytes: one address, which ptxas puts away to fit one more block on a multiprocessor. Which kernels that befalls
+# changes with its version; the table shows it.
+TOLERATED_SPILL = 8
+
+# target → (Triton's backend, architecture, lanes of a warp, bytes of shared memory for one block)
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as one launch specialises it.
+
+    `arguments` has for each parameter of the kernel a pointer type ("*bf16"), a number or None: as Triton does at
+    a launch, an int that is 1 is compiled in and one that 16 divides is known to be so.
+    """
+
+    name: str
+    kernel: Any  # triton.JITFunction
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    may_spill: bool = False  # not a main configuration: its spills are shown, not refused
+    targets: tuple[str, ...] = tuple(TARGETS)
+    options: dict[str, Any] = field(default_factory=dict)  # of the launch beside these
+
+    def source(self):
+        """What Triton compiles."""
+        from triton.compiler import ASTSource
+
+        parameters = {p.name: p for p in self.kernel.params}
+        missing = [n for n in parameters if n not in self.arguments]
+        unknown = [n for n in self.arguments if n not in parameters]
+        if missing or unknown:
+            raise TypeError(f"{self.name}: the kernel misses {missing}, and does not have {unknown}")
+        signature, constants, attributes = {}, {}, {}
+        for place, (name, parameter) in enumerate(parameters.items()):
+            value = self.arguments[name]
+            kind, divisible = _specialise(value)
+            signature[name] = "constexpr" if parameter.is_constexpr else kind
+            if signature[name] == "constexpr":
+                constants[(place,)] = value
+            elif divisible:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def _specialise(value) -> tuple[str, bool]:
+    """The type in the signature, and whether 16 divides it."""
+    if isinstance(value, str):
+        return value, True
+    if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    return "fp32", False
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes."""
+
+    op: str
+    case: str
+    target: str
+    registers: int = 0  # of one thread (gfx942: vector registers)
+    spilled: int = 0  # bytes of local memory of one thread
+    shared: int = 0  # bytes of shared memory of one block
+    may_spill: bool = False
+    error: str | None = None
+
+    @property
+    def faults(self) -> list[str]:
+        if self.error:
+            return [self.error]
+        limit = TARGETS[self.target][3]
+        found = [f"{self.shared} bytes of shared memory, {limit} are there"] if self.shared > limit else []
+        if self.spilled > TOLERATED_SPILL and not self.may_spill:
+            found.append(f"{self.spilled} bytes spilled")
+        return found
+
+
+def ops() -> list[str]:
+    return sorted(path.stem.removeprefix("aot_") for path in HERE.glob("aot_*.py"))
+
+
+@lru_cache
+def cases(op: str) -> list[Case]:
+    return import_module(f"{__package__ or 'triton_wing'}.aot_{op}").cases()
+
+
+def compile_case(op: str, number: int, target: str) -> Resources:
+    """Compiles one case for one target; runs in a worker process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    case = cases(op)[number]
+    backend, architecture, lanes, _ = TARGETS[target]
+    try:
+        compiled = triton.compile(
+            case.source(),
+            target=GPUTarget(backend, architecture, lanes),
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options},
+        )
+        read = _read_cubin if backend == "cuda" else _read_amdgcn
+        registers, spilled = read(compiled.asm)
+        shared = compiled.metadata.shared
+    except Exception as error:  # the finding of this case; the others go on
+        text = f"{type(error).__name__}: {error}"
+        return Resources(op, case.name, target, error=text[-1500:])
+    return Resources(op, case.name, target, registers, spilled, shared, case.may_spill)
+
+
+def _cuobjdump() -> str:
+    import triton
+
+    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(own) if own.exists() else shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError("cuobjdump is neither beside Triton nor on the PATH")
+    return found
+
+
+def _read_cubin(asm) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        run = subprocess.run(
+            [_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers, stack, local = (
+        int(re.search(rf"\b{what}:(\d+)", run.stdout)[1]) for what in ("REG", "STACK", "LOCAL")
+    )
+    # What LLVM itself puts on the stack (it packs long rows of bits there) is no register that ptxas put away.
+    own = sum(int(n) for n in re.findall(r"\.local .*__local_depot\d+\[(\d+)\]", asm["ptx"]))
+    return registers, max(0, stack + local - own)
+
+
+def _read_amdgcn(asm) -> tuple[int, int]:
+    text = asm["amdgcn"]
+    read = {n: int(v) for n, v in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)}
+    # Scalar registers are put away in lanes of vector registers, without memory: those are no spills.
+    return read["vgpr_count"], read["private_segment_fixed_size"]
+
+
+def compile_all(of: list[str]) -> Iterator[Resources]:
+    """Every case of these ops for each of its targets, as they get ready."""
+    jobs = [(op, i, target) for op in of for i, case in enumerate(cases(op)) for target in case.targets]
+    # A fresh interpreter for each worker: a fork of a process with threads may hang.
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_case, *zip(*jobs, strict=True))
+
+
+def table(rows: list[Resources]) -> str:
+    """One line per kernel, three numbers per target."""
+    found: dict[tuple[str, str], dict[str, Resources]] = {}
+    for row in rows:
+        found.setdefault((row.op, row.case), {})[row.target] = row
+    width = max(len(f"{op}: {case}") for op, case in found)
+    lines = [
+        " " * width + "".join(f"{t:>20}" for t in TARGETS),
+        " " * width + "      reg  spill  smem" * len(TARGETS),
+    ]
+    for (op, case), by_target in found.items():
+        line = f"{op}: {case}".ljust(width)
+        for target in TARGETS:
+            r = by_target.get(target)
+            text = (
+                "–" if r is None else "ERROR" if r.error else f"{r.registers:>4}{r.spilled:>7}{r.shared:>7}"
+            )
+            line += text.rjust(20)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> int:
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "sparse_attn_aot"))
+    rows = list(compile_all(sys.argv[1:] or ops()))
+    print(table(rows))
+    bad = [f"{r.op}: {r.case} on {r.target}: {fault}" for r in rows for fault in r.faults]
+    print("\n".join(bad) or "no faults")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The launches of gathered_attention, forward and backward: B1 T16k K512, 16 query heads."""
+
+from __future__ import annotations
+
+from sparse_attn.triton_kernels import gathered_attention as forward
+from sparse_attn.triton_kernels import gathered_attention_backward as backward
+from sparse_attn.triton_kernels import gathered_attention_sums as sums
+from triton_wing import aot
+
+LENGTH, HEADS, BUDGET = 16384, 16, 512
+
+
+def strides(name: str, heads: int, last: str, dim: int) -> dict[str, int]:
+    """Of a contiguous [1, heads, LENGTH, dim], as the kernels name them."""
+    axes = ("b", "h", "t", last)
+    return dict(zip([f"{name}_{a}" for a in axes], (heads * LENGTH * dim, LENGTH * dim, dim, 1), strict=True))
+
+
+def common(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
+    """The arguments that every kernel has, and more."""
+    indices = strides("indices", groups, "k", BUDGET)
+    indices["indices_g"] = indices.pop("indices_h")
+    return {
+        **dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}"),
+        "indices": "*i32", "lse": "*fp32",
+        **strides("query", HEADS, "d", dim), **strides("key", kv_heads, "d", dim),
+        **strides("value", kv_heads, "d", dim), **indices,
+        "kv_heads": kv_heads, "groups": groups, "key_length": LENGTH, "budget": BUDGET, "factor": 0.1,
+        "DIM": dim, "VALUE_DIM": dim, "BLOCK_DIM": dim, "BLOCK_VALUE": dim,
+    }  # fmt: skip
+
+
+def gradients(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
+    return {
+        **common(dtype, kv_heads, groups, dim),
+        **strides("grad", HEADS, "d", dim),
+        "grad_out": f"*{dtype}",
+        "grad_lse": None,
+        "grad_query": f"*{dtype}",
+        "rows": "*fp32",
+        "grad_key": "*fp32",
+        "grad_value": "*fp32",
+        "order": "*i64",
+        "offsets": "*i32",
+        "key_entries": f"*{dtype}",
+        "value_entries": f"*{dtype}",
+        "key_sink": f"*{dtype}",
+        "value_sink": f"*{dtype}",
+        "scale": 0.1,
+        "ATOMICS": False,
+        "ADD": True,
+        "query_length": LENGTH,
+        "first_query": 2048,
+        "rows_half": HEADS * LENGTH,
+        "entries": 2048 * BUDGET,
+    }
+
+
+def case(name: str, kernel, arguments: dict, config: dict, **others) -> aot.Case:
+    config = dict(config)
+    options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
+    arguments = {**arguments, **config}
+    known = {p.name for p in kernel.params}
+    return aot.Case(name, kernel, {n: v for n, v in arguments.items() if n in known}, **options, **others)
+
+
+def cases() -> list[aot.Case]:
+    import torch
+
+    found = []
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for dtype, dim in [
+        ("bf16", 64),
+        ("bf16", 128),
+        ("fp16", 128),
+        ("fp32", 64),
+        ("fp32", 128),
+        ("bf16", 256),
+    ]:
+        label = f"{dtype} D{dim}"
+        rare = {"targets": ("sm_90", "gfx942")} if dtype == "fp16" or dim == 256 else {}
+        # 16 heads that share a selection and a key head; then each head alone.
+        unit = {"units": 1, "tiles": 1, "shared": HEADS, "programs": 16}
+        arguments = {**common(dtype, 1, 1, dim), **unit}
+        config = forward.tile_config(dtypes[dtype], HEADS, dim, dim)
+        found.append(case(f"forward, tile {label}", forward._tile, arguments, config, **rare))
+        if backward.takes_tiles(dtypes[dtype], HEADS):
+            arguments = {**gradients(dtype, 1, 1, dim), **unit}
+            config = backward.tile_config(HEADS, dim, dim)
+            found.append(case(f"queries, tile {label}", backward._tile_queries, arguments, config, **rare))
+            found.append(
+                case(f"keys, tile {label}", sums.sum_entries, arguments, sums.sum_config(dim, dim), **rare)
+            )
+        alone = {"heads": HEADS, "programs": 16}
+        arguments = {**common(dtype, HEADS, HEADS, dim), **alone}
+        config = forward.vector_config(dim, dim, 1024 if dtype == "fp32" else 2048)
+        found.append(case(f"forward, vector {label}", forward._vector, arguments, config, **rare))
+        arguments = {**gradients(dtype, HEADS, HEADS, dim), **alone}
+        config = forward.vector_config(dim, dim, 4096)
+        found.append(case(f"queries, vector {label}", backward._vector_queries, arguments, config, **rare))
+        found.append(
+            case(f"keys, vector {label}", sums.sum_queries, arguments, sums.sum_config(dim, dim), **rare)
+        )
+    unit["tiles"] = 2
+    arguments = {
+        **gradients("bf16", 1, 1, 128),
+        **unit,
+        "key_sink": "*fp32",
+        "value_sink": "*fp32",
+        "ATOMICS": True,
+    }
+    config = backward.tile_config(HEADS, 128, 128)
+    found.append(case("queries, tile bf16 D128, atomics", backward._tile_queries, arguments, config))
+    for heads in (32, 64):
+        unit = {"units": 1, "tiles": 1, "shared": heads, "programs": 16}
+        arguments = {**gradients("bf16", 1, 1, 128), **unit}
+        config = forward.tile_config(torch.bfloat16, heads, 128, 128)
+        found.append(case(f"forward, tile bf16 D128, {heads} heads", forward._tile, arguments, config))
+        config = backward.tile_config(heads, 128, 128)
+        found.append(
+            case(f"queries, tile bf16 D128, {heads} heads", backward._tile_queries, arguments, config)
+        )
+    # One batch entry, one head, one key: every such number is compiled in.
+    ones = {"heads": 1, "shared": 1, "units": 1, "tiles": 1, "programs": 1, "key_length": 1, "budget": 1}
+    ones |= {"query_length": 1, "first_query": 0, "entries": 1, "rows_half": 1}
+    arguments = {**gradients("fp32", 1, 1, 16), **ones, "grad_lse": "*fp32"}
+    config = forward.vector_config(16, 16, 2048)
+    kernels = (forward._vector, backward._vector_queries)
+    for kernel in kernels:
+        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
+    config = backward.tile_config(1, 16, 16)
+    for kernel in (forward._tile, backward._tile_queries):
+        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
+    for kernel in (sums.sum_entries, sums.sum_queries):
+        config = sums.sum_config(16, 16)
+        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
+    return found

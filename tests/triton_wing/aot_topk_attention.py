@@ -1,0 +1,42 @@
+"""The kernel of topk_attention that topk_select and gathered_attention do not have."""
+
+from __future__ import annotations
+
+from sparse_attn import triton_wing  # noqa: F401  finds the kernels in a checkout
+from sparse_attn.triton_kernels import topk_attention
+from triton_wing.aot import Case
+
+LENGTH, HEADS = 16384, 16
+
+
+def case(dtype: str, value_dim: int, budget: int) -> Case:
+    config = topk_attention.config(value_dim)
+    num_warps = config.pop("num_warps")
+    arguments = {
+        "value": f"*{dtype}",
+        "indices": "*i32",
+        "scores": "*fp32",
+        "out": f"*{dtype}",
+        "lse": "*fp32",
+        "value_b": HEADS * LENGTH * value_dim,
+        "value_h": LENGTH * value_dim,
+        "value_t": value_dim,
+        "value_d": 1,
+        "outer_size": HEADS,
+        "heads": HEADS,
+        "repeat": 1,
+        "query_length": LENGTH,
+        "key_length": LENGTH,
+        "budget": budget,
+        "factor": 0.1,
+        "VALUE_DIM": value_dim,
+        "BLOCK_BUDGET": budget,
+        **config,
+    }
+    return Case(f"values {dtype} Dv{value_dim} K{budget}", topk_attention._weigh_values, arguments, num_warps)
+
+
+def cases() -> list[Case]:
+    shapes = [(64, 64), (128, 64), (128, 1024), (256, 64)]
+    found = [case(dtype, *shape) for dtype in ("bf16", "fp32") for shape in shapes]
+    return [*found, case("fp16", 128, 256), case("bf16", 128, 4096)]

@@ -1,0 +1,169 @@
+"""The kernels of topk_select as they are launched for the sizes that matter."""
+
+from __future__ import annotations
+
+from sparse_attn import triton_wing  # noqa: F401  finds the kernels in a checkout
+from sparse_attn.triton_kernels import topk_select
+from sparse_attn.triton_kernels.select_tiles import merge_pieces, select_tiles
+from sparse_attn.triton_kernels.shared_scores import log_sum_exp
+from triton_wing.aot import Case
+
+LENGTH, HEADS = 16384, 16
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def _strides(name: str, head_dim: int) -> dict[str, int]:
+    strides = (HEADS * LENGTH * head_dim, LENGTH * head_dim, head_dim, 1)
+    return {f"{name}_{axis}": stride for axis, stride in zip("bhtd", strides, strict=True)}
+
+
+def _mask_strides(masked: bool) -> dict[str, int]:
+    return {f"mask_{axis}": (1 if axis == "k" else LENGTH) if masked else 0 for axis in "bgqk"}
+
+
+def select(
+    dtype: str,
+    head_dim: int,
+    budget: int,
+    *,
+    amd: bool = False,
+    sharing: int = 1,
+    masked: bool = False,
+    split: bool = False,
+    with_scores: bool = False,
+    **options,
+) -> Case:
+    c = topk_select.config(ELEMENT[dtype], head_dim, budget, amd)
+    rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
+    name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
+    name += f" share {sharing}" if sharing > 1 else ""
+    name += (" mask" if masked else "") + (" split" if split else "") + (" scores" if with_scores else "")
+    arguments = {
+        "query": f"*{dtype}",
+        "key": f"*{dtype}",
+        "mask": "*u8" if masked else None,
+        "lengths": "*i32" if masked else None,
+        "shift": "*fp32" if sharing > 1 else None,
+        "slots": "*i64",
+        "counts": "*i32",
+        "thresholds": "*fp32",
+        "queue": "*i32",
+        "indices": "*i64" if split else "*i32",
+        "scores": "*fp32" if with_scores else None,
+        **_strides("query", head_dim),
+        **_strides("key", head_dim),
+        **_mask_strides(masked),
+        "groups": HEADS // sharing,
+        "query_length": LENGTH,
+        "key_length": LENGTH,
+        "head_dim": head_dim,
+        "budget": budget,
+        "slack": c.slack,
+        "causal_offset": 17,
+        "window_offset": 15,
+        "sinks": 0,
+        "scale": 0.1,
+        "tiles": 12345,
+        "query_blocks": LENGTH // c.block_m,
+        "splits": 8 if split else 1,
+        "split_length": LENGTH,
+        "SIGN": 1,
+        "IS_CAUSAL": not split,
+        "SHARING": sharing,
+        "REPEAT": sharing,
+        "SPLIT": split,
+        "BLOCK_M": c.block_m,
+        "BLOCK_N": c.block_n,
+        "BLOCK_D": head_dim,
+        "CAPACITY": c.capacity,
+        "ROWS": rows,
+        "CHUNK": chunk,
+        "STEP": step,
+        "EDGE_STAGES": c.num_stages if masked else 1,
+    }
+    options.setdefault("targets", ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100"))
+    return Case(name, select_tiles, arguments, c.num_warps, c.num_stages, **options)
+
+
+def both(*arguments, **options) -> list[Case]:
+    """The case as NVIDIA's GPUs have it, and as AMD's."""
+    return [select(*arguments, amd=amd, **options) for amd in (False, True)]
+
+
+def lse(dtype: str, head_dim: int, amd: bool) -> Case:
+    c = topk_select.config(ELEMENT[dtype], head_dim, 64, amd)
+    arguments = {
+        "query": f"*{dtype}",
+        "key": f"*{dtype}",
+        "mask": None,
+        "lengths": None,
+        "shift": "*fp32",
+        **_strides("query", head_dim),
+        **_strides("key", head_dim),
+        **_mask_strides(False),
+        "heads": HEADS,
+        "query_length": LENGTH,
+        "key_length": LENGTH,
+        "head_dim": head_dim,
+        "causal_offset": 17,
+        "scale": 0.1,
+        "query_blocks": LENGTH // c.block_m,
+        "IS_CAUSAL": True,
+        "SHARING": 4,
+        "REPEAT": 4,
+        "BLOCK_M": c.block_m,
+        "BLOCK_N": c.block_n,
+        "BLOCK_D": head_dim,
+    }
+    targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
+    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "")
+    return Case(name, log_sum_exp, arguments, c.num_warps, c.num_stages, targets=targets)
+
+
+def merge(budget: int, splits: int, amd: bool) -> Case:
+    c = topk_select.config(2, 128, budget, amd)
+    capacity = 1 << (splits * budget - 1).bit_length()
+    rows, chunk, step = topk_select._cut_shape(c, 32, capacity)
+    arguments = {
+        "slots": "*i64",
+        "indices": "*i32",
+        "scores": "*fp32",
+        "rows": LENGTH,
+        "query_length": 1,
+        "width": splits * budget,
+        "budget": budget,
+        "window_offset": 17,
+        "sinks": 0,
+        "IS_CAUSAL": True,
+        "CAPACITY": capacity,
+        "ROWS": rows,
+        "CHUNK": chunk,
+        "STEP": step,
+    }
+    targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
+    name = f"merge K{budget} of {splits}" + (" amd" if amd else "")
+    return Case(name, merge_pieces, arguments, c.num_warps, 2, targets=targets)
+
+
+def cases() -> list[Case]:
+    found = []
+    for dtype, head_dim, budget in (
+        ("bf16", 128, 64),
+        ("bf16", 128, 256),
+        ("bf16", 128, 1024),
+        ("bf16", 128, 4096),
+        ("bf16", 64, 64),
+        ("fp16", 64, 256),
+        ("fp32", 64, 64),
+        ("fp32", 128, 256),
+        ("bf16", 256, 64),
+    ):
+        # What may spill does it outside the loop over the keys, by some bytes on some target.
+        few = budget >= 1024 or head_dim == 256 or (dtype, head_dim) in (("fp32", 128), ("fp16", 64))
+        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=few)
+    found += both("bf16", 128, 64, masked=True, may_spill=True)
+    found += both("bf16", 128, 64, split=True, may_spill=True)
+    found += both("bf16", 128, 64, sharing=4, may_spill=True)
+    found += [lse("bf16", 128, amd) for amd in (False, True)]
+    found += [merge(64, 16, amd) for amd in (False, True)]
+    return found

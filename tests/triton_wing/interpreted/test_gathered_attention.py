@@ -1,0 +1,233 @@
+"""gathered_attention in Triton, interpreted: every way through its kernels, at shapes that take no time.
+
+`check` (of the ordinary tests) holds out, LSE and the three gradients against the oracle in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.compare import assert_close
+from helpers.inputs import LAYOUTS, index_rows, normal, qkv
+from ops.test_gathered_attention import check, run_with_gradients
+from ops.test_torch_integration import op_arguments, overload
+
+import sparse_attn
+from sparse_attn.triton_kernels import _common, gathered_attention, gathered_attention_backward
+
+
+@pytest.mark.parametrize("groups", ["one", "per key head", "per query head"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4), (9, 1)])
+def test_groups(wing, dtype, groups, heads, kv_heads):
+    """Alone and in tiles of heads, with the same keys and with others for each key head."""
+    count = {"one": 1, "per key head": kv_heads, "per query head": heads}[groups]
+    inputs = qkv(2, heads, kv_heads, 3, 11, 16, dtype=dtype)
+    check(wing, inputs, index_rows((2, count, 3, 5), 11))
+    check(wing, inputs, index_rows((2, count, 3, 7), 11, garbage=True))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("dims", [(1, 3), (64, 64), (72, 24), (20, 72), (256, 40)], ids=str)
+@pytest.mark.parametrize("shared", [1, 5])
+def test_head_dimensions(wing, dtype, dims, shared):
+    check(wing, qkv(1, shared, 1, 2, 9, *dims, dtype=dtype), index_rows((1, 1, 2, 5), 9))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("budget", [0, 1, 16, 70, 131])
+@pytest.mark.parametrize("shared", [1, 4])
+def test_budgets(wing, dtype, budget, shared):
+    """None, one, a block and several, the last one not full."""
+    check(
+        wing,
+        qkv(1, shared, 1, 2, 90, 16, dtype=dtype),
+        index_rows((1, 1, 2, budget), 90, garbage=budget > 90),
+    )
+
+
+@pytest.mark.parametrize("shared", [16, 40, 70])
+def test_many_heads(wing, shared):
+    """One tile, and several: the gradient of a key is the sum over them."""
+    check(wing, qkv(1, shared, 1, 2, 9, 16, dtype=torch.bfloat16), index_rows((1, 1, 2, 5), 9))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shared", [1, 4])
+def test_layouts(wing, layout, shared):
+    inputs = [LAYOUTS[layout](t) for t in qkv(2, 2 * shared, 2, 3, 7, 16, 8, dtype=torch.bfloat16)]
+    check(wing, inputs, index_rows((2, 2, 5, 3), 7, garbage=True).mT)
+
+
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_gradient_of_strides_zero(wing, shared):
+    inputs, indices = qkv(1, shared, 1, 3, 7, 16), index_rows((1, 1, 3, 5), 7)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    (wing.gathered_attention(*leaves, indices) * torch.ones(1, shared, 3, 16)).sum().backward()
+    for ours, want in zip(_backward(wing, inputs, indices), leaves, strict=True):
+        assert torch.equal(ours.grad, want.grad)
+
+
+def _backward(wing, inputs, indices):
+    """Leaves with the gradients of a sum."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    wing.gathered_attention(*leaves, indices).sum().backward()
+    return leaves
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 4), (1, 2, 1, 0, 4), (1, 2, 1, 3, 0)], ids=str)
+def test_nothing(wing, shape):
+    inputs = qkv(*shape, 8)
+    out, lse = wing.gathered_attention(
+        *inputs, index_rows((shape[0], 2, shape[3], 2), shape[4]), return_lse=True
+    )
+    assert not out.any()
+    assert bool((lse == -math.inf).all())
+    assert not any(
+        t.grad.any() for t in _backward(wing, inputs, index_rows((shape[0], 1, shape[3], 2), shape[4]))
+    )
+
+
+@pytest.mark.parametrize("shared", [1, 4])
+def test_chunks_of_queries(wing, dtype, shared, monkeypatch):
+    """One query per chunk, and two: dK and dV gather over the chunks in float32."""
+    inputs, indices = qkv(1, 2 * shared, 2, 5, 9, 16, dtype=dtype), index_rows((1, 2, 5, 6), 9)
+    for entries in (1, 24):
+        monkeypatch.setattr(gathered_attention_backward, "SORTED_ENTRIES", entries)
+        check(wing, inputs, indices)
+    monkeypatch.setattr(gathered_attention_backward, "SORTED_ENTRIES", 1 << 20)
+    monkeypatch.setattr(gathered_attention_backward, "SCRATCH_BYTES", 3000)
+    check(wing, inputs, indices)
+
+
+def test_chunks_are_of_one_size():
+    chunk_of = gathered_attention_backward.chunk_of
+    assert [chunk_of(10, n) for n in (0, 1, 3, 9, 10, 11)] == [1, 1, 3, 5, 10, 10]
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.torch_defaults
+@pytest.mark.parametrize("shared", [1, 4])
+def test_atomics(wing, dtype, shared, monkeypatch):
+    """Asked for by the environment, and not in torch's deterministic mode."""
+    monkeypatch.setenv("SPARSE_ATTN_TRITON_ATOMICS", "1")
+    assert gathered_attention_backward.uses_atomics()
+    check(wing, qkv(2, 2 * shared, 2, 3, 9, 16, dtype=dtype), index_rows((2, 2, 3, 6), 9, garbage=True))
+    torch.use_deterministic_algorithms(True)
+    assert not gathered_attention_backward.uses_atomics()
+
+
+def test_a_grid_of_three_axes(wing, monkeypatch):
+    """More sets of heads than the second axis of a grid takes."""
+    monkeypatch.setattr(_common, "_SECOND_AXIS", 2)
+    assert _common.grid_of(7, 5) == (7, 2, 3)
+    check(wing, qkv(1, 5, 5, 2, 7, 8), index_rows((1, 1, 2, 4), 7))
+    check(wing, qkv(1, 12, 3, 2, 7, 8, dtype=torch.float16), index_rows((1, 1, 2, 4), 7))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("shared", [1, 8])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_empty_slots_do_not_leak(wing, dtype, shared, bad):
+    """A key that no row names may hold anything, key 0 among them, forward and backward."""
+    inputs, indices = qkv(1, shared, 1, 3, 9, 16, dtype=dtype), index_rows((1, 1, 3, 5), 8)
+    indices = torch.where(indices == 0, -1, indices)
+    want, _ = run_with_gradients(wing, inputs, indices)
+    for tensor in inputs[1:]:
+        tensor[:, :, 0] = tensor[:, :, 8] = bad
+    ours, _ = run_with_gradients(wing, inputs, indices)
+    assert all(torch.equal(mine, true) for mine, true in zip(ours, want, strict=True))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("shared", [1, 8])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_nan(wing, dtype, shared, place):
+    """NaN in an input is NaN in the rows that see it and in no other, and in the gradients that they reach."""
+    inputs = qkv(1, shared, 1, 3, 9, 16, dtype=dtype)
+    indices = torch.tensor([[0, 1, 2], [3, 4, -1], [5, 6, 7]], dtype=torch.int32).view(1, 1, 3, 3)
+    inputs[place][0, 0, 1, 3] = (
+        math.nan
+    )  # of query 1, which sees keys 3 and 4, or of key 1, which query 0 sees
+    (out, lse, to_query, to_key, _), _ = run_with_gradients(wing, inputs, indices)
+    row = 1 if place == 0 else 0
+    rows = torch.tensor([i == row for i in range(3)])
+    seen = torch.tensor([j in (indices[0, 0, row]) for j in range(9)])
+    head = 0 if place == 0 else slice(None)
+    assert torch.equal(out.isnan().any(-1)[0, head].expand(shared, -1)[0], rows)
+    assert torch.equal(lse.isnan()[0, 0], rows if place < 2 else torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(to_query.isnan().any(-1)[0, 0], rows)
+    assert not bool(to_key.isnan().any(-1)[0, 0, ~seen].any())
+    assert bool(to_key.isnan().any(-1)[0, 0, seen].any())
+
+
+@pytest.mark.parametrize("shared", [1, 8])
+def test_rows_of_minus_infinity(wing, shared):
+    """Scores of −inf are no attention: out 0, LSE −inf, gradients 0 and no NaN."""
+    query, key, value = qkv(1, shared, 1, 2, 5, 8, dtype=torch.bfloat16)
+    query = query.abs() + 0.1
+    key[..., :3, :] = -math.inf
+    indices = torch.tensor([[0, 1], [2, 4]], dtype=torch.int32).view(1, 1, 2, 2)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out, lse = wing.gathered_attention(*leaves, indices, return_lse=True)
+    out.sum().backward()
+    assert not out[:, :, 0].any()
+    assert bool((lse[:, :, 0] == -math.inf).all())
+    assert bool(out.isfinite().all())
+    assert not value.grad[:, :, :3].any()
+    assert bool(value.grad.isfinite().all())
+
+
+def test_large_scores(wing):
+    """The rounding of an LSE of thousands is no factor on float32 gradients."""
+    inputs = [30 * t for t in qkv(1, 2, 1, 3, 20, 16)]
+    check(wing, inputs, index_rows((1, 2, 3, 9), 20), 0.5)
+
+
+def test_only_the_gradient_of_the_lse(wing, dtype):
+    inputs, indices = qkv(1, 4, 1, 3, 9, 16, dtype=dtype), index_rows((1, 1, 3, 5), 9)
+    leaves = [t.requires_grad_() for t in inputs]
+    grad = normal(1, 4, 3, seed=4)
+
+    def gradients(backend):
+        _, lse = sparse_attn.gathered_attention(*leaves, indices, return_lse=True, backend=backend)
+        grads = torch.autograd.grad(lse, leaves[:2], grad.where(lse.detach() > -math.inf, 0.0))
+        return zip(("grad of query", "grad of key"), grads, strict=True)
+
+    for (name, ours), (_, want) in zip(gradients("triton"), gradients("reference"), strict=True):
+        assert_close(ours, want, name, units=2 if dtype != torch.float32 else None)
+
+
+@pytest.mark.parametrize("variant", ["options", "shared"])
+@pytest.mark.parametrize("op", ["gathered_attention", "gathered_attention_backward"])
+def test_opcheck(wing, op, variant):
+    dtype = torch.bfloat16 if variant == "shared" else torch.float32
+    torch.library.opcheck(overload(op, wing), op_arguments(wing, dtype, op, variant))
+
+
+def test_compile(wing):
+    torch._dynamo.reset()
+
+    def attend(query, key, value, indices):
+        return sparse_attn.gathered_attention(query * 2, key, value, indices, backend="triton").relu()
+
+    inputs, indices = qkv(1, 4, 2, 3, 9, 8), index_rows((1, 2, 3, 4), 9)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for function in (compiled, attend):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        function(*leaves, indices).sum().backward()
+        if function is compiled:
+            want = leaves
+    assert all(torch.equal(mine.grad, true.grad) for mine, true in zip(leaves, want, strict=True))
+
+
+def test_configurations_fit(wing):
+    """Block sizes are powers of two and hold the heads, whatever the shape."""
+    for shared in (1, 2, 3, 16, 33, 128):
+        for dim in (1, 64, 72, 128, 256):
+            for dtype in wing.dtypes:
+                forward = gathered_attention.tile_config(dtype, shared, dim, 1)
+                backward = gathered_attention_backward.tile_config(shared, 1, dim)
+                for config in (forward, backward, gathered_attention.vector_config(dim, 8, 2048)):
+                    assert all(size & (size - 1) == 0 for n, size in config.items() if n.startswith("BLOCK"))

@@ -1,0 +1,332 @@
+"""The kernels of `topk_select`: one streams keys past tiles of queries, one merges where the keys were in pieces."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._dot import dot
+from .candidates import (
+    LARGEST,
+    count_passes,
+    cut_in_place,
+    find_cut,
+    index_of,
+    kept_slots,
+    pack,
+    score_of,
+)
+from .shared_scores import attention_mass
+
+
+@triton.jit
+def _load_queries(query_rows, query_d, depth, inside_depth, SIGN: tl.constexpr):
+    """[D, BM], times the sign of the scale."""
+    queries = tl.load(
+        query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
+    )
+    if SIGN != 1:
+        queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
+    return queries
+
+
+@triton.jit
+def _sum_of(passes):
+    """How many of each column pass. (LLVM makes a population count of it, for which it takes 8 bytes of stack.)"""
+    return tl.sum(passes.to(tl.int32), 0)
+
+
+@triton.jit
+def select_tiles(
+    query,  # [B, Hq, Tq, D]
+    key,  # [B, Hkv, Tk, D]
+    mask,  # uint8 [B, G, Tq, Tk] or None
+    lengths,  # int [B] or None
+    shift,  # float32 [B, Hq, Tq]: LSE of each head where heads share, or None
+    slots,  # int64 [programs, BLOCK_M, CAPACITY + BLOCK_N], scratch
+    counts,  # int32 [programs, BLOCK_M], scratch
+    thresholds,  # float32 [programs, BLOCK_M], scratch
+    queue,  # int32 [1]: the next tile
+    indices,  # int32 [B, G, Tq, K], or where keys are split int64 slots [B, G, Tq, splits, K]
+    scores,  # float32 [B, G, Tq, K] or None
+    query_b,
+    query_h,
+    query_t,
+    query_d,
+    key_b,
+    key_h,
+    key_t,
+    key_d,
+    mask_b,
+    mask_g,
+    mask_q,
+    mask_k,
+    groups,
+    query_length,
+    key_length,
+    head_dim,
+    budget,
+    slack,
+    causal_offset,  # query i sees keys up to i + causal_offset
+    window_offset,  # and always keeps those beyond i + window_offset
+    sinks,
+    scale,
+    tiles,
+    query_blocks,
+    splits,
+    split_length,  # keys, a multiple of BLOCK_N
+    SIGN: tl.constexpr,  # of the scale: −1, 0, 1; ranks need no more of it
+    IS_CAUSAL: tl.constexpr,
+    SHARING: tl.constexpr,  # query heads of one selection
+    REPEAT: tl.constexpr,  # query heads of one key head
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,  # queries whose candidates are cut together
+    CHUNK: tl.constexpr,  # columns of candidates in registers while the cut is searched
+    STEP: tl.constexpr,  # and while it is made
+    EDGE_STAGES: tl.constexpr,  # of the loop at the edges, which is short unless there is a mask
+):
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_D)
+    STRIDE: tl.constexpr = CAPACITY + BLOCK_N
+    program = tl.program_id(0).to(tl.int64)
+    slots += program * (BLOCK_M * STRIDE)
+    counts += program * BLOCK_M
+    thresholds += program * BLOCK_M
+    own_slots = slots + row * STRIDE
+    inside_depth = depth < head_dim
+
+    # A queue, not a stride: tiles of causal attention differ in cost. Who takes a tile changes nothing in it.
+    tile = tl.atomic_add(queue, 1)
+    while tile < tiles:
+        split = tile % splits
+        block = query_blocks - 1 - (tile // splits) % query_blocks  # the longest rows of a head come first
+        group = (tile // splits) // query_blocks  # of all batch entries
+        batch = (group // groups).to(tl.int64)
+        head = ((group % groups) * SHARING).to(tl.int64)
+        first_row = block * BLOCK_M
+        last_row = tl.minimum(first_row + BLOCK_M, query_length) - 1
+        position = tl.minimum(first_row + row, last_row)  # rows past the end repeat the last one
+
+        length = key_length
+        if lengths is not None:
+            length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
+        if IS_CAUSAL:
+            row_end = tl.minimum(tl.maximum(position + causal_offset + 1, 0), length)
+            window_start = position + window_offset + 1
+            tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+            plain_end = tl.minimum(first_row + tl.minimum(causal_offset, window_offset) + 1, length)
+        else:
+            row_end = tl.zeros_like(position) + length
+            window_start = tl.zeros_like(position) + LARGEST
+            tile_end = length
+            plain_end = length
+        # Key tiles of [plain_first, plain_stop) are seen whole by every row, and hold no forced key.
+        plain_first = tl.cdiv(sinks, BLOCK_N)
+        plain_stop = tl.maximum(plain_end, 0) // BLOCK_N
+        if mask is not None:
+            plain_stop = plain_stop * 0
+            mask_rows = (
+                mask
+                + batch * mask_b
+                + (group % groups).to(tl.int64) * mask_g
+                + position.to(tl.int64) * mask_q
+            )
+        n = split * (split_length // BLOCK_N)
+        n_stop = tl.minimum(tl.cdiv(tile_end, BLOCK_N), n + split_length // BLOCK_N)
+
+        query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
+        key_head = key + batch * key_b + (head // REPEAT) * key_h
+        if SHARING > 1:
+            shift_rows = shift + ((batch * groups * SHARING + head) * query_length + position)
+
+        # Counts and thresholds live in memory between stretches, so that each loop keeps them in a layout of its own.
+        tl.store(counts + row, tl.zeros_like(row))
+        tl.store(thresholds + row, tl.full([BLOCK_M], float("nan"), tl.float32))  # all pass: not (NaN >= x)
+        longest = 0
+        reach = 1
+        while n < n_stop:
+            tl.debug_barrier()
+            if longest > CAPACITY - BLOCK_N:
+                for first in range(0, BLOCK_M, ROWS):
+                    some = first + tl.arange(0, ROWS)
+                    some_start = LARGEST + tl.zeros_like(some)
+                    if IS_CAUSAL:
+                        some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+                    kept, bar = cut_in_place(
+                        slots + some * STRIDE, tl.load(counts + some), sinks, some_start, budget, slack,
+                        CAPACITY, CHUNK, STEP,
+                    )  # fmt: skip
+                    tl.store(counts + some, kept)
+                    tl.store(thresholds + some, bar)
+                tl.debug_barrier()
+                longest = tl.max(tl.load(counts + row), 0)
+            room = CAPACITY - longest
+            plain = (n >= plain_first) & (n < plain_stop)
+            stop = tl.minimum(n_stop, n + tl.maximum(room // BLOCK_N, reach))
+            if plain:
+                stop = tl.minimum(stop, plain_stop)
+            elif n < plain_stop:
+                stop = tl.minimum(stop, plain_first)
+            count = tl.load(counts + row)
+            threshold = tl.load(thresholds + row)
+            if plain:
+                if SHARING == 1:
+                    queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
+                for tile_n in range(n, stop):
+                    index = tile_n * BLOCK_N + column
+                    if SHARING == 1:
+                        keys = tl.load(
+                            key_head
+                            + index.to(tl.int64)[:, None] * key_t
+                            + depth.to(tl.int64)[None, :] * key_d,
+                            mask=inside_depth[None, :],
+                            other=0.0,
+                        )
+                        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+                    else:
+                        score = attention_mass(
+                            query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
+                            head, index, index < tile_end, inside_depth, depth, scale,
+                            SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                        )  # fmt: skip
+                    # The threshold stands first: the type of the comparison follows its first operand.
+                    passes = ~(threshold[None, :] >= score)
+                    start = own_slots + tl.minimum(count, CAPACITY) - 1
+                    count += _sum_of(passes)
+                    score, place = tl.associative_scan((score, passes.to(tl.int32)), 0, count_passes)
+                    slot = pack(score, index[:, None])
+                    tl.store(start[None, :] + place, slot, mask=~(threshold[None, :] >= score))
+            else:
+                if SHARING == 1:
+                    queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
+                for tile_n in tl.range(n, stop, num_stages=EDGE_STAGES):
+                    index = tile_n * BLOCK_N + column
+                    exists = index < tile_end
+                    if SHARING == 1:
+                        keys = tl.load(
+                            key_head
+                            + index.to(tl.int64)[:, None] * key_t
+                            + depth.to(tl.int64)[None, :] * key_d,
+                            mask=exists[:, None] & inside_depth[None, :],
+                            other=0.0,
+                        )
+                        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+                    else:
+                        score = attention_mass(
+                            query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
+                            head, index, exists, inside_depth, depth, scale,
+                            SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                        )  # fmt: skip
+                    passes = ~(threshold[None, :] >= score)
+                    passes |= (index < sinks)[:, None] | (index[:, None] >= window_start[None, :])
+                    passes &= index[:, None] < row_end[None, :]
+                    if mask is not None:
+                        allowed = tl.load(
+                            mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=passes, other=0
+                        )
+                        passes &= allowed != 0
+                    start = own_slots + tl.minimum(count, CAPACITY) - 1
+                    count += _sum_of(passes)
+                    score, place = tl.associative_scan((score, passes.to(tl.int32)), 0, count_passes)
+                    slot = pack(score, index[:, None])
+                    tl.store(start[None, :] + place, slot, mask=passes)
+            after = tl.max(count, 0)
+            if after <= CAPACITY:
+                tl.debug_barrier()
+                tl.store(counts + row, count)
+                longest = after
+                reach = 2 * (stop - n)
+                n = stop
+            else:
+                reach = 1  # as if the stretch had not been: its candidates lie behind the counts in memory
+
+        tl.debug_barrier()
+        for first in range(0, BLOCK_M, ROWS):
+            some = first + tl.arange(0, ROWS)
+            valid = first_row + some < query_length
+            some_start = LARGEST + tl.zeros_like(some)
+            if IS_CAUSAL:
+                some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+            out_row = group.to(tl.int64) * query_length + first_row + some
+            _emit(
+                slots + some * STRIDE, tl.load(counts + some), valid, sinks, some_start, budget,
+                (out_row * splits + split) * budget, indices, scores, SPLIT, CAPACITY, CHUNK, STEP,
+            )  # fmt: skip
+        tl.debug_barrier()  # the next tile overwrites what some thread may still read
+        tile = tl.atomic_add(queue, 1)
+
+
+@triton.jit
+def _emit(
+    rows,  # pointer to each row of slots, [Q]
+    count,  # int32 [Q]
+    valid,  # int1 [Q]: rows that exist
+    sinks,
+    window_start,  # int32 [Q]
+    budget,
+    place,  # int64 [Q]: where each row's output begins
+    indices,
+    scores,
+    SPLIT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Writes the best of each row, ascending, then −1."""
+    low, equal, size = find_cut(rows, count, sinks, window_start, budget, 0, CAPACITY, CHUNK)
+    written = tl.zeros_like(count)
+    equal_seen = tl.zeros_like(count)
+    for first in range(0, tl.max(count, 0), STEP):
+        column = first + tl.arange(0, STEP)
+        slot, keep, equal_seen = kept_slots(rows, column, count, sinks, window_start, low, equal, equal_seen)
+        target = place[:, None] + written[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
+        written += tl.sum(keep.to(tl.int32), 1)
+        keep &= valid[:, None]
+        if SPLIT:
+            tl.store(indices + target, slot, mask=keep)
+        else:
+            tl.store(indices + target, index_of(slot), mask=keep)
+            if scores is not None:
+                tl.store(scores + target, score_of(slot), mask=keep)
+    for first in range(0, budget, STEP):
+        column = first + tl.arange(0, STEP)
+        empty = valid[:, None] & (column[None, :] >= written[:, None]) & (column[None, :] < budget)
+        tl.store(indices + place[:, None] + column[None, :], -1, mask=empty)
+        if not SPLIT and scores is not None:
+            tl.store(scores + place[:, None] + column[None, :], float("-inf"), mask=empty)
+
+
+@triton.jit
+def merge_pieces(
+    slots,  # int64 [rows, splits · K], ascending keys, index −1 where empty
+    indices,  # int32 [rows, K]
+    scores,  # float32 [rows, K] or None
+    rows,
+    query_length,
+    width,  # splits · K
+    budget,
+    window_offset,
+    sinks,
+    IS_CAUSAL: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The best K of the rows' candidates from all splits of the keys."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    row = tl.minimum(row, rows - 1)
+    count = tl.zeros([ROWS], tl.int32) + width
+    start = LARGEST + tl.zeros_like(count)
+    if IS_CAUSAL:
+        start = (row % query_length).to(tl.int32) + window_offset + 1
+    _emit(
+        slots + row * width, count, valid, sinks, start, budget,
+        row * budget, indices, scores, False, CAPACITY, CHUNK, STEP,
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""What ranks a key where query heads share a selection: its softmax probability, summed over the heads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._dot import dot
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _head_scores(
+    query_rows,
+    key_rows,
+    query_d,
+    key_d,
+    exists,
+    inside_depth,
+    depth,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """scale · q·k of one head, float32 [BN, BM]."""
+    queries = tl.load(
+        query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
+    )
+    keys = tl.load(
+        key_rows[:, None] + depth.to(tl.int64)[None, :] * key_d,
+        mask=exists[:, None] & inside_depth[None, :],
+        other=0.0,
+    )
+    return dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
+
+
+@triton.jit
+def attention_mass(
+    query_rows,  # pointer to each query of the first head, [BM]
+    key_head,  # pointer to the first head's keys
+    shift_rows,  # pointer to each query's LSE of the first head, [BM]
+    query_h,
+    query_d,
+    key_h,
+    key_t,
+    key_d,
+    query_length,
+    head,  # number of the first head
+    index,  # int32 [BN]
+    exists,  # int1 [BN]
+    inside_depth,
+    depth,
+    scale,
+    SHARING: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Σ over the sharing heads of exp(score − LSE), float32 [BN, BM]; a NaN score makes its own key NaN."""
+    mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for number in range(SHARING):
+        this = head + number  # 64 bits, as is what is made of it
+        score = _head_scores(
+            query_rows + (this - head) * query_h,
+            key_head + (this // REPEAT - head // REPEAT) * key_h + index.to(tl.int64) * key_t,
+            query_d, key_d, exists, inside_depth, depth, scale, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        shift = tl.load(shift_rows + (this - head) * query_length)
+        mass += tl.exp2((score - shift[None, :]) * LOG2_E)
+    return mass
+
+
+@triton.jit
+def log_sum_exp(
+    query,  # [B, Hq, Tq, D]
+    key,  # [B, Hkv, Tk, D]
+    mask,  # uint8 [B, G, Tq, Tk] or None
+    lengths,  # int [B] or None
+    shift,  # float32 [B, Hq, Tq], written
+    query_b,
+    query_h,
+    query_t,
+    query_d,
+    key_b,
+    key_h,
+    key_t,
+    key_d,
+    mask_b,
+    mask_g,
+    mask_q,
+    mask_k,
+    heads,
+    query_length,
+    key_length,
+    head_dim,
+    causal_offset,
+    scale,
+    query_blocks,
+    IS_CAUSAL: tl.constexpr,
+    SHARING: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """LSE of each query over the keys it sees, NaN left out; +inf where that is −inf, so that exp(x − it) is 0."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_D)
+    inside_depth = depth < head_dim
+    block = query_blocks - 1 - tl.program_id(0) % query_blocks
+    flat_head = tl.program_id(0) // query_blocks
+    batch = (flat_head // heads).to(tl.int64)
+    head = (flat_head % heads).to(tl.int64)
+    last_row = tl.minimum(block * BLOCK_M + BLOCK_M, query_length) - 1
+    position = tl.minimum(block * BLOCK_M + row, last_row)
+    length = key_length
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
+    row_end = tl.zeros_like(position) + length
+    tile_end = length
+    if IS_CAUSAL:
+        row_end = tl.minimum(tl.maximum(position + causal_offset + 1, 0), length)
+        tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+    query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
+    key_head = key + batch * key_b + (head // REPEAT) * key_h
+    queries = tl.load(
+        query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
+    )
+    if mask is not None:
+        mask_rows = mask + batch * mask_b + (head // SHARING) * mask_g + position.to(tl.int64) * mask_q
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, tile_end, BLOCK_N):
+        index = first + column
+        keys = tl.load(
+            key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
+            mask=(index < tile_end)[:, None] & inside_depth[None, :],
+            other=0.0,
+        )
+        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
+        seen = (index[:, None] < row_end[None, :]) & (score == score)
+        if mask is not None:
+            seen &= (
+                tl.load(mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=seen, other=0) != 0
+            )
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2((top - base) * LOG2_E) + tl.sum(tl.exp2((score - base[None, :]) * LOG2_E), 0)
+        top = higher
+    lse = tl.where(top == float("inf"), top, top + tl.log(total))
+    lse = tl.where(top == float("-inf"), float("inf"), lse)
+    tl.store(
+        shift + (flat_head.to(tl.int64) * query_length + block * BLOCK_M + row),
+        lse,
+        mask=block * BLOCK_M + row < query_length,
+    )

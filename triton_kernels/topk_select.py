@@ -1,0 +1,215 @@
+"""`topk_select`: exact top-k keys of each query, in one pass over the keys and without a [Tq, Tk] matrix.
+
+A program takes a tile of queries and streams tiles of keys through the tensor cores, keys along the rows of the
+score tile and queries along its columns. A score that beats its query's running threshold is appended to the
+query's candidates (candidates.py); when a row of candidates runs full, the rows are cut to their best and the
+thresholds rise. Of n keys in random order about K (1 + ln(n / K)) are ever appended. Scratch memory belongs to the
+resident programs, not to the queries: programs × BLOCK_M × capacity × 8 bytes.
+
+Appending is optimistic: a stretch of key tiles is streamed without a check (which keeps the loop free of branches,
+so that loads are pipelined); slots past the capacity are never written, and a stretch that overflowed is streamed
+again in pieces that cannot. Ascending scores, the worst case, cost about three times the best one.
+
+The floor is the product: 2 D operations per visible pair (T = 16k, 16 heads, D = 128, causal: 0.55 TFLOP, under 1 ms
+on an H100), then about 20 instructions per score for compare, count and predicated store. A histogram of the scores
+first and a second pass that emits would need the product twice, and exact bins still need the candidates' cut.
+
+Where heads share a selection a key's score is its summed softmax probability (shared_scores.py).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ._dot import INTERPRETED
+from .select_tiles import merge_pieces, select_tiles
+from .shared_scores import log_sum_exp
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the selection kernel; a session with a GPU tunes `config`."""
+
+    block_m: int  # queries of a tile; 32 per warp puts each query into one thread
+    block_n: int  # keys of a tile
+    capacity: int  # candidates of a query; at least budget + slack + block_n
+    slack: int  # a cut may leave so many more than the budget, which saves rounds
+    cut_elements: int  # candidates whose keys are in registers together while rows are cut
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int
+
+
+def config(element_size: int, head_dim: int, budget: int, amd: bool) -> Config:
+    """By the shape class alone: nothing is timed at run time."""
+    wide = triton.next_power_of_2(head_dim) * element_size  # bytes of a row
+    capacity = triton.next_power_of_2(budget + max(budget // 2, 128))
+    if INTERPRETED:  # few and large steps; nothing has to fit anywhere
+        return Config(32, 32, capacity, budget // 8, 32 * capacity, 1, 1, 1)
+    lanes = 64 if amd else 32
+    num_warps = 2 if amd else 4
+    wide_floats = element_size == 4 and wide >= 512
+    if capacity >= 4096:
+        block_m = 32 if capacity <= 8192 else 16  # scratch memory grows with their product
+    elif amd:
+        block_m = 64  # and 64 KiB of shared memory
+    elif element_size == 4:
+        block_m = 32  # no tensor core multiplies float32 exactly: its tiles are made of registers
+    else:
+        block_m = 128 if wide <= 256 else 64
+    return Config(
+        block_m=block_m,
+        block_n=16 if wide_floats else 32,
+        capacity=capacity,
+        slack=budget // 8,
+        cut_elements=num_warps * lanes * (16 if wide_floats else 64 if capacity >= 8192 and not amd else 32),
+        num_warps=num_warps,
+        num_stages=1 if element_size == 4 else 2 if amd or wide >= 512 else 3,
+        programs_per_processor=2 if capacity <= 1024 else 1,
+    )
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Of the device; a few in the interpreter, where programs run one after the other."""
+    if device.type == "cpu":
+        return 2
+    properties = getattr(torch, device.type).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def _splits(tiles: int, programs: int, key_length: int, budget: int, block_n: int) -> tuple[int, int]:
+    """(number of pieces of the keys, keys of a piece): more than one where the queries alone fill no device."""
+    # A piece shorter than a few budgets would only copy its keys into the merge.
+    pieces = min(programs // tiles, key_length // max(4 * budget, 16 * block_n), max(1, 8192 // budget))
+    if pieces < 2:
+        return 1, triton.cdiv(key_length, block_n) * block_n
+    length = triton.cdiv(triton.cdiv(key_length, pieces), block_n) * block_n
+    return triton.cdiv(key_length, length), length
+
+
+def topk_select(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk], True = may attend
+    key_lengths: Tensor | None,  # int [B]
+    top_k: int,
+    is_causal: bool,
+    causal_offset: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    groups: int,  # G: 1, Hkv or Hq
+) -> Tensor:  # int32 [B, G, Tq, K]
+    return select(
+        query,
+        key,
+        attn_mask,
+        key_lengths,
+        top_k,
+        is_causal,
+        causal_offset,
+        scale,
+        window,
+        sinks,
+        groups,
+        False,
+    )[0]
+
+
+def select(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk]
+    key_lengths: Tensor | None,  # int [B]
+    top_k: int,
+    is_causal: bool,
+    causal_offset: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    groups: int,
+    with_scores: bool,
+) -> tuple[Tensor, Tensor | None]:  # indices int32 [B, G, Tq, K], scores float32 [B, G, Tq, K]
+    """The selection and, if wanted, what ranked each key: sign(scale) · q·k, or its mass; −inf in an empty slot."""
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length = key.shape[1], key.shape[2]
+    budget = min(top_k, key_length)
+    shape = (batch, groups, query_length, budget)
+    indices = query.new_empty(shape, dtype=torch.int32)
+    scores = query.new_empty(shape, dtype=torch.float32) if with_scores else None
+    if indices.numel() == 0:
+        return indices, scores
+    sharing, repeat = heads // groups, heads // kv_heads
+    c = config(query.element_size(), head_dim, budget, torch.version.hip is not None)
+    # Positions beyond every key are all alike; like this their sums stay within 32 bits.
+    window_offset = min(max(causal_offset - window, -query_length - 1), key_length)
+    causal_offset = min(max(causal_offset, -query_length), key_length)
+    sinks = min(sinks, key_length)
+    mask = None if attn_mask is None else attn_mask.view(torch.uint8)
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    blocks = triton.cdiv(query_length, c.block_m)
+    tiles = batch * groups * blocks
+    programs = _processors(query.device) * c.programs_per_processor
+    splits, split_length = _splits(tiles, programs, key_length, budget, c.block_n)
+    programs = min(programs, tiles * splits)
+    found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)
+
+    slots = query.new_empty((programs, c.block_m, c.capacity + c.block_n), dtype=torch.int64)
+    counts = query.new_empty((programs, c.block_m), dtype=torch.int32)
+    thresholds = query.new_empty((programs, c.block_m), dtype=torch.float32)
+    queue = query.new_zeros(1, dtype=torch.int32)
+    cut = _cut_shape(c, c.block_m, c.capacity)
+
+    with _device_of(query):
+        shift = None
+        if sharing > 1:
+            shift = query.new_empty((batch, heads, query_length), dtype=torch.float32)
+            log_sum_exp[(batch * heads * blocks,)](
+                query, key, mask, key_lengths, shift, *query.stride(), *key.stride(), *mask_strides,
+                heads, query_length, key_length, head_dim, causal_offset, scale, blocks,
+                is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
+                num_warps=c.num_warps, num_stages=c.num_stages,
+            )  # fmt: skip
+        select_tiles[(programs,)](
+            query, key, mask, key_lengths, shift, slots, counts, thresholds, queue, found,
+            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides,
+            groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, sinks, scale,
+            tiles * splits, blocks, splits, split_length,
+            1 if sharing > 1 else (scale > 0) - (scale < 0), is_causal, sharing, repeat, splits > 1,
+            c.block_m, c.block_n, block_d, c.capacity, *cut, 1 if mask is None else c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            rows, width = batch * groups * query_length, splits * budget
+            capacity = triton.next_power_of_2(width)
+            cut = _cut_shape(c, 32, capacity)
+            merge_pieces[(triton.cdiv(rows, cut[0]),)](
+                found, indices, scores, rows, query_length, width, budget, window_offset, sinks,
+                is_causal, capacity, *cut, num_warps=c.num_warps,
+            )  # fmt: skip
+    return indices, scores
+
+
+def _cut_shape(c: Config, rows: int, capacity: int) -> tuple[int, int, int]:
+    """(ROWS, CHUNK, STEP) of find_cut and what follows it, for rows of this capacity."""
+    together = max(1, min(rows, c.cut_elements // capacity))
+    chunk = max(1, c.cut_elements // together)
+    return together, chunk, min(capacity, max(16, c.cut_elements // 4 // together))
+
+
+def _device_of(tensor: Tensor):
+    """Triton launches on the current device."""
+    return (
+        nullcontext()
+        if tensor.device.type == "cpu"
+        else getattr(torch, tensor.device.type).device(tensor.device)
+    )
