@@ -20,7 +20,7 @@ from sparse_attn import triton_wing
 
 HERE = Path(__file__).resolve().parent
 FILES = sorted((HERE / "interpreted").glob("test_*.py"))
-LIMIT = 400  # seconds for one file: an order more than it takes, so that a kernel that hangs is a failure
+LIMIT = 900  # seconds for one file: many times what it takes, so that a kernel that hangs is a failure
 
 # Seen with Triton 3.6 and NumPy 2.4: the interpreter turns arrays of one element into ints, which NumPy gave up.
 OLD = (triton_wing.version or (0,)) <= (3, 6) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
