@@ -11,7 +11,7 @@
 
 namespace sparse_attn {
 
-constexpr int64_t kTokenBlock = 96;     // a multiple of every instruction set's tile rows (12, 6, 4)
+constexpr int64_t kTokenBlock = 192;    // a multiple of every instruction set's tile rows (12, 6, 4)
 constexpr int64_t kClassTile = 256;     // classes of the widest tile
 constexpr int64_t kVocabSegments = 64;  // at most so many partial log-sum-exps per token
 
