@@ -157,8 +157,9 @@ def test_kernels_run_on_the_tensors_device(monkeypatch):
 
 def test_the_name_on_top_is_not_taken():
     """`triton_kernels` belongs to another project: installed, these kernels are inside the package."""
-    files = importlib.metadata.distribution("sparse-attn").files or ()
-    assert not [f for f in files if f.parts[0] == "triton_kernels"]
+    # A RECORD lists what was installed; the egg-info of a checkout lists its sources.
+    installed = [d for d in importlib.metadata.distributions(name="sparse-attn") if d.read_text("RECORD")]
+    assert not [f for d in installed for f in d.files if f.parts[0] == "triton_kernels"]
     assert Path(sys.modules[triton_wing.PACKAGE].__path__[0]).name == "triton_kernels"
 
 
