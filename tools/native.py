@@ -98,7 +98,10 @@ def _ninja() -> str:
 
 
 def _includes(plan: Plan) -> list[str]:
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        raise Unavailable("pybind11 was not found; pip install pybind11") from None
 
     # pip unpacks pybind11 at a new path for every build; a copy at a fixed one keeps rebuilds incremental.
     kept = plan.build_dir / f"pybind11-{pybind11.__version__}"
