@@ -147,7 +147,7 @@ def widths(results: dict) -> str:
     """The lookup and the loss against each alternative, and memory."""
     lines = [
         f"Measured on {in_words(results['machine'])} by `{results['machine']['command']}`. "
-        "“As fast” is the alternative's time over ours.",
+        "“As fast” is the alternative's time over ours: below 1× it is quicker.",
     ]
     for op, setting in (
         ("variable_width_embedding", results["lookup"]),
