@@ -44,25 +44,19 @@ SPARSE_ATTN_INLINE const T* table_rows(const CrossEntropyParams& p, ClassTile ti
 }
 
 // logits [kTokenBlock, kLogitStride] of the block and tile; `rows` are the tile's packed rows, as columns of
-// B. Columns behind the tile hold 0 up to whole tiles.
+// B. Columns behind the tile hold 0 up to whole tiles. A group of tokens is finished before the next begins:
+// finish(first, last) works on its logits while they are in the first-level cache.
+template <class Finish>
 inline void tile_logits(const CrossEntropyParams& p, ClassTile tile, int64_t block, const float* rows,
-                        float* logits) {
+                        float* logits, Finish&& finish) {
     const CrossEntropyBand& band = p.bands[tile.band];
     const int64_t width = band.width, tokens = block_rows(p, block), classes = tile.end - tile.begin;
     const float* a = band.projected + block * kTokenBlock * width;
-    // Depth in pieces, so that a panel of B stays in the first-level cache.
-    for (int64_t k = 0; k < width; k += kGemmDepth) {
-        const int64_t depth = minimum(kGemmDepth, width - k);
+    for (int64_t i = 0; i < tokens; i += kTileRows) {
         for (int64_t j = 0; j < classes; j += kTileCols)
-            for (int64_t i = 0; i < tokens; i += kTileRows) {
-                float* c = logits + i * kLogitStride + j;
-                const float* from = a + i * width + k * kTileRows;
-                const float* panel = rows + j * width + k * kTileCols;
-                if (k == 0)
-                    gemm_tile<1, kTileRows, false>(c, kLogitStride, from, panel, depth);
-                else
-                    gemm_tile<1, kTileRows, true>(c, kLogitStride, from, panel, depth);
-            }
+            gemm_tile<1, kTileRows, false>(logits + i * kLogitStride + j, kLogitStride, a + i * width,
+                                           rows + j * width, width);
+        finish(i, minimum(i + kTileRows, tokens));
     }
 }
 

@@ -536,13 +536,12 @@ SPARSE_ATTN_INLINE Vec exp(Vec x) {
     Vec n = round_even(clamped * broadcast(1.44269504f));
     Vec r = fma(n, broadcast(-0.693145752f), clamped);
     r = fma(n, broadcast(-1.42860677e-6f), r);
-    // Taylor coefficients suffice on |r| <= ln(2)/2 at degree 7.
-    Vec p = broadcast(1.98412698e-4f);
-    p = fma(p, r, broadcast(1.38888889e-3f));
-    p = fma(p, r, broadcast(8.33333333e-3f));
-    p = fma(p, r, broadcast(4.16666667e-2f));
-    p = fma(p, r, broadcast(1.66666667e-1f));
-    p = fma(p, r, broadcast(0.5f));
+    // Minimax on |r| <= ln(2)/2 with the first two coefficients fixed: relative error 3e-9.
+    Vec p = broadcast(1.38145e-3f);
+    p = fma(p, r, broadcast(8.36875e-3f));
+    p = fma(p, r, broadcast(4.166839e-2f));
+    p = fma(p, r, broadcast(1.666652e-1f));
+    p = fma(p, r, broadcast(0.49999993f));
     p = fma(p, r, broadcast(1.0f));
     p = fma(p, r, broadcast(1.0f));
     // Keeps x > lowest, and NaN.

@@ -83,36 +83,38 @@ void cross_entropy_forward_block(const CrossEntropyParams& p, ClassTile tile, in
                                  void* scratch) {
     constexpr int W = Vec::W;
     const ForwardScratch s = forward_scratch(scratch);
-    tile_logits(p, tile, block, s.rows, s.logits);
     const int64_t classes = tile.end - tile.begin, first = p.bands[tile.band].first + tile.begin;
     const int64_t at = segment * padded_tokens(p) + block * kTokenBlock;
-    for (int64_t i = 0; i < block_rows(p, block); ++i) {
-        float* row = s.logits + i * kLogitStride;
-        const int64_t n = block * kTokenBlock + i, target = p.target[n] - first;
-        if (target >= 0 && target < classes) p.target_logit[n] = row[target];
-        if (p.partial_dot) {
-            Vec dot = zero();
+    tile_logits(p, tile, block, s.rows, s.logits, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            float* row = s.logits + i * kLogitStride;
+            const int64_t n = block * kTokenBlock + i, target = p.target[n] - first;
+            if (target >= 0 && target < classes) p.target_logit[n] = row[target];
+            if (p.partial_dot) {
+                Vec dot = zero();
+                int64_t j = 0;
+                for (; j + W <= classes; j += W)
+                    dot = fma(load(row + j), load(p.class_weight + first + j), dot);
+                float rest = sum(dot);
+                for (; j < classes; ++j) rest += row[j] * p.class_weight[first + j];
+                p.partial_dot[at + i] += rest;
+            }
+            close_row(row, classes);
+            const float before = p.partial_max[at + i];
+            Vec top = broadcast(before);
+            for (int64_t j = 0; j < classes; j += W) top = max(load(row + j), top);  // skips NaN
+            const float peak = max_lane(top);
+            Vec total[2] = {zero(), zero()};
             int64_t j = 0;
-            for (; j + W <= classes; j += W) dot = fma(load(row + j), load(p.class_weight + first + j), dot);
-            float rest = sum(dot);
-            for (; j < classes; ++j) rest += row[j] * p.class_weight[first + j];
-            p.partial_dot[at + i] += rest;
+            for (; j + W < classes; j += 2 * W) {
+                total[0] = total[0] + exp(load(row + j) - broadcast(peak));
+                total[1] = total[1] + exp(load(row + j + W) - broadcast(peak));
+            }
+            if (j < classes) total[0] = total[0] + exp(load(row + j) - broadcast(peak));
+            p.partial_sum[at + i] = p.partial_sum[at + i] * exp_of(before - peak) + sum(total[0] + total[1]);
+            p.partial_max[at + i] = peak;
         }
-        close_row(row, classes);
-        const float before = p.partial_max[at + i];
-        Vec top = broadcast(before);
-        for (int64_t j = 0; j < classes; j += W) top = max(load(row + j), top);  // skips NaN
-        const float peak = max_lane(top);
-        Vec total[2] = {zero(), zero()};
-        int64_t j = 0;
-        for (; j + W < classes; j += 2 * W) {
-            total[0] = total[0] + exp(load(row + j) - broadcast(peak));
-            total[1] = total[1] + exp(load(row + j + W) - broadcast(peak));
-        }
-        if (j < classes) total[0] = total[0] + exp(load(row + j) - broadcast(peak));
-        p.partial_sum[at + i] = p.partial_sum[at + i] * exp_of(before - peak) + sum(total[0] + total[1]);
-        p.partial_max[at + i] = peak;
-    }
+    });
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -41,11 +41,11 @@ void cross_entropy_backward_begin(const CrossEntropyParams& p, ClassTile tile, v
 }
 
 // logits → d loss / d logit, in place. What stands behind the tile's tokens and classes reaches no result.
-inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t block, float* logits) {
+inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t block, float* logits,
+                          int64_t begin, int64_t end) {
     constexpr int W = Vec::W;
     const int64_t classes = tile.end - tile.begin, first = p.bands[tile.band].first + tile.begin;
-    const int64_t tokens = block_rows(p, block);
-    for (int64_t i = 0; i < tokens; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
         float* row = logits + i * kLogitStride;
         const int64_t n = block * kTokenBlock + i, target = p.target[n] - first;
         const Vec lse = broadcast(p.lse[n]), scale = broadcast(p.softmax_scale[n]);
@@ -74,8 +74,8 @@ void cross_entropy_backward_scores(const CrossEntropyParams& p, ClassTile tile, 
     const BackwardScratch s = backward_scratch(p, scratch);
     const CrossEntropyBand& band = p.bands[tile.band];
     const int64_t padded = round_up(band.width, kTileCols), classes = tile.end - tile.begin;
-    tile_logits(p, tile, block, s.rows, s.logits);
-    differentiate(p, tile, block, s.logits);
+    tile_logits(p, tile, block, s.rows, s.logits,
+                [&](int64_t begin, int64_t end) { differentiate(p, tile, block, s.logits, begin, end); });
     const float* projected = band.projected_cols + block * kTokenBlock * padded;
     if (block == 0)
         add_table_gradient<false>(s.grad_table, s.logits, projected, classes, padded, block_rows(p, block));
