@@ -1,0 +1,209 @@
+"""Top-k attention in Hugging Face models: ``attn_implementation="sparse_attn"``.
+
+    import sparse_attn.integrations.transformers as sparse_transformers
+
+    sparse_transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sparse_attn")
+    sparse_transformers.configure(model, top_k=256, window=64, sinks=4)
+    model.generate(**tokenizer(text, return_tensors="pt"))
+
+Prefill and decoding are sparse alike, with dynamic and static caches, padding on either side and grouped queries.
+The options stand in the model's config (``config.sparse_attn_top_k`` …), are saved with it, and may change between
+calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sparse_attn import checks
+from sparse_attn.integrations.visibility import CausalMask, Visibility, last_visible
+from sparse_attn.ops import gathered_attention, topk_attention
+
+NAME = "sparse_attn"
+OPTIONS = ("top_k", "window", "sinks", "share", "layers", "backend")
+_DEFAULTS = {"top_k": None, "window": 0, "sinks": 0, "share": "none", "layers": None, "backend": None}
+
+
+def register() -> None:
+    """Makes ``attn_implementation="sparse_attn"`` known to transformers; calling it again changes nothing.
+
+    Raises:
+        ImportError: transformers is not installed (``pip install "sparse-attn[hf]"``).
+    """
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(f'{error}: pip install "sparse-attn[hf]" (transformers >= 5)') from None
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of the same name transformers makes no mask, and padding would be attended to.
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def configure(
+    model: torch.nn.Module,
+    *,
+    top_k: int | None,
+    window: int = 0,
+    sinks: int = 0,
+    share: str = "none",
+    layers: Iterable[int] | None = None,
+    backend: str | None = None,
+) -> torch.nn.Module:
+    """Sets the options of every attention layer of `model` and makes it use this package's attention.
+
+    Args:
+        model: a transformers model.
+        top_k: keys per query, the whole budget; None is dense attention, for comparison.
+        window: the last `window` keys are always kept.
+        sinks: the first `sinks` keys of each sequence are always kept (behind its padding, if any).
+        share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
+        layers: numbers of the layers that are sparse; None is all. The others are dense.
+        backend: force one wing; None chooses.
+
+    Returns:
+        the model.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import torch, sparse_attn.integrations.transformers as sparse_transformers
+        >>> shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **shape))
+        >>> model = sparse_transformers.configure(model, top_k=8, window=2, sinks=1)
+        >>> model(torch.arange(20)[None]).logits.shape
+        torch.Size([1, 20, 100])
+    """
+    if top_k is not None:
+        checks.budget(top_k, window, sinks, True)
+    if share not in checks.SHARES:
+        raise ValueError(f"share must be one of {', '.join(map(repr, checks.SHARES))}, got {share!r}")
+    if layers is not None:
+        layers = [checks.integer("layers", layer, 0) for layer in layers]
+    options = dict(zip(OPTIONS, (top_k, window, sinks, share, layers, backend), strict=True))
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    if not configs:
+        raise TypeError(f"model must be a transformers model (it has no config), got {type(model).__name__}")
+    for config in configs.values():
+        for name, value in options.items():
+            setattr(config, f"{NAME}_{name}", value)
+    register()
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+    return model
+
+
+def attention_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=None,
+    attention_mask: Tensor | None = None,  # bool [B, keys seen so far], True = not padding
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **others,
+) -> Tensor | CausalMask | None:
+    """What transformers passes to every layer as `attention_mask`.
+
+    Plain causal visibility stays a number and the padding, without a [Tq, Tk] tensor; what is more (sliding windows,
+    packed sequences, prefixes, static caches) is the boolean mask of scaled_dot_product_attention.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    # A static cache counts its positions in a tensor, or has keys behind the last query.
+    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    grows = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    if not plain or not grows:
+        return sdpa_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **others,
+        )
+    return CausalMask.of(attention_mask, q_length, kv_length, q_offset, kv_offset)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D], of the whole cache
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    attention_mask: Tensor | CausalMask | None,  # bool [B, 1 or Hq, Tq, Tk]
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    indices: Tensor | None = None,  # int [B, Tq, K]: the selection of a model that has an indexer of its own
+    **others,
+) -> tuple[Tensor, None]:
+    """The attention of one layer, as transformers calls it: out [B, Tq, Hq, Dv] and no weights."""
+    _refuse(dropout, others)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    seen = Visibility.of(attention_mask, query, key, causal)
+    if indices is not None:
+        out = gathered_attention(query, key, value, seen.only_visible(indices), scale=scaling)
+        return out.transpose(1, 2), None
+    options = {name: getattr(module.config, f"{NAME}_{name}", _DEFAULTS[name]) for name in OPTIONS}
+    if options["top_k"] is None and not hasattr(module.config, f"{NAME}_top_k"):
+        raise ValueError(
+            "config.sparse_attn_top_k is not set: say how many keys a query may attend to with "
+            "sparse_attn.integrations.transformers.configure(model, top_k=…)"
+        )
+    if _is_dense(module, key, options):
+        out = seen.dense_attention(query, key, value, scaling)
+    else:
+        out = _sparse(query, key, value, seen, options, scaling)
+    return out.transpose(1, 2), None
+
+
+def _refuse(dropout: float, others: dict) -> None:
+    """Whatever would be ignored silently is an error."""
+    if dropout:
+        raise ValueError(
+            f"attn_implementation='sparse_attn' has no attention dropout, got dropout={dropout}: "
+            "set the model's attention_dropout to 0"
+        )
+    for name in ("softcap", "position_bias", "s_aux", "head_mask", "cache"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"attn_implementation='sparse_attn' has no {name}, which this model's layers need"
+            )
+
+
+def _is_dense(module: torch.nn.Module, key: Tensor, options: dict) -> bool:
+    """Whether a layer attends to all keys: it was asked to, or its budget holds them all."""
+    top_k, layers = options["top_k"], options["layers"]
+    return top_k is None or top_k >= key.shape[2] or (layers is not None and module.layer_idx not in layers)
+
+
+def _sparse(
+    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, options: dict, scaling: float | None
+) -> Tensor:
+    window, sinks = options["window"], options["sinks"]
+    if window and not seen.is_causal:
+        seen = last_visible(seen, query)
+    arguments = {name: options[name] for name in ("window", "sinks", "share", "backend")}
+    arguments["scale"] = scaling
+    starts = seen.starts() if sinks else None
+    if starts is None or not any(starts):
+        return topk_attention(query, key, value, options["top_k"], **seen.arguments(), **arguments)
+    # Sequences that begin at different keys: sinks are the first of each, so each has a call of its own.
+    out = query.new_zeros((*query.shape[:3], value.shape[3]))
+    for b, start in enumerate(starts):
+        row, first = seen.row(b, start)
+        sequence = query[b : b + 1, :, first:], key[b : b + 1, :, start:], value[b : b + 1, :, start:]
+        if sequence[0].shape[2] and sequence[1].shape[2]:
+            out[b, :, first:] = topk_attention(*sequence, options["top_k"], **row.arguments(), **arguments)[0]
+    return out

@@ -1,0 +1,334 @@
+"""Top-k attention inside transformers models: small models of random weights, against their own SDPA."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import sparse_attn
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+LENGTH = 24
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SHAPE, **changes})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def pair(top_k=10_000, model=None, **options):
+    """The same weights with scaled_dot_product_attention and with ours."""
+    dense = llama() if model is None else model
+    dense.set_attn_implementation("sdpa")
+    return dense, sparse_transformers.configure(copy.deepcopy(dense), top_k=top_k, **options)
+
+
+@pytest.fixture
+def no_shortcut(monkeypatch):
+    """A budget that holds all keys goes to SDPA; here it has to go through our kernels."""
+    monkeypatch.setattr(
+        sparse_transformers, "_is_dense", lambda module, key, options: options["top_k"] is None
+    )
+
+
+def ids(batch=3, length=LENGTH):
+    return torch.randint(2, 64, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def padding(side, batch=3, length=LENGTH):
+    mask = torch.ones((batch, length), dtype=torch.int64)
+    for b in range(1, batch):
+        where = slice(0, 4 * b) if side == "left" else slice(length - 4 * b, length)
+        mask[b, where] = 0
+    return mask
+
+
+def logits(model, tokens, mask=None, **more):
+    with torch.no_grad():
+        out = model(input_ids=tokens, attention_mask=mask, **more).logits
+    return out if mask is None else out[mask.bool()]
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5, "sinks": 3}, {"share": "all"}], ids=str)
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_a_budget_of_all_keys_is_dense_attention(no_shortcut, side, options):
+    dense, sparse = pair(**options)
+    mask = padding(side) if side else None
+    close(logits(sparse, ids(), mask), logits(dense, ids(), mask))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("options", [{}, {"window": 5, "sinks": 3}], ids=str)
+def test_generation_equals_dense_generation(no_shortcut, cache, side, options):
+    dense, sparse = pair(**options)
+    mask = padding(side) if side else torch.ones_like(ids())
+    more = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    if cache == "static":
+        more["cache_implementation"] = "static"
+        more["disable_compile"] = True
+    theirs = dense.generate(ids(), attention_mask=mask, **more)
+    ours = sparse.generate(ids(), attention_mask=mask, **more)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    close(torch.stack(ours.scores), torch.stack(theirs.scores))
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 6}, {"top_k": 9, "window": 4, "sinks": 2, "share": "kv"}], ids=str
+)
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_decoding_equals_prefill_token_by_token(cache, side, options):
+    _, sparse = pair(**options)
+    tokens = ids()
+    mask = padding(side) if side else torch.ones_like(tokens)
+    kind = transformers.DynamicCache if cache == "dynamic" else transformers.StaticCache
+    past = kind(config=sparse.config) if cache == "dynamic" else kind(config=sparse.config, max_cache_len=40)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    first = 10  # prefill, then a token at a time
+    steps = [slice(0, first)] + [slice(t, t + 1) for t in range(first, LENGTH)]
+    with torch.no_grad():
+        whole = sparse(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+        pieces = [
+            sparse(
+                input_ids=tokens[:, step],
+                attention_mask=mask[:, : step.stop],
+                position_ids=positions[:, step],
+                past_key_values=past,
+            ).logits
+            for step in steps
+        ]
+    close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefill_in_chunks_equals_prefill(padded):
+    _, sparse = pair(top_k=7, window=3, sinks=2)
+    tokens, mask = ids(), padding("left") if padded else torch.ones_like(ids())
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    past = transformers.DynamicCache(config=sparse.config)
+    with torch.no_grad():
+        whole = sparse(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+        pieces = [
+            sparse(
+                input_ids=tokens[:, a : a + 8],
+                attention_mask=mask[:, : a + 8],
+                position_ids=positions[:, a : a + 8],
+                past_key_values=past,
+            ).logits
+            for a in range(0, LENGTH, 8)
+        ]
+    close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("share", ["none", "kv", "all"])
+def test_padding_changes_nothing(side, share):
+    _, sparse = pair(top_k=8, window=3, sinks=2, share=share)
+    mask = padding(side)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        batched = sparse(input_ids=ids(), attention_mask=mask, position_ids=positions).logits
+        for b in range(3):
+            alone = sparse(input_ids=ids()[b : b + 1, mask[b].bool()]).logits[0]
+            close(batched[b, mask[b].bool()], alone)
+
+
+def test_sparse_is_what_topk_attention_says(monkeypatch):
+    calls = []
+
+    def spy(*arguments, **more):
+        calls.append(more)
+        return sparse_attn.topk_attention(*arguments, **more)
+
+    monkeypatch.setattr(sparse_transformers, "topk_attention", spy)
+    dense, sparse = pair(top_k=8, window=3, sinks=2, share="kv", layers=[1])
+    assert not torch.allclose(logits(sparse, ids()), logits(dense, ids()), atol=1e-4)
+    (call,) = calls  # layer 0 is dense
+    assert (call["window"], call["sinks"]) == (3, 2)
+    assert call["share"] == "kv"
+    assert call["attn_mask"] is None
+
+
+def test_options_may_change_between_calls():
+    dense, sparse = pair(top_k=4)
+    few = logits(sparse, ids())
+    sparse.config.sparse_attn_top_k = 12
+    assert not torch.allclose(logits(sparse, ids()), few, atol=1e-5)
+    sparse.config.sparse_attn_top_k = None
+    close(logits(sparse, ids()), logits(dense, ids()))
+
+
+def test_options_are_saved_with_the_model(tmp_path):
+    _, sparse = pair(top_k=8, window=2)
+    sparse.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sparse_attn")
+    close(logits(loaded, ids()), logits(sparse, ids()))
+
+
+def test_gradients_equal_those_of_dense_attention(no_shortcut):
+    dense, sparse = pair()
+    for model in (dense, sparse):
+        model.train()
+        model(input_ids=ids(), labels=ids()).loss.backward()
+    for (name, ours), theirs in zip(sparse.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_no_mask_of_all_pairs_is_made():
+    _, sparse = pair(top_k=8)
+    mask = padding("left")
+    made = sparse_transformers.attention_mask(
+        batch_size=3,
+        q_length=LENGTH,
+        kv_length=LENGTH,
+        mask_function=transformers.masking_utils.causal_mask_function,
+        attention_mask=mask.bool(),
+    )
+    assert made.padding.numel() == 3 * LENGTH
+
+
+def small(config_class, **more):
+    torch.manual_seed(0)
+    config = config_class(**{**SHAPE, **more})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_sliding_window_layers(no_shortcut):
+    dense, sparse = pair(model=small(transformers.MistralConfig, sliding_window=8), window=4, sinks=1)
+    for mask in (None, padding("left")):
+        close(logits(sparse, ids(), mask), logits(dense, ids(), mask))
+
+
+def test_packed_sequences(no_shortcut):
+    dense, sparse = pair()
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    more = {"position_ids": positions, "use_cache": False}
+    close(logits(sparse, ids(1), **more), logits(dense, ids(1), **more))
+
+
+def test_gpt2(no_shortcut):
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    dense, sparse = pair(model=transformers.GPT2LMHeadModel(config).eval())
+    close(logits(sparse, ids(), padding("left")), logits(dense, ids(), padding("left")))
+
+
+def test_a_selection_that_the_model_brings_itself():
+    """DeepSeek's models choose the keys with an indexer of their own."""
+    config = transformers.DeepseekV32Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        mlp_layer_types=["dense", "dense"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=6,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs = logits(model, ids(2))
+    theirs_padded = logits(model, ids(2), padding("left", 2))
+    sparse_transformers.register()
+    model.set_attn_implementation("sparse_attn")
+    close(logits(model, ids(2)), theirs)
+    close(logits(model, ids(2), padding("left", 2)), theirs_padded)
+
+
+def test_compiled_forward_equals_eager():
+    _, sparse = pair(top_k=6)
+    compiled = torch.compile(sparse, dynamic=False)
+    close(logits(compiled, ids()), logits(sparse, ids()))
+
+
+class TestErrors:
+    def test_no_budget(self):
+        sparse_transformers.register()
+        model = llama()
+        model.set_attn_implementation("sparse_attn")
+        with pytest.raises(
+            ValueError, match=r"config\.sparse_attn_top_k is not set.*configure\(model, top_k=…\)"
+        ):
+            logits(model, ids())
+
+    def test_dropout(self):
+        _, sparse = pair(top_k=4, model=llama(attention_dropout=0.1))
+        with pytest.raises(ValueError, match=r"no attention dropout, got dropout=0\.1"):
+            sparse.train()(input_ids=ids())
+
+    def test_softcap(self):
+        config = transformers.Gemma2Config(**{**SHAPE, "head_dim": 8})
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with pytest.raises(ValueError, match="no softcap"):
+            logits(sparse_transformers.configure(model, top_k=4), ids())
+
+    def test_additive_mask(self):
+        _, sparse = pair(top_k=4)
+        mask = torch.zeros((3, 1, LENGTH, LENGTH))
+        with pytest.raises(TypeError, match=r"attention_mask must be boolean .* got torch\.float32"):
+            sparse(input_ids=ids(), attention_mask=mask)
+
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [
+            ({"top_k": 0}, "top_k must be at least 1, got 0"),
+            ({"top_k": 4, "window": 3, "sinks": 2}, "top_k is the whole budget"),
+            ({"top_k": 4, "share": "some"}, "share must be one of"),
+            ({"top_k": 4, "layers": [-1]}, "layers must be at least 0, got -1"),
+        ],
+    )
+    def test_configure(self, options, error):
+        with pytest.raises(ValueError, match=error):
+            sparse_transformers.configure(llama(), **options)
+
+    def test_not_a_model(self):
+        with pytest.raises(TypeError, match="model must be a transformers model"):
+            sparse_transformers.configure(torch.nn.Linear(2, 2), top_k=4)
