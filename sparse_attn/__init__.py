@@ -4,6 +4,7 @@ from sparse_attn import nn
 from sparse_attn.backends import use_backend
 from sparse_attn.ops import (
     gathered_attention,
+    indexer_select,
     topk_attention,
     topk_select,
     variable_width_cross_entropy,
@@ -17,6 +18,7 @@ __all__ = [
     "WidthPlan",
     "explain",
     "gathered_attention",
+    "indexer_select",
     "nn",
     "plan_widths",
     "topk_attention",
