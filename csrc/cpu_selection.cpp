@@ -104,14 +104,15 @@ void pack_keys(Selection& s, int64_t block) {
     });
 }
 
-Tensor topk_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
-                       std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
-                       int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
-    const char* op = "topk_select.cpu";
+namespace {
+
+Tensor select(const char* op, const Tensor& query, const Tensor& key, const std::optional<Tensor>& attn_mask,
+              const std::optional<Tensor>& key_lengths, int64_t top_k, bool is_causal, int64_t causal_offset,
+              double scale, int64_t window, int64_t sinks, int64_t groups, bool rounded) {
     check_qkv(op, query, key, nullptr);
     Selection s;
     prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
-                      window, sinks, groups);
+                      window, sinks, groups, rounded);
     SelectParams& p = s.params;
     Tensor indices =
         torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
@@ -127,14 +128,31 @@ Tensor topk_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask
     return indices;
 }
 
+}  // namespace
+
+Tensor topk_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                       std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                       int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    return select("topk_select.cpu", query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                  scale, window, sinks, groups, false);
+}
+
+Tensor quantized_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                            std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                            int64_t causal_offset, double scale, int64_t window, int64_t sinks,
+                            int64_t groups) {
+    return select("quantized_select.cpu", query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                  scale, window, sinks, groups, true);
+}
+
 Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, std::optional<Tensor> attn_mask,
                           std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
-                          int64_t causal_offset, int64_t window, int64_t sinks) {
+                          int64_t causal_offset, int64_t window, int64_t sinks, bool int8) {
     const char* op = "indexer_select.cpu";
     check_qkv(op, query, key, nullptr);
     Selection s;
     prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, 1.0, window,
-                      sinks, key.size(1));
+                      sinks, key.size(1), int8);
     STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.dim() == 3 &&
                         weights.size(0) == query.size(0) && weights.size(1) == query.size(1) &&
                         weights.size(2) == query.size(2),

@@ -5,6 +5,7 @@ from sparse_attn.backends import use_backend
 from sparse_attn.ops import (
     gathered_attention,
     indexer_select,
+    quantized_select,
     topk_attention,
     topk_select,
     variable_width_cross_entropy,
@@ -21,6 +22,7 @@ __all__ = [
     "indexer_select",
     "nn",
     "plan_widths",
+    "quantized_select",
     "topk_attention",
     "topk_select",
     "use_backend",

@@ -5,7 +5,8 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 namespace {
 
 // The tile of one head's dot products is turned into its part of the score and added before the next head's.
-// `queries` and `weights` hold one tile per head. Not inlined: the accumulators need all registers.
+// `queries` and `weights` hold one tile per head; scales of rounded queries are in the weights, those of
+// rounded keys come last. Not inlined: the accumulators need all registers.
 template <class Tile>
 __attribute__((noinline)) uint32_t indexer_tile(float* tile, const float* queries, const float* weights,
                                                 int64_t heads, int64_t column, const float* panel,
@@ -13,7 +14,6 @@ __attribute__((noinline)) uint32_t indexer_tile(float* tile, const float* querie
     Vec acc[MR][NV];
     for (int64_t h = 0; h < heads; ++h) {
         accumulate<Tile>(acc, queries + h * MR * column, panel, word_count);
-        const bool last = h + 1 == heads;
 #pragma GCC unroll 16
         for (int r = 0; r < MR; ++r) {
             const Vec weight = broadcast(weights[h * MR + r]);
@@ -22,10 +22,12 @@ __attribute__((noinline)) uint32_t indexer_tile(float* tile, const float* querie
                 float* to = tile + r * NR + v * W;
                 const Vec part = max(zero(), acc[r][v]);  // keeps NaN
                 acc[r][v] = h == 0 ? part * weight : fma(part, weight, load(to));
+                if (Tile::kExtra > 0 && h + 1 == heads)
+                    acc[r][v] = acc[r][v] * load(panel + word_count * NR + v * W);
                 store(to, acc[r][v]);
             }
         }
-        if (last) return compare(acc, threshold, beats);
+        if (h + 1 == heads) return compare(acc, threshold, beats);
     }
     return 0;
 }
@@ -43,12 +45,16 @@ struct IndexerScorer {
     void prepare(int g, int64_t first, int64_t rows) {
         const SelectParams& p = indexer.select;
         const Strides& s = p.query_strides;
+        const int64_t column = column_words<Tile>(p);
         for (int64_t h = 0; h < heads; ++h) {
-            pack<Tile, true>(p, tile_queries + (g * heads + h) * MR * column_words<Tile>(p), MR,
+            pack<Tile, true>(p, tile_queries + (g * heads + h) * MR * column, MR,
                              query + h * s.h + first * s.t, rows, s.t, s.d, 1.0f);
             float* to = tile_weights + (g * heads + h) * MR;
-            for (int64_t r = 0; r < MR; ++r)
+            const float* scale = tile_queries + (g * heads + h) * MR * column + words<Tile>(p) * MR;
+            for (int64_t r = 0; r < MR; ++r) {
                 to[r] = r < rows ? weights[h * indexer.weight_h + (first + r) * indexer.weight_t] : 0.0f;
+                if (Tile::kExtra > 0) to[r] = to[r] * scale[r];
+            }
         }
     }
     SPARSE_ATTN_INLINE uint32_t score(int g, int64_t panel, float* tile, const float* threshold,

@@ -34,7 +34,7 @@ struct FloatTile {
     static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
         return fma(broadcast(*a), load(b), c);
     }
-    static SPARSE_ATTN_INLINE Vec finish(Vec sum, const float*, const float*, int64_t) { return sum; }
+    static SPARSE_ATTN_INLINE Vec value(Vec sum) { return sum; }
 };
 
 #if defined(__AVX512BF16__)
@@ -59,7 +59,7 @@ struct BFloat16Tile {
         __m512 pair = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits_of(*a))));
         return {_mm512_dpbf16_ps(c.v, (__m512bh)pair, (__m512bh)load(b).v)};
     }
-    static SPARSE_ATTN_INLINE Vec finish(Vec sum, const float*, const float*, int64_t) { return sum; }
+    static SPARSE_ATTN_INLINE Vec value(Vec sum) { return sum; }
 };
 #else
 using BFloat16Tile = FloatTile;
@@ -118,9 +118,8 @@ struct Int8Tile {
         return {_mm512_castsi512_ps(
             _mm512_dpbusd_epi32(_mm512_castps_si512(c.v), query, _mm512_castps_si512(load(b).v)))};
     }
-    static SPARSE_ATTN_INLINE Vec finish(Vec sum, const float* query, const float* panel, int64_t words) {
-        return Vec{_mm512_maskz_cvtepi32_ps(0xffff, _mm512_castps_si512(sum.v))} * load(panel + words * NR) *
-               broadcast(query[words * MR]);
+    static SPARSE_ATTN_INLINE Vec value(Vec sum) {
+        return {_mm512_maskz_cvtepi32_ps(0xffff, _mm512_castps_si512(sum.v))};
     }
 };
 #else
@@ -139,9 +138,7 @@ struct Int8Tile {
     static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
         return fma(broadcast(*a), load(b), c);
     }
-    static SPARSE_ATTN_INLINE Vec finish(Vec sum, const float* query, const float* panel, int64_t words) {
-        return sum * load(panel + words * NR) * broadcast(query[words * MR]);
-    }
+    static SPARSE_ATTN_INLINE Vec value(Vec sum) { return sum; }
 };
 #endif
 
@@ -182,8 +179,8 @@ SPARSE_ATTN_INLINE void pack(const SelectParams& p, float* to, int64_t width, co
         for (int64_t j = rows; j < width; ++j) to[w * width + j] = 0.0f;
 }
 
-// sums[r][v] of query r with the keys of vector v. To be inlined into a function that is not: the
-// accumulators need all registers.
+// acc[r][v]: sums of query r with the keys of vector v, without the scales of rounded columns. To be inlined
+// into a function that is not: the accumulators need all registers.
 template <class Tile>
 SPARSE_ATTN_INLINE void accumulate(Vec (&acc)[MR][NV], const float* queries, const float* panel,
                                    int64_t word_count) {
@@ -203,8 +200,7 @@ SPARSE_ATTN_INLINE void accumulate(Vec (&acc)[MR][NV], const float* queries, con
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v)
-            acc[r][v] = Tile::finish(acc[r][v], queries + r, panel + v * W, word_count);
+        for (int v = 0; v < NV; ++v) acc[r][v] = Tile::value(acc[r][v]);
 }
 
 // Bit j of beats[r]: the score of query r and key j is not <= the row's threshold. Returns the rows with any.
@@ -228,6 +224,14 @@ __attribute__((noinline)) uint32_t score_tile(float* tile, const float* queries,
                                               int64_t word_count, const float* threshold, uint32_t* beats) {
     Vec acc[MR][NV];
     accumulate<Tile>(acc, queries, panel, word_count);
+    if constexpr (Tile::kExtra > 0) {
+        const float *row_scale = queries + word_count * MR, *key_scale = panel + word_count * NR;
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v)
+                acc[r][v] = acc[r][v] * load(key_scale + v * W) * broadcast(row_scale[r]);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.reference.chunks import query_chunks
+from sparse_attn.reference.quantized_select import rounded
 from sparse_attn.reference.topk_select import Visibility, best_of
 
 
@@ -32,6 +33,7 @@ def indexer_select(
     causal_offset: int,
     window: int,
     sinks: int,
+    int8: bool,
 ) -> Tensor:  # int32 [B, G, Tq, K]
     batch, heads, query_length = query.shape[:3]
     groups, key_length = key.shape[1], key.shape[2]
@@ -39,9 +41,15 @@ def indexer_select(
     indices = query.new_empty((batch, groups, query_length, budget), dtype=torch.int32)
     if indices.numel() == 0:
         return indices
-    keys = key.to(weights.dtype)
+    keys, key_scale = rounded(key) if int8 else (key.to(weights.dtype), None)
     rule = Visibility(key, attn_mask, key_lengths, is_causal, causal_offset, window, sinks, groups)
     for rows in query_chunks(query_length, batch * heads * key_length):
-        scores = indexer_scores(query[:, :, rows].to(weights.dtype), keys, weights[:, :, rows])
+        queries, weight = query[:, :, rows].to(weights.dtype), weights[:, :, rows]
+        if int8:
+            queries, query_scale = rounded(queries)
+            weight = weight * query_scale.squeeze(-1)
+        scores = indexer_scores(queries, keys, weight)
+        if int8:
+            scores = scores * key_scale.mT
         indices[:, :, rows] = best_of(scores, *rule.of(rows), budget)
     return indices

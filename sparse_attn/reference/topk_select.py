@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,22 +23,50 @@ def topk_select(
     sinks: int,
     groups: int,  # G: 1, Hkv or Hq
 ) -> Tensor:  # int32 [B, G, Tq, K]
-    batch, heads, query_length, head_dim = query.shape
-    kv_heads, key_length = key.shape[1], key.shape[2]
+    compute = torch.promote_types(query.dtype, torch.float32)
+    keys = key.to(compute)
+
+    def scores(rows: slice) -> Tensor:
+        return products(query[:, :, rows].to(compute), keys) * scale
+
+    return select(
+        scores, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, window, sinks, groups
+    )
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """q·k: query [B, Hq, t, D], key [B, Hkv, Tk, D] → [B, Hq, t, Tk]."""
+    query = query.unflatten(1, (key.shape[1], -1))
+    return (query @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+
+
+def select(
+    scores: Callable[[slice], Tensor],  # of some queries, [B, Hq, t, Tk]
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    top_k: int,
+    is_causal: bool,
+    causal_offset: int,
+    window: int,
+    sinks: int,
+    groups: int,
+) -> Tensor:  # int32 [B, G, Tq, K]
+    """The best of each row of scores, or of their attention mass where heads share."""
+    batch, heads, query_length = query.shape[:3]
+    key_length = key.shape[2]
     budget = min(top_k, key_length)
     indices = query.new_empty((batch, groups, query_length, budget), dtype=torch.int32)
     if indices.numel() == 0:
         return indices
-    compute = torch.promote_types(query.dtype, torch.float32)
-    keys = key.to(compute).unsqueeze(2).transpose(-1, -2)  # [B, Hkv, 1, D, Tk]
     rule = Visibility(key, attn_mask, key_lengths, is_causal, causal_offset, window, sinks, groups)
     for rows in query_chunks(query_length, batch * heads * key_length):
-        tile = query[:, :, rows].to(compute).unflatten(1, (kv_heads, heads // kv_heads))
-        scores = (tile @ keys).flatten(1, 2) * scale  # [B, Hq, t, Tk]
+        tile = scores(rows)
         visible, forced = rule.of(rows)
         if groups < heads:
-            scores = _mass(scores.unflatten(1, (groups, heads // groups)), visible)
-        indices[:, :, rows] = best_of(scores, visible, forced, budget)
+            tile = _mass(tile.unflatten(1, (groups, heads // groups)), visible)
+        indices[:, :, rows] = best_of(tile, visible, forced, budget)
     return indices
 
 

@@ -99,6 +99,15 @@ def indexer_scores(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
     return each.unflatten(1, (key.shape[1], -1)).sum(2)
 
 
+def rounded(rows: Tensor) -> Tensor:
+    """Each row [..., D] as 8-bit numbers times their scale, float64; the scale and quotients as float32 has them."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    scale = rows.abs().amax(-1, keepdim=True) / 127
+    numbers = (rows / scale).where(scale > 0, 0.0).round()
+    assert bool((numbers.abs() <= 127).all())
+    return numbers.double() * scale.double()
+
+
 def first_of_group(per_head: Tensor, count: int) -> Tensor:
     """[B, Hq, …] → [B, G, …], for what does not differ within a group."""
     return per_head.unflatten(1, (count, -1))[:, :, 0]

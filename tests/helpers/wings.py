@@ -56,6 +56,10 @@ class WingUnderTest:
     def indexer_select(self):
         return partial(self._run, "indexer_select")
 
+    @property
+    def quantized_select(self):
+        return partial(self._run, "quantized_select")
+
 
 def devices() -> list[str]:
     """The device types of this machine, the CPU first."""

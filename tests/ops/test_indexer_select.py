@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ def make(batch, groups, heads, queries, keys, dim, dtype=torch.float32, seed=0, 
     )
 
 
-def check(indices, query, key, weights, top_k, *, exact: bool = True, **options) -> None:
+def check(
+    indices, query, key, weights, top_k, *, exact: bool = True, unit: float | None = None, **options
+) -> None:
     one_head = query[:, : key.shape[1]]  # for the contract the heads of a group are one
     assert_well_formed(indices, one_head, key, top_k, **options)
     rank = oracle.indexer_scores(query, key, weights)
@@ -36,7 +39,7 @@ def check(indices, query, key, weights, top_k, *, exact: bool = True, **options)
     # D products and sums per head, then one product and one sum per head.
     sizes = oracle.scores(query.abs(), key.abs(), 1.0) * weights.double().abs().unsqueeze(-1)
     sizes = sizes.unflatten(1, (key.shape[1], -1)).sum(2)
-    error = (query.shape[3] + query.shape[1] + 4) * accumulation(query.dtype) * sizes
+    error = (query.shape[3] + query.shape[1] + 4) * (unit or accumulation(query.dtype)) * sizes
     assert_highest(indices, rank, error, seen, kept)
 
 
@@ -72,6 +75,26 @@ def test_long_rows(wing, dtype, top_k):
     inputs = make(1, 1, 4, 150, 2003, 32, dtype, kind=normal)
     options = {"is_causal": True, "causal_offset": 1853, "window": 8, "sinks": 4}
     check(wing.indexer_select(*inputs, top_k, **options), *inputs, top_k, exact=False, **options)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 4, 30, 64, 128])
+def test_int8(wing, dtype, dim):
+    """Rows that are whole numbers times a power of two, up to 127 of them, lose nothing by the rounding."""
+    query, key, weights = make(2, 2, 3, 40, 90, dim, dtype, kind=partial(integers, largest=127))
+    query[..., 0], key[..., -1] = 127, -127
+    query, weights = query * 0.5, weights.sign()
+    options = {"is_causal": True, "causal_offset": 50, "window": 3, "sinks": 1}
+    check(
+        wing.indexer_select(query, key, weights, 9, int8=True, **options), query, key, weights, 9, **options
+    )
+
+
+def test_int8_rounds(wing, dtype):
+    """What is scored are the rounded rows."""
+    query, key, weights = make(1, 1, 3, 30, 400, 24, dtype, kind=normal)
+    numbers = [oracle.rounded(t) for t in (query, key)]
+    indices = wing.indexer_select(query, key, weights, 20, int8=True)
+    check(indices, *numbers, weights.double(), 20, exact=False, unit=accumulation(dtype))
 
 
 def test_masks(wing):
@@ -142,9 +165,9 @@ def test_the_same_for_any_number_of_threads(wing, dtype):
 def arguments(wing, variant):
     query, key, weights = (t.to(wing.device) for t in make(2, 2, 3, 6, 9, 8))
     if variant == "plain":
-        return [query, key, weights, None, None, 4, False, 0, 0, 0]
+        return [query, key, weights, None, None, 4, False, 0, 0, 0, False]
     seen = mask(2, 2, 6, 9).to(wing.device)
-    return [query, key, weights, seen, torch.tensor([9, 7], device=wing.device), 4, True, 3, 2, 1]
+    return [query, key, weights, seen, torch.tensor([9, 7], device=wing.device), 4, True, 3, 2, 1, True]
 
 
 @pytest.mark.parametrize("variant", ["plain", "options"])
