@@ -30,11 +30,12 @@ struct FloatTile {
         for (int64_t w = 0; w < words; ++w) to[w * width] = to_float(from[w * stride]) * sign;
         (void)n;
     }
-    static SPARSE_ATTN_INLINE Vec start(const float*, int64_t) { return zero(); }
-    static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
+    using Sum = Vec;
+    static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return zero(); }
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
         return fma(broadcast(*a), load(b), c);
     }
-    static SPARSE_ATTN_INLINE Vec value(Vec sum) { return sum; }
+    static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
 
 #if defined(__AVX512BF16__)
@@ -54,12 +55,13 @@ struct BFloat16Tile {
             to[w * width] = float_of(low | high << 16);
         }
     }
-    static SPARSE_ATTN_INLINE Vec start(const float*, int64_t) { return zero(); }
-    static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
+    using Sum = Vec;
+    static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return zero(); }
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
         __m512 pair = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits_of(*a))));
         return {_mm512_dpbf16_ps(c.v, (__m512bh)pair, (__m512bh)load(b).v)};
     }
-    static SPARSE_ATTN_INLINE Vec value(Vec sum) { return sum; }
+    static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
 #else
 using BFloat16Tile = FloatTile;
@@ -110,17 +112,19 @@ struct Int8Tile {
         to[words * width] = rounded.scale * sign;
         to[(words + 1) * width] = float_of(static_cast<uint32_t>(-128 * total));
     }
-    static SPARSE_ATTN_INLINE Vec start(const float* panel, int64_t words) {
-        return load(panel + (words + 1) * NR);
+    using Sum = __m512i;
+    static SPARSE_ATTN_INLINE Sum start(const float* panel, int64_t words) {
+        return _mm512_loadu_si512(panel + (words + 1) * NR);
     }
-    static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
-        const __m512i query = _mm512_set1_epi32(static_cast<int>(bits_of(*a)));
-        return {_mm512_castsi512_ps(
-            _mm512_dpbusd_epi32(_mm512_castps_si512(c.v), query, _mm512_castps_si512(load(b).v)))};
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
+        int32_t query;
+        memcpy(&query, a, 4);
+        const __m512i queries = _mm512_set1_epi32(query), keys = _mm512_loadu_si512(b);
+        // Not the intrinsic: GCC 12 copies its accumulator around each use, and then runs out of registers.
+        asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
+        return c;
     }
-    static SPARSE_ATTN_INLINE Vec value(Vec sum) {
-        return {_mm512_maskz_cvtepi32_ps(0xffff, _mm512_castps_si512(sum.v))};
-    }
+    static SPARSE_ATTN_INLINE Vec value(Sum sum) { return {_mm512_maskz_cvtepi32_ps(0xffff, sum)}; }
 };
 #else
 // The same numbers as floats, which hold their sums exactly up to D = 1,040.
@@ -134,11 +138,12 @@ struct Int8Tile {
         for (int64_t w = 0; w < words; ++w) to[w * width] = rounded(to_float(from[w * stride]));
         to[words * width] = rounded.scale * sign;
     }
-    static SPARSE_ATTN_INLINE Vec start(const float*, int64_t) { return zero(); }
-    static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
+    using Sum = Vec;
+    static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return zero(); }
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
         return fma(broadcast(*a), load(b), c);
     }
-    static SPARSE_ATTN_INLINE Vec value(Vec sum) { return sum; }
+    static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
 #endif
 
@@ -184,23 +189,24 @@ SPARSE_ATTN_INLINE void pack(const SelectParams& p, float* to, int64_t width, co
 template <class Tile>
 SPARSE_ATTN_INLINE void accumulate(Vec (&acc)[MR][NV], const float* queries, const float* panel,
                                    int64_t word_count) {
+    typename Tile::Sum sums[MR][NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-        const Vec start = Tile::start(panel + v * W, word_count);
+        const typename Tile::Sum start = Tile::start(panel + v * W, word_count);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) acc[r][v] = start;
+        for (int r = 0; r < MR; ++r) sums[r][v] = start;
     }
     for (int64_t w = 0; w < word_count; ++w) {
 #pragma GCC unroll 16
         for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v)
-                acc[r][v] = Tile::multiply_add(queries + w * MR + r, panel + w * NR + v * W, acc[r][v]);
+                sums[r][v] = Tile::multiply_add(queries + w * MR + r, panel + w * NR + v * W, sums[r][v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = Tile::value(acc[r][v]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = Tile::value(sums[r][v]);
 }
 
 // Bit j of beats[r]: the score of query r and key j is not <= the row's threshold. Returns the rows with any.
