@@ -4,6 +4,7 @@ from sparse_attn import nn
 from sparse_attn.backends import use_backend
 from sparse_attn.ops import (
     gathered_attention,
+    indexer_loss,
     indexer_select,
     quantized_select,
     topk_attention,
@@ -19,6 +20,7 @@ __all__ = [
     "WidthPlan",
     "explain",
     "gathered_attention",
+    "indexer_loss",
     "indexer_select",
     "nn",
     "plan_widths",
