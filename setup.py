@@ -35,7 +35,7 @@ ISAS = {
     "generic": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],  # a CPU that has the first has the second
 }
 
 # What nvcc is asked for, as far as it can. "-virtual" is PTX: that of the newest serves GPUs to come, that of

@@ -3,10 +3,8 @@
 // bounds.
 #include "cpu_attention.h"
 
-#include <limits>
-#include <vector>
-
 #include "cpu_dispatch.h"
+#include "cpu_selection.h"
 #include "cpu_tasks.h"
 
 namespace sparse_attn {
@@ -14,117 +12,6 @@ namespace {
 
 using cpu::KernelTable;
 using cpu::Range;
-void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value) {
-    bool ok = query.dim() == 4 && key.dim() == 4 && query.size(0) == key.size(0) &&
-              query.size(3) == key.size(3) && key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
-              query.scalar_type() == key.scalar_type() &&
-              key.size(2) <= std::numeric_limits<int32_t>::max() - 64;
-    if (ok && value != nullptr)
-        ok = value->dim() == 4 && value->size(0) == key.size(0) && value->size(1) == key.size(1) &&
-             value->size(2) == key.size(2) && value->scalar_type() == key.scalar_type();
-    STD_TORCH_CHECK(ok, op,
-                    ": query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] must agree; got ",
-                    shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());
-}
-
-struct Selection {
-    SelectParams params;
-    std::vector<int64_t> lengths;
-    Memory packed;
-    int64_t block, per_head;
-    bool parallel;
-};
-
-void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key,
-                       const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
-                       int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
-                       int64_t sinks, int64_t groups) {
-    SelectParams& p = s.params;
-    const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
-    const int64_t query_length = query.size(2), key_length = key.size(2);
-    STD_TORCH_CHECK(groups == heads || groups == kv_heads || groups == 1, op,
-                    ": groups must be Hq, Hkv or 1; got ", groups);
-    STD_TORCH_CHECK(top_k >= 1 && window >= 0 && sinks >= 0 && window + sinks <= top_k, op,
-                    ": top_k must be at least 1 and at least window + sinks; got top_k=", top_k,
-                    ", window=", window, ", sinks=", sinks);
-    p.query = query.const_data_ptr();
-    p.key = key.const_data_ptr();
-    p.mask = nullptr;
-    p.lengths = nullptr;
-    p.query_strides = strides_of(query);
-    p.key_strides = strides_of(key);
-    p.mask_strides = {};
-    if (attn_mask) {
-        const Tensor& m = *attn_mask;
-        STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&
-                            m.size(1) == groups && m.size(2) == query_length && m.size(3) == key_length,
-                        op, ": attn_mask must be bool [B, G, Tq, Tk]; got ", shape_of(m));
-        p.mask = static_cast<const uint8_t*>(m.const_data_ptr());
-        p.mask_strides = strides_of(m);
-    }
-    if (key_lengths) {
-        const Tensor& n = *key_lengths;
-        STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
-                            (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),
-                        op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
-        s.lengths.resize(batch);
-        for (int64_t b = 0; b < batch; ++b) {
-            int64_t at = b * n.stride(0);
-            int64_t length = n.scalar_type() == ScalarType::Int
-                                 ? static_cast<const int32_t*>(n.const_data_ptr())[at]
-                                 : static_cast<const int64_t*>(n.const_data_ptr())[at];
-            s.lengths[b] = std::clamp<int64_t>(length, 0, key_length);
-        }
-        p.lengths = s.lengths.data();
-    }
-    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
-    p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
-    p.top_k = std::min(top_k, key_length);
-    // Far beyond any sequence, and sums of them still fit.
-    constexpr int64_t kFar = int64_t{1} << 40;
-    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
-    p.window = std::min(window, kFar), p.sinks = std::min(sinks, key_length);
-    p.scale = static_cast<float>(scale);
-    p.is_causal = is_causal;
-    p.dtype = dtype_of(op, query);
-}
-
-// Whether any query can see more keys than it may keep: if none can, no score is needed.
-bool needs_scores(const SelectParams& p) {
-    int64_t most = p.key_length;
-    if (p.is_causal) most = std::min(most, p.query_length + p.causal_offset);
-    return most > p.top_k || p.mask != nullptr;
-}
-
-void pack_keys(Selection& s) {
-    const SelectParams& p = s.params;
-    const KernelTable& k = cpu::kernels();
-    s.block = k.select_block_queries(p);
-    s.per_head = blocks(p.query_length, s.block);
-    double pairs = static_cast<double>(p.batch * p.heads) * p.query_length * p.key_length;
-    s.parallel = worth_threads(pairs * p.head_dim);
-    if (!needs_scores(p)) return;
-    const int64_t head_bytes = k.packed_head_bytes(p), panels = k.panel_count(p), chunk = 64;
-    s.packed = allocate(head_bytes * p.batch * p.kv_heads);
-    const int64_t chunks = blocks(panels, chunk);
-    for_each_task(p.batch * p.kv_heads * chunks, 64, s.parallel, [&](int64_t i, char*) {
-        int64_t head = i / chunks, c = i % chunks;
-        k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, {c * chunk, std::min(panels, (c + 1) * chunk)},
-                    s.packed.get() + head * head_bytes);
-    });
-}
-
-// Task i of B·G·per_head: all queries of one head in turn, so that its keys stay in cache, the longest rows
-// first.
-struct Block {
-    int64_t b, group;
-    Range queries;
-};
-Block block_of(int64_t i, int64_t groups, int64_t per_head, int64_t block, int64_t query_length) {
-    int64_t head = i / per_head, n = per_head - 1 - i % per_head;
-    return {head / groups, head % groups, {n * block, std::min(query_length, (n + 1) * block)}};
-}
-
 // Rows whose last dimension is contiguous: the kernels read them whole.
 Tensor with_contiguous_rows(const Tensor& t) {
     return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
@@ -173,29 +60,6 @@ bool attend_worth_threads(const AttendParams& p) {
 
 }  // namespace
 
-Tensor topk_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
-                       std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
-                       int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
-    const char* op = "topk_select.cpu";
-    check_qkv(op, query, key, nullptr);
-    Selection s;
-    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
-                      window, sinks, groups);
-    SelectParams& p = s.params;
-    Tensor indices =
-        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
-    if (indices.numel() == 0) return indices;
-    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
-    pack_keys(s);
-    const KernelTable& k = cpu::kernels();
-    for_each_task(p.batch * p.groups * s.per_head, k.select_scratch_bytes(p), s.parallel,
-                  [&](int64_t i, char* scratch) {
-                      Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
-                      k.select(p, t.b, t.group, t.queries, s.packed.get(), scratch);
-                  });
-    return indices;
-}
-
 std::tuple<Tensor, Tensor> gathered_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor indices,
                                                   double scale) {
     const char* op = "gathered_attention.cpu";
@@ -243,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     a.out = out.mutable_data_ptr();
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
-    pack_keys(s);
     const KernelTable& k = cpu::kernels();
+    pack_keys(s, k.select_block_queries(p));
     const int64_t sharing = p.heads / p.groups;
     const int64_t bytes = std::max(k.select_scratch_bytes(p), k.attend_scratch_bytes(a));
     // One task selects and attends: the block's indices and keys are still in cache.

@@ -1,5 +1,5 @@
-// The CPU attention ops as torch calls them. Defined in cpu_attention.cpp, registered in bindings.cpp; shapes
-// as in params.h.
+// The CPU attention ops as torch calls them. Defined in cpu_selection.cpp and cpu_attention.cpp, registered
+// in bindings.cpp; shapes as in params.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +15,19 @@ torch::stable::Tensor topk_select_cpu(torch::stable::Tensor query, torch::stable
                                       std::optional<torch::stable::Tensor> key_lengths, int64_t top_k,
                                       bool is_causal, int64_t causal_offset, double scale, int64_t window,
                                       int64_t sinks, int64_t groups);
+
+torch::stable::Tensor quantized_select_cpu(torch::stable::Tensor query, torch::stable::Tensor key,
+                                           std::optional<torch::stable::Tensor> attn_mask,
+                                           std::optional<torch::stable::Tensor> key_lengths, int64_t top_k,
+                                           bool is_causal, int64_t causal_offset, double scale,
+                                           int64_t window, int64_t sinks, int64_t groups);
+
+torch::stable::Tensor indexer_select_cpu(torch::stable::Tensor query, torch::stable::Tensor key,
+                                         torch::stable::Tensor weights,
+                                         std::optional<torch::stable::Tensor> attn_mask,
+                                         std::optional<torch::stable::Tensor> key_lengths, int64_t top_k,
+                                         bool is_causal, int64_t causal_offset, int64_t window, int64_t sinks,
+                                         bool int8);
 
 // (out, lse)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> gathered_attention_cpu(torch::stable::Tensor query,

@@ -51,7 +51,9 @@ Choice choose() {
     offer("avx512", avx512, &avx512::table);
 #endif
 #ifdef SPARSE_ATTN_HAVE_AVX512_BF16
-    offer("avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &avx512_bf16::table);
+    bool bf16_and_vnni =
+        avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    offer("avx512_bf16", bf16_and_vnni, &avx512_bf16::table);
 #endif
 #endif
     if (!known)

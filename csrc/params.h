@@ -27,7 +27,15 @@ struct SelectParams {
     int64_t window, sinks, causal_offset;
     float scale;
     bool is_causal;
+    bool rounded;  // scores of queries and keys rounded to 8 bits, each with its own scale
     DType dtype;
+};
+
+// Selection by score = Σ_h weight · max(0, q·k) over the Hi heads of a group; G key heads, one per group.
+struct IndexerParams {
+    SelectParams select;                   // query [B, G·Hi, Tq, D], key [B, G, Tk, D]; no scale
+    const float* weights;                  // [B, G·Hi, Tq]
+    int64_t weight_b, weight_h, weight_t;  // its strides
 };
 
 struct AttendParams {

@@ -4,6 +4,9 @@ from sparse_attn import nn
 from sparse_attn.backends import use_backend
 from sparse_attn.ops import (
     gathered_attention,
+    indexer_loss,
+    indexer_select,
+    quantized_select,
     topk_attention,
     topk_select,
     variable_width_cross_entropy,
@@ -17,8 +20,11 @@ __all__ = [
     "WidthPlan",
     "explain",
     "gathered_attention",
+    "indexer_loss",
+    "indexer_select",
     "nn",
     "plan_widths",
+    "quantized_select",
     "topk_attention",
     "topk_select",
     "use_backend",

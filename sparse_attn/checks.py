@@ -94,6 +94,23 @@ def query_key(query: Tensor, key: Tensor) -> None:
         )
 
 
+def indexer_weights(weights: object, query: Tensor) -> Tensor:
+    """weights [B, G·Hi, Tq] beside the indexer's query [B, G·Hi, Tq, D], as float32 (float64 for float64)."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor of shape [B, G·Hi, Tq], got {describe(weights)}")
+    if weights.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"weights must be float32, float16, bfloat16 or float64, got {describe(weights)}")
+    _dense("weights", weights)
+    if weights.shape != query.shape[:3]:
+        raise ValueError(
+            "weights must have the shape of query's first three dimensions, "
+            f"[B, G·Hi, Tq] = {list(query.shape[:3])}, got {describe(weights)}"
+        )
+    if weights.device != query.device:
+        raise ValueError(f"weights must be on the query's device {query.device}, got {weights.device}")
+    return weights.to(torch.promote_types(query.dtype, torch.float32))
+
+
 def value_of(key: Tensor, value: Tensor) -> None:
     """value [B, Hkv, Tk, Dv] beside key [B, Hkv, Tk, D]."""
     _attention_tensor("value", value, "[B, Hkv, Tk, Dv]")
@@ -141,8 +158,13 @@ def causal_offset_of(is_causal: bool, causal_offset: object, query_length: int, 
     return 0
 
 
-def mask_of(attn_mask: object, query: Tensor, key: Tensor, groups: int) -> Tensor | None:
-    """The mask as bool [B, G, Tq, Tk], a view wherever possible; None stays None."""
+def mask_of(
+    attn_mask: object, query: Tensor, key: Tensor, groups: int, *, per_group: bool = False
+) -> Tensor | None:
+    """The mask as bool [B, G, Tq, Tk], a view wherever possible; None stays None.
+
+    `per_group`: it is given per group, not per query head.
+    """
     if attn_mask is None:
         return None
     if not isinstance(attn_mask, Tensor):
@@ -156,23 +178,22 @@ def mask_of(attn_mask: object, query: Tensor, key: Tensor, groups: int) -> Tenso
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device {query.device}, got {attn_mask.device}")
     batch, heads, query_length = query.shape[:3]
+    heads, axes = (groups, "[B, G, Tq, Tk]") if per_group else (heads, "[B, Hq, Tq, Tk]")
     shape = (batch, heads, query_length, key.shape[2])
     given = attn_mask.shape
     if len(given) > 4 or any(n not in (1, want) for n, want in zip(given[::-1], shape[::-1], strict=False)):
-        raise ValueError(
-            f"attn_mask must broadcast to [B, Hq, Tq, Tk] = {list(shape)}, got {describe(attn_mask)}"
-        )
+        raise ValueError(f"attn_mask must broadcast to {axes} = {list(shape)}, got {describe(attn_mask)}")
     while attn_mask.dim() < 4:
         attn_mask = attn_mask.unsqueeze(0)
     if attn_mask.shape[1] == 1 or groups == heads:
         return attn_mask.expand(batch, groups, query_length, shape[3])
     # A mask per head where heads share one selection: it must be the same for all that share.
-    per_group = attn_mask.unflatten(1, (groups, heads // groups))
-    first = per_group[:, :, :1]
+    heads_of = attn_mask.unflatten(1, (groups, heads // groups))
+    first = heads_of[:, :, :1]
     if (
-        per_group.stride(2) != 0
-        and _has_values(per_group)
-        and not torch.equal(per_group, first.expand_as(per_group))
+        heads_of.stride(2) != 0
+        and _has_values(heads_of)
+        and not torch.equal(heads_of, first.expand_as(heads_of))
     ):
         raise ValueError(
             "attn_mask must not differ among query heads that share one selection "

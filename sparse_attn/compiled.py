@@ -44,6 +44,8 @@ CPU_WING = Wing(
     implementations=dict.fromkeys(
         (
             "topk_select",
+            "quantized_select",
+            "indexer_select",
             "gathered_attention",
             "gathered_attention_backward",
             "topk_attention",

@@ -32,6 +32,12 @@ struct KernelTable {
     void (*select)(const SelectParams&, int64_t b, int64_t group, Range queries, const void* packed,
                    void* scratch);
 
+    // The same by an indexer's scores.
+    int64_t (*indexer_block_queries)();
+    int64_t (*indexer_scratch_bytes)(const IndexerParams&);
+    void (*indexer_select)(const IndexerParams&, int64_t b, int64_t group, Range queries, const void* packed,
+                           void* scratch);
+
     // Attention to given indices for a block of queries of some query heads.
     int64_t (*attend_scratch_bytes)(const AttendParams&);
     void (*attend)(const AttendParams&, int64_t b, Range heads, Range queries, void* scratch);

@@ -10,6 +10,10 @@ void pack_keys(const SelectParams&, int64_t b, int64_t kv_head, Range panels, vo
 int64_t select_block_queries(const SelectParams&);
 int64_t select_scratch_bytes(const SelectParams&);
 void select(const SelectParams&, int64_t b, int64_t group, Range queries, const void* packed, void* scratch);
+int64_t indexer_block_queries();
+int64_t indexer_scratch_bytes(const IndexerParams&);
+void indexer_select(const IndexerParams&, int64_t b, int64_t group, Range queries, const void* packed,
+                    void* scratch);
 int64_t attend_scratch_bytes(const AttendParams&);
 void attend(const AttendParams&, int64_t b, Range heads, Range queries, void* scratch);
 int64_t backward_query_scratch_bytes(const AttendBackwardParams&);
@@ -35,6 +39,9 @@ const KernelTable table = {
     select_block_queries,
     select_scratch_bytes,
     select,
+    indexer_block_queries,
+    indexer_scratch_bytes,
+    indexer_select,
     attend_scratch_bytes,
     attend,
     backward_query_scratch_bytes,

@@ -6,6 +6,9 @@ from sparse_attn import compiled, triton_wing, reference  # noqa: F401  isort: s
 
 from sparse_attn.ops import fill_indices  # noqa: F401
 from sparse_attn.ops.gathered_attention import gathered_attention
+from sparse_attn.ops.indexer_loss import indexer_loss
+from sparse_attn.ops.indexer_select import indexer_select
+from sparse_attn.ops.quantized_select import quantized_select
 from sparse_attn.ops.topk_attention import topk_attention
 from sparse_attn.ops.topk_select import topk_select
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
@@ -13,6 +16,9 @@ from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 
 __all__ = [
     "gathered_attention",
+    "indexer_loss",
+    "indexer_select",
+    "quantized_select",
     "topk_attention",
     "topk_select",
     "variable_width_cross_entropy",

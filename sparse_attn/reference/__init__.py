@@ -6,6 +6,8 @@ import torch
 
 from sparse_attn.backends import Wing, register
 from sparse_attn.reference.gathered_attention import gathered_attention, gathered_attention_backward
+from sparse_attn.reference.indexer_select import indexer_select
+from sparse_attn.reference.quantized_select import quantized_select
 from sparse_attn.reference.topk_attention import topk_attention
 from sparse_attn.reference.topk_select import topk_select
 from sparse_attn.reference.variable_width_cross_entropy import (
@@ -29,6 +31,8 @@ REFERENCE_WING = Wing(
     dispatch_key="CompositeExplicitAutograd",
     implementations={
         "topk_select": topk_select,
+        "quantized_select": quantized_select,
+        "indexer_select": indexer_select,
         "gathered_attention": gathered_attention,
         "gathered_attention_backward": gathered_attention_backward,
         "topk_attention": topk_attention,

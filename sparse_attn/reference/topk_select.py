@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,41 +23,105 @@ def topk_select(
     sinks: int,
     groups: int,  # G: 1, Hkv or Hq
 ) -> Tensor:  # int32 [B, G, Tq, K]
-    batch, heads, query_length, head_dim = query.shape
-    kv_heads, key_length = key.shape[1], key.shape[2]
+    compute = torch.promote_types(query.dtype, torch.float32)
+    keys = key.to(compute)
+
+    def scores(rows: slice) -> Tensor:
+        return products(query[:, :, rows].to(compute), keys) * scale
+
+    return select(
+        scores, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, window, sinks, groups
+    )
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """q·k: query [B, Hq, t, D], key [B, Hkv, Tk, D] → [B, Hq, t, Tk]."""
+    query = query.unflatten(1, (key.shape[1], -1))
+    return (query @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+
+
+def select(
+    scores: Callable[[slice], Tensor],  # of some queries, [B, Hq, t, Tk]
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    top_k: int,
+    is_causal: bool,
+    causal_offset: int,
+    window: int,
+    sinks: int,
+    groups: int,
+) -> Tensor:  # int32 [B, G, Tq, K]
+    """The best of each row of scores, or of their attention mass where heads share."""
+    batch, heads, query_length = query.shape[:3]
+    key_length = key.shape[2]
     budget = min(top_k, key_length)
     indices = query.new_empty((batch, groups, query_length, budget), dtype=torch.int32)
     if indices.numel() == 0:
         return indices
-    compute = torch.promote_types(query.dtype, torch.float32)
-    keys = key.to(compute).unsqueeze(2).transpose(-1, -2)  # [B, Hkv, 1, D, Tk]
-    positions = torch.arange(key_length, device=query.device)  # [Tk]
-    exists = None if key_lengths is None else positions < key_lengths.view(batch, 1, 1, 1)  # [B, 1, 1, Tk]
-
+    rule = Visibility(key, attn_mask, key_lengths, is_causal, causal_offset, window, sinks, groups)
     for rows in query_chunks(query_length, batch * heads * key_length):
-        tile = query[:, :, rows].to(compute).unflatten(1, (kv_heads, heads // kv_heads))
-        scores = (tile @ keys).flatten(1, 2) * scale  # [B, Hq, t, Tk]
-        visible = torch.ones(
-            (batch, groups, tile.shape[3], key_length), dtype=torch.bool, device=query.device
-        )
-        forced = (positions < sinks).expand_as(visible)
-        if is_causal:
-            last = torch.arange(rows.start, rows.stop, device=query.device) + causal_offset
-            last = last.unsqueeze(-1)  # [t, 1]
-            visible = visible & (positions <= last)
-            forced = forced | (positions > last - window)
-        if exists is not None:
-            visible = visible & exists
-        if attn_mask is not None:
-            visible = visible & attn_mask[:, :, rows]
+        tile = scores(rows)
+        visible, forced = rule.of(rows)
         if groups < heads:
-            scores = _mass(scores.unflatten(1, (groups, heads // groups)), visible)
-        rank = _rank(scores, visible, forced & visible)
-        # A stable descending sort gives ties to the smaller key index.
-        best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
-        best = torch.where(visible.gather(-1, best), best, key_length).sort(dim=-1).values
-        indices[:, :, rows] = torch.where(best < key_length, best, -1).to(torch.int32)
+            tile = _mass(tile.unflatten(1, (groups, heads // groups)), visible)
+        indices[:, :, rows] = best_of(tile, visible, forced, budget)
     return indices
+
+
+class Visibility:
+    """Which keys a query may see, and which of them it always keeps."""
+
+    def __init__(
+        self,
+        key: Tensor,  # [B, Hkv, Tk, D]
+        attn_mask: Tensor | None,  # bool [B, G, Tq, Tk]
+        key_lengths: Tensor | None,  # int [B]
+        is_causal: bool,
+        causal_offset: int,
+        window: int,
+        sinks: int,
+        groups: int,
+    ) -> None:
+        self.shape = (key.shape[0], groups)
+        self.positions = torch.arange(key.shape[2], device=key.device)  # [Tk]
+        self.attn_mask, self.is_causal, self.causal_offset = attn_mask, is_causal, causal_offset
+        self.window, self.sinks = window, sinks
+        self.exists = None  # [B, 1, 1, Tk]
+        if key_lengths is not None:
+            self.exists = self.positions < key_lengths.view(-1, 1, 1, 1)
+
+    def of(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(visible, forced), bool [B, G, t, Tk] each, of some queries."""
+        shape = (*self.shape, rows.stop - rows.start, self.positions.shape[0])
+        visible = torch.ones(shape, dtype=torch.bool, device=self.positions.device)
+        forced = (self.positions < self.sinks).expand_as(visible)
+        if self.is_causal:
+            last = torch.arange(rows.start, rows.stop, device=self.positions.device) + self.causal_offset
+            last = last.unsqueeze(-1)  # [t, 1]
+            visible = visible & (self.positions <= last)
+            forced = forced | (self.positions > last - self.window)
+        if self.exists is not None:
+            visible = visible & self.exists
+        if self.attn_mask is not None:
+            visible = visible & self.attn_mask[:, :, rows]
+        return visible, forced & visible
+
+
+def best_of(
+    scores: Tensor,  # [B, G, t, Tk]
+    visible: Tensor,  # bool, likewise
+    forced: Tensor,  # bool, likewise, within the visible
+    budget: int,
+) -> Tensor:  # int32 [B, G, t, budget]
+    """The forced keys and the best of the other visible ones, ascending, then −1."""
+    rank = _rank(scores, visible, forced)
+    # A stable descending sort gives ties to the smaller key index.
+    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
+    hidden = rank.shape[-1]
+    best = torch.where(visible.gather(-1, best), best, hidden).sort(dim=-1).values
+    return torch.where(best < hidden, best, -1).to(torch.int32)
 
 
 def _mass(scores: Tensor, visible: Tensor) -> Tensor:

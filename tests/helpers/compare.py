@@ -82,8 +82,12 @@ def assert_best(indices: Tensor, query: Tensor, key: Tensor, top_k: int, **optio
     rank = oracle.ranks(query, key, **options)
     error = rank_errors(query, key, **options)
     seen = oracle.first_of_group(oracle.visible(query, key, **options), indices.shape[1])
-    kept = oracle.forced(query, key, **options)
-    chosen = is_chosen(indices, key.shape[2])
+    assert_highest(indices, rank, error, seen, oracle.forced(query, key, **options))
+
+
+def assert_highest(indices: Tensor, rank: Tensor, error: Tensor, seen: Tensor, kept: Tensor) -> None:
+    """No key left out ranks higher than a chosen one by more than the errors [B, G, Tq, Tk] of both."""
+    chosen = is_chosen(indices, rank.shape[-1])
     best_left_out = (rank - error).masked_fill(~seen | chosen | kept, -math.inf).amax(-1)
     worst_chosen = (rank + error).masked_fill(~chosen | kept, math.inf).amin(-1)
     excess = best_left_out - worst_chosen

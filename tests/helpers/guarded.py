@@ -14,7 +14,7 @@ import sys
 import torch
 
 import sparse_attn
-from helpers.inputs import index_rows, mask, qkv
+from helpers.inputs import index_rows, mask, normal, qkv
 
 PROT_NONE = 0
 
@@ -64,6 +64,12 @@ def run(wing: str, dtype: torch.dtype, sizes, top_k: int, at_end: bool, guard) -
         ):
             out = sparse_attn.topk_attention(*inputs, top_k, share=share, backend=wing, **options)
             out.sum().backward()
+            if wing in ("cpu", "reference"):
+                sparse_attn.quantized_select(*inputs[:2], top_k, share=share, backend=wing, **options)
+    if wing in ("cpu", "reference"):
+        weights = guard(normal(batch, heads, queries), at_end)
+        for int8 in (False, True):
+            sparse_attn.indexer_select(*inputs[:2], weights, top_k, int8=int8, backend=wing, **causal)
     for groups in (1, kv_heads, heads):
         for garbage in (False, True):
             indices = guard(index_rows((batch, groups, queries, top_k), keys, garbage=garbage), at_end)

@@ -75,16 +75,37 @@ def ranks(query: Tensor, key: Tensor, *, scale=None, share: str = "none", **opti
 
 def topk_select(query: Tensor, key: Tensor, top_k: int, **options) -> Tensor:
     """int32 [B, G, Tq, K]: sort each row (visible, forced, larger rank, smaller index first) and cut it."""
-    rank = ranks(query, key, **options).numpy()
-    seen = first_of_group(visible(query, key, **options), rank.shape[1]).numpy()
-    kept = np.broadcast_to(forced(query, key, **options).numpy(), seen.shape)
-    length = key.shape[2]
+    rank = ranks(query, key, **options)
+    seen = first_of_group(visible(query, key, **options), rank.shape[1])
+    return select(rank, seen, forced(query, key, **options), top_k)
+
+
+def select(rank: Tensor, seen: Tensor, kept: Tensor, top_k: int) -> Tensor:
+    """int32 [B, G, Tq, K] of rank and seen [B, G, Tq, Tk], kept [Tq, Tk]."""
+    rank, seen = rank.numpy(), seen.numpy()
+    kept = np.broadcast_to(kept.numpy(), seen.shape)
+    length = rank.shape[-1]
     position = np.broadcast_to(np.arange(length), seen.shape)
     is_nan = np.isnan(rank)
     # The last key of lexsort is its first criterion; False comes before True.
     order = np.lexsort((position, -np.where(is_nan, 0.0, rank), ~is_nan, ~kept, ~seen), axis=-1)[..., :top_k]
     chosen = np.sort(np.where(np.take_along_axis(seen, order, -1), order, length), axis=-1)
     return torch.from_numpy(np.where(chosen < length, chosen, -1).astype(np.int32))
+
+
+def indexer_scores(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
+    """Σ_h w_h · max(0, q_h · k), float64 [B, G, Tq, Tk]."""
+    each = scores(query, key, 1.0).clamp(min=0.0) * weights.double().unsqueeze(-1)
+    return each.unflatten(1, (key.shape[1], -1)).sum(2)
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """Each row [..., D] as 8-bit numbers times their scale, float64; the scale and quotients as float32 has them."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    scale = rows.abs().amax(-1, keepdim=True) / 127
+    numbers = (rows / scale).where(scale > 0, 0.0).round()
+    assert bool((numbers.abs() <= 127).all())
+    return numbers.double() * scale.double()
 
 
 def first_of_group(per_head: Tensor, count: int) -> Tensor:

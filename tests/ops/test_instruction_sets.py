@@ -14,6 +14,8 @@ from sparse_attn import compiled
 FILES = (
     "test_topk_select.py",
     "test_topk_select_long.py",
+    "test_indexer_select.py",
+    "test_quantized_select.py",
     "test_gathered_attention.py",
     "test_topk_attention.py",
     "test_special_values.py",

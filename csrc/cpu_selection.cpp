@@ -1,0 +1,177 @@
+// The ops that select, from torch's tensors to the CPU kernels. Arguments are validated in Python first, with
+// better words; the checks here keep a direct call of an op from reading or writing out of bounds.
+#include "cpu_selection.h"
+
+#include <limits>
+
+#include "cpu_attention.h"
+#include "cpu_dispatch.h"
+
+namespace sparse_attn {
+
+using cpu::KernelTable;
+
+void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value) {
+    bool ok = query.dim() == 4 && key.dim() == 4 && query.size(0) == key.size(0) &&
+              query.size(3) == key.size(3) && key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
+              query.scalar_type() == key.scalar_type() &&
+              key.size(2) <= std::numeric_limits<int32_t>::max() - 64;
+    if (ok && value != nullptr)
+        ok = value->dim() == 4 && value->size(0) == key.size(0) && value->size(1) == key.size(1) &&
+             value->size(2) == key.size(2) && value->scalar_type() == key.scalar_type();
+    STD_TORCH_CHECK(ok, op,
+                    ": query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] must agree; got ",
+                    shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());
+}
+
+void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key,
+                       const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
+                       int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
+                       int64_t sinks, int64_t groups, bool rounded) {
+    SelectParams& p = s.params;
+    const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
+    const int64_t query_length = query.size(2), key_length = key.size(2);
+    STD_TORCH_CHECK(groups == heads || groups == kv_heads || groups == 1, op,
+                    ": groups must be Hq, Hkv or 1; got ", groups);
+    STD_TORCH_CHECK(top_k >= 1 && window >= 0 && sinks >= 0 && window + sinks <= top_k, op,
+                    ": top_k must be at least 1 and at least window + sinks; got top_k=", top_k,
+                    ", window=", window, ", sinks=", sinks);
+    p.query = query.const_data_ptr();
+    p.key = key.const_data_ptr();
+    p.mask = nullptr;
+    p.lengths = nullptr;
+    p.query_strides = strides_of(query);
+    p.key_strides = strides_of(key);
+    p.mask_strides = {};
+    if (attn_mask) {
+        const Tensor& m = *attn_mask;
+        STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&
+                            m.size(1) == groups && m.size(2) == query_length && m.size(3) == key_length,
+                        op, ": attn_mask must be bool [B, G, Tq, Tk]; got ", shape_of(m));
+        p.mask = static_cast<const uint8_t*>(m.const_data_ptr());
+        p.mask_strides = strides_of(m);
+    }
+    if (key_lengths) {
+        const Tensor& n = *key_lengths;
+        STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
+                            (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),
+                        op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
+        s.lengths.resize(batch);
+        for (int64_t b = 0; b < batch; ++b) {
+            int64_t at = b * n.stride(0);
+            int64_t length = n.scalar_type() == ScalarType::Int
+                                 ? static_cast<const int32_t*>(n.const_data_ptr())[at]
+                                 : static_cast<const int64_t*>(n.const_data_ptr())[at];
+            s.lengths[b] = std::clamp<int64_t>(length, 0, key_length);
+        }
+        p.lengths = s.lengths.data();
+    }
+    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
+    p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
+    p.top_k = std::min(top_k, key_length);
+    // Far beyond any sequence, and sums of them still fit.
+    constexpr int64_t kFar = int64_t{1} << 40;
+    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
+    p.window = std::min(window, kFar), p.sinks = std::min(sinks, key_length);
+    p.scale = static_cast<float>(scale);
+    p.is_causal = is_causal;
+    p.rounded = rounded;
+    p.dtype = dtype_of(op, query);
+}
+
+// Whether any query can see more keys than it may keep: if none can, no score is needed.
+bool needs_scores(const SelectParams& p) {
+    int64_t most = p.key_length;
+    if (p.is_causal) most = std::min(most, p.query_length + p.causal_offset);
+    return most > p.top_k || p.mask != nullptr;
+}
+
+void pack_keys(Selection& s, int64_t block) {
+    const SelectParams& p = s.params;
+    const KernelTable& k = cpu::kernels();
+    s.block = block;
+    s.per_head = blocks(p.query_length, s.block);
+    double pairs = static_cast<double>(p.batch * p.heads) * p.query_length * p.key_length;
+    s.parallel = worth_threads(pairs * p.head_dim);
+    if (!needs_scores(p)) return;
+    const int64_t head_bytes = k.packed_head_bytes(p), panels = k.panel_count(p), chunk = 64;
+    s.packed = allocate(head_bytes * p.batch * p.kv_heads);
+    const int64_t chunks = blocks(panels, chunk);
+    for_each_task(p.batch * p.kv_heads * chunks, 64, s.parallel, [&](int64_t i, char*) {
+        int64_t head = i / chunks, c = i % chunks;
+        k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, {c * chunk, std::min(panels, (c + 1) * chunk)},
+                    s.packed.get() + head * head_bytes);
+    });
+}
+
+namespace {
+
+Tensor select(const char* op, const Tensor& query, const Tensor& key, const std::optional<Tensor>& attn_mask,
+              const std::optional<Tensor>& key_lengths, int64_t top_k, bool is_causal, int64_t causal_offset,
+              double scale, int64_t window, int64_t sinks, int64_t groups, bool rounded) {
+    check_qkv(op, query, key, nullptr);
+    Selection s;
+    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
+                      window, sinks, groups, rounded);
+    SelectParams& p = s.params;
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    if (indices.numel() == 0) return indices;
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    const KernelTable& k = cpu::kernels();
+    pack_keys(s, k.select_block_queries(p));
+    for_each_task(p.batch * p.groups * s.per_head, k.select_scratch_bytes(p), s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
+                      k.select(p, t.b, t.group, t.queries, s.packed.get(), scratch);
+                  });
+    return indices;
+}
+
+}  // namespace
+
+Tensor topk_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                       std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                       int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    return select("topk_select.cpu", query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                  scale, window, sinks, groups, false);
+}
+
+Tensor quantized_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                            std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                            int64_t causal_offset, double scale, int64_t window, int64_t sinks,
+                            int64_t groups) {
+    return select("quantized_select.cpu", query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                  scale, window, sinks, groups, true);
+}
+
+Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, std::optional<Tensor> attn_mask,
+                          std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                          int64_t causal_offset, int64_t window, int64_t sinks, bool int8) {
+    const char* op = "indexer_select.cpu";
+    check_qkv(op, query, key, nullptr);
+    Selection s;
+    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, 1.0, window,
+                      sinks, key.size(1), int8);
+    STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.dim() == 3 &&
+                        weights.size(0) == query.size(0) && weights.size(1) == query.size(1) &&
+                        weights.size(2) == query.size(2),
+                    op, ": weights must be float32 [B, G·Hi, Tq]; got ", shape_of(weights));
+    SelectParams& p = s.params;
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    if (indices.numel() == 0) return indices;
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    const KernelTable& k = cpu::kernels();
+    pack_keys(s, k.indexer_block_queries());
+    const IndexerParams indexer{p, static_cast<const float*>(weights.const_data_ptr()), weights.stride(0),
+                                weights.stride(1), weights.stride(2)};
+    for_each_task(p.batch * p.groups * s.per_head, k.indexer_scratch_bytes(indexer), s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
+                      k.indexer_select(indexer, t.b, t.group, t.queries, s.packed.get(), scratch);
+                  });
+    return indices;
+}
+
+}  // namespace sparse_attn

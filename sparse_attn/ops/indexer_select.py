@@ -1,0 +1,98 @@
+"""`indexer_select`: for each query the keys that a small learned scorer ranks highest, as indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn import checks
+from sparse_attn.backends import choose, overload
+from sparse_attn.ops.arguments import autocast, sizes_of
+from sparse_attn.ops.registry import define
+
+
+def fake(
+    query, key, weights, attn_mask, key_lengths, top_k, is_causal, causal_offset, window, sinks, int8
+) -> Tensor:
+    batch, groups, length = key.shape[:3]
+    return query.new_empty((batch, groups, query.shape[2], torch.sym_min(top_k, length)), dtype=torch.int32)
+
+
+define(
+    "indexer_select",
+    "(Tensor query, Tensor key, Tensor weights, Tensor? attn_mask, Tensor? key_lengths, SymInt top_k, "
+    "bool is_causal, SymInt causal_offset, SymInt window, SymInt sinks, bool int8) -> Tensor",
+    fake,
+)
+
+
+def indexer_select(
+    query: Tensor,  # [B, G·Hi, Tq, D]
+    key: Tensor,  # [B, G, Tk, D]
+    weights: Tensor,  # [B, G·Hi, Tq]
+    top_k: int,
+    *,
+    is_causal: bool = False,
+    causal_offset: int | None = None,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    window: int = 0,
+    sinks: int = 0,
+    int8: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Selects for each query the `top_k` keys of the largest indexer score, without a [Tq, Tk] matrix.
+
+    An indexer is a few narrow heads beside the attention, with queries and keys of its own:
+
+    .. math:: \mathrm{score}_{ij} = \sum_{h=1}^{H_i} w_{hi}\, \max(0,\; q_{hi} \cdot k_j)
+
+    Its G groups select for themselves: with G = 1 all attention heads share the selection, with G = Hkv each
+    key/value head has its own. The result goes into :func:`gathered_attention` as it is. Nothing is
+    differentiated; :func:`indexer_loss` trains the scores.
+
+    Args:
+        query: [B, G·Hi, Tq, D], float32, float16, bfloat16 or float64, any strides; the Hi heads of a group
+            stand next to each other.
+        key: [B, G, Tk, D], same dtype and device: one key head per group.
+        weights: [B, G·Hi, Tq], any float dtype: the weight of each head for each query. Negative ones count as
+            they are.
+        top_k: keys per query, the whole budget (window and sinks count toward it), at least 1.
+        is_causal, causal_offset, key_lengths, window, sinks, backend: as in :func:`topk_select`.
+        attn_mask: boolean, True = may attend, broadcastable to [B, G, Tq, Tk].
+        int8: score from queries and keys rounded to 8 bits, each row by its own scale as in
+            :func:`quantized_select`: faster on CPUs that multiply bytes.
+
+    Returns:
+        int32 [B, G, Tq, min(top_k, Tk)]: unique, ascending, empty slots −1 at the end. Ties go to the smaller key
+        index. A query with fewer visible keys than top_k keeps them all.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+
+    Source: the lightning indexer of DeepSeek-AI, "DeepSeek-V3.2-Exp: Boosting Long-Context Efficiency with
+    DeepSeek Sparse Attention" (2025).
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q, k, w = torch.randn(1, 4, 128, 32), torch.randn(1, 1, 128, 32), torch.randn(1, 4, 128)
+        >>> sparse_attn.indexer_select(q, k, w, 16, is_causal=True, window=4, sinks=1).shape
+        torch.Size([1, 1, 128, 16])
+    """
+    query, key = autocast(query, key)
+    checks.query_key(query, key)
+    weights = checks.indexer_weights(weights, query)
+    is_causal = checks.boolean("is_causal", is_causal)
+    top_k, window, sinks = checks.budget(top_k, window, sinks, is_causal)
+    arguments = (
+        checks.mask_of(attn_mask, query, key, key.shape[1], per_group=True),
+        checks.lengths_of(key_lengths, key),
+        top_k,
+        is_causal,
+        checks.causal_offset_of(is_causal, causal_offset, query.shape[2], key.shape[2]),
+        window,
+        sinks,
+        checks.boolean("int8", int8),
+    )
+    wing = choose("indexer_select", query, backend, **sizes_of(query))
+    return overload("indexer_select", wing)(query, key, weights, *arguments)
