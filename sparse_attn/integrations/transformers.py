@@ -20,12 +20,42 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.integrations.indexers import (
+    Index,
+    add_indexers,
+    index_of,
+    indexers,
+    load_indexers,
+    remove_indexers,
+    require_indexers,
+    save_indexers,
+    uses_indexer,
+)
 from sparse_attn.integrations.visibility import CausalMask, Visibility, last_visible
-from sparse_attn.ops import gathered_attention, topk_attention
+from sparse_attn.ops import gathered_attention, indexer_select, quantized_select, topk_attention
+
+__all__ = [
+    "SELECTORS",
+    "add_indexers",
+    "configure",
+    "indexers",
+    "load_indexers",
+    "register",
+    "remove_indexers",
+    "save_indexers",
+]
 
 NAME = "sparse_attn"
-OPTIONS = ("top_k", "window", "sinks", "share", "layers", "backend")
-_DEFAULTS = {"top_k": None, "window": 0, "sinks": 0, "share": "none", "layers": None, "backend": None}
+SELECTORS = ("exact", "int8", "indexer")
+_DEFAULTS = {
+    "top_k": None,
+    "window": 0,
+    "sinks": 0,
+    "share": "none",
+    "selector": "exact",
+    "layers": None,
+    "backend": None,
+}
 
 
 def register() -> None:
@@ -51,6 +81,7 @@ def configure(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    selector: str = "exact",
     layers: Iterable[int] | None = None,
     backend: str | None = None,
 ) -> torch.nn.Module:
@@ -62,6 +93,9 @@ def configure(
         window: the last `window` keys are always kept.
         sinks: the first `sinks` keys of each sequence are always kept (behind its padding, if any).
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
+        selector: how keys are chosen: "exact" by true q·k, "int8" by q·k of rounded queries and keys
+            (:func:`sparse_attn.quantized_select`), "indexer" by each layer's :class:`sparse_attn.nn.Indexer`
+            (:func:`add_indexers`, :func:`load_indexers`), whose own groups say who shares.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
 
@@ -84,9 +118,14 @@ def configure(
         checks.budget(top_k, window, sinks, True)
     if share not in checks.SHARES:
         raise ValueError(f"share must be one of {', '.join(map(repr, checks.SHARES))}, got {share!r}")
+    if selector not in SELECTORS:
+        raise ValueError(f"selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}")
     if layers is not None:
         layers = [checks.integer("layers", layer, 0) for layer in layers]
-    options = dict(zip(OPTIONS, (top_k, window, sinks, share, layers, backend), strict=True))
+    if selector == "indexer":
+        require_indexers(model, layers)
+    values = (top_k, window, sinks, share, selector, layers, backend)
+    options = dict(zip(_DEFAULTS, values, strict=True))
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     if not configs:
         raise TypeError(f"model must be a transformers model (it has no config), got {type(model).__name__}")
@@ -155,16 +194,17 @@ def attention_forward(
     if indices is not None:
         out = gathered_attention(query, key, value, seen.only_visible(indices), scale=scaling)
         return out.transpose(1, 2), None
-    options = {name: getattr(module.config, f"{NAME}_{name}", _DEFAULTS[name]) for name in OPTIONS}
+    options = {name: getattr(module.config, f"{NAME}_{name}", value) for name, value in _DEFAULTS.items()}
     if options["top_k"] is None and not hasattr(module.config, f"{NAME}_top_k"):
         raise ValueError(
             "config.sparse_attn_top_k is not set: say how many keys a query may attend to with "
             "sparse_attn.integrations.transformers.configure(model, top_k=…)"
         )
+    index = index_of(module) if uses_indexer(module) else None
     if _is_dense(module, key, options):
         out = seen.dense_attention(query, key, value, scaling)
     else:
-        out = _sparse(query, key, value, seen, options, scaling)
+        out = _sparse(query, key, value, index, seen, options, scaling)
     return out.transpose(1, 2), None
 
 
@@ -189,21 +229,59 @@ def _is_dense(module: torch.nn.Module, key: Tensor, options: dict) -> bool:
 
 
 def _sparse(
-    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, options: dict, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Index | None,
+    seen: Visibility,
+    options: dict,
+    scale: float | None,
 ) -> Tensor:
-    window, sinks = options["window"], options["sinks"]
-    if window and not seen.is_causal:
+    if options["window"] and not seen.is_causal:
         seen = last_visible(seen, query)
-    arguments = {name: options[name] for name in ("window", "sinks", "share", "backend")}
-    arguments["scale"] = scaling
-    starts = seen.starts() if sinks else None
+    starts = seen.starts() if options["sinks"] else None
     if starts is None or not any(starts):
-        return topk_attention(query, key, value, options["top_k"], **seen.arguments(), **arguments)
+        return _attend(query, key, value, index, seen, options, scale)
     # Sequences that begin at different keys: sinks are the first of each, so each has a call of its own.
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
     for b, start in enumerate(starts):
         row, first = seen.row(b, start)
-        sequence = query[b : b + 1, :, first:], key[b : b + 1, :, start:], value[b : b + 1, :, start:]
-        if sequence[0].shape[2] and sequence[1].shape[2]:
-            out[b, :, first:] = topk_attention(*sequence, options["top_k"], **row.arguments(), **arguments)[0]
+        one = slice(b, b + 1)
+        sequence = query[one, :, first:], key[one, :, start:], value[one, :, start:]
+        if row.query_length > 0 and row.key_length > 0:
+            part = index
+            if index is not None:
+                part = Index(
+                    index.query[one, :, first:], index.weights[one, :, first:], index.key[one, :, start:]
+                )
+            out[one, :, first:] = _attend(*sequence, part, row, options, scale)
     return out
+
+
+def _attend(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    index: Index | None,
+    seen: Visibility,
+    options: dict,
+    scale: float | None,
+) -> Tensor:  # [B, Hq, Tq, Dv]
+    top_k, selector, backend = options["top_k"], options["selector"], options["backend"]
+    budget = {name: options[name] for name in ("window", "sinks")}
+    if selector == "indexer":
+        # A static cache holds more keys than the indexer has seen; no query sees those.
+        rule = seen.of_first_keys(index.key.shape[2]).arguments()
+        indices = indexer_select(
+            index.query, index.key, index.weights, top_k, **rule, **budget, backend=backend
+        )
+        return gathered_attention(query, key, value, indices, scale=scale, backend=backend)
+    rule = {**seen.arguments(), **budget, "scale": scale, "share": options["share"], "backend": backend}
+    if selector == "exact":
+        return topk_attention(query, key, value, top_k, **rule)
+    if selector == "int8":
+        indices = quantized_select(query, key, top_k, **rule)
+        return gathered_attention(query, key, value, indices, scale=scale, backend=backend)
+    raise ValueError(
+        f"config.sparse_attn_selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}"
+    )

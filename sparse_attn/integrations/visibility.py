@@ -73,6 +73,11 @@ class Visibility:
         offset = self.offset if self.is_causal else None
         return {"is_causal": self.is_causal, "causal_offset": offset, "attn_mask": self.mask}
 
+    def of_first_keys(self, count: int) -> Visibility:
+        """The same for the first `count` keys alone; no query sees any other."""
+        mask = None if self.mask is None else self.mask[..., :count]
+        return Visibility(self.is_causal, self.offset, mask, self.query_length, count)
+
     def starts(self) -> list[int] | None:
         """For each sequence its first key that is no padding; None where there is no mask (all begin at 0)."""
         if self.mask is None:

@@ -1,0 +1,233 @@
+"""Indexers beside the attention layers of a Hugging Face model: added, run with its cache, saved and loaded.
+
+sparse_transformers.add_indexers(model)                    # untrained; distill_indexers trains them
+sparse_transformers.configure(model, top_k=256, selector="indexer")
+sparse_transformers.save_indexers(model, "indexers.safetensors")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_attn.nn import Indexer
+
+ATTRIBUTE = "sparse_attn_indexer"  # of an attention module: its indexer
+_STATE = "_sparse_attn_index"  # of an attention module: what its indexer made of this call's hidden states
+_CACHE = "sparse_attn_index_keys"  # of a key/value cache: layer → index keys [B, G, keys so far, Di]
+_NEEDED = "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers, or load_indexers, give it one"
+
+
+class Index(NamedTuple):
+    """An indexer's tensors for one call of its layer."""
+
+    query: Tensor  # [B, G·Hi, Tq, Di]
+    weights: Tensor  # [B, G·Hi, Tq]
+    key: Tensor  # [B, G, keys so far, Di]
+
+
+def attention_layers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """Number of the layer → its attention module."""
+    found = {
+        module.layer_idx: module
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None
+    }
+    if not found:
+        raise TypeError(
+            f"model must be a transformers decoder whose attention modules have a layer_idx, got {type(model).__name__}"
+        )
+    return found
+
+
+def add_indexers(
+    model: torch.nn.Module,
+    *,
+    num_heads: int = 4,
+    head_dim: int = 32,
+    share: str = "all",
+    layers: Iterable[int] | None = None,
+) -> torch.nn.Module:
+    """Gives attention layers of `model` an untrained :class:`sparse_attn.nn.Indexer` each; weights are float32.
+
+    Args:
+        model: a transformers decoder.
+        num_heads, head_dim: of an indexer; the heads are per group.
+        share: "all" (one selection for all heads of a layer) or "kv" (one per key/value head).
+        layers: which; None is all.
+
+    Returns:
+        the model; its indexers are the attention modules' ``sparse_attn_indexer``.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+    """
+    if share not in ("all", "kv"):
+        raise ValueError(f"share must be 'all' or 'kv' for indexers, got {share!r}")
+    found = attention_layers(model)
+    for number in found if layers is None else layers:
+        if number not in found:
+            raise ValueError(f"layers must be among 0 … {max(found)}, got {number!r}")
+        module = found[number]
+        groups = 1 if share == "all" else module.config.num_key_value_heads
+        _set(module, Indexer(module.config.hidden_size, num_heads, head_dim, groups=groups))
+    return model
+
+
+def indexers(model: torch.nn.Module) -> dict[int, Indexer]:
+    """Number of the layer → its indexer."""
+    found = attention_layers(model) if any(hasattr(m, ATTRIBUTE) for m in model.modules()) else {}
+    return {n: getattr(module, ATTRIBUTE) for n, module in found.items() if hasattr(module, ATTRIBUTE)}
+
+
+def remove_indexers(model: torch.nn.Module) -> None:
+    """Leaves the model as it was before :func:`add_indexers`."""
+    for module in model.modules():
+        if hasattr(module, ATTRIBUTE):
+            module._sparse_attn_hook.remove()
+            delattr(module, "_sparse_attn_hook")
+            delattr(module, ATTRIBUTE)
+            if hasattr(module, _STATE):
+                delattr(module, _STATE)
+
+
+def _set(module: torch.nn.Module, indexer: Indexer) -> None:
+    device = next(module.parameters()).device
+    setattr(module, ATTRIBUTE, indexer.to(device).requires_grad_(False).eval())
+    if not hasattr(module, "_sparse_attn_hook"):
+        module._sparse_attn_hook = module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+
+
+def save_indexers(model: torch.nn.Module, path: str | PathLike) -> None:
+    """Writes the model's indexers, and nothing else of it, to one safetensors file."""
+    from safetensors.torch import save_file
+
+    found = indexers(model)
+    if not found:
+        raise ValueError("model has no indexers to save: add_indexers adds them")
+    tensors = {
+        f"{n}.{name}": tensor.contiguous()
+        for n, indexer in found.items()
+        for name, tensor in indexer.state_dict().items()
+    }
+    shapes = {n: [i.num_heads, i.head_dim, i.groups] for n, i in found.items()}
+    save_file(tensors, path, metadata={"sparse_attn_indexers": json.dumps(shapes)})
+
+
+def load_indexers(model: torch.nn.Module, path: str | PathLike) -> torch.nn.Module:
+    """Adds the indexers of a file that :func:`save_indexers` wrote.
+
+    Raises:
+        ValueError: the file holds no indexers, or not those of such a model.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("sparse_attn_indexers")
+        if text is None:
+            raise ValueError(f"{path} holds no indexers: save_indexers writes such files")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    found = attention_layers(model)
+    for number, (num_heads, head_dim, groups) in json.loads(text).items():
+        module = found.get(int(number))
+        width = tensors[f"{number}.key.weight"].shape[1]
+        if module is None or module.config.hidden_size != width:
+            raise ValueError(
+                f"{path} has an indexer of layer {number} for hidden states of width {width}, "
+                f"which this model of {len(found)} layers does not have"
+            )
+        indexer = Indexer(width, num_heads, head_dim, groups=groups)
+        prefix = f"{number}."
+        indexer.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        _set(module, indexer)
+    return model
+
+
+def uses_indexer(module: torch.nn.Module) -> bool:
+    """Whether its config's options make this attention layer select with its indexer."""
+    layers = getattr(module.config, "sparse_attn_layers", None)
+    chosen = layers is None or module.layer_idx in layers
+    return chosen and getattr(module.config, "sparse_attn_selector", "exact") == "indexer"
+
+
+def index_of(module: torch.nn.Module) -> Index:
+    """What the indexer of an attention module made of this call's hidden states."""
+    if not hasattr(module, ATTRIBUTE):
+        raise ValueError(_NEEDED.format(module.layer_idx))
+    index = getattr(module, _STATE)
+    delattr(module, _STATE)  # nothing of a call outlives it
+    return index
+
+
+def _before_attention(module: torch.nn.Module, arguments: tuple, named: dict) -> None:
+    """A forward pre-hook: attention functions are not given the hidden states that an indexer reads."""
+    if not uses_indexer(module):
+        return
+    hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
+    rope = named.get("position_embeddings")
+    if rope is None and len(arguments) > 1 and isinstance(arguments[1], tuple):
+        rope = arguments[1]
+    indexer = getattr(module, ATTRIBUTE)
+    hidden = hidden.detach().to(indexer.key.weight.dtype)
+    query, weights = indexer.queries(hidden, rope)
+    key = indexer.keys(hidden, rope)
+    past = named.get("past_key_values")
+    if past is not None:
+        key = _cached(past, module.layer_idx, key)
+    setattr(module, _STATE, Index(query, weights, key))
+
+
+def _cached(past, layer: int, key: Tensor) -> Tensor:
+    """Appends this call's index keys to those that stand beside the key/value cache."""
+    if not hasattr(past, _CACHE):
+        setattr(past, _CACHE, {})
+        _follow(past)
+    kept = getattr(past, _CACHE)
+    length = int(past.get_seq_length(layer))  # before this call's keys are added
+    before = kept.get(layer)
+    known = 0 if before is None else before.shape[2]
+    if known < length:
+        raise ValueError(
+            f"the cache holds {length} keys of layer {layer} but only {known} index keys: "
+            "with selector='indexer' it must be filled by the model with its indexers from the start"
+        )
+    if before is not None and length:  # a cache that was cropped or reset has fewer keys than we have
+        key = torch.cat((before[:, :, :length], key), dim=2)
+    kept[layer] = key
+    return key
+
+
+def _follow(past) -> None:
+    """Index keys change their sequence with the cache: in beam search and when a batch is repeated or cut."""
+
+    def after(name: str, change) -> None:
+        original = getattr(past, name, None)
+        if original is None:
+            return
+
+        def changed(argument):
+            original(argument)
+            kept = getattr(past, _CACHE)
+            for layer, key in kept.items():
+                kept[layer] = change(key, argument)
+
+        setattr(past, name, changed)
+
+    after("reorder_cache", lambda key, order: key.index_select(0, order.to(key.device)))
+    after("batch_repeat_interleave", lambda key, repeats: key.repeat_interleave(repeats, dim=0))
+    after("batch_select_indices", lambda key, rows: key[rows])
+
+
+def require_indexers(model: torch.nn.Module, layers: Iterable[int] | None) -> None:
+    """That every layer which is to use an indexer has one."""
+    have = indexers(model)
+    for number in attention_layers(model) if layers is None else layers:
+        if number not in have:
+            raise ValueError(_NEEDED.format(number))
