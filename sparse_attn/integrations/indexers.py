@@ -20,7 +20,10 @@ from sparse_attn.nn import Indexer
 ATTRIBUTE = "sparse_attn_indexer"  # of an attention module: its indexer
 _STATE = "_sparse_attn_index"  # of an attention module: what its indexer made of this call's hidden states
 _CACHE = "sparse_attn_index_keys"  # of a key/value cache: layer → index keys [B, G, keys so far, Di]
-_NEEDED = "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers, or load_indexers, give it one"
+_NEEDED = (
+    "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers, or load_indexers, "
+    "give it one"
+)
 
 
 class Index(NamedTuple):
