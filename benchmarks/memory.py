@@ -77,6 +77,23 @@ class _Sampler(threading.Thread):
             time.sleep(0.001)
 
 
+def peak_of(call):
+    """(what `call()` returns, bytes of resident memory that it took beyond those before, its result included)."""
+    _forget_the_past()
+    before, highest_before = _resident(), _highest()
+    sampler = _Sampler()
+    sampler.start()
+    try:
+        result = call()
+    finally:
+        sampler.over = True
+        sampler.join()
+    # The kernel's own high-water mark misses nothing, but counts an earlier peak where there was one.
+    highest = _highest()
+    peak = max(sampler.peak, highest) if highest > highest_before else sampler.peak
+    return result, max(0, peak - before)
+
+
 def _measure_here(case: Case, threads: int) -> dict:
     import torch
 
@@ -97,24 +114,15 @@ def _measure_here(case: Case, threads: int) -> dict:
     short = tuple(t.detach()[:, :, :256].contiguous().requires_grad_(case.backward) for t in tensors)
     call(*short, contenders.prepare(name, case, short))
     forward = contenders.prepare(name, case, tensors)  # gathered_attention: its indices are inputs
-    _forget_the_past()
-    before, highest_before = _resident(), _highest()
-    sampler = _Sampler()
-    sampler.start()
     start = time.perf_counter()
-    results = call(*leaves, forward)
+    results, extra = peak_of(lambda: call(*leaves, forward))
     seconds = time.perf_counter() - start
-    sampler.over = True
-    sampler.join()
-    # The kernel's own high-water mark misses nothing, but counts an earlier peak where there was one.
-    highest = _highest()
-    peak = max(sampler.peak, highest) if highest > highest_before else sampler.peak
     return {
         "op": case.op,
         "length": case.length,
         "dtype": case.dtype,
         "direction": case.direction,
-        "extra_mb": max(0.0, peak - before) / 1e6,
+        "extra_mb": extra / 1e6,
         "of_which_returned_mb": sum(t.numel() * t.element_size() for t in results) / 1e6,
         "inputs_mb": sum(t.numel() * t.element_size() for t in tensors) / 1e6,
         "score_matrix_mb": case.heads * case.length**2 * 4 / 1e6,

@@ -16,7 +16,7 @@ import torch
 import sparse_attn
 from sparse_attn.cli.console import UsageError
 
-COMMANDS = ("demo", "doctor", "bench", "plan")
+COMMANDS = ("demo", "doctor", "bench", "plan", "study")
 
 DESCRIPTION = """\
 Top-k gathered sparse attention for PyTorch: each query attends to its top_k best keys alone, and no

@@ -1,0 +1,338 @@
+"""A trained language model made sparse without retraining: its cross-entropy by selection and budget.
+
+    pip install "sparse-attn[hf,cli]" gguf accelerate
+    python examples/retrofit_smollm2.py train --model DIR --gguf NAME --text TRAIN … --out indexers.safetensors
+    sparse-attn study retrofit --model DIR --gguf NAME --text FILE … --indexers indexers.safetensors
+
+For each selection and budget: the cross-entropy of the last half of each window of real text, how much of the dense
+model's attention mass the selected keys hold (on the dense model's own queries and keys, queries of the last half),
+time and peak memory of the forward pass. Rows already in the results file are kept, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import machine
+from benchmarks.memory import peak_of
+
+SINKS = 4
+# name → options of sparse_attn.integrations.transformers.configure, beside top_k
+ARMS: dict[str, dict] = {
+    "window + sinks": {"window": "rest", "sinks": SINKS},
+    "exact, per head": {},
+    "exact, share kv": {"share": "kv"},
+    "exact, share all": {"share": "all"},
+    "int8, per head": {"selector": "int8"},
+    "int8, share all": {"selector": "int8", "share": "all"},
+    "indexer": {"selector": "indexer"},
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", required=True, help="folder or name of a causal language model")
+    parser.add_argument("--gguf", help="name of a GGUF file in that folder")
+    parser.add_argument("--text", required=True, nargs="+", type=Path, help="texts, a window from each")
+    parser.add_argument("--indexers", type=Path, help="trained indexers (without: that row is left out)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[2048, 8192], help="windows (default: 2048 8192)"
+    )
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512], help="keys per query")
+    parser.add_argument(
+        "--windows", type=int, default=4, help="windows per length at most (default 4; of 8192: 1)"
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these selections")
+    parser.add_argument(
+        "--quick", action="store_true", help="one window of 512, budgets 32 and 128: a smoke test"
+    )
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="torch threads")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON and PNG"
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    if arguments.quick:
+        arguments.lengths, arguments.budgets, arguments.windows = [512], [32, 128], 1
+    torch.set_num_threads(arguments.threads)
+    study = Study(arguments)
+    study.run()
+    study.draw()
+    print(f"wrote {study.file.name} and {study.file.with_suffix('.png').name} to {study.file.parent}")
+    return 0
+
+
+class Study:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        import transformers
+
+        import sparse_attn.integrations.transformers as sparse_transformers
+
+        self.arguments, self.lib = arguments, sparse_transformers
+        transformers.utils.logging.disable_progress_bar()
+        more = {"gguf_file": arguments.gguf} if arguments.gguf else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, **more)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=torch.float32, **more
+        ).eval()
+        self.texts = [
+            tokenizer(f.read_text("utf-8", "replace"), return_tensors="pt").input_ids for f in arguments.text
+        ]
+        if arguments.indexers:
+            sparse_transformers.load_indexers(self.model, arguments.indexers)
+        chosen = arguments.arms or list(ARMS)
+        self.arms = [a for a in chosen if arguments.indexers or ARMS[a].get("selector") != "indexer"]
+        self.file = arguments.out / ("retrofit_quick.json" if arguments.quick else "retrofit.json")
+        self.rows = json.loads(self.file.read_text())["rows"] if self.file.exists() else []
+
+    def windows(self, length: int) -> list[Tensor]:
+        """Token ids [1, length + 1], one per text that is long enough."""
+        limit = self.arguments.windows if length < 8192 else 1
+        found = [t[:, : length + 1] for t in self.texts if t.shape[1] > length][:limit]
+        if not found:
+            raise SystemExit(f"no --text has more than {length} tokens")
+        return found
+
+    def run(self) -> None:
+        for length in self.arguments.lengths:
+            windows = self.windows(length)
+            dense = self.row("dense", None, length, len(windows))
+            if dense is None:
+                dense = self.measure("dense", None, windows)
+            for arm in self.arms:
+                for budget in self.arguments.budgets:
+                    if budget < length and self.row(arm, budget, length, len(windows)) is None:
+                        self.measure(arm, budget, windows)
+            self.add_mass(windows)
+            self.print(length)
+
+    def row(self, arm: str, budget: int | None, length: int, windows: int) -> dict | None:
+        same = {"arm": arm, "budget": budget, "length": length, "windows": windows}
+        return next((r for r in self.rows if all(r[k] == v for k, v in same.items())), None)
+
+    def set(self, arm: str, budget: int | None) -> None:
+        if arm == "dense":
+            self.lib.configure(self.model, top_k=None)
+            return
+        options = dict(ARMS[arm])
+        if options.get("window") == "rest":
+            options["window"] = budget - SINKS
+        self.lib.configure(self.model, top_k=budget, **options)
+
+    @torch.no_grad()
+    def measure(self, arm: str, budget: int | None, windows: list[Tensor]) -> None:
+        length = windows[0].shape[1] - 1
+        half = length // 2
+        losses, seconds, peaks = [], [], []
+        if arm == "dense":
+            self.model.set_attn_implementation("sdpa")  # what one has without this package
+        else:
+            self.set(arm, budget)
+
+        def forward(tokens: Tensor) -> Tensor:
+            hidden = self.model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+            return hidden[0, half:]
+
+        for tokens in windows:
+            start = time.perf_counter()
+            hidden, peak = peak_of(lambda tokens=tokens: forward(tokens))
+            seconds.append(time.perf_counter() - start)
+            peaks.append(peak)
+            targets = tokens[0, half + 1 :]
+            for rows in torch.arange(len(targets)).split(512):
+                logits = self.model.lm_head(hidden[rows])
+                losses.append(F.cross_entropy(logits, targets[rows], reduction="none"))
+        row = {
+            "arm": arm,
+            "budget": budget,
+            "length": length,
+            "windows": len(windows),
+            "cross_entropy": float(torch.cat(losses).mean()),
+            "seconds": sorted(seconds)[len(seconds) // 2],
+            "peak_mb": max(peaks) / 1e6,
+        }
+        self.rows.append(row)
+        self.save()
+        _say(f"T={length} {arm} {budget or ''}: {row['cross_entropy']:.4f} nats, {row['seconds']:.1f} s")
+
+    def add_mass(self, windows: list[Tensor]) -> None:
+        """Attention mass held, of the first window, for the rows that lack it: one dense pass serves them all."""
+        length = windows[0].shape[1] - 1
+        wanted = [
+            r
+            for r in self.rows
+            if r["length"] == length
+            and r["windows"] == len(windows)
+            and r["arm"] in self.arms
+            and "mass" not in r
+        ]
+        if not wanted:
+            return
+        held: dict[int, list[float]] = {i: [] for i in range(len(wanted))}
+        with _OnTheWay(self.model, lambda *layer: self.weigh(wanted, held, *layer)):
+            self.model.model(input_ids=windows[0][:, :-1], use_cache=False)
+        for i, row in enumerate(wanted):
+            row["mass"] = sum(held[i]) / len(held[i])
+            row["least_mass"] = min(held[i])  # of any layer
+        self.save()
+
+    def weigh(self, wanted: list[dict], held: dict, module, hidden, rope, query, key, scale) -> None:
+        from sparse_attn import gathered_attention
+
+        half = query.shape[2] // 2
+        full = dense_lse(query, key, scale)
+        for i, row in enumerate(wanted):
+            options = dict(ARMS[row["arm"]])
+            indices = select(options, row["budget"], module, hidden, rope, query, key, scale)
+            _, some = gathered_attention(query, key, key, indices, scale=scale, return_lse=True)
+            held[i].append(float((some - full)[:, :, half:].exp().mean()))
+
+    def print(self, length: int) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        dense = next(r for r in self.rows if r["arm"] == "dense" and r["length"] == length)
+        title = (
+            f"{Path(self.arguments.model).name}, windows of {length}: dense {dense['cross_entropy']:.4f} nats"
+        )
+        table = Table(title=f"{title}, {dense['seconds']:.1f} s, {dense['peak_mb']:,.0f} MB")
+        for column in ("selection", "budget", "nats over dense", "mass held", "seconds", "peak MB"):
+            table.add_column(column, justify="left" if column == "selection" else "right")
+        for arm in self.arms:
+            for budget in self.arguments.budgets:
+                row = self.row(arm, budget, length, dense["windows"])
+                if row is not None:
+                    table.add_row(
+                        arm,
+                        str(budget),
+                        f"{row['cross_entropy'] - dense['cross_entropy']:+.4f}",
+                        f"{row['mass']:.1%}",
+                        f"{row['seconds']:.1f}",
+                        f"{row['peak_mb']:,.0f}",
+                    )
+        Console(width=100).print(table)
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "format": 1,
+            "machine": machine.describe(self.arguments.threads, "sparse-attn study retrofit"),
+            "model": self.arguments.gguf or Path(self.arguments.model).name,
+            "texts": [f.name for f in self.arguments.text],
+            "rows": self.rows,
+        }
+        self.file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+    def draw(self) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        lengths = self.arguments.lengths
+        figure, axes = plt.subplots(
+            1, len(lengths), figsize=(8 * len(lengths), 6), squeeze=False, layout="constrained"
+        )
+        for axis, length in zip(axes[0], lengths, strict=True):
+            dense = next(r for r in self.rows if r["arm"] == "dense" and r["length"] == length)
+            for arm in self.arms:
+                rows = [r for r in self.rows if r["arm"] == arm and r["length"] == length]
+                rows.sort(key=lambda r: r["budget"])
+                over = [max(1e-4, r["cross_entropy"] - dense["cross_entropy"]) for r in rows]
+                axis.plot([r["budget"] for r in rows], over, marker="o", label=arm)
+            axis.set(
+                xscale="log",
+                yscale="log",
+                xlabel="keys per query",
+                ylabel="cross-entropy over dense attention (nats; 0.0001 = none)",
+                title=f"windows of {length} tokens (dense: {dense['cross_entropy']:.3f} nats)",
+            )
+            axis.set_xticks(self.arguments.budgets, [str(b) for b in self.arguments.budgets])
+            axis.grid(alpha=0.3)
+            axis.legend()
+        name = self.arguments.gguf or Path(self.arguments.model).name
+        figure.suptitle(f"{name}: sparse attention without retraining")
+        figure.savefig(self.file.with_suffix(".png"), dpi=110)
+        plt.close(figure)
+
+
+def select(options: dict, budget: int, module, hidden, rope, query, key, scale) -> Tensor:
+    """The arm's indices for one layer's tensors of the dense model."""
+    from sparse_attn import quantized_select, topk_select
+
+    selector = options.pop("selector", "exact")
+    if options.get("window") == "rest":
+        options["window"] = budget - SINKS
+    if selector == "indexer":
+        return module.sparse_attn_indexer.select(hidden, budget, rope=rope)
+    choose = {"exact": topk_select, "int8": quantized_select}[selector]
+    return choose(query, key, budget, is_causal=True, scale=scale, **options)
+
+
+def dense_lse(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Log-sum-exp over all visible keys, float32 [B, Hq, T], in blocks of queries."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2)
+    parts = []
+    for first in range(0, query.shape[2], 256):
+        last = min(first + 256, query.shape[2])
+        scores = (query[:, :, first:last] @ key[..., :last]) * scale
+        seen = torch.ones(last - first, last, dtype=torch.bool).tril(first)
+        parts.append(scores.masked_fill_(~seen, -torch.inf).logsumexp(-1))
+    return torch.cat(parts, 2)
+
+
+class _OnTheWay:
+    """While it is open, each layer's dense attention first shows what it was given to `look`."""
+
+    def __init__(self, model, look) -> None:
+        self.model, self.look, self.seen = model, look, {}
+
+    def __enter__(self) -> None:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        from sparse_attn.integrations.indexers import attention_layers
+
+        AttentionInterface.register("retrofit_study", self.attention)
+        AttentionMaskInterface.register("retrofit_study", sdpa_mask)
+        self.model.set_attn_implementation("retrofit_study")
+        self.hooks = [
+            layer.register_forward_pre_hook(self.remember, with_kwargs=True)
+            for layer in attention_layers(self.model).values()
+        ]
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.model.set_attn_implementation("sdpa")
+
+    def remember(self, module, arguments, named) -> None:
+        self.seen = {"hidden": named["hidden_states"], "rope": named.get("position_embeddings")}
+
+    @torch.no_grad()
+    def attention(self, module, query, key, value, attention_mask, scaling=None, **_):
+        self.look(module, self.seen["hidden"], self.seen["rope"], query, key, scaling)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2), None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    raise SystemExit(execute(parser.parse_args()))

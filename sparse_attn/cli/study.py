@@ -1,0 +1,41 @@
+"""`sparse-attn study NAME`: runs a study of the checkout; they are not part of the installed package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from sparse_attn.cli.bench import checkout
+from sparse_attn.cli.console import UsageError
+
+HELP = "what the ideas are worth on real text: one study from one command (in a checkout)"
+
+DESCRIPTION = """\
+Runs one study: real text, equal budgets, a table, a JSON and a picture. `sparse-attn study NAME --help` says what it
+asks and what it needs; all have a --quick form.
+"""
+
+HELPS = {
+    "retrofit": "a trained language model made sparse without retraining: loss by selection and budget",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.epilog = "studies:\n" + "\n".join(f"  {name:12} {HELPS[name]}" for name in HELPS)
+    parser.add_argument("study", choices=HELPS, metavar="NAME", help=f"one of {', '.join(HELPS)}")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of that study")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    root = checkout()
+    if root is None:
+        raise UsageError(
+            "the studies are not in the installed package; run this in the root of a checkout of the repository"
+        )
+    sys.path.insert(0, str(root))
+    study = import_module(f"benchmarks.studies.{arguments.study}")
+    parser = argparse.ArgumentParser(f"sparse-attn study {arguments.study}")
+    study.configure(parser)
+    return study.execute(parser.parse_args(arguments.options))
