@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="train: sequences (default 300)")
     parser.add_argument("--length", type=int, default=1024, help="train: tokens of each (default 1024)")
     parser.add_argument("--queries", type=int, default=256, help="train: queries of each (default 256)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="train: of AdamW (default 0.002)")
     parser.add_argument("--heads", type=int, default=4, help="train: heads of an indexer (default 4)")
     parser.add_argument("--head-dim", type=int, default=32, help="train: their width (default 32)")
     parser.add_argument("--top-k", type=int, default=256, help="keys per query (default 256)")
@@ -87,6 +88,7 @@ def train(model, tokenizer, arguments) -> None:
             arguments.steps,
             top_k=arguments.top_k,
             queries=arguments.queries,
+            learning_rate=arguments.learning_rate,
             checkpoint=arguments.out.with_suffix(".training"),
             progress=show,
         )

@@ -1,0 +1,70 @@
+"""`sparse-attn study`: from the command line to the results, with a small model of random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sparse_attn.cli import main
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture
+def model(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[UNK]": 0, **{f"w{i}": i + 1 for i in range(40)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    folder = tmp_path / "model"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_retrofit(tmp_path, model, capsys):
+    import sparse_attn.integrations.transformers as sparse_transformers
+
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 40}" for i in range(200)))
+    with_indexers = transformers.AutoModelForCausalLM.from_pretrained(model)
+    sparse_transformers.add_indexers(with_indexers, num_heads=2, head_dim=8)
+    sparse_transformers.save_indexers(with_indexers, tmp_path / "indexers.safetensors")
+    options = ["--lengths", "96", "--budgets", "8", "95", "--windows", "1", "--out", str(tmp_path / "out")]
+    options += ["--indexers", str(tmp_path / "indexers.safetensors")]
+    command = ["study", "retrofit", "--model", str(model), "--text", str(text), *options]
+    assert main(command) == 0
+    assert "windows of 96" in capsys.readouterr().out
+    file = tmp_path / "out" / "retrofit.json"
+    result = json.loads(file.read_text())
+    rows = {(row["arm"], row["budget"]): row for row in result["rows"]}
+    dense = rows["dense", None]["cross_entropy"]
+    for arm in ("exact, per head", "exact, share all", "window + sinks", "indexer"):
+        # 95 of 96 keys: all but one query sees every key.
+        assert abs(rows[arm, 95]["cross_entropy"] - dense) < 1e-3
+        assert rows[arm, 95]["mass"] > 0.999
+        assert rows[arm, 8]["mass"] < rows[arm, 95]["mass"]
+    assert rows["exact, per head", 8]["mass"] > rows["exact, share all", 8]["mass"]
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    before = file.read_text()
+    assert main(command) == 0  # all rows are there: nothing is measured again
+    assert json.loads(file.read_text())["rows"] == json.loads(before)["rows"]
+
+
+def test_an_unknown_study(capsys):
+    assert main(["study", "astrology"]) == 2
+    assert "invalid choice: 'astrology'" in capsys.readouterr().err
