@@ -154,7 +154,7 @@ def _extremes(rows: Tensor, size: int, exists: Tensor | None) -> Tensor:
     rows, there = _split(rows, size, exists)
     high = torch.where(there, rows, -torch.inf).amax(3)
     low = torch.where(there, rows, torch.inf).amin(3)
-    return torch.where(there.any(3).repeat_interleave(2, dim=-1), torch.cat((high, low), dim=-1), 0.0)
+    return torch.where(there.any(3), torch.cat((high, low), dim=-1), 0.0)
 
 
 def refine_blocks(

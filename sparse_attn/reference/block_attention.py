@@ -114,13 +114,8 @@ class _Problem:
 def _weighted(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     """weights @ value in which 0 · NaN of keys that a query does not see counts as 0."""
     finite = value.isfinite()
-    out = weights @ torch.where(finite, value, 0.0)
-    unusual = torch.where(finite, 0.0, value)
-    if bool((~finite).any()):
-        out = out + torch.where(seen.unsqueeze(-1), weights.unsqueeze(-1) * unusual.unsqueeze(-3), 0.0).sum(
-            -2
-        )
-    return out
+    touched = seen.to(weights.dtype) @ (~finite).to(weights.dtype) > 0
+    return torch.where(touched, weights @ value, weights @ torch.where(finite, value, 0.0))
 
 
 def block_attention(

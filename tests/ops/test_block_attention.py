@@ -105,7 +105,7 @@ def test_what_a_query_does_not_see_does_not_matter(wing, dtype, value, place):
     broken = {"key": key.clone(), "value": values.clone()}
     broken[place][:, :, 37] = value
     out = wing.block_attention(query, broken["key"], broken["value"], blocks, **options)
-    assert torch.equal(out[:, :, :37], clean[:, :, :37])
+    assert_close(out[:, :, :37], clean[:, :, :37].double(), "out")
     if math.isnan(value):
         assert bool(out[:, :, 37:].isnan().all())
 
