@@ -8,11 +8,6 @@
 #include "cpu_tasks.h"
 
 namespace sparse_attn {
-namespace {
-
-using cpu::KernelTable;
-using cpu::Range;
-// Rows whose last dimension is contiguous: the kernels read them whole.
 Tensor with_contiguous_rows(const Tensor& t) {
     return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
 }
@@ -34,6 +29,14 @@ AttendParams attend_params(const char* op, const Tensor& query, const Tensor& ke
     return p;
 }
 
+Tensor new_lse(const Tensor& query) {
+    return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+}
+
+namespace {
+
+using cpu::KernelTable;
+using cpu::Range;
 void set_indices(AttendParams& p, const char* op, const Tensor& indices) {
     const int64_t groups = indices.dim() == 4 ? indices.size(1) : 0;
     STD_TORCH_CHECK(
@@ -44,10 +47,6 @@ void set_indices(AttendParams& p, const char* op, const Tensor& indices) {
     p.indices_strides = strides_of(indices);
     p.groups = groups;
     p.slots = indices.size(3);
-}
-
-Tensor new_lse(const Tensor& query) {
-    return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
 }
 
 // Query heads that one task works on: those of a key head, which share its rows in cache.

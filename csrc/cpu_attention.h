@@ -1,4 +1,5 @@
-// The CPU attention ops as torch calls them. Defined in cpu_selection.cpp and cpu_attention.cpp, registered
+// The CPU attention ops as torch calls them. Defined in cpu_selection.cpp, cpu_attention.cpp and
+// cpu_block_attention.cpp, registered
 // in bindings.cpp; shapes as in params.h.
 #pragma once
 
@@ -35,6 +36,12 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> gathered_attention_cpu(
                                                                                 torch::stable::Tensor value,
                                                                                 torch::stable::Tensor indices,
                                                                                 double scale);
+
+// (out, lse)
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> block_attention_cpu(
+    torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,
+    torch::stable::Tensor blocks_of, std::optional<torch::stable::Tensor> key_lengths, int64_t block_size,
+    int64_t query_tile, bool is_causal, int64_t causal_offset, double scale);
 
 // (grad_query, grad_key, grad_value)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>

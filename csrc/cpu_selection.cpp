@@ -24,6 +24,24 @@ void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Ten
                     shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());
 }
 
+std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,
+                                int64_t key_length) {
+    std::vector<int64_t> lengths;
+    if (!key_lengths) return lengths;
+    const Tensor& n = *key_lengths;
+    STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
+                        (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),
+                    op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t at = b * n.stride(0);
+        const int64_t length = n.scalar_type() == ScalarType::Int
+                                   ? static_cast<const int32_t*>(n.const_data_ptr())[at]
+                                   : static_cast<const int64_t*>(n.const_data_ptr())[at];
+        lengths.push_back(std::clamp<int64_t>(length, 0, key_length));
+    }
+    return lengths;
+}
+
 void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key,
                        const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
                        int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
@@ -51,21 +69,8 @@ void prepare_selection(Selection& s, const char* op, const Tensor& query, const 
         p.mask = static_cast<const uint8_t*>(m.const_data_ptr());
         p.mask_strides = strides_of(m);
     }
-    if (key_lengths) {
-        const Tensor& n = *key_lengths;
-        STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
-                            (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),
-                        op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
-        s.lengths.resize(batch);
-        for (int64_t b = 0; b < batch; ++b) {
-            int64_t at = b * n.stride(0);
-            int64_t length = n.scalar_type() == ScalarType::Int
-                                 ? static_cast<const int32_t*>(n.const_data_ptr())[at]
-                                 : static_cast<const int64_t*>(n.const_data_ptr())[at];
-            s.lengths[b] = std::clamp<int64_t>(length, 0, key_length);
-        }
-        p.lengths = s.lengths.data();
-    }
+    s.lengths = lengths_of(op, key_lengths, batch, key_length);
+    if (!s.lengths.empty()) p.lengths = s.lengths.data();
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
     p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
     p.top_k = std::min(top_k, key_length);

@@ -1,4 +1,4 @@
-// What the ops that select share on the host: their arguments as the kernels take them, and the packed keys.
+// What the attention ops share on the host: their arguments as the kernels take them, and packed keys.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,18 @@ namespace sparse_attn {
 
 // Throws unless query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] (or null) agree.
 void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value);
+
+// Rows whose last dimension is contiguous: the kernels read them whole.
+Tensor with_contiguous_rows(const Tensor& t);
+
+// All but the results and the indices.
+AttendParams attend_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                           double scale);
+Tensor new_lse(const Tensor& query);
+
+// key_lengths as int64 [B] within [0, Tk]; empty for none.
+std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,
+                                int64_t key_length);
 
 struct Selection {
     SelectParams params;

@@ -52,6 +52,22 @@ struct AttendParams {
     DType dtype;
 };
 
+// Attention of tiles of queries to whole blocks of keys. `attend.indices` [B, G, N, M] are numbers of blocks,
+// one row for each of the N tiles of query_tile queries, M = attend.slots. Blocks are read in chunks of at
+// most kBlockChunk keys, each packed once.
+struct BlockParams {
+    AttendParams attend;
+    const int64_t* lengths;  // [B], each in [0, Tk], or null
+    int64_t block_size, query_tile, tiles, block_count, chunks_per_block;
+    int64_t causal_offset;
+    bool is_causal;
+    float* packed_key;    // [B, Hkv, chunks, …]
+    float* packed_value;  // [B, Hkv, chunks, …]
+    uint8_t* special;     // [B, Hkv, chunks]: whether the values of the chunk hold NaN or an infinity
+};
+
+constexpr int64_t kBlockChunk = 64;
+
 struct AttendBackwardParams {
     AttendParams forward;   // `out` is not read; `lse` is
     const void* grad_out;   // [B, Hq, Tq, Dv], last dimension contiguous

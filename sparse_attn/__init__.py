@@ -3,10 +3,13 @@
 from sparse_attn import nn
 from sparse_attn.backends import use_backend
 from sparse_attn.ops import (
+    block_attention,
+    block_select,
     gathered_attention,
     indexer_loss,
     indexer_select,
     quantized_select,
+    refine_blocks,
     topk_attention,
     topk_select,
     variable_width_cross_entropy,
@@ -18,6 +21,8 @@ from sparse_attn.planner import WidthPlan, plan_widths
 __version__ = "0.1.0"
 __all__ = [
     "WidthPlan",
+    "block_attention",
+    "block_select",
     "explain",
     "gathered_attention",
     "indexer_loss",
@@ -25,6 +30,7 @@ __all__ = [
     "nn",
     "plan_widths",
     "quantized_select",
+    "refine_blocks",
     "topk_attention",
     "topk_select",
     "use_backend",

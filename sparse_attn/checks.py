@@ -243,6 +243,33 @@ def budget(top_k: object, window: object, sinks: object, is_causal: bool) -> tup
     return top_k, window, sinks
 
 
+def blocks_of(blocks: object, query: Tensor, key: Tensor, query_tile: int) -> Tensor:
+    """blocks as int32 [B, G, N, M], N = ⌈Tq / query_tile⌉."""
+    batch, heads, query_length = query.shape[:3]
+    kv_heads, tiles = key.shape[1], -(-query_length // query_tile)
+    if not isinstance(blocks, Tensor):
+        raise TypeError(f"blocks must be an int32 tensor of shape [B, G, N, M], got {describe(blocks)}")
+    if blocks.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"blocks must be int32 (or int64), got {describe(blocks)}")
+    _dense("blocks", blocks)
+    if blocks.device != query.device:
+        raise ValueError(f"blocks must be on the query's device {query.device}, got {blocks.device}")
+    if (
+        blocks.dim() != 4
+        or blocks.shape[0] != batch
+        or blocks.shape[1] not in (1, kv_heads, heads)
+        or blocks.shape[2] != tiles
+    ):
+        raise ValueError(
+            "blocks must have shape [B, G, N, M] with G one of 1, Hkv, Hq and N = ⌈Tq / query_tile⌉; "
+            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, N={tiles}, got {describe(blocks)}"
+        )
+    if blocks.dtype == torch.int64:
+        # A number past 2^31 must not wrap around into range.
+        blocks = torch.where((blocks >= 0) & (blocks <= key.shape[2]), blocks, -1).to(torch.int32)
+    return blocks
+
+
 def groups_of(share: object, heads: int, kv_heads: int) -> int:
     """G, the number of selections per batch entry."""
     if share == "none":

@@ -48,6 +48,7 @@ CPU_WING = Wing(
             "indexer_select",
             "gathered_attention",
             "gathered_attention_backward",
+            "block_attention",
             "topk_attention",
             "variable_width_embedding",
             "variable_width_embedding_backward",

@@ -42,6 +42,14 @@ struct KernelTable {
     int64_t (*attend_scratch_bytes)(const AttendParams&);
     void (*attend)(const AttendParams&, int64_t b, Range heads, Range queries, void* scratch);
 
+    // Attention to whole blocks: floats of one packed chunk, the packing, one tile of queries of some heads
+    // that share a key head and a row of blocks.
+    int64_t (*block_packed_key)(const BlockParams&);
+    int64_t (*block_packed_value)(const BlockParams&);
+    void (*block_pack)(const BlockParams&, int64_t b, int64_t kv_head, Range chunks);
+    int64_t (*block_scratch_bytes)(const BlockParams&);
+    void (*block_attend)(const BlockParams&, int64_t b, Range heads, int64_t tile, void* scratch);
+
     // Backward: P, dS and dQ for a block of queries, then dK and dV for a block of keys.
     int64_t (*backward_query_scratch_bytes)(const AttendBackwardParams&);
     void (*backward_query)(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);

@@ -16,6 +16,11 @@ void indexer_select(const IndexerParams&, int64_t b, int64_t group, Range querie
                     void* scratch);
 int64_t attend_scratch_bytes(const AttendParams&);
 void attend(const AttendParams&, int64_t b, Range heads, Range queries, void* scratch);
+int64_t block_packed_key(const BlockParams&);
+int64_t block_packed_value(const BlockParams&);
+void block_pack(const BlockParams&, int64_t b, int64_t kv_head, Range chunks);
+int64_t block_scratch_bytes(const BlockParams&);
+void block_attend(const BlockParams&, int64_t b, Range heads, int64_t tile, void* scratch);
 int64_t backward_query_scratch_bytes(const AttendBackwardParams&);
 void backward_query(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);
 int64_t backward_key_scratch_bytes(const AttendBackwardParams&, int64_t block_keys);
@@ -44,6 +49,11 @@ const KernelTable table = {
     indexer_select,
     attend_scratch_bytes,
     attend,
+    block_packed_key,
+    block_packed_value,
+    block_pack,
+    block_scratch_bytes,
+    block_attend,
     backward_query_scratch_bytes,
     backward_query,
     backward_key_scratch_bytes,

@@ -5,6 +5,8 @@
 from sparse_attn import compiled, triton_wing, reference  # noqa: F401  isort: skip
 
 from sparse_attn.ops import fill_indices  # noqa: F401
+from sparse_attn.ops.block_attention import block_attention
+from sparse_attn.ops.block_select import block_select, refine_blocks
 from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
@@ -15,10 +17,13 @@ from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_en
 from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 
 __all__ = [
+    "block_attention",
+    "block_select",
     "gathered_attention",
     "indexer_loss",
     "indexer_select",
     "quantized_select",
+    "refine_blocks",
     "topk_attention",
     "topk_select",
     "variable_width_cross_entropy",

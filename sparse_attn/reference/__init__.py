@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse_attn.backends import Wing, register
+from sparse_attn.reference.block_attention import block_attention, block_attention_backward
 from sparse_attn.reference.gathered_attention import gathered_attention, gathered_attention_backward
 from sparse_attn.reference.indexer_select import indexer_select
 from sparse_attn.reference.quantized_select import quantized_select
@@ -35,6 +36,8 @@ REFERENCE_WING = Wing(
         "indexer_select": indexer_select,
         "gathered_attention": gathered_attention,
         "gathered_attention_backward": gathered_attention_backward,
+        "block_attention": block_attention,
+        "block_attention_backward": block_attention_backward,
         "topk_attention": topk_attention,
         "variable_width_embedding": variable_width_embedding,
         "variable_width_embedding_backward": variable_width_embedding_backward,

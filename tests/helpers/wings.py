@@ -60,6 +60,10 @@ class WingUnderTest:
     def quantized_select(self):
         return partial(self._run, "quantized_select")
 
+    @property
+    def block_attention(self):
+        return partial(self._run, "block_attention")
+
 
 def devices() -> list[str]:
     """The device types of this machine, the CPU first."""

@@ -16,6 +16,7 @@ FILES = (
     "test_topk_select_long.py",
     "test_indexer_select.py",
     "test_quantized_select.py",
+    "test_block_attention.py",
     "test_gathered_attention.py",
     "test_topk_attention.py",
     "test_special_values.py",

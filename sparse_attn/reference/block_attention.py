@@ -1,0 +1,189 @@
+"""Definition of `block_attention` and of its gradient: tiles of queries, each beside its own blocks of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparse_attn.reference.chunks import query_chunks
+from sparse_attn.reference.gathered_attention import _add_rows, _softmax
+
+
+@dataclass
+class _Tiles:
+    """Some tiles; U = max(G, Hkv) units of R heads that share keys and blocks, S queries and C keys per tile."""
+
+    slice: slice
+    rows: Tensor  # int64 [B, U, n, M]: blocks as rows of [B·Hkv·blocks, …], 0 where there is none
+    filled: Tensor  # bool, likewise
+    visible: Tensor  # bool [B, U, n, S, C]
+    query: Tensor  # [B, U, n, R·S, D]
+    key: Tensor  # [B, U, n, C, D]
+    value: Tensor  # [B, U, n, C, Dv]
+
+    def scores(self, scale: float) -> Tensor:
+        """[B, U, n, R·S, C], −inf where a query does not see a key."""
+        scores = (self.query @ self.key.mT) * scale
+        return scores.masked_fill(~self.seen(), -torch.inf)
+
+    def seen(self) -> Tensor:
+        share = self.query.shape[3] // self.visible.shape[3]
+        return self.visible.repeat(1, 1, 1, share, 1)
+
+
+class _Problem:
+    def __init__(
+        self,
+        query: Tensor,  # [B, Hq, Tq, D]
+        key: Tensor,  # [B, Hkv, Tk, D]
+        value: Tensor,  # [B, Hkv, Tk, Dv]
+        blocks: Tensor,  # int32 [B, G, N, M]
+        key_lengths: Tensor | None,  # int [B]
+        block_size: int,
+        query_tile: int,
+        is_causal: bool,
+        causal_offset: int,
+    ) -> None:
+        batch, heads, self.query_length = query.shape[:3]
+        kv_heads, self.key_length = key.shape[1:3]
+        self.units = max(blocks.shape[1], kv_heads)
+        self.share = heads // self.units
+        # Longer ones change nothing.
+        self.size, self.tile = min(block_size, max(1, self.key_length)), min(query_tile, self.query_length)
+        self.compute = torch.promote_types(query.dtype, torch.float32)
+        self.is_causal, self.causal_offset = is_causal, causal_offset
+        self.query, self.blocks = query, blocks.repeat_interleave(self.units // blocks.shape[1], dim=1)
+        self.key, self.value = self._in_blocks(key), self._in_blocks(value)
+        self.block_count = self.key.shape[0] // max(1, batch * kv_heads)
+        self.limits = None if key_lengths is None else key_lengths.view(-1, 1, 1, 1, 1)
+        base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
+        base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
+        self.base = base.view(batch, self.units, 1, 1) * self.block_count
+
+    def _in_blocks(self, rows: Tensor) -> Tensor:
+        """[B, H, T, D] → [B·H·blocks, block, D], zeros behind the last."""
+        return pad(rows, (0, 0, 0, -rows.shape[2] % self.size)).reshape(-1, self.size, rows.shape[3])
+
+    def in_tiles(self, rows: Tensor, tiles: slice) -> Tensor:
+        """[B, Hq, Tq, D] → [B, U, n, R·S, D] of some tiles, zeros behind the last query."""
+        part = rows[:, :, tiles.start * self.tile : tiles.stop * self.tile].to(self.compute)
+        part = pad(part, (0, 0, 0, -part.shape[2] % self.tile))
+        part = part.unflatten(2, (-1, self.tile)).unflatten(1, (self.units, self.share))
+        return part.transpose(2, 3).flatten(3, 4)
+
+    def from_tiles(self, tiles: Tensor, rows: slice) -> Tensor:
+        """[B, U, n, R·S, D] → [B, Hq, t, D], without what lies behind the last query."""
+        heads = tiles.unflatten(3, (self.share, self.tile)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return heads[:, :, : min(rows.stop * self.tile, self.query_length) - rows.start * self.tile]
+
+    def rows_of(self, tiles: slice) -> slice:
+        return slice(tiles.start * self.tile, min(tiles.stop * self.tile, self.query_length))
+
+    def chunks(self) -> Iterator[_Tiles]:
+        count, slots = self.blocks.shape[2:]
+        width = self.key.shape[2] + self.value.shape[2] + 4 * self.share * self.tile
+        if self.query.numel() == 0 or slots == 0 or self.key_length == 0:
+            return
+        for tiles in query_chunks(count, self.query.shape[0] * self.units * slots * self.size * width):
+            blocks = self.blocks[:, :, tiles]
+            filled = (blocks >= 0) & (blocks < self.block_count)
+            rows = torch.where(filled, self.base + blocks.to(torch.int64), 0)
+            first = blocks.to(torch.int64).unsqueeze(-1) * self.size
+            position = (first + torch.arange(self.size, device=first.device)).flatten(3)  # [B, U, n, C]
+            visible = filled.repeat_interleave(self.size, dim=3) & (position < self.key_length)
+            visible, position = visible.unsqueeze(3), position.unsqueeze(3)
+            if self.limits is not None:
+                visible = visible & (position < self.limits)
+            queries = torch.arange(tiles.start * self.tile, tiles.stop * self.tile, device=first.device)
+            queries = queries.view(-1, self.tile, 1)  # [n, S, 1]
+            if self.is_causal:
+                visible = visible & (position <= queries + self.causal_offset)
+            visible = visible & (queries < self.query_length)
+            # What no query of the tile sees must not reach a product: 0 · NaN is NaN.
+            used = visible.any(3).unsqueeze(-1)
+            key, value = (
+                torch.where(used, t[rows].flatten(3, 4).to(self.compute), 0.0) for t in (self.key, self.value)
+            )
+            yield _Tiles(tiles, rows, filled, visible, self.in_tiles(self.query, tiles), key, value)
+
+
+def _weighted(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """weights @ value in which 0 · NaN of keys that a query does not see counts as 0."""
+    finite = value.isfinite()
+    touched = seen.to(weights.dtype) @ (~finite).to(weights.dtype) > 0
+    return torch.where(touched, weights @ value, weights @ torch.where(finite, value, 0.0))
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    key_lengths: Tensor | None,
+    block_size: int,
+    query_tile: int,
+    is_causal: bool,
+    causal_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse float32 [B, Hq, Tq]
+    p = _Problem(query, key, value, blocks, key_lengths, block_size, query_tile, is_causal, causal_offset)
+    out = query.new_zeros((*query.shape[:3], value.shape[3]))
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    for tiles in p.chunks():
+        probabilities, total = _softmax(tiles.scores(scale))
+        rows = p.rows_of(tiles.slice)
+        attended = _weighted(probabilities, tiles.value, tiles.seen())
+        out[:, :, rows] = p.from_tiles(attended, tiles.slice).to(out.dtype)
+        lse[:, :, rows] = p.from_tiles(total.unsqueeze(-1), tiles.slice).squeeze(-1).float()
+    return out, lse
+
+
+def block_attention_backward(
+    grad_out: Tensor,  # [B, Hq, Tq, Dv]
+    grad_lse: Tensor | None,  # [B, Hq, Tq]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    key_lengths: Tensor | None,
+    block_size: int,
+    query_tile: int,
+    is_causal: bool,
+    causal_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # gradients of query, key and value
+    p = _Problem(query, key, value, blocks, key_lengths, block_size, query_tile, is_causal, causal_offset)
+    grad_query = query.new_zeros(query.shape)
+    grad_key, grad_value = (
+        t.new_zeros((t.shape[0], t[0].numel() if len(t) else 0), dtype=p.compute) for t in (p.key, p.value)
+    )
+    for tiles in p.chunks():
+        rows = p.rows_of(tiles.slice)
+        probabilities, _ = _softmax(tiles.scores(scale))
+        grads = p.in_tiles(grad_out, tiles.slice)
+        # dS = P ∘ (dO·Vᵀ − Σ P ∘ (dO·Vᵀ) + dLSE)
+        grad_probabilities = torch.where(tiles.seen(), grads @ tiles.value.mT, 0.0)
+        centre = (probabilities * grad_probabilities).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            centre = centre - p.in_tiles(grad_lse.unsqueeze(-1), tiles.slice)
+        grad_scores = torch.where(tiles.seen(), probabilities * (grad_probabilities - centre) * scale, 0.0)
+        grad_query[:, :, rows] = p.from_tiles(grad_scores @ tiles.key, tiles.slice).to(query.dtype)
+        for total, terms in (
+            (grad_key, grad_scores.mT @ tiles.query),
+            (grad_value, probabilities.mT @ grads),
+        ):
+            terms = terms.unflatten(3, (-1, p.size)).flatten(4)  # [B, U, n, M, block · D]
+            _add_rows(total, tiles.rows, terms, tiles.filled)
+    return grad_query, _from_blocks(grad_key, key), _from_blocks(grad_value, value)
+
+
+def _from_blocks(total: Tensor, like: Tensor) -> Tensor:
+    """[B·H·blocks, block · D] → [B, H, T, D]."""
+    batch, heads, length, dim = like.shape
+    if like.numel() == 0:
+        return torch.zeros_like(like)
+    return total.view(batch, heads, -1, dim)[:, :, :length].to(like.dtype)

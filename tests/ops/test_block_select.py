@@ -1,0 +1,171 @@
+"""block_select and refine_blocks: against loops over blocks and tiles in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import oracle
+from helpers.compare import assert_well_formed
+from helpers.inputs import integers, normal
+
+import sparse_attn
+
+CASES = {  # Tq, Tk, block, tile, options
+    "plain": (40, 70, 8, 4, {}),
+    "causal": (64, 64, 8, 8, {"is_causal": True}),
+    "small tiles": (50, 50, 16, 4, {"is_causal": True}),
+    "one query": (20, 50, 8, 1, {"is_causal": True, "causal_offset": 30}),
+    "large tiles": (64, 90, 8, 16, {"is_causal": True, "causal_offset": 26}),
+    "odd": (23, 61, 7, 5, {"is_causal": True, "causal_offset": 38}),
+    "lengths": (16, 64, 8, 8, {"key_lengths": torch.tensor([64, 21])}),
+    "negative offset": (32, 32, 8, 8, {"is_causal": True, "causal_offset": -11}),
+}
+
+
+def pooled(rows, size, length, how):
+    """One row per piece, float64, of rows [T, D] before `length`."""
+    pieces = []
+    for start in range(0, len(rows), size):
+        piece = rows[start : min(start + size, max(length, start))].double()
+        if len(piece) == 0:
+            piece = torch.zeros(1, rows.shape[1], dtype=torch.float64)
+        pieces.append(getattr(piece, how)(0))
+    return torch.stack(pieces)
+
+
+def ranks(query, key, block, tile, pool, lengths):
+    """[B, Hq, N, blocks], float64."""
+    share, every = query.shape[1] // key.shape[1], []
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            q = pooled(query[b, h], tile, query.shape[2], "mean").unsqueeze(1)
+            rows = key[b, h // share]
+            if pool == "mean":
+                k = pooled(rows, block, lengths[b], "mean")
+                every.append((q * k).sum(-1))
+            else:
+                low, high = (pooled(rows, block, lengths[b], how) for how in ("amin", "amax"))
+                every.append(torch.maximum(q * low, q * high).sum(-1))
+    return torch.stack(every).view(*query.shape[:2], -1, every[0].shape[-1])
+
+
+@pytest.mark.parametrize("pool", ["mean", "bound"])
+@pytest.mark.parametrize("name", CASES)
+def test_choices(name, pool):
+    """Every chosen block is seen, first and own ones are in, and no better block was left out."""
+    queries, keys, block, tile, options = CASES[name]
+    query, key = (
+        normal(2, 4, queries, 6, dtype=torch.float64),
+        normal(2, 2, keys, 6, dtype=torch.float64, seed=1),
+    )
+    top = 6
+    chosen = sparse_attn.block_select(
+        query, key, top, block_size=block, query_tile=tile, pool=pool, **options
+    )
+    lengths = options.get("key_lengths", torch.tensor([keys, keys])).tolist()
+    rank = ranks(query, key, block, tile, pool, lengths)
+    seen = oracle.visible(query, key, **options)
+    assert chosen.shape == (2, 4, -(-queries // tile), min(top, -(-keys // block)))
+    for b, h, n in torch.cartesian_prod(
+        torch.arange(2), torch.arange(4), torch.arange(chosen.shape[2])
+    ).tolist():
+        numbers = chosen[b, h, n][chosen[b, h, n] >= 0].tolist()
+        assert numbers == sorted(set(numbers))
+        assert bool((chosen[b, h, n, len(numbers) :] == -1).all())
+        of_tile = seen[b, h, n * tile : (n + 1) * tile].any(0)
+        visible = {j // block for j in of_tile.nonzero().flatten().tolist()}
+        assert set(numbers) <= visible
+        first = {0} & visible
+        own = set()
+        if options.get("is_causal"):
+            offset = options.get("causal_offset", 0)
+            at = range(n * tile + offset, min((n + 1) * tile, queries) + offset)
+            own = {i // block for i in at} & visible
+        assert first | own <= set(numbers)
+        free = [m for m in numbers if m not in first | own]
+        left = [m for m in visible if m not in numbers]
+        if free and left:
+            assert rank[b, h, n, free].min() >= rank[b, h, n, left].max() - 1e-9
+        if left:
+            assert len(numbers) >= top - 2, "the budget is used"
+
+
+@pytest.mark.parametrize("share", ["kv", "all"])
+def test_shared_choices(share):
+    query, key = normal(1, 4, 64, 8), normal(1, 2, 64, 8, seed=1)
+    chosen = sparse_attn.block_select(query, key, 4, block_size=8, query_tile=8, is_causal=True, share=share)
+    assert chosen.shape == (1, {"kv": 2, "all": 1}[share], 8, 4)
+    alone = sparse_attn.block_select(
+        query[:, :1].expand(1, 4, 64, 8), key[:, :1].expand(1, 2, 64, 8), 4,
+        block_size=8, query_tile=8, is_causal=True, share=share,
+    )  # fmt: skip
+    want = sparse_attn.block_select(query[:, :1], key[:, :1], 4, block_size=8, query_tile=8, is_causal=True)
+    assert torch.equal(alone, want.expand_as(alone))
+
+
+def test_finds_a_planted_block():
+    """Queries of a tile that ask for what one far block holds."""
+    query, key = 0.1 * normal(1, 1, 512, 16), 0.1 * normal(1, 1, 512, 16, seed=1)
+    query[:, :, 448:, 3], key[:, :, 128:192, 3] = 3, 3
+    for pool in ("mean", "bound"):
+        chosen = sparse_attn.block_select(query, key, 3, is_causal=True, pool=pool)
+        assert chosen[0, 0, -1].tolist() == [0, 2, 7]
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
+def test_nothing(sizes):
+    batch, queries, keys = sizes
+    query, key = normal(batch, 2, queries, 4), normal(batch, 1, keys, 4)
+    options = {"is_causal": True, "causal_offset": 0, "block_size": 4, "query_tile": 2}
+    chosen = sparse_attn.block_select(query, key, 3, **options)
+    assert chosen.shape == (batch, 2, -(-queries // 2), min(3, -(-keys // 4)))
+    indices = sparse_attn.refine_blocks(query, key, chosen, 2, **options)
+    assert indices.shape[:3] == (batch, 2, queries)
+
+
+@pytest.mark.parametrize("share", ["none", "kv", "all"])
+@pytest.mark.parametrize("name", CASES)
+def test_refined_to_all_blocks_is_exact_selection(name, share):
+    """Where every block is chosen the tokens are topk_select's."""
+    queries, keys, block, tile, options = CASES[name]
+    query, key = integers(2, 4, queries, 5), integers(2, 2, keys, 5, seed=1)
+    count = -(-keys // block)
+    blocks = torch.arange(count, dtype=torch.int32).expand(2, 1, -(-queries // tile), count)
+    if options.get("is_causal"):
+        options = options | {"window": 3, "sinks": 1}
+    indices = sparse_attn.refine_blocks(
+        query, key, blocks, 9, block_size=block, query_tile=tile, share=share, **options
+    )
+    want = sparse_attn.topk_select(query, key, 9, share=share, **options, backend="reference")
+    assert_well_formed(indices, query, key, 9, share=share, **options)
+    if share == "none":
+        assert torch.equal(indices, want)
+    else:
+        assert (indices == want).double().mean() > 0.99  # masses of equal scores may round apart
+
+
+def test_refined_within_blocks():
+    """The best of the chosen blocks' tokens alone, blocks in any order, twice, or out of range."""
+    query, key = integers(1, 2, 24, 5), integers(1, 2, 64, 5, seed=1)
+    blocks = torch.tensor([6, 2, 2, -1, 99]).int().expand(1, 2, 3, 5)
+    options = {"is_causal": True, "causal_offset": 40}
+    indices = sparse_attn.refine_blocks(query, key, blocks, 7, block_size=8, query_tile=8, **options)
+    inside = torch.zeros(64, dtype=torch.bool)
+    inside[16:24] = inside[48:56] = True
+    assert torch.equal(indices, sparse_attn.topk_select(query, key, 7, attn_mask=inside, **options))
+
+
+def test_errors():
+    query, key = normal(1, 4, 64, 8), normal(1, 2, 64, 8)
+    for says, wrong in (
+        ("pool must be one of 'mean', 'bound'", {"pool": "max"}),
+        ("top_blocks must be at least 2, got 1", {"top_blocks": 1}),
+        ("top_blocks must be at least 3, got 2", {"top_blocks": 2, "query_tile": 128}),
+        ("scale must not be negative", {"scale": -1.0}),
+        ("share must be one of", {"share": "some"}),
+    ):
+        with pytest.raises(ValueError, match=says):
+            sparse_attn.block_select(query, key, **{"top_blocks": 4, "is_causal": True} | wrong)
+    blocks = torch.zeros(1, 4, 1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="share='all' makes 1 selections, got 4 rows of blocks"):
+        sparse_attn.refine_blocks(query, key, blocks, 3, share="all")
