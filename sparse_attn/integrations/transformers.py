@@ -32,7 +32,15 @@ from sparse_attn.integrations.indexers import (
     uses_indexer,
 )
 from sparse_attn.integrations.visibility import CausalMask, Visibility, last_visible
-from sparse_attn.ops import gathered_attention, indexer_select, quantized_select, topk_attention
+from sparse_attn.ops import (
+    block_attention,
+    block_select,
+    gathered_attention,
+    indexer_select,
+    quantized_select,
+    refine_blocks,
+    topk_attention,
+)
 
 __all__ = [
     "SELECTORS",
@@ -46,7 +54,8 @@ __all__ = [
 ]
 
 NAME = "sparse_attn"
-SELECTORS = ("exact", "int8", "indexer")
+SELECTORS = ("exact", "int8", "indexer", "blocks", "refined_blocks")
+BLOCK = 64  # keys per block, and queries that share a choice of blocks
 _DEFAULTS = {
     "top_k": None,
     "window": 0,
@@ -95,7 +104,10 @@ def configure(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         selector: how keys are chosen: "exact" by true q·k, "int8" by q·k of rounded queries and keys
             (:func:`sparse_attn.quantized_select`), "indexer" by each layer's :class:`sparse_attn.nn.Indexer`
-            (:func:`add_indexers`, :func:`load_indexers`), whose own groups say who shares.
+            (:func:`add_indexers`, :func:`load_indexers`), whose own groups say who shares; "blocks" takes whole
+            blocks of 64 keys for 64 queries at a time (:func:`sparse_attn.block_select`), the first and the
+            queries' own among them; "refined_blocks" the top_k keys by q·k of four times as many blocks. For
+            both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
 
@@ -124,6 +136,8 @@ def configure(
         layers = [checks.integer("layers", layer, 0) for layer in layers]
     if selector == "indexer":
         require_indexers(model, layers)
+    if selector in ("blocks", "refined_blocks"):
+        _check_blocks(top_k, window, sinks)
     values = (top_k, window, sinks, share, selector, layers, backend)
     options = dict(zip(_DEFAULTS, values, strict=True))
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
@@ -136,6 +150,18 @@ def configure(
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     return model
+
+
+def _check_blocks(top_k: int | None, window: int, sinks: int) -> None:
+    if top_k is not None and (top_k % BLOCK or top_k < 3 * BLOCK):
+        raise ValueError(
+            f"selector='blocks' needs a top_k that is a multiple of {BLOCK}, at least {3 * BLOCK}, got {top_k}"
+        )
+    if window or sinks:
+        raise ValueError(
+            "selector='blocks' keeps the first block and the queries' own, window and sinks go without, "
+            f"got window={window}, sinks={sinks}"
+        )
 
 
 def attention_mask(
@@ -239,7 +265,10 @@ def _sparse(
 ) -> Tensor:
     if options["window"] and not seen.is_causal:
         seen = last_visible(seen, query)
-    starts = seen.starts() if options["sinks"] else None
+    blocks = options["selector"] in ("blocks", "refined_blocks")
+    if blocks:
+        seen = seen.without_padding_behind()
+    starts = seen.starts() if options["sinks"] or blocks else None
     if starts is None or not any(starts):
         return _attend(query, key, value, index, seen, options, scale)
     # Sequences that begin at different keys: sinks are the first of each, so each has a call of its own.
@@ -282,6 +311,24 @@ def _attend(
     if selector == "int8":
         indices = quantized_select(query, key, top_k, **rule)
         return gathered_attention(query, key, value, indices, scale=scale, backend=backend)
+    if selector in ("blocks", "refined_blocks"):
+        _check_blocks(top_k, options["window"], options["sinks"])
+        return _attend_blocks(query, key, value, seen, options, scale)
     raise ValueError(
         f"config.sparse_attn_selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}"
     )
+
+
+def _attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, options: dict, scale: float | None
+) -> Tensor:
+    top_k, share, backend = options["top_k"], options["share"], options["backend"]
+    refined = options["selector"] == "refined_blocks"
+    rule = {"is_causal": True, "causal_offset": seen.offset, "scale": scale}
+    sizes = {"block_size": BLOCK, "query_tile": BLOCK if seen.query_length > 1 else 1}
+    count = top_k // BLOCK * (4 if refined else 1)
+    blocks = block_select(query, key, count, share=share, backend=backend, **rule, **sizes)
+    if not refined:
+        return block_attention(query, key, value, blocks, backend=backend, **rule, **sizes)
+    indices = refine_blocks(query, key, blocks, top_k, share=share, **rule, **sizes)
+    return gathered_attention(query, key, value, indices, scale=scale, backend=backend)

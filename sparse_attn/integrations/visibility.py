@@ -78,6 +78,25 @@ class Visibility:
         mask = None if self.mask is None else self.mask[..., :count]
         return Visibility(self.is_causal, self.offset, mask, self.query_length, count)
 
+    def without_padding_behind(self) -> Visibility:
+        """For selections that take no mask: causal, with padding in front of a sequence alone left in the mask.
+
+        Padding behind a sequence is in the future of all its queries, and what padded queries see is of no interest.
+        """
+        if not self.is_causal or (self.mask is not None and self.mask.shape[2] != 1):
+            raise ValueError(
+                "selector='blocks' takes plain causal attention with padding at the ends of a sequence; this model's "
+                "layers have another mask (sliding windows, packed sequences, a static cache)"
+            )
+        if self.mask is None:
+            return self
+        tokens = self.mask[:, 0, 0]  # [B, Tk]
+        if bool((tokens.int().diff(dim=-1) > 0).sum(-1).gt(1 - tokens[:, 0].int()).any()):
+            raise ValueError("selector='blocks' takes padding at the ends of a sequence, got some within")
+        inside = tokens.int().cummax(-1).values.bool()
+        mask = None if bool(inside.all()) else inside[:, None, None]
+        return Visibility(True, self.offset, mask, self.query_length, self.key_length)
+
     def starts(self) -> list[int] | None:
         """For each sequence its first key that is no padding; None where there is no mask (all begin at 0)."""
         if self.mask is None:

@@ -332,3 +332,47 @@ class TestErrors:
     def test_not_a_model(self):
         with pytest.raises(TypeError, match="model must be a transformers model"):
             sparse_transformers.configure(torch.nn.Linear(2, 2), top_k=4)
+
+
+class TestBlocks:
+    LENGTH = 300
+
+    def tokens(self, batch=2):
+        return ids(batch, self.LENGTH)
+
+    def model(self, **options):
+        return sparse_transformers.configure(llama(max_position_embeddings=512), **options)
+
+    def test_enough_blocks_are_dense_attention(self, no_shortcut):
+        sparse = self.model(top_k=320, selector="blocks")
+        dense = llama(max_position_embeddings=512)
+        close(logits(sparse, self.tokens()), logits(dense, self.tokens()))
+        sparse_transformers.configure(sparse, top_k=320, selector="refined_blocks")
+        close(logits(sparse, self.tokens()), logits(dense, self.tokens()))
+
+    @pytest.mark.parametrize("selector", ["blocks", "refined_blocks"])
+    def test_padding_at_the_ends_changes_nothing(self, selector):
+        sparse = self.model(top_k=192, selector=selector)
+        for where in (slice(0, 40), slice(250, 300)):
+            mask = torch.ones((2, self.LENGTH), dtype=torch.int64)
+            mask[1, where] = 0
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            with torch.no_grad():
+                batched = sparse(input_ids=self.tokens(), attention_mask=mask, position_ids=positions).logits
+                alone = sparse(input_ids=self.tokens()[1:, mask[1].bool()]).logits[0]
+            close(batched[1, mask[1].bool()], alone)
+
+    def test_generation(self):
+        sparse = self.model(top_k=192, selector="blocks")
+        out = sparse.generate(self.tokens(), attention_mask=torch.ones_like(self.tokens()), max_new_tokens=4)
+        assert out.shape == (2, self.LENGTH + 4)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="a multiple of 64, at least 192, got 100"):
+            self.model(top_k=100, selector="blocks")
+        with pytest.raises(ValueError, match="window and sinks go without, got window=0, sinks=4"):
+            self.model(top_k=192, selector="blocks", sinks=4)
+        mask = torch.ones((2, self.LENGTH), dtype=torch.int64)
+        mask[0, 100:110] = 0
+        with pytest.raises(ValueError, match="padding at the ends of a sequence, got some within"):
+            logits(self.model(top_k=192, selector="blocks"), self.tokens(), mask)
