@@ -16,7 +16,7 @@ pytestmark = [
 @pytest.mark.parametrize("op", aot.ops())
 def test_compiles_without_spills(op, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # an object of another Triton would prove nothing
-    rows = list(aot.compile_all([op]))
+    rows = list(aot.compile_jobs(aot.main_jobs([op])))
     print(f"\n{aot.table(rows)}")  # pytest -s shows it
     bad = [f"{r.case} on {r.target}: {fault}" for r in rows for fault in r.faults]
     assert not bad, "\n".join(bad)
