@@ -35,11 +35,12 @@ def _common(dtype: torch.dtype, width: int, classes: int) -> dict:
     }
 
 
-def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = False):
+def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = False, candidate: int = 0):
     common = _common(dtype, width, classes)
     flags = {"SMOOTH": weighted, "WEIGHTED": weighted, "class_weight": "*fp32"}
     name = f"{label(dtype)} W{width}" + (" weighted" if weighted else "")
-    block_n, block_v, block_k, warps, stages = forward.forward_config(dtype, width)
+    name += f" candidate {candidate}" if candidate else ""
+    block_n, block_v, block_k, warps, stages = forward.forward_configs(dtype, width)[candidate]
     splits, share = forward.class_splits(triton.cdiv(TOKENS, block_n), classes, block_v)
     yield Case(
         f"partial lse {name}",
@@ -55,7 +56,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
         common | flags | {"factors": "*fp32", "lse": "*fp32", "target_row": "*i32", "band": 2, "share": 1024}
     )
     if width <= backward.FUSED_WIDTH[dtype]:
-        streamed, own, block_w, warps, stages = backward.fused_config(width)
+        streamed, own, block_w, warps, stages = backward.fused_configs(width)[candidate]
         sizes = {"partial": "*fp32", "BLOCK_W": block_w}
         yield Case(
             f"grad projected {name}",
@@ -72,7 +73,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
             num_stages=stages,
         )
         return
-    block_n, block_v, block_k, warps, stages = backward.chunk_config(dtype)
+    block_n, block_v, block_k, warps, stages = backward.chunk_configs(dtype)[candidate]
     del gradient["share"]
     yield Case(
         f"grad logits {name}",
@@ -141,4 +142,6 @@ def cases() -> list[Case]:
     some = {torch.bfloat16: BANDS, torch.float16: (32,), torch.float32: (512, 32)}
     found = [case for d in POINTERS for width in some[d] for case in _of_band(d, width, BANDS[width])]
     wide = [case for width in (768, 4096) for case in _of_band(torch.bfloat16, width, 4000)]
+    wide += [case for d in (torch.bfloat16, torch.float32) for width in some[d] for n in (1, 2)
+             for case in _of_band(d, width, BANDS[width], candidate=n)]  # fmt: skip
     return found + wide + [*_of_band(torch.bfloat16, 32, 40257, weighted=True), *_small(), *_products()]

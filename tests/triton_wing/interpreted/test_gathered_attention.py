@@ -227,7 +227,7 @@ def test_configurations_fit(wing):
     for shared in (1, 2, 3, 16, 33, 128):
         for dim in (1, 64, 72, 128, 256):
             for dtype in wing.dtypes:
-                forward = gathered_attention.tile_config(dtype, shared, dim, 1)
-                backward = gathered_attention_backward.tile_config(shared, 1, dim)
-                for config in (forward, backward, gathered_attention.vector_config(dim, 8, 2048)):
+                forward = gathered_attention.tile_configs(dtype, shared, dim, 1)
+                backward = gathered_attention_backward.tile_configs(shared, 1, dim)
+                for config in (*forward, *backward, *gathered_attention.vector_configs(dim, 8, 2048)):
                     assert all(size & (size - 1) == 0 for n, size in config.items() if n.startswith("BLOCK"))
