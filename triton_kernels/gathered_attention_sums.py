@@ -185,7 +185,7 @@ def sum_configs(dim: int, value_dim: int) -> list[dict[str, int]]:
     widest = triton.next_power_of_2(max(dim, value_dim))
     return [
         {"BLOCK_E": min(64, max(8, elements // widest)), "num_warps": warps, "num_stages": 2}
-        for elements, warps in ((2048, 4), (1024, 2), (1024, 1), (4096, 8))
+        for elements, warps in ((2048, 4), (1024, 2), (512, 1), (4096, 8))
     ]
 
 

@@ -83,12 +83,12 @@ def forward_configs(dtype: torch.dtype, width: int) -> list[tuple[int, int, int,
     """(BLOCK_N, BLOCK_V, BLOCK_K, num_warps, num_stages); the others: smaller and larger tiles, deeper pipelines."""
     block_k = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:
-        return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 8, 2)]
+        return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (32, 64, 16, 4, 2)]
     if block_k <= 64:
         return [(128, 64, block_k, 4, 2), (64, 64, block_k, 4, 3), (128, 128, block_k, 8, 2)]
     if block_k <= 128:
         return [(128, 128, block_k, 8, 2), (128, 64, block_k, 4, 2), (64, 128, block_k, 4, 2)]
-    return [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 256, 64, 8, 3)]
+    return [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4)]
 
 
 def class_splits(tiles: int, classes: int, block: int, programs: int = PROGRAMS) -> tuple[int, int]:

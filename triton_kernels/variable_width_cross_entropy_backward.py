@@ -45,7 +45,7 @@ def chunk_configs(dtype: torch.dtype) -> list[tuple[int, int, int, int, int]]:
     """(BLOCK_N, BLOCK_V, BLOCK_K, num_warps, num_stages)"""
     if dtype == torch.float32:
         return [(64, 64, 16, 4, 2), (64, 64, 16, 8, 2), (32, 64, 16, 4, 2)]
-    return [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 256, 64, 8, 3)]
+    return [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4)]
 
 
 class _Gradients:

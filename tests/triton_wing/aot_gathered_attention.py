@@ -61,6 +61,7 @@ def case(name: str, kernel, arguments: dict, configs: list[dict], candidate: int
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
     arguments = {**arguments, **config}
     known = {p.name for p in kernel.params}
+    others["candidate"] = candidate > 0
     name += f", candidate {candidate}" if candidate else ""
     return aot.Case(name, kernel, {n: v for n, v in arguments.items() if n in known}, **options, **others)
 

@@ -34,7 +34,7 @@ def case(dtype: str, value_dim: int, budget: int, candidate: int = 0) -> Case:
         **config,
     }
     name = f"values {dtype} Dv{value_dim} K{budget}" + (f" candidate {candidate}" if candidate else "")
-    return Case(name, topk_attention._weigh_values, arguments, num_warps)
+    return Case(name, topk_attention._weigh_values, arguments, num_warps, candidate=candidate > 0)
 
 
 def cases() -> list[Case]:

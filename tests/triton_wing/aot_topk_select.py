@@ -85,6 +85,7 @@ def select(
         "EDGE_STAGES": c.num_stages if masked else 1,
     }
     options.setdefault("targets", ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100"))
+    options["candidate"] = candidate > 0
     options["options"] = {} if amd else {"maxnreg": c.max_registers}
     return Case(name, select_tiles, arguments, c.num_warps, c.num_stages, **options)
 

@@ -51,6 +51,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
            "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k},
         num_warps=warps,
         num_stages=stages,
+        candidate=candidate > 0,
     )  # fmt: skip
     gradient = (
         common | flags | {"factors": "*fp32", "lse": "*fp32", "target_row": "*i32", "band": 2, "share": 1024}
@@ -64,6 +65,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
             gradient | sizes | {"BLOCK_N": own, "BLOCK_V": streamed},
             num_warps=warps,
             num_stages=stages,
+            candidate=candidate > 0,
         )
         yield Case(
             f"grad table {name}",
@@ -71,6 +73,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
             gradient | sizes | {"BLOCK_N": streamed, "BLOCK_V": own},
             num_warps=warps,
             num_stages=stages,
+            candidate=candidate > 0,
         )
         return
     block_n, block_v, block_k, warps, stages = backward.chunk_configs(dtype)[candidate]
@@ -88,6 +91,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
         },
         num_warps=warps,
         num_stages=stages,
+        candidate=candidate > 0,
     )
 
 

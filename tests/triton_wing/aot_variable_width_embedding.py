@@ -76,6 +76,7 @@ def _forward_cases():
                         forward.embedding_kernel,
                         arguments | blocks,
                         num_warps=warps,
+                        candidate=candidate > 0,
                         options={"debug": True, "sanitize_overflow": False},
                     )
     yield Case(
@@ -150,6 +151,7 @@ def _backward_cases():
                         | {"back": "*fp32", "projection": POINTERS[dtype], "projection_row": width,
                            "projection_column": 1, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_W": block_w},
                         num_warps=warps,
+                        candidate=n > 0,
                     )  # fmt: skip
                 for n, config in enumerate(backward.projection_grad_configs(dtype, dim, width)):
                     if n and dim != 512:
@@ -163,6 +165,7 @@ def _backward_cases():
                            "rows": 40257, "table_row": width, "table_column": 1,
                            "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_W": block_w},
                         num_warps=warps,
+                        candidate=n > 0,
                     )  # fmt: skip
 
 
