@@ -14,6 +14,17 @@ The floor is the product: 2 D operations per visible pair (T = 16k, 16 heads, D 
 on an H100), then about 20 instructions per score for compare, count and predicated store. A histogram of the scores
 first and a second pass that emits would need the product twice, and exact bins still need the candidates' cut.
 
+What a session with a GPU should compare, as nothing of this was measured:
+
+- `configs` below: SPARSE_ATTN_TRITON_TUNE=1 times them, and the winner belongs in the first place. Instructions per
+  128 × 32 scores of the loop over plain key tiles (sm_90, D = 128, all warps): 3,300 in Triton 3.9 for the first,
+  3,800 to 4,700 for the others; 6,300 to 7,000 for each in Triton 3.6.
+- In `topk_attention`, large budgets where each head selects for itself. Chosen is the gather of K values per query and
+  head, since it needs only indices and scores; it is bound by the second-level cache (topk_attention.py). Its rival is
+  a second dense pass: stream key tiles through the tensor cores again, mask by the row's threshold and its last tie's
+  index, multiply by the values. That pass costs what dense attention costs, and no gather, so it should win from
+  the K at which the gather takes longer than dense attention: 250 or so at D = 128, causal, T = 16k on an H100.
+
 Where heads share a selection a key's score is its summed softmax probability (shared_scores.py).
 """
 
@@ -47,6 +58,8 @@ class Config:
     programs_per_processor: int
     max_registers: int | None = None  # of a thread, for NVIDIA's compiler
 
+
+SCRATCH_BYTES = 1 << 30  # of candidates: fewer programs where the budget is a large part of a long context
 
 # Layouts are converted with shuffles there, which holds more registers: smaller tiles keep them from being spilled.
 SHUFFLES = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
@@ -180,6 +193,7 @@ def select(
         blocks = triton.cdiv(query_length, c.block_m)
         tiles = batch * groups * blocks
         programs = _processors(query.device) * c.programs_per_processor
+        programs = min(programs, max(1, SCRATCH_BYTES // (8 * c.block_m * (c.capacity + c.block_n))))
         splits, split_length = _splits(tiles, programs, key_length, budget, c.block_n)
         programs = min(programs, tiles * splits)
         found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ._common import near_rows
 from ._tuning import chosen, size_class
 from .matmul import product
 from .online_lse import loss_kernel, partial_lse_kernel, target_logits_kernel, targets_kernel
@@ -34,7 +35,7 @@ class Classes:
         self, hidden, targets, tables, projections, token_band, token_row, weight, ignore_index, smooth
     ):
         count, device = targets.shape[0], targets.device
-        self.tables, self.projections = tables, projections
+        self.tables, self.projections = [near_rows(t) for t in tables], projections
         self.vocabulary = token_band.shape[0]
         self.weight = weight
         self.band, self.row = torch.empty((2, count), dtype=torch.int32, device=device)
@@ -83,7 +84,7 @@ def forward_configs(dtype: torch.dtype, width: int) -> list[tuple[int, int, int,
     """(BLOCK_N, BLOCK_V, BLOCK_K, num_warps, num_stages); the others: smaller and larger tiles, deeper pipelines."""
     block_k = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:
-        return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (32, 64, 16, 4, 2)]
+        return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (16, 32, 16, 2, 2)]
     if block_k <= 64:
         return [(128, 64, block_k, 4, 2), (64, 64, block_k, 4, 3), (128, 128, block_k, 8, 2)]
     if block_k <= 128:
@@ -116,7 +117,7 @@ def variable_width_cross_entropy(
         return loss, lse
     smooth = label_smoothing > 0
     c = Classes(hidden, targets, tables, projections, token_band, token_row, weight, ignore_index, smooth)
-    projected = c.project(hidden)
+    tables, projected = c.tables, c.project(near_rows(hidden))
     bands = [b for b, t in enumerate(tables) if t.shape[0]]
 
     def launch(b: int, config: tuple, sums: Tensor | None = None, first: int = 0) -> None:

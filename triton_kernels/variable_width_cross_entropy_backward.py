@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from . import logit_gradients as kernels
+from ._common import near_rows
 from ._tuning import run_tuned, size_class
 from .matmul import PROGRAMS, product
 from .variable_width_cross_entropy import Classes, class_splits
@@ -55,7 +56,7 @@ class _Gradients:
         self.c, self.lse, self.smooth = c, lse.contiguous(), label_smoothing > 0
         self.count, self.dtype = hidden.shape[0], hidden.dtype
         # An ignored token counts as 0, NaN or not.
-        self.hidden = torch.where((c.band >= 0).unsqueeze(1), hidden, 0.0)
+        self.hidden = near_rows(torch.where((c.band >= 0).unsqueeze(1), hidden, 0.0))
         self.projected = c.project(self.hidden)
         self.factors = hidden.new_empty((3, self.count), dtype=torch.float32)
         kernels.factors_kernel[(triton.cdiv(self.count, 256),)](

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import near_rows
 from ._dot import dot
 from ._tuning import distinct, run_tuned, size_class
 
@@ -288,6 +289,7 @@ def variable_width_embedding(
     if count == 0:
         return out
     token_band, token_row = token_band.contiguous(), token_row.contiguous()
+    tables, projections = [near_rows(t) for t in tables], [near_rows(p) for p in projections]
     projected = [t.shape[1] for t, p in zip(tables, projections, strict=True) if p.numel()]
     order = flat
     is_sorted = len(tables) > 1 and count * dim * sum(projected) >= SORT_FROM

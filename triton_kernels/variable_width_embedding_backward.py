@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import near_rows
 from ._dot import dot
 from ._tuning import run_tuned, size_class
 from .run_sums import power_of_2, sum_runs
@@ -248,7 +249,8 @@ def variable_width_embedding_backward(
     """(gradients of the tables, of the projections, rows): lists of B tensors, or empty where not needed."""
     dim = projections[0].shape[0] or tables[0].shape[1]
     flat = ids.reshape(-1).contiguous()
-    grad_out = grad_out.reshape(-1, dim).to(tables[0].dtype)
+    grad_out = near_rows(grad_out.reshape(-1, dim).to(tables[0].dtype))
+    tables, projections = [near_rows(t) for t in tables], [near_rows(p) for p in projections]
     bands = range(len(tables))
     if flat.shape[0] == 0:
         sizes = [0 if sparse else t.shape[0] for t in tables]

@@ -146,6 +146,8 @@ def cases() -> list[Case]:
     some = {torch.bfloat16: BANDS, torch.float16: (32,), torch.float32: (512, 32)}
     found = [case for d in POINTERS for width in some[d] for case in _of_band(d, width, BANDS[width])]
     wide = [case for width in (768, 4096) for case in _of_band(torch.bfloat16, width, 4000)]
-    wide += [case for d in (torch.bfloat16, torch.float32) for width in some[d] for n in (1, 2)
-             for case in _of_band(d, width, BANDS[width], candidate=n)]  # fmt: skip
+    tried = [(torch.bfloat16, 512), (torch.bfloat16, 128), (torch.bfloat16, 32), (torch.float32, 512)]
+    wide += [
+        case for d, width in tried for n in (1, 2) for case in _of_band(d, width, BANDS[width], candidate=n)
+    ]
     return found + wide + [*_of_band(torch.bfloat16, 32, 40257, weighted=True), *_small(), *_products()]

@@ -65,7 +65,7 @@ def _forward_cases():
                         f"projection_column{b}": 1,
                     }
                 for candidate, (block_n, block_d, most_k, warps) in enumerate(configs):
-                    if candidate and dtype == torch.float16:
+                    if candidate and (name == "D768" or dtype == torch.float16 or count < TOKENS):
                         continue
                     blocks = {"BLOCK_N": block_n, "BLOCK_D": block_d}
                     for b in range(forward.BANDS_PER_LAUNCH):
@@ -141,7 +141,7 @@ def _backward_cases():
                 }
                 name = f"{label(dtype)} D{dim} W{width}"
                 for n, config in enumerate(backward.project_back_configs(dtype, width)):
-                    if n and dim != 512:
+                    if n and width != 128:
                         break
                     block_n, block_d, block_w, warps = config
                     yield Case(
@@ -154,7 +154,7 @@ def _backward_cases():
                         candidate=n > 0,
                     )  # fmt: skip
                 for n, config in enumerate(backward.projection_grad_configs(dtype, dim, width)):
-                    if n and dim != 512:
+                    if n and width != 128:
                         break
                     block_n, block_d, block_w, warps = config
                     yield Case(
