@@ -117,6 +117,12 @@ def _processors(device: torch.device) -> int:
     return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
 
 
+def _programs(processors: int, c: Config) -> int:
+    """How many are launched at most: what the device holds at once, and the scratch memory allows."""
+    of_one = 8 * c.block_m * (c.capacity + c.block_n)
+    return min(processors * c.programs_per_processor, max(1, SCRATCH_BYTES // of_one))
+
+
 def _splits(tiles: int, programs: int, key_length: int, budget: int, block_n: int) -> tuple[int, int]:
     """(number of pieces of the keys, keys of a piece): more than one where the queries alone fill no device."""
     # A piece shorter than a few budgets would only copy its keys into the merge.
@@ -192,8 +198,7 @@ def select(
     def launch(c: Config) -> None:
         blocks = triton.cdiv(query_length, c.block_m)
         tiles = batch * groups * blocks
-        programs = _processors(query.device) * c.programs_per_processor
-        programs = min(programs, max(1, SCRATCH_BYTES // (8 * c.block_m * (c.capacity + c.block_n))))
+        programs = _programs(_processors(query.device), c)
         splits, split_length = _splits(tiles, programs, key_length, budget, c.block_n)
         programs = min(programs, tiles * splits)
         found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)

@@ -186,3 +186,24 @@ def test_the_timer_measures():
 def test_classes_of_sizes():
     assert [_tuning.size_class(n) for n in (0, 1, 3, 1024, 1025)] == [1, 1, 4, 1024, 2048]
     assert _tuning.distinct([(1, 2), (3, 4), (1, 2)]) == [(1, 2), (3, 4)]
+
+
+def test_scratch_memory_of_a_large_budget(monkeypatch):
+    """A budget of a million keys would take 35 GB with as many programs as an H100 holds."""
+    from sparse_attn.triton_kernels import topk_select
+
+    monkeypatch.setattr(topk_select, "INTERPRETED", False)
+    for budget, programs in ((64, 264), (4096, 132), (1 << 20, 3)):
+        (c, *_) = topk_select.configs(2, 128, budget, amd=False, heavy=False)
+        assert topk_select._programs(132, c) == programs
+        assert 8 * programs * c.block_m * (c.capacity + c.block_n) <= topk_select.SCRATCH_BYTES
+
+
+def test_rows_that_are_far_apart_are_copied():
+    """Offsets within a row are 32 bits in kernels."""
+    from sparse_attn.triton_kernels._common import near_rows
+
+    table = torch.empty(1 << 20, 4096, device="meta")
+    assert near_rows(table) is table
+    far = torch.empty(4096, 1 << 20, device="meta").t()  # a column every 2^20 elements
+    assert near_rows(far).stride() == (4096, 1)
