@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 # section → seconds it may take; together under ten minutes
 SECTIONS = {
     "ceilings": 60,
+    "first_call": 90,
     "gathered_attention": 150,
     "topk_attention": 150,
     "topk_select": 90,
@@ -60,7 +61,7 @@ def run_section(name: str, dry: bool) -> Iterator[dict]:
     """The rows of one section, measured in this process."""
     import torch
 
-    from benchmarks import gpu_attention, gpu_tokens
+    from benchmarks import gpu_attention, gpu_first_call, gpu_tokens
     from benchmarks.gpu_timing import Device, ceilings
 
     torch.set_num_threads(1 if dry else 8)
@@ -68,7 +69,8 @@ def run_section(name: str, dry: bool) -> Iterator[dict]:
     if name == "ceilings":
         yield from ceilings(device)
         return
-    module = gpu_tokens if name in ("embedding", "loss") else gpu_attention
+    modules = {"embedding": gpu_tokens, "loss": gpu_tokens, "first_call": gpu_first_call}
+    module = modules.get(name, gpu_attention)
     yield from getattr(module, name)(device)
 
 

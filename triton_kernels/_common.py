@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._dot import INTERPRETED
 
@@ -39,6 +40,16 @@ def rounded(
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN stays NaN
     return x.to(dtype)
+
+
+def near_rows(
+    x: Tensor,  # [rows, columns]
+) -> Tensor:
+    """x such that offsets within a row fit 32 bits, as kernels of the variable-width ops take them.
+
+    Only a transposed matrix of more than 2^31 elements is copied.
+    """
+    return x if x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
 def is_half(dtype: torch.dtype) -> bool:

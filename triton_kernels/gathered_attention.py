@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._common import LN2, LOG2E, grid_of, is_half, outer_program, rounded
 from ._dot import dot
+from ._tuning import distinct, run_tuned, size_class
 
 
 @triton.jit
@@ -203,22 +204,33 @@ def takes_tiles(dtype: torch.dtype, shared: int) -> bool:
     return shared >= (2 if is_half(dtype) else 8)
 
 
-def tile_config(dtype: torch.dtype, shared: int, dim: int, value_dim: int) -> dict[str, int]:
-    """Block sizes of `_tile`; two stages of gathered rows stay below 64 KiB."""
+def tile_configs(dtype: torch.dtype, shared: int, dim: int, value_dim: int) -> list[dict[str, int]]:
+    """Block sizes of `_tile`; two stages of gathered rows stay below 64 KiB in the first.
+
+    The others: fewer rows in flight with more programs on a multiprocessor, or more of them with more warps.
+    """
     wide = max(dim, value_dim) > 128
     size = 16 if not is_half(dtype) else 32 if wide else 64
-    return {
-        "BLOCK_M": min(64, max(16, triton.next_power_of_2(shared))),
-        "BLOCK_K": size,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+    heads = {"BLOCK_M": min(64, max(16, triton.next_power_of_2(shared)))}
+    some = ((size, 4, 2), (max(16, size // 2), 4, 3), (size, 4, 3), (2 * size, 8, 2))
+    return distinct(
+        [heads | {"BLOCK_K": keys, "num_warps": warps, "num_stages": stages} for keys, warps, stages in some]
+    )
 
 
-def vector_config(dim: int, value_dim: int, elements: int) -> dict[str, int]:
-    """Block sizes of `_vector` and of the backward's: so many elements of each operand, 8 to 32 per thread."""
+def vector_configs(dim: int, value_dim: int, elements: int) -> list[dict[str, int]]:
+    """Block sizes of `_vector` and of the backward's: so many elements of each operand, 8 to 32 per thread.
+
+    The others: half as many with half the threads, and twice as many with and without twice the threads.
+    """
     widest = triton.next_power_of_2(max(dim, value_dim))
-    return {"BLOCK_K": min(64, max(8, elements // widest)), "num_warps": 4, "num_stages": 2}
+    some = ((elements, 4), (elements // 2, 2), (2 * elements, 8), (2 * elements, 4))
+    return distinct(
+        [
+            {"BLOCK_K": min(64, max(8, size // widest)), "num_warps": warps, "num_stages": 2}
+            for size, warps in some
+        ]
+    )
 
 
 def gathered_attention(
@@ -247,13 +259,20 @@ def gathered_attention(
         "BLOCK_VALUE": max(16, triton.next_power_of_2(value_dim)),
     }
     if takes_tiles(query.dtype, shared):
-        config = tile_config(query.dtype, shared, dim, value_dim)
-        tiles = triton.cdiv(shared, config["BLOCK_M"])
+        name, configs = "tile", tile_configs(query.dtype, shared, dim, value_dim)
+        tiles = triton.cdiv(shared, configs[0]["BLOCK_M"])
         programs = batch * units * tiles
-        grid = grid_of(query_length, programs)
-        _tile[grid](*tensors, *strides, programs, units, tiles, shared, *sizes, **dims, **config)
+        kernel, counts = _tile, (programs, units, tiles, shared)
     else:
-        grid = grid_of(query_length, batch * heads)
-        config = vector_config(dim, value_dim, 2048 if is_half(query.dtype) else 1024)
-        _vector[grid](*tensors, *strides, batch * heads, heads, *sizes, **dims, **config)
+        name, configs = "vector", vector_configs(dim, value_dim, 2048 if is_half(query.dtype) else 1024)
+        programs = batch * heads
+        kernel, counts = _vector, (programs, heads)
+    grid = grid_of(query_length, programs)
+    run_tuned(
+        f"gathered_attention {name}",
+        (query.dtype, shared, dim, value_dim, size_class(budget), size_class(query_length * programs)),
+        configs,
+        lambda config: kernel[grid](*tensors, *strides, *counts, *sizes, **dims, **config),
+        query.device,
+    )
     return out, lse

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from ._common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
 from ._dot import dot
-from .gathered_attention import gather_rows, load_rows, vector_config
-from .gathered_attention_sums import entries_by_key, sum_config, sum_entries, sum_queries
+from ._tuning import run_tuned, size_class
+from .gathered_attention import gather_rows, load_rows, vector_configs
+from .gathered_attention_sums import entries_by_key, sum_configs, sum_entries, sum_queries
 
 SCRATCH_BYTES = 1 << 29  # of entries' gradients
 SORTED_ENTRIES = 1 << 25  # of one chunk: 12 bytes each, several times while they are sorted
@@ -255,15 +256,18 @@ def takes_tiles(dtype: torch.dtype, shared: int) -> bool:
     return is_half(dtype) and shared >= 4
 
 
-def tile_config(shared: int, dim: int, value_dim: int) -> dict[str, int]:
-    """Block sizes of `_tile_queries`: dQ and one of dK, dV of a block are in registers at once."""
+def tile_configs(shared: int, dim: int, value_dim: int) -> list[dict[str, int]]:
+    """Block sizes of `_tile_queries`: dQ and one of dK, dV of a block are in registers at once.
+
+    The others: fewer keys at once with fewer registers, more of them with more warps.
+    """
     wide = max(dim, value_dim) > 128
-    return {
-        "BLOCK_M": min(32, max(16, triton.next_power_of_2(shared))),
-        "BLOCK_K": 16 if wide else 32,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+    size = 16 if wide else 32
+    heads = {"BLOCK_M": min(32, max(16, triton.next_power_of_2(shared)))}
+    return [
+        heads | {"BLOCK_K": keys, "num_warps": warps, "num_stages": stages}
+        for keys, warps, stages in ((size, 4, 2), (16, 4, 3), (2 * size, 8, 2), (size, 8, 2))
+    ]
 
 
 def uses_atomics() -> bool:
@@ -322,8 +326,8 @@ def _by_tiles(inputs, strides, sizes, scale, dims):
     batch, heads, kv_heads, groups, query_length, key_length, budget = sizes
     atomics = uses_atomics()
     shared = heads // kv_heads
-    config = tile_config(shared, dims["DIM"], dims["VALUE_DIM"])
-    tiles = triton.cdiv(shared, config["BLOCK_M"])
+    configs = tile_configs(shared, dims["DIM"], dims["VALUE_DIM"])
+    tiles = triton.cdiv(shared, configs[0]["BLOCK_M"])
     # float16 has too small a range for a single entry's gradient; it is bfloat16's rounding or none.
     dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
     programs = batch * kv_heads * tiles
@@ -337,18 +341,21 @@ def _by_tiles(inputs, strides, sizes, scale, dims):
         sinks = tuple(
             query.new_empty((programs, chunk, budget, dims[n]), dtype=dtype) for n in ("DIM", "VALUE_DIM")
         )
+    shape = _shape(query, shared, dims, budget, chunk * programs)
     for first in range(0, query_length, chunk):
         size = min(chunk, query_length - first)
-        _tile_queries[grid_of(size, programs)](
-            *inputs, grad_query, *sinks, *strides, programs, tiles, shared, kv_heads, groups, first,
-            query_length, key_length, budget, scale * LOG2E, scale, ATOMICS=atomics, **dims, **config,
+        _run(
+            "tile", shape, configs, atomics, _tile_queries,
+            grid_of(size, programs), *inputs, grad_query, *sinks, *strides, programs, tiles, shared, kv_heads,
+            groups, first, query_length, key_length, budget, scale * LOG2E, scale, ATOMICS=atomics, **dims,
         )  # fmt: skip
         if atomics:
             continue
         order, offsets = entries_by_key(indices[:, :, first : first + size], key_length)
-        sum_entries[grid_of(key_length, batch * kv_heads)](
-            *sinks, order, offsets, grad_key, grad_value, batch * kv_heads, tiles, kv_heads, groups,
-            size * budget, ADD=first > 0, **dims, **sum_config(dims["DIM"], dims["VALUE_DIM"]),
+        _run(
+            "entries", shape, sum_configs(dims["DIM"], dims["VALUE_DIM"]), first > 0,
+            sum_entries, grid_of(key_length, batch * kv_heads), *sinks, order, offsets, grad_key, grad_value,
+            batch * kv_heads, tiles, kv_heads, groups, size * budget, ADD=first > 0, **dims,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
 
@@ -362,17 +369,36 @@ def _by_heads(inputs, strides, sizes, scale, dims):
     grad_key, grad_value = _sums(key, value, triton.cdiv(query_length, chunk), atomics)
     rows = query.new_empty((2, batch, heads, query_length), dtype=torch.float32)
     scales = (scale * LOG2E, scale)
-    config = vector_config(dims["DIM"], dims["VALUE_DIM"], 4096)
-    _vector_queries[grid_of(query_length, batch * heads)](
-        *inputs, grad_query, rows, grad_key, grad_value, *strides, batch * heads, heads, kv_heads, groups,
-        key_length, budget, lse.numel(), *scales, ATOMICS=atomics, **dims, **config,
+    shape = _shape(query, heads // kv_heads, dims, budget, query_length * batch * heads)
+    _run(
+        "vector", shape, vector_configs(dims["DIM"], dims["VALUE_DIM"], 4096),
+        atomics, _vector_queries, grid_of(query_length, batch * heads), *inputs, grad_query, rows, grad_key,
+        grad_value, *strides, batch * heads, heads, kv_heads, groups, key_length, budget, lse.numel(), *scales,
+        ATOMICS=atomics, **dims,
     )  # fmt: skip
     for first in range(0, 0 if atomics else query_length, chunk):
         size = min(chunk, query_length - first)
         order, offsets = entries_by_key(indices[:, :, first : first + size], key_length)
-        sum_queries[grid_of(key_length, batch * kv_heads)](
-            grad_out, query, key, value, lse, rows, order, offsets, grad_key, grad_value, *strides[:16],
-            batch * kv_heads, heads, kv_heads, groups, first, query_length, size * budget, budget,
-            lse.numel(), *scales, ADD=first > 0, **dims, **sum_config(dims["DIM"], dims["VALUE_DIM"]),
+        _run(
+            "queries", shape, sum_configs(dims["DIM"], dims["VALUE_DIM"]), first > 0,
+            sum_queries, grid_of(key_length, batch * kv_heads), grad_out, query, key, value, lse, rows, order,
+            offsets, grad_key, grad_value, *strides[:16], batch * kv_heads, heads, kv_heads, groups, first,
+            query_length, size * budget, budget, lse.numel(), *scales, ADD=first > 0, **dims,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
+
+
+def _shape(query: Tensor, shared: int, dims: dict, budget: int, programs: int) -> tuple:
+    return query.dtype, shared, dims["DIM"], dims["VALUE_DIM"], size_class(budget), size_class(programs)
+
+
+def _run(name, shape, configs, adds, kernel, grid, *arguments, **options) -> None:
+    """One launch; one that `adds` to its results would add again if it were repeated."""
+    run_tuned(
+        f"gathered_attention_backward {name}",
+        shape,
+        configs,
+        lambda config: kernel[grid](*arguments, **options, **config),
+        arguments[0].device,
+        repeatable=not adds,
+    )

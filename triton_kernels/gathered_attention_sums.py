@@ -177,10 +177,16 @@ def sum_queries(
     )
 
 
-def sum_config(dim: int, value_dim: int) -> dict[str, int]:
-    """Block sizes of `_sum_entries` and `_sum_queries`: 16 elements of each operand per thread."""
+def sum_configs(dim: int, value_dim: int) -> list[dict[str, int]]:
+    """Block sizes of `sum_entries` and `sum_queries`: 16 elements of each operand per thread.
+
+    The others suit shorter lists (fewer entries at once) and longer ones.
+    """
     widest = triton.next_power_of_2(max(dim, value_dim))
-    return {"BLOCK_E": min(64, max(8, 2048 // widest)), "num_warps": 4, "num_stages": 2}
+    return [
+        {"BLOCK_E": min(64, max(8, elements // widest)), "num_warps": warps, "num_stages": 2}
+        for elements, warps in ((2048, 4), (1024, 2), (512, 1), (4096, 8))
+    ]
 
 
 def entries_by_key(

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import LN2, LOG2E, grid_of, outer_program, rounded
+from ._tuning import run_tuned, size_class
 from .gathered_attention import gather_rows, gathered_attention, load_rows
 from .topk_select import select
 
@@ -79,10 +80,13 @@ def _weigh_values(
         tl.store(lse + row, tl.where(total == 0.0, float("-inf"), (base + tl.log2(total)) * LN2))
 
 
-def config(value_dim: int) -> dict[str, int]:
-    """4096 elements in flight per program: 32 per thread."""
+def value_configs(value_dim: int) -> list[dict[str, int]]:
+    """Block sizes of `_weigh_values`: elements in flight per program, 32 per thread in the first."""
     block_value = max(16, triton.next_power_of_2(value_dim))
-    return {"BLOCK_VALUE": block_value, "BLOCK_K": max(1, 4096 // block_value), "num_warps": 4}
+    return [
+        {"BLOCK_VALUE": block_value, "BLOCK_K": max(1, elements // block_value), "num_warps": warps}
+        for elements, warps in ((4096, 4), (2048, 4), (2048, 2), (8192, 8))
+    ]
 
 
 def topk_attention(
@@ -133,9 +137,16 @@ def weigh_values(
     lse = value.new_empty((batch, heads, query_length), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    _weigh_values[grid_of(query_length, batch * heads)](
-        value, indices, scores, out, lse, *value.stride(), batch * heads, heads, heads // kv_heads,
-        query_length, key_length, budget, abs(scale) * LOG2E,
-        VALUE_DIM=value_dim, BLOCK_BUDGET=max(16, triton.next_power_of_2(budget)), **config(value_dim),
+    grid = grid_of(query_length, batch * heads)
+    run_tuned(
+        "topk_attention values",
+        (value.dtype, value_dim, size_class(budget), size_class(query_length * batch * heads)),
+        value_configs(value_dim),
+        lambda config: _weigh_values[grid](
+            value, indices, scores, out, lse, *value.stride(), batch * heads, heads, heads // kv_heads,
+            query_length, key_length, budget, abs(scale) * LOG2E,
+            VALUE_DIM=value_dim, BLOCK_BUDGET=max(16, triton.next_power_of_2(budget)), **config,
+        ),
+        value.device,
     )  # fmt: skip
     return out, lse

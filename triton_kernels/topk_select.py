@@ -14,6 +14,17 @@ The floor is the product: 2 D operations per visible pair (T = 16k, 16 heads, D 
 on an H100), then about 20 instructions per score for compare, count and predicated store. A histogram of the scores
 first and a second pass that emits would need the product twice, and exact bins still need the candidates' cut.
 
+What a session with a GPU should compare, as nothing of this was measured:
+
+- `configs` below: SPARSE_ATTN_TRITON_TUNE=1 times them, and the winner belongs in the first place. Instructions per
+  128 × 32 scores of the loop over plain key tiles (sm_90, D = 128, all warps): 3,300 in Triton 3.9 for the first,
+  3,800 to 4,700 for the others; 6,300 to 7,000 for each in Triton 3.6.
+- In `topk_attention`, large budgets where each head selects for itself. Chosen is the gather of K values per query and
+  head, since it needs only indices and scores; it is bound by the second-level cache (topk_attention.py). Its rival is
+  a second dense pass: stream key tiles through the tensor cores again, mask by the row's threshold and its last tie's
+  index, multiply by the values. That pass costs what dense attention costs, and no gather, so it should win from
+  the K at which the gather takes longer than dense attention: 250 or so at D = 128, causal, T = 16k on an H100.
+
 Where heads share a selection a key's score is its summed softmax probability (shared_scores.py).
 """
 
@@ -28,13 +39,14 @@ import triton
 from torch import Tensor
 
 from ._dot import INTERPRETED
+from ._tuning import run_tuned, size_class
 from .select_tiles import merge_pieces, select_tiles
 from .shared_scores import log_sum_exp
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the selection kernel; a session with a GPU tunes `config`."""
+    """Sizes of the selection kernel."""
 
     block_m: int  # queries of a tile; 32 per warp puts each query into one thread
     block_n: int  # keys of a tile
@@ -44,35 +56,56 @@ class Config:
     num_warps: int
     num_stages: int
     programs_per_processor: int
+    max_registers: int | None = None  # of a thread, for NVIDIA's compiler
 
 
-def config(element_size: int, head_dim: int, budget: int, amd: bool) -> Config:
-    """By the shape class alone: nothing is timed at run time."""
+SCRATCH_BYTES = 1 << 30  # of candidates: fewer programs where the budget is a large part of a long context
+
+# Layouts are converted with shuffles there, which holds more registers: smaller tiles keep them from being spilled.
+SHUFFLES = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
+
+
+def configs(
+    element_size: int,
+    head_dim: int,
+    budget: int,
+    amd: bool,
+    heavy: bool,  # a mask or shared selections, which need registers too
+) -> list[Config]:
+    """By the shape class: the first, and others that may be faster (fewer keys or queries, or more warps at once)."""
     wide = triton.next_power_of_2(head_dim) * element_size  # bytes of a row
     capacity = triton.next_power_of_2(budget + max(budget // 2, 128))
     if INTERPRETED:  # few and large steps; nothing has to fit anywhere
-        return Config(32, 32, capacity, budget // 8, 32 * capacity, 1, 1, 1)
-    lanes = 64 if amd else 32
-    num_warps = 2 if amd else 4
-    wide_floats = element_size == 4 and wide >= 512
-    if capacity >= 4096:
-        block_m = 32 if capacity <= 8192 else 16  # scratch memory grows with their product
-    elif amd:
-        block_m = 64  # and 64 KiB of shared memory
-    elif element_size == 4:
-        block_m = 32  # no tensor core multiplies float32 exactly: its tiles are made of registers
-    else:
-        block_m = 128 if wide <= 256 else 64
-    return Config(
-        block_m=block_m,
-        block_n=16 if wide_floats else 32,
-        capacity=capacity,
-        slack=budget // 8,
-        cut_elements=num_warps * lanes * (16 if wide_floats else 64 if capacity >= 8192 and not amd else 32),
-        num_warps=num_warps,
-        num_stages=1 if element_size == 4 else 2 if amd or wide >= 512 else 3,
-        programs_per_processor=2 if capacity <= 1024 else 1,
-    )
+        return [Config(32, 32, capacity, budget // 8, 32 * capacity, 1, 1, 1)]
+    floats = element_size == 4
+    wide_floats = floats and wide >= 512
+    per_thread = 16 if wide_floats else 64 if capacity >= 8192 and not amd else 32
+
+    def sized(block_m: int, block_n: int, num_warps: int) -> Config:
+        return Config(
+            block_m=block_m,
+            block_n=block_n,
+            capacity=capacity,
+            slack=budget // 8,
+            cut_elements=num_warps * (64 if amd else 32) * per_thread,
+            num_warps=num_warps,
+            num_stages=1 if floats else 2 if amd or wide >= 512 else 3,
+            programs_per_processor=2 if capacity <= 1024 and num_warps <= 4 else 1,
+            # No more than two programs are launched per multiprocessor, and left to itself the compiler spills to make
+            # room for three.
+            max_registers=None if wide_floats or amd else 255,
+        )
+
+    if capacity >= 4096:  # scratch memory grows with capacity · block_m
+        return [sized(32 if capacity <= 8192 else 16, 16 if wide_floats else 32, 2 if amd else 4)]
+    if amd:  # with 64 KiB of shared memory
+        block_n = 16 if wide_floats else 32
+        return [sized(64, block_n, 2), sized(64, block_n, 4), sized(32, block_n, 2)]
+    if floats:  # no tensor core multiplies float32 exactly: its tiles are made of registers
+        some = [sized(32, 16, 4), sized(32, 32, 4), sized(64, 16, 8)]
+        return some if wide_floats or SHUFFLES else [some[1], some[0], some[2]]
+    some = [sized(128, 32, 4), sized(64, 32, 4), sized(128, 16, 4), sized(128, 32, 8)]
+    return [some[1], some[0], *some[2:]] if heavy or SHUFFLES or wide >= 512 else some
 
 
 @lru_cache
@@ -82,6 +115,12 @@ def _processors(device: torch.device) -> int:
         return 2
     properties = getattr(torch, device.type).get_device_properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def _programs(processors: int, c: Config) -> int:
+    """How many are launched at most: what the device holds at once, and the scratch memory allows."""
+    of_one = 8 * c.block_m * (c.capacity + c.block_n)
+    return min(processors * c.programs_per_processor, max(1, SCRATCH_BYTES // of_one))
 
 
 def _splits(tiles: int, programs: int, key_length: int, budget: int, block_n: int) -> tuple[int, int]:
@@ -147,29 +186,28 @@ def select(
     if indices.numel() == 0:
         return indices, scores
     sharing, repeat = heads // groups, heads // kv_heads
-    c = config(query.element_size(), head_dim, budget, torch.version.hip is not None)
     # Positions beyond every key are all alike; like this their sums stay within 32 bits.
     window_offset = min(max(causal_offset - window, -query_length - 1), key_length)
     causal_offset = min(max(causal_offset, -query_length), key_length)
     sinks = min(sinks, key_length)
     mask = None if attn_mask is None else attn_mask.view(torch.uint8)
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-
     block_d = max(16, triton.next_power_of_2(head_dim))
-    blocks = triton.cdiv(query_length, c.block_m)
-    tiles = batch * groups * blocks
-    programs = _processors(query.device) * c.programs_per_processor
-    splits, split_length = _splits(tiles, programs, key_length, budget, c.block_n)
-    programs = min(programs, tiles * splits)
-    found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)
+    amd = torch.version.hip is not None
 
-    slots = query.new_empty((programs, c.block_m, c.capacity + c.block_n), dtype=torch.int64)
-    counts = query.new_empty((programs, c.block_m), dtype=torch.int32)
-    thresholds = query.new_empty((programs, c.block_m), dtype=torch.float32)
-    queue = query.new_zeros(1, dtype=torch.int32)
-    cut = _cut_shape(c, c.block_m, c.capacity)
-
-    with _device_of(query):
+    def launch(c: Config) -> None:
+        blocks = triton.cdiv(query_length, c.block_m)
+        tiles = batch * groups * blocks
+        programs = _programs(_processors(query.device), c)
+        splits, split_length = _splits(tiles, programs, key_length, budget, c.block_n)
+        programs = min(programs, tiles * splits)
+        found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)
+        slots = query.new_empty((programs, c.block_m, c.capacity + c.block_n), dtype=torch.int64)
+        counts = query.new_empty((programs, c.block_m), dtype=torch.int32)
+        thresholds = query.new_empty((programs, c.block_m), dtype=torch.float32)
+        queue = query.new_zeros(1, dtype=torch.int32)
+        cut = _cut_shape(c, c.block_m, c.capacity)
+        limit = {"maxnreg": c.max_registers} if query.device.type == "cuda" and not amd else {}
         shift = None
         if sharing > 1:
             shift = query.new_empty((batch, heads, query_length), dtype=torch.float32)
@@ -186,7 +224,7 @@ def select(
             tiles * splits, blocks, splits, split_length,
             1 if sharing > 1 else (scale > 0) - (scale < 0), is_causal, sharing, repeat, splits > 1,
             c.block_m, c.block_n, block_d, c.capacity, *cut, 1 if mask is None else c.num_stages,
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages, **limit,
         )  # fmt: skip
         if splits > 1:
             rows, width = batch * groups * query_length, splits * budget
@@ -196,6 +234,18 @@ def select(
                 found, indices, scores, rows, query_length, width, budget, window_offset, sinks,
                 is_causal, capacity, *cut, num_warps=c.num_warps,
             )  # fmt: skip
+
+    with _device_of(query):
+        run_tuned(
+            "topk_select",
+            (
+                *(query.dtype, head_dim, sharing, is_causal, mask is not None),
+                *(size_class(budget), size_class(key_length), size_class(batch * groups * query_length)),
+            ),
+            configs(query.element_size(), head_dim, budget, amd, sharing > 1 or mask is not None),
+            launch,
+            query.device,
+        )
     return indices, scores
 
 

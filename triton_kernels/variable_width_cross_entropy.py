@@ -12,10 +12,14 @@ exponential units, 46 µs of products).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
 
+from ._common import near_rows
+from ._tuning import chosen, size_class
 from .matmul import product
 from .online_lse import loss_kernel, partial_lse_kernel, target_logits_kernel, targets_kernel
 
@@ -31,7 +35,7 @@ class Classes:
         self, hidden, targets, tables, projections, token_band, token_row, weight, ignore_index, smooth
     ):
         count, device = targets.shape[0], targets.device
-        self.tables, self.projections = tables, projections
+        self.tables, self.projections = [near_rows(t) for t in tables], projections
         self.vocabulary = token_band.shape[0]
         self.weight = weight
         self.band, self.row = torch.empty((2, count), dtype=torch.int32, device=device)
@@ -76,16 +80,16 @@ class Classes:
         return some[0] if len(some) == 1 else torch.cat(some, dim=1)
 
 
-def forward_config(dtype: torch.dtype, width: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_N, BLOCK_V, BLOCK_K, num_warps, num_stages)"""
+def forward_configs(dtype: torch.dtype, width: int) -> list[tuple[int, int, int, int, int]]:
+    """(BLOCK_N, BLOCK_V, BLOCK_K, num_warps, num_stages); the others: smaller and larger tiles, deeper pipelines."""
     block_k = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:
-        return 32, 32, 16, 4, 2
+        return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (16, 32, 16, 2, 2)]
     if block_k <= 64:
-        return 128, 64, block_k, 4, 2
+        return [(128, 64, block_k, 4, 2), (64, 64, block_k, 4, 3), (128, 128, block_k, 8, 2)]
     if block_k <= 128:
-        return 128, 128, block_k, 8, 2
-    return 128, 128, 64, 8, 3
+        return [(128, 128, block_k, 8, 2), (128, 64, block_k, 4, 2), (64, 128, block_k, 4, 2)]
+    return [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4)]
 
 
 def class_splits(tiles: int, classes: int, block: int, programs: int = PROGRAMS) -> tuple[int, int]:
@@ -113,35 +117,54 @@ def variable_width_cross_entropy(
         return loss, lse
     smooth = label_smoothing > 0
     c = Classes(hidden, targets, tables, projections, token_band, token_row, weight, ignore_index, smooth)
-    projected = c.project(hidden)
+    tables, projected = c.tables, c.project(near_rows(hidden))
     bands = [b for b, t in enumerate(tables) if t.shape[0]]
-    configs = {b: forward_config(hidden.dtype, tables[b].shape[1]) for b in bands}
-    shares = {
-        b: class_splits(triton.cdiv(count, configs[b][0]), tables[b].shape[0], configs[b][1]) for b in bands
-    }
-    splits = sum(shares[b][0] for b in bands)
-    partial = hidden.new_empty((3 if smooth else 2, splits, count), dtype=torch.float32)
-    target_logit = hidden.new_empty((count,), dtype=torch.float32)
-    first = 0
-    for b in bands:
-        block_n, block_v, block_k, warps, stages = configs[b]
-        own_splits, share = shares[b]
-        table, h, (classes, width) = tables[b], projected[b], tables[b].shape
-        strides = (h.stride(0), h.stride(1), table.stride(0), table.stride(1))
-        weights = c.class_weight[b]
-        partial_lse_kernel[(triton.cdiv(count, block_n), own_splits)](
-            partial, h, table, c.band, partial if weights is None else weights,
-            count, classes, share, first, splits, width, *strides,
+
+    def launch(b: int, config: tuple, sums: Tensor | None = None, first: int = 0) -> None:
+        """Band b's maxima and sums, into rows of `sums` or, where it is only timed, of its own."""
+        block_n, block_v, block_k, warps, stages = config
+        own, share = splits_of(b, config)
+        if sums is None:
+            sums = hidden.new_empty((rows, own, count), dtype=torch.float32)
+        table, h, (classes, width), weights = tables[b], projected[b], tables[b].shape, c.class_weight[b]
+        partial_lse_kernel[(triton.cdiv(count, block_n), own)](
+            sums, h, table, c.band, sums if weights is None else weights,
+            count, classes, share, first, sums.shape[1], width, *strides(b),
             RESIDENT=width <= block_k, SMOOTH=smooth, WEIGHTED=weights is not None,
             BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+
+    def splits_of(b: int, config: tuple) -> tuple[int, int]:
+        return class_splits(triton.cdiv(count, config[0]), tables[b].shape[0], config[1])
+
+    def strides(b: int) -> tuple:
+        return (*projected[b].stride(), *tables[b].stride())
+
+    rows = 3 if smooth else 2
+    configs = {
+        b: chosen(
+            "variable_width_cross_entropy band",
+            (hidden.dtype, tables[b].shape[1], size_class(tables[b].shape[0]), size_class(count), smooth),
+            forward_configs(hidden.dtype, tables[b].shape[1]),
+            partial(launch, b),
+            hidden.device,
+        )
+        for b in bands
+    }
+    splits = sum(splits_of(b, configs[b])[0] for b in bands)
+    partials = hidden.new_empty((rows, splits, count), dtype=torch.float32)
+    target_logit = hidden.new_empty((count,), dtype=torch.float32)
+    first = 0
+    for b in bands:
+        launch(b, configs[b], partials, first)
+        first += splits_of(b, configs[b])[0]
+        classes, width = tables[b].shape
         target_logits_kernel[(triton.cdiv(count, 16),)](
-            target_logit, h, table, c.band, c.row, b, count, classes, width, *strides,
+            target_logit, projected[b], tables[b], c.band, c.row, b, count, classes, width, *strides(b),
             BLOCK_N=16, BLOCK_K=min(256, max(16, triton.next_power_of_2(width))), num_warps=4,
         )  # fmt: skip
-        first += own_splits
     loss_kernel[(triton.cdiv(count, 32),)](
-        loss, lse, partial, c.band, target_logit, c.target_weight, lse if weight is None else c.weight_sum,
+        loss, lse, partials, c.band, target_logit, c.target_weight, lse if weight is None else c.weight_sum,
         count, splits, c.vocabulary, float(label_smoothing),
         SMOOTH=smooth, WEIGHTED=weight is not None, BLOCK=32, BLOCK_S=32, num_warps=2,
     )  # fmt: skip

@@ -19,6 +19,8 @@ import triton
 from torch import Tensor
 
 from . import logit_gradients as kernels
+from ._common import near_rows
+from ._tuning import run_tuned, size_class
 from .matmul import PROGRAMS, product
 from .variable_width_cross_entropy import Classes, class_splits
 
@@ -31,14 +33,20 @@ FUSED_WIDTH = {
 HEADROOM = 256.0  # float16: a probability of 1e-5 times a factor of at most this is a normal number
 
 
-def fused_config(width: int) -> tuple[int, int, int, int, int]:
+def fused_configs(width: int) -> list[tuple[int, int, int, int, int]]:
     """Of the two fused kernels: (streamed block, own block, BLOCK_W, num_warps, num_stages)"""
-    return 64, 64, max(16, triton.next_power_of_2(width)), 4, 2
+    block_w = max(16, triton.next_power_of_2(width))
+    return [
+        (streamed, own, block_w, warps, stages)
+        for streamed, own, warps, stages in ((64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3))
+    ]
 
 
-def chunk_config(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+def chunk_configs(dtype: torch.dtype) -> list[tuple[int, int, int, int, int]]:
     """(BLOCK_N, BLOCK_V, BLOCK_K, num_warps, num_stages)"""
-    return (64, 64, 16, 4, 2) if dtype == torch.float32 else (128, 128, 64, 8, 3)
+    if dtype == torch.float32:
+        return [(64, 64, 16, 4, 2), (64, 64, 16, 8, 2), (32, 64, 16, 4, 2)]
+    return [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4)]
 
 
 class _Gradients:
@@ -48,7 +56,7 @@ class _Gradients:
         self.c, self.lse, self.smooth = c, lse.contiguous(), label_smoothing > 0
         self.count, self.dtype = hidden.shape[0], hidden.dtype
         # An ignored token counts as 0, NaN or not.
-        self.hidden = torch.where((c.band >= 0).unsqueeze(1), hidden, 0.0)
+        self.hidden = near_rows(torch.where((c.band >= 0).unsqueeze(1), hidden, 0.0))
         self.projected = c.project(self.hidden)
         self.factors = hidden.new_empty((3, self.count), dtype=torch.float32)
         kernels.factors_kernel[(triton.cdiv(self.count, 256),)](
@@ -95,50 +103,76 @@ class _Gradients:
             return self._fused(b, h, table)
         return self._chunked(b, h, table)
 
+    def _tuned(self, name: str, table: Tensor, configs: list[tuple], run) -> Tensor:
+        shape = (self.dtype, table.shape[1], size_class(table.shape[0]), size_class(self.count), self.smooth)
+        name = f"variable_width_cross_entropy_backward {name}"
+        return run_tuned(name, shape, configs, run, table.device)
+
     def _fused(self, b: int, h: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         (classes, width), count = table.shape, self.count
-        streamed, own, block_w, warps, stages = fused_config(width)
         strides = (h.stride(0), h.stride(1), table.stride(0), table.stride(1))
-        tiles = triton.cdiv(count, own)
-        splits, share = class_splits(tiles, classes, streamed, PROGRAMS)
-        back = h.new_empty((splits, count, width), dtype=torch.float32)
-        kernels.grad_projected_kernel[(tiles, splits)](
-            back, h, table, *self.arguments(b), count, classes, share, width, *strides, **self.flags(b),
-            BLOCK_N=own, BLOCK_V=streamed, BLOCK_W=block_w, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        tiles = triton.cdiv(classes, own)
-        splits = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(count, 4 * streamed)))
-        share = triton.cdiv(triton.cdiv(count, splits), streamed) * streamed
-        grad = h.new_empty((splits, classes, width), dtype=torch.float32)
-        kernels.grad_table_kernel[(tiles, splits)](
-            grad, h, table, *self.arguments(b), count, classes, share, width, *strides, **self.flags(b),
-            BLOCK_N=streamed, BLOCK_V=own, BLOCK_W=block_w, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+
+        def of_projected(config: tuple) -> Tensor:  # float32 [splits, N, width]
+            streamed, own, block_w, warps, stages = config
+            tiles = triton.cdiv(count, own)
+            splits, share = class_splits(tiles, classes, streamed, PROGRAMS)
+            back = h.new_empty((splits, count, width), dtype=torch.float32)
+            kernels.grad_projected_kernel[(tiles, splits)](
+                back, h, table, *self.arguments(b), count, classes, share, width, *strides, **self.flags(b),
+                BLOCK_N=own, BLOCK_V=streamed, BLOCK_W=block_w, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            return back
+
+        def of_table(config: tuple) -> Tensor:  # float32 [splits, classes, width]
+            streamed, own, block_w, warps, stages = config
+            tiles = triton.cdiv(classes, own)
+            splits = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(count, 4 * streamed)))
+            share = triton.cdiv(triton.cdiv(count, splits), streamed) * streamed
+            grad = h.new_empty((splits, classes, width), dtype=torch.float32)
+            kernels.grad_table_kernel[(tiles, splits)](
+                grad, h, table, *self.arguments(b), count, classes, share, width, *strides, **self.flags(b),
+                BLOCK_N=streamed, BLOCK_V=own, BLOCK_W=block_w, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            return grad
+
+        configs = fused_configs(width)
+        back = self._tuned("projected", table, configs, of_projected)
+        grad = self._tuned("table", table, configs, of_table)
         return self._narrowed(_sum(back)), self.finished(_sum(grad), HEADROOM)
 
     def _narrowed(self, back: Tensor) -> Tensor:
         return (back if self.largest is None else back / HEADROOM).to(self.dtype)
 
     def _chunked(self, b: int, h: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        classes, width = table.shape
-        block_n, block_v, block_k, warps, stages = chunk_config(self.dtype)
-        size = max(block_v, CHUNK // self.count // block_v * block_v)
+        classes = table.shape[0]
+        block = chunk_configs(self.dtype)[0][1]
+        size = max(block, CHUNK // self.count // block * block)
         grad = table.new_empty(table.shape)
         back = None
         for first in range(0, classes, size):
             part = table[first : first + size]
-            found = len(part)
-            logits = h.new_empty((self.count, found))
-            kernels.grad_logits_kernel[(triton.cdiv(self.count, block_n) * triton.cdiv(found, block_v),)](
-                logits, h, part, *self.arguments(b)[:4],
-                self.lse if self.c.class_weight[b] is None else self.c.class_weight[b][first:], b, self.count,
-                found, first, width, h.stride(0), h.stride(1), part.stride(0), part.stride(1), **self.flags(b),
-                BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+            logits = self._logits(b, h, part, first)
             grad[first : first + size] = self.finished(product(logits.t(), h), HEADROOM)
             piece = product(logits, part)
             back = piece if back is None else back.float() + piece
         return self._narrowed(back), grad
+
+    def _logits(self, b: int, h: Tensor, part: Tensor, first: int) -> Tensor:  # [N, classes of the chunk]
+        """The gradient of the logits of the chunk of classes that begins at `first`."""
+        found, width = part.shape
+        logits = h.new_empty((self.count, found))
+        weights = self.lse if self.c.class_weight[b] is None else self.c.class_weight[b][first:]
+
+        def launch(config: tuple) -> None:
+            block_n, block_v, block_k, warps, stages = config
+            kernels.grad_logits_kernel[(triton.cdiv(self.count, block_n) * triton.cdiv(found, block_v),)](
+                logits, h, part, *self.arguments(b)[:4], weights, b, self.count, found, first, width,
+                h.stride(0), h.stride(1), part.stride(0), part.stride(1), **self.flags(b),
+                BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+        self._tuned("logits", part, chunk_configs(self.dtype), launch)
+        return logits
 
 
 def _sum(partial: Tensor) -> Tensor:  # [splits, …]

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import near_rows
 from ._dot import dot
+from ._tuning import distinct, run_tuned, size_class
 
 BANDS_PER_LAUNCH = 4
 # Multiply-adds, over all positions and bands, from which sorting the positions by row is the smaller cost.
@@ -254,16 +256,21 @@ def row_keys(
     return keys, stride
 
 
-def forward_config(dtype: torch.dtype, count: int, dim: int, widest: int) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCK_D, the largest BLOCK_K, num_warps); `widest` is the largest projected width, 0 for none."""
+def forward_configs(dtype: torch.dtype, count: int, dim: int, widest: int) -> list[tuple[int, int, int, int]]:
+    """(BLOCK_N, BLOCK_D, the largest BLOCK_K, num_warps); `widest` is the largest projected width, 0 for none.
+
+    The others: smaller tiles with more programs, larger ones that read a row's projection fewer times.
+    """
     narrow_dim = max(16, triton.next_power_of_2(dim))
     if dtype == torch.float32 and widest:
-        return (16 if count <= 16 else 32), min(64, narrow_dim), 16, 4
-    if count <= 256:  # a batch of decoded tokens: more programs rather than larger ones
-        return 16, min(64, narrow_dim), 64, 2
-    if widest > 256:
-        return 128, min(128, narrow_dim), 64, 8
-    return 64, min(128, narrow_dim), 64, 4
+        some = [(16 if count <= 16 else 32, 64, 16, 4), (16, 64, 16, 2), (64, 64, 16, 8)]
+    elif count <= 256:  # a batch of decoded tokens: more programs rather than larger ones
+        some = [(16, 64, 64, 2), (16, 32, 64, 1), (16, 128, 64, 4)]
+    elif widest > 256:
+        some = [(128, 128, 64, 8), (64, 128, 64, 4), (128, 256, 64, 8)]
+    else:
+        some = [(64, 128, 64, 4), (32, 128, 64, 4), (128, 128, 64, 8), (64, 256, 64, 8)]
+    return distinct([(n, min(d, narrow_dim), k, warps) for n, d, k, warps in some])
 
 
 def variable_width_embedding(
@@ -282,50 +289,60 @@ def variable_width_embedding(
     if count == 0:
         return out
     token_band, token_row = token_band.contiguous(), token_row.contiguous()
+    tables, projections = [near_rows(t) for t in tables], [near_rows(p) for p in projections]
     projected = [t.shape[1] for t, p in zip(tables, projections, strict=True) if p.numel()]
-    block_n, block_d, most_k, num_warps = forward_config(out.dtype, count, dim, max(projected, default=0))
     order = flat
     is_sorted = len(tables) > 1 and count * dim * sum(projected) >= SORT_FROM
     if is_sorted:
         keys, _ = row_keys(flat, tables, token_band, token_row, padding_idx)
         order = torch.sort(keys, stable=True).indices
-    grid = (triton.cdiv(count, block_n) * triton.cdiv(dim, block_d),)
-    for first in range(0, len(tables), BANDS_PER_LAUNCH):
-        bands = list(zip(tables, projections, strict=True))[first : first + BANDS_PER_LAUNCH]
-        mask = sum(1 << b for b, (_, p) in enumerate(bands) if p.numel())
-        some = bands + bands[:1] * (BANDS_PER_LAUNCH - len(bands))  # the kernel does not look at the rest
-        embedding_kernel[grid](
-            out,
-            flat,
-            order,
-            token_band,
-            token_row,
-            *(t for t, _ in some),
-            *(p for _, p in some),
-            count,
-            dim,
-            token_band.shape[0],
-            padding_idx,
-            first,
-            *(t.shape[0] for t, _ in some),
-            *(t.shape[1] for t, _ in some),
-            *(t.stride(0) for t, _ in some),
-            *(t.stride(1) for t, _ in some),
-            *(p.stride(0) for _, p in some),
-            *(p.stride(1) for _, p in some),
-            BANDS=len(bands),
-            PROJECTED=mask,
-            ZEROS=first == 0,
-            SORTED=is_sorted,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            **{
-                f"BLOCK_K{b}": min(most_k, max(16, triton.next_power_of_2(t.shape[1])))
-                for b, (t, _) in enumerate(some)
-            },
-            num_warps=num_warps,
-            num_stages=2,
-            # Offsets are int64 where they can be large; checks of each addition would only slow the kernel down.
-            sanitize_overflow=False,
-        )
+
+    def launch(config: tuple[int, int, int, int]) -> None:
+        block_n, block_d, most_k, num_warps = config
+        grid = (triton.cdiv(count, block_n) * triton.cdiv(dim, block_d),)
+        for first in range(0, len(tables), BANDS_PER_LAUNCH):
+            bands = list(zip(tables, projections, strict=True))[first : first + BANDS_PER_LAUNCH]
+            some = bands + bands[:1] * (BANDS_PER_LAUNCH - len(bands))  # the kernel does not look at the rest
+            embedding_kernel[grid](
+                out,
+                flat,
+                order,
+                token_band,
+                token_row,
+                *(t for t, _ in some),
+                *(p for _, p in some),
+                count,
+                dim,
+                token_band.shape[0],
+                padding_idx,
+                first,
+                *(t.shape[0] for t, _ in some),
+                *(t.shape[1] for t, _ in some),
+                *(t.stride(0) for t, _ in some),
+                *(t.stride(1) for t, _ in some),
+                *(p.stride(0) for _, p in some),
+                *(p.stride(1) for _, p in some),
+                BANDS=len(bands),
+                PROJECTED=sum(1 << b for b, (_, p) in enumerate(bands) if p.numel()),
+                ZEROS=first == 0,
+                SORTED=is_sorted,
+                BLOCK_N=block_n,
+                BLOCK_D=block_d,
+                **{
+                    f"BLOCK_K{b}": min(most_k, max(16, triton.next_power_of_2(t.shape[1])))
+                    for b, (t, _) in enumerate(some)
+                },
+                num_warps=num_warps,
+                num_stages=2,
+                # Offsets are int64 where they can be large; checks of each addition would only slow the kernel down.
+                sanitize_overflow=False,
+            )
+
+    run_tuned(
+        "variable_width_embedding",
+        (out.dtype, dim, *(t.shape[1] for t in tables), size_class(count)),
+        forward_configs(out.dtype, count, dim, max(projected, default=0)),
+        launch,
+        out.device,
+    )
     return out

@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import near_rows
 from ._dot import dot
+from ._tuning import run_tuned, size_class
 from .run_sums import power_of_2, sum_runs
 from .variable_width_embedding import row_keys
 
@@ -128,18 +130,23 @@ def projection_grad_kernel(
     tl.store(partial + target, total, mask=(d < dim)[:, None] & (columns < width)[None, :])
 
 
-def project_back_config(dtype: torch.dtype, width: int) -> tuple[int, int, int, int]:
+def project_back_configs(dtype: torch.dtype, width: int) -> list[tuple[int, int, int, int]]:
     """(BLOCK_N, BLOCK_D, BLOCK_W, num_warps)"""
     if dtype == torch.float32:
-        return 32, 16, power_of_2(width, 16, 64), 4
-    return 64, 64, power_of_2(width, 16, 128), 4
+        wide = power_of_2(width, 16, 64)
+        return [(32, 16, wide, 4), (64, 16, wide, 8), (32, 32, wide, 4)]
+    wide = power_of_2(width, 16, 128)
+    return [(64, 64, wide, 4), (128, 64, wide, 8), (32, 64, wide, 4)]
 
 
-def projection_grad_config(dtype: torch.dtype, dim: int, width: int) -> tuple[int, int, int, int]:
+def projection_grad_configs(dtype: torch.dtype, dim: int, width: int) -> list[tuple[int, int, int, int]]:
     """(BLOCK_N, BLOCK_D, BLOCK_W, num_warps)"""
+    deep = power_of_2(dim, 16, 64)
     if dtype == torch.float32:
-        return 32, power_of_2(dim, 16, 64), power_of_2(width, 16, 64), 8
-    return 64, power_of_2(dim, 16, 64), power_of_2(width, 16, 128), 4
+        wide = power_of_2(width, 16, 64)
+        return [(32, deep, wide, 8), (16, deep, wide, 8), (32, deep, wide, 4)]
+    wide = power_of_2(width, 16, 128)
+    return [(64, deep, wide, 4), (32, deep, wide, 4), (64, power_of_2(dim, 16, 128), wide, 8)]
 
 
 class _Sorted:
@@ -174,34 +181,33 @@ def _grad_projection(
     at: _Sorted,
 ) -> Tensor:  # [D, width]
     count, (dim, width) = grad_out.shape[0], projection.shape
-    block_n, block_d, block_w, warps = projection_grad_config(grad_out.dtype, dim, width)
-    tiles = triton.cdiv(dim, block_d) * triton.cdiv(width, block_w)
-    # Enough programs to fill a large GPU, and no share below a few blocks.
-    splits = max(1, min(triton.cdiv(264, tiles), triton.cdiv(count, 4 * block_n)))
-    partial = torch.empty((splits, dim, width), dtype=torch.float32, device=grad_out.device)
-    projection_grad_kernel[(triton.cdiv(dim, block_d), triton.cdiv(width, block_w), splits)](
-        partial,
-        grad_out,
-        at.order,
-        at.keys,
-        at.bounds,
-        table,
-        band,
-        band * at.stride,
-        table.shape[0],
-        dim,
-        width,
-        grad_out.stride(0),
-        grad_out.stride(1),
-        table.stride(0),
-        table.stride(1),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        BLOCK_W=block_w,
-        num_warps=warps,
-        num_stages=2,
+
+    def launch(config: tuple[int, int, int, int]) -> Tensor:  # float32 [splits, D, width]
+        block_n, block_d, block_w, warps = config
+        tiles = triton.cdiv(dim, block_d) * triton.cdiv(width, block_w)
+        # Enough programs to fill a large GPU, and no share below a few blocks.
+        splits = max(1, min(triton.cdiv(264, tiles), triton.cdiv(count, 4 * block_n)))
+        partial = torch.empty((splits, dim, width), dtype=torch.float32, device=grad_out.device)
+        projection_grad_kernel[(triton.cdiv(dim, block_d), triton.cdiv(width, block_w), splits)](
+            partial, grad_out, at.order, at.keys, at.bounds, table, band, band * at.stride, table.shape[0],
+            dim, width, *grad_out.stride(), *table.stride(),
+            BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_W=block_w, num_warps=warps, num_stages=2,
+        )  # fmt: skip
+        return partial
+
+    configs = projection_grad_configs(grad_out.dtype, dim, width)
+    partial = run_tuned(
+        "variable_width_embedding_backward projection",
+        _shape(grad_out, width),
+        configs,
+        launch,
+        grad_out.device,
     )
-    return (partial[0] if splits == 1 else partial.sum(0)).to(projection.dtype)
+    return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).to(projection.dtype)
+
+
+def _shape(grad_out: Tensor, width: int) -> tuple:
+    return grad_out.dtype, grad_out.shape[1], width, size_class(grad_out.shape[0])
 
 
 def _project_back(
@@ -212,25 +218,18 @@ def _project_back(
 ) -> Tensor:  # float32 [N, width], in sorted order; what lies outside of the band is not written
     count, (dim, width) = grad_out.shape[0], projection.shape
     back = torch.empty((count, width), dtype=torch.float32, device=grad_out.device)
-    block_n, block_d, block_w, warps = project_back_config(grad_out.dtype, width)
-    project_back_kernel[(triton.cdiv(count, block_n), triton.cdiv(width, block_w))](
-        back,
-        grad_out,
-        at.order,
-        at.bounds,
-        projection,
-        band,
-        dim,
-        width,
-        grad_out.stride(0),
-        grad_out.stride(1),
-        projection.stride(0),
-        projection.stride(1),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        BLOCK_W=block_w,
-        num_warps=warps,
-        num_stages=2,
+
+    def launch(config: tuple[int, int, int, int]) -> None:
+        block_n, block_d, block_w, warps = config
+        project_back_kernel[(triton.cdiv(count, block_n), triton.cdiv(width, block_w))](
+            back, grad_out, at.order, at.bounds, projection, band, dim, width, *grad_out.stride(),
+            *projection.stride(),
+            BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_W=block_w, num_warps=warps, num_stages=2,
+        )  # fmt: skip
+
+    configs = project_back_configs(grad_out.dtype, width)
+    run_tuned(
+        "variable_width_embedding_backward rows", _shape(grad_out, width), configs, launch, grad_out.device
     )
     return back
 
@@ -250,7 +249,8 @@ def variable_width_embedding_backward(
     """(gradients of the tables, of the projections, rows): lists of B tensors, or empty where not needed."""
     dim = projections[0].shape[0] or tables[0].shape[1]
     flat = ids.reshape(-1).contiguous()
-    grad_out = grad_out.reshape(-1, dim).to(tables[0].dtype)
+    grad_out = near_rows(grad_out.reshape(-1, dim).to(tables[0].dtype))
+    tables, projections = [near_rows(t) for t in tables], [near_rows(p) for p in projections]
     bands = range(len(tables))
     if flat.shape[0] == 0:
         sizes = [0 if sparse else t.shape[0] for t in tables]

@@ -56,52 +56,59 @@ def gradients(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
     }
 
 
-def case(name: str, kernel, arguments: dict, config: dict, **others) -> aot.Case:
-    config = dict(config)
+def case(name: str, kernel, arguments: dict, configs: list[dict], candidate: int = 0, **others) -> aot.Case:
+    config = dict(configs[candidate])
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
     arguments = {**arguments, **config}
     known = {p.name for p in kernel.params}
+    others["candidate"] = candidate > 0
+    name += f", candidate {candidate}" if candidate else ""
     return aot.Case(name, kernel, {n: v for n, v in arguments.items() if n in known}, **options, **others)
+
+
+def launches(dtype: str, dim: int) -> list[tuple]:
+    """(name, kernel, arguments, configurations) of 16 heads that share a selection and a key head, then alone."""
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    label, sums_of = f"{dtype} D{dim}", sums.sum_configs(dim, dim)
+    unit = {"units": 1, "tiles": 1, "shared": HEADS, "programs": 16}
+    both = {**common(dtype, 1, 1, dim), **unit}
+    configs = forward.tile_configs(dtypes[dtype], HEADS, dim, dim)
+    found = [(f"forward, tile {label}", forward._tile, both, configs)]
+    if backward.takes_tiles(dtypes[dtype], HEADS):
+        both = {**gradients(dtype, 1, 1, dim), **unit}
+        configs = backward.tile_configs(HEADS, dim, dim)
+        found.append((f"queries, tile {label}", backward._tile_queries, both, configs))
+        found.append((f"keys, tile {label}", sums.sum_entries, both, sums_of))
+    alone = {"heads": HEADS, "programs": 16}
+    both = {**common(dtype, HEADS, HEADS, dim), **alone}
+    configs = forward.vector_configs(dim, dim, 1024 if dtype == "fp32" else 2048)
+    found.append((f"forward, vector {label}", forward._vector, both, configs))
+    both = {**gradients(dtype, HEADS, HEADS, dim), **alone}
+    configs = forward.vector_configs(dim, dim, 4096)
+    found.append((f"queries, vector {label}", backward._vector_queries, both, configs))
+    return [*found, (f"keys, vector {label}", sums.sum_queries, both, sums_of)]
 
 
 def cases() -> list[aot.Case]:
     import torch
 
     found = []
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for dtype, dim in [
-        ("bf16", 64),
+    for dtype, dim in (
         ("bf16", 128),
+        ("bf16", 64),
         ("fp16", 128),
         ("fp32", 64),
         ("fp32", 128),
         ("bf16", 256),
-    ]:
-        label = f"{dtype} D{dim}"
+    ):
         rare = {"targets": ("sm_90", "gfx942")} if dtype == "fp16" or dim == 256 else {}
-        # 16 heads that share a selection and a key head; then each head alone.
-        unit = {"units": 1, "tiles": 1, "shared": HEADS, "programs": 16}
-        arguments = {**common(dtype, 1, 1, dim), **unit}
-        config = forward.tile_config(dtypes[dtype], HEADS, dim, dim)
-        found.append(case(f"forward, tile {label}", forward._tile, arguments, config, **rare))
-        if backward.takes_tiles(dtypes[dtype], HEADS):
-            arguments = {**gradients(dtype, 1, 1, dim), **unit}
-            config = backward.tile_config(HEADS, dim, dim)
-            found.append(case(f"queries, tile {label}", backward._tile_queries, arguments, config, **rare))
-            found.append(
-                case(f"keys, tile {label}", sums.sum_entries, arguments, sums.sum_config(dim, dim), **rare)
-            )
-        alone = {"heads": HEADS, "programs": 16}
-        arguments = {**common(dtype, HEADS, HEADS, dim), **alone}
-        config = forward.vector_config(dim, dim, 1024 if dtype == "fp32" else 2048)
-        found.append(case(f"forward, vector {label}", forward._vector, arguments, config, **rare))
-        arguments = {**gradients(dtype, HEADS, HEADS, dim), **alone}
-        config = forward.vector_config(dim, dim, 4096)
-        found.append(case(f"queries, vector {label}", backward._vector_queries, arguments, config, **rare))
-        found.append(
-            case(f"keys, vector {label}", sums.sum_queries, arguments, sums.sum_config(dim, dim), **rare)
-        )
-    unit["tiles"] = 2
+        for launch in launches(dtype, dim):
+            found.append(case(*launch, **rare))
+            if (dtype, dim) in (("bf16", 128), ("fp32", 64)):
+                found += [case(*launch, candidate) for candidate in range(1, len(launch[3]))]
+    unit = {"units": 1, "tiles": 2, "shared": HEADS, "programs": 16}
     arguments = {
         **gradients("bf16", 1, 1, 128),
         **unit,
@@ -109,29 +116,26 @@ def cases() -> list[aot.Case]:
         "value_sink": "*fp32",
         "ATOMICS": True,
     }
-    config = backward.tile_config(HEADS, 128, 128)
-    found.append(case("queries, tile bf16 D128, atomics", backward._tile_queries, arguments, config))
+    configs = backward.tile_configs(HEADS, 128, 128)
+    found.append(case("queries, tile bf16 D128, atomics", backward._tile_queries, arguments, configs))
     for heads in (32, 64):
         unit = {"units": 1, "tiles": 1, "shared": heads, "programs": 16}
         arguments = {**gradients("bf16", 1, 1, 128), **unit}
-        config = forward.tile_config(torch.bfloat16, heads, 128, 128)
-        found.append(case(f"forward, tile bf16 D128, {heads} heads", forward._tile, arguments, config))
-        config = backward.tile_config(heads, 128, 128)
+        configs = forward.tile_configs(torch.bfloat16, heads, 128, 128)
+        found.append(case(f"forward, tile bf16 D128, {heads} heads", forward._tile, arguments, configs))
+        configs = backward.tile_configs(heads, 128, 128)
         found.append(
-            case(f"queries, tile bf16 D128, {heads} heads", backward._tile_queries, arguments, config)
+            case(f"queries, tile bf16 D128, {heads} heads", backward._tile_queries, arguments, configs)
         )
     # One batch entry, one head, one key: every such number is compiled in.
     ones = {"heads": 1, "shared": 1, "units": 1, "tiles": 1, "programs": 1, "key_length": 1, "budget": 1}
     ones |= {"query_length": 1, "first_query": 0, "entries": 1, "rows_half": 1}
     arguments = {**gradients("fp32", 1, 1, 16), **ones, "grad_lse": "*fp32"}
-    config = forward.vector_config(16, 16, 2048)
-    kernels = (forward._vector, backward._vector_queries)
-    for kernel in kernels:
-        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
-    config = backward.tile_config(1, 16, 16)
-    for kernel in (forward._tile, backward._tile_queries):
-        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
-    for kernel in (sums.sum_entries, sums.sum_queries):
-        config = sums.sum_config(16, 16)
-        found.append(case(f"ones, {kernel.__name__}", kernel, arguments, config, targets=("sm_90",)))
+    for kernels, configs in (
+        ((forward._vector, backward._vector_queries), forward.vector_configs(16, 16, 2048)),
+        ((forward._tile, backward._tile_queries), backward.tile_configs(1, 16, 16)),
+        ((sums.sum_entries, sums.sum_queries), sums.sum_configs(16, 16)),
+    ):
+        for kernel in kernels:
+            found.append(case(f"ones, {kernel.__name__}", kernel, arguments, configs, targets=("sm_90",)))
     return found

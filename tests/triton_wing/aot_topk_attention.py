@@ -9,8 +9,8 @@ from triton_wing.aot import Case
 LENGTH, HEADS = 16384, 16
 
 
-def case(dtype: str, value_dim: int, budget: int) -> Case:
-    config = topk_attention.config(value_dim)
+def case(dtype: str, value_dim: int, budget: int, candidate: int = 0) -> Case:
+    config = dict(topk_attention.value_configs(value_dim)[candidate])
     num_warps = config.pop("num_warps")
     arguments = {
         "value": f"*{dtype}",
@@ -33,10 +33,13 @@ def case(dtype: str, value_dim: int, budget: int) -> Case:
         "BLOCK_BUDGET": budget,
         **config,
     }
-    return Case(f"values {dtype} Dv{value_dim} K{budget}", topk_attention._weigh_values, arguments, num_warps)
+    name = f"values {dtype} Dv{value_dim} K{budget}" + (f" candidate {candidate}" if candidate else "")
+    return Case(name, topk_attention._weigh_values, arguments, num_warps, candidate=candidate > 0)
 
 
 def cases() -> list[Case]:
     shapes = [(64, 64), (128, 64), (128, 1024), (256, 64)]
     found = [case(dtype, *shape) for dtype in ("bf16", "fp32") for shape in shapes]
+    for dtype in ("bf16", "fp32"):
+        found += [case(dtype, 128, 64, n) for n in range(1, len(topk_attention.value_configs(128)))]
     return [*found, case("fp16", 128, 256), case("bf16", 128, 4096)]

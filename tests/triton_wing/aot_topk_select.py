@@ -31,13 +31,16 @@ def select(
     masked: bool = False,
     split: bool = False,
     with_scores: bool = False,
+    candidate: int = 0,
     **options,
 ) -> Case:
-    c = topk_select.config(ELEMENT[dtype], head_dim, budget, amd)
+    heavy = sharing > 1 or masked
+    c = topk_select.configs(ELEMENT[dtype], head_dim, budget, amd, heavy)[candidate]
     rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
     name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
     name += f" share {sharing}" if sharing > 1 else ""
     name += (" mask" if masked else "") + (" split" if split else "") + (" scores" if with_scores else "")
+    name += f" candidate {candidate}" if candidate else ""
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
@@ -82,6 +85,8 @@ def select(
         "EDGE_STAGES": c.num_stages if masked else 1,
     }
     options.setdefault("targets", ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100"))
+    options["candidate"] = candidate > 0
+    options["options"] = {} if amd else {"maxnreg": c.max_registers}
     return Case(name, select_tiles, arguments, c.num_warps, c.num_stages, **options)
 
 
@@ -91,7 +96,7 @@ def both(*arguments, **options) -> list[Case]:
 
 
 def lse(dtype: str, head_dim: int, amd: bool) -> Case:
-    c = topk_select.config(ELEMENT[dtype], head_dim, 64, amd)
+    c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True)[0]
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
@@ -121,7 +126,7 @@ def lse(dtype: str, head_dim: int, amd: bool) -> Case:
 
 
 def merge(budget: int, splits: int, amd: bool) -> Case:
-    c = topk_select.config(2, 128, budget, amd)
+    c = topk_select.configs(2, 128, budget, amd, False)[0]
     capacity = 1 << (splits * budget - 1).bit_length()
     rows, chunk, step = topk_select._cut_shape(c, 32, capacity)
     arguments = {
@@ -158,12 +163,17 @@ def cases() -> list[Case]:
         ("fp32", 128, 256),
         ("bf16", 256, 64),
     ):
-        # What may spill does it outside the loop over the keys, by some bytes on some target.
-        few = budget >= 1024 or head_dim == 256 or (dtype, head_dim) in (("fp32", 128), ("fp16", 64))
-        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=few)
-    found += both("bf16", 128, 64, masked=True, may_spill=True)
-    found += both("bf16", 128, 64, split=True, may_spill=True)
+        # 12 bytes outside of the loop over the keys: wider rows leave no smaller tile that the tensor cores take.
+        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=head_dim == 256)
+    found += both("bf16", 128, 64, masked=True)
+    found += both("bf16", 128, 64, split=True)
+    # 32 bytes: the sum over the heads is in registers beside a head's scores.
     found += both("bf16", 128, 64, sharing=4, may_spill=True)
+    found += both("bf16", 64, 256, sharing=4)
+    for amd in (False, True):
+        for dtype in ("bf16", "fp32"):
+            some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False)
+            found += [select(dtype, 64, 64, amd=amd, candidate=n) for n in range(1, len(some))]
     found += [lse("bf16", 128, amd) for amd in (False, True)]
     found += [merge(64, 16, amd) for amd in (False, True)]
     return found

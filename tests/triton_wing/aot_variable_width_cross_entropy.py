@@ -35,11 +35,12 @@ def _common(dtype: torch.dtype, width: int, classes: int) -> dict:
     }
 
 
-def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = False):
+def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = False, candidate: int = 0):
     common = _common(dtype, width, classes)
     flags = {"SMOOTH": weighted, "WEIGHTED": weighted, "class_weight": "*fp32"}
     name = f"{label(dtype)} W{width}" + (" weighted" if weighted else "")
-    block_n, block_v, block_k, warps, stages = forward.forward_config(dtype, width)
+    name += f" candidate {candidate}" if candidate else ""
+    block_n, block_v, block_k, warps, stages = forward.forward_configs(dtype, width)[candidate]
     splits, share = forward.class_splits(triton.cdiv(TOKENS, block_n), classes, block_v)
     yield Case(
         f"partial lse {name}",
@@ -50,12 +51,13 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
            "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_K": block_k},
         num_warps=warps,
         num_stages=stages,
+        candidate=candidate > 0,
     )  # fmt: skip
     gradient = (
         common | flags | {"factors": "*fp32", "lse": "*fp32", "target_row": "*i32", "band": 2, "share": 1024}
     )
     if width <= backward.FUSED_WIDTH[dtype]:
-        streamed, own, block_w, warps, stages = backward.fused_config(width)
+        streamed, own, block_w, warps, stages = backward.fused_configs(width)[candidate]
         sizes = {"partial": "*fp32", "BLOCK_W": block_w}
         yield Case(
             f"grad projected {name}",
@@ -63,6 +65,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
             gradient | sizes | {"BLOCK_N": own, "BLOCK_V": streamed},
             num_warps=warps,
             num_stages=stages,
+            candidate=candidate > 0,
         )
         yield Case(
             f"grad table {name}",
@@ -70,9 +73,10 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
             gradient | sizes | {"BLOCK_N": streamed, "BLOCK_V": own},
             num_warps=warps,
             num_stages=stages,
+            candidate=candidate > 0,
         )
         return
-    block_n, block_v, block_k, warps, stages = backward.chunk_config(dtype)
+    block_n, block_v, block_k, warps, stages = backward.chunk_configs(dtype)[candidate]
     del gradient["share"]
     yield Case(
         f"grad logits {name}",
@@ -87,6 +91,7 @@ def _of_band(dtype: torch.dtype, width: int, classes: int, weighted: bool = Fals
         },
         num_warps=warps,
         num_stages=stages,
+        candidate=candidate > 0,
     )
 
 
@@ -141,4 +146,8 @@ def cases() -> list[Case]:
     some = {torch.bfloat16: BANDS, torch.float16: (32,), torch.float32: (512, 32)}
     found = [case for d in POINTERS for width in some[d] for case in _of_band(d, width, BANDS[width])]
     wide = [case for width in (768, 4096) for case in _of_band(torch.bfloat16, width, 4000)]
+    tried = [(torch.bfloat16, 512), (torch.bfloat16, 128), (torch.bfloat16, 32), (torch.float32, 512)]
+    wide += [
+        case for d, width in tried for n in (1, 2) for case in _of_band(d, width, BANDS[width], candidate=n)
+    ]
     return found + wide + [*_of_band(torch.bfloat16, 32, 40257, weighted=True), *_small(), *_products()]

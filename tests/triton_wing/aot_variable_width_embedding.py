@@ -26,12 +26,16 @@ def label(dtype: torch.dtype) -> str:
     return POINTERS[dtype].removeprefix("*")
 
 
+def _suffix(candidate: int) -> str:
+    return f" candidate {candidate}" if candidate else ""
+
+
 def _forward_cases():
     for name, (dim, rows, widths) in MODELS.items():
         for dtype in DTYPES if name == "D512" else HALF[:1]:
             for count in (TOKENS, 16) if dtype == HALF[0] else (TOKENS,):
                 projected = [w for w in widths if w != dim]
-                block_n, block_d, most_k, warps = forward.forward_config(dtype, count, dim, max(projected))
+                configs = forward.forward_configs(dtype, count, dim, max(projected))
                 arguments = {
                     "out": POINTERS[dtype],
                     "ids": "*i64",
@@ -47,8 +51,6 @@ def _forward_cases():
                     "PROJECTED": sum(1 << b for b, w in enumerate(widths) if w != dim),
                     "ZEROS": True,
                     "SORTED": count * dim * sum(projected) >= forward.SORT_FROM,
-                    "BLOCK_N": block_n,
-                    "BLOCK_D": block_d,
                 }
                 for b in range(forward.BANDS_PER_LAUNCH):
                     n, w = (rows[b], widths[b]) if b < 3 else (rows[0], widths[0])
@@ -61,15 +63,22 @@ def _forward_cases():
                         f"table_column{b}": 1,
                         f"projection_row{b}": w if w != dim else 1,
                         f"projection_column{b}": 1,
-                        f"BLOCK_K{b}": min(most_k, max(16, triton.next_power_of_2(w))),
                     }
-                yield Case(
-                    f"forward {label(dtype)} {name} N{count}",
-                    forward.embedding_kernel,
-                    arguments,
-                    num_warps=warps,
-                    options={"debug": True, "sanitize_overflow": False},
-                )
+                for candidate, (block_n, block_d, most_k, warps) in enumerate(configs):
+                    if candidate and (name == "D768" or dtype == torch.float16 or count < TOKENS):
+                        continue
+                    blocks = {"BLOCK_N": block_n, "BLOCK_D": block_d}
+                    for b in range(forward.BANDS_PER_LAUNCH):
+                        wide = max(16, triton.next_power_of_2(arguments[f"width{b}"]))
+                        blocks[f"BLOCK_K{b}"] = min(most_k, wide)
+                    yield Case(
+                        f"forward {label(dtype)} {name} N{count}{_suffix(candidate)}",
+                        forward.embedding_kernel,
+                        arguments | blocks,
+                        num_warps=warps,
+                        candidate=candidate > 0,
+                        options={"debug": True, "sanitize_overflow": False},
+                    )
     yield Case(
         "row keys",
         forward.row_keys_kernel,
@@ -130,25 +139,34 @@ def _backward_cases():
                     "grad_row": dim,
                     "grad_column": 1,
                 }
-                block_n, block_d, block_w, warps = backward.project_back_config(dtype, width)
-                yield Case(
-                    f"project back {label(dtype)} D{dim} W{width}",
-                    backward.project_back_kernel,
-                    common
-                    | {"back": "*fp32", "projection": POINTERS[dtype], "projection_row": width,
-                       "projection_column": 1, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_W": block_w},
-                    num_warps=warps,
-                )  # fmt: skip
-                block_n, block_d, block_w, warps = backward.projection_grad_config(dtype, dim, width)
-                yield Case(
-                    f"projection grad {label(dtype)} D{dim} W{width}",
-                    backward.projection_grad_kernel,
-                    common
-                    | {"partial": "*fp32", "keys": "*i32", "table": POINTERS[dtype], "first_key": 80514,
-                       "rows": 40257, "table_row": width, "table_column": 1,
-                       "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_W": block_w},
-                    num_warps=warps,
-                )  # fmt: skip
+                name = f"{label(dtype)} D{dim} W{width}"
+                for n, config in enumerate(backward.project_back_configs(dtype, width)):
+                    if n and width != 128:
+                        break
+                    block_n, block_d, block_w, warps = config
+                    yield Case(
+                        f"project back {name}{_suffix(n)}",
+                        backward.project_back_kernel,
+                        common
+                        | {"back": "*fp32", "projection": POINTERS[dtype], "projection_row": width,
+                           "projection_column": 1, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_W": block_w},
+                        num_warps=warps,
+                        candidate=n > 0,
+                    )  # fmt: skip
+                for n, config in enumerate(backward.projection_grad_configs(dtype, dim, width)):
+                    if n and width != 128:
+                        break
+                    block_n, block_d, block_w, warps = config
+                    yield Case(
+                        f"projection grad {name}{_suffix(n)}",
+                        backward.projection_grad_kernel,
+                        common
+                        | {"partial": "*fp32", "keys": "*i32", "table": POINTERS[dtype], "first_key": 80514,
+                           "rows": 40257, "table_row": width, "table_column": 1,
+                           "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_W": block_w},
+                        num_warps=warps,
+                        candidate=n > 0,
+                    )  # fmt: skip
 
 
 def cases() -> list[Case]:

@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -20,6 +22,7 @@ from sparse_attn import triton_wing
 
 HERE = Path(__file__).resolve().parent
 FILES = sorted((HERE / "interpreted").glob("test_*.py"))
+PROCESSES = 2
 LIMIT = 900  # seconds for one file: many times what it takes, so that a kernel that hangs is a failure
 
 # Seen with Triton 3.6 and NumPy 2.4: the interpreter turns arrays of one element into ints, which NumPy gave up.
@@ -34,9 +37,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.removeprefix("test_"))
-def test_interpreted(path):
-    run = subprocess.run(
+def run_file(path: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE.parent.parent,
@@ -44,6 +46,26 @@ def test_interpreted(path):
         text=True,
         timeout=LIMIT,
     )
+
+
+@pytest.fixture(scope="module")
+def runs(request) -> Iterator[dict[Path, Future]]:
+    """The files that this session asks for, two at once: the interpreter leaves the second core idle."""
+    asked = [i.callspec.params["path"] for i in request.session.items if i.originalname == "test_interpreted"]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        futures = {path: pool.submit(run_file, path) for path in sorted(asked, key=longest_first)}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+def longest_first(path: Path) -> int:
+    return -path.stat().st_size
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.removeprefix("test_"))
+def test_interpreted(path, runs):
+    run = runs[path].result()
     assert run.returncode == 0, f"{path.name}:\n{run.stdout[-6000:]}\n{run.stderr[-2000:]}"
     assert re.search(r"\d+ passed", run.stdout), run.stdout
     print(run.stdout.strip().splitlines()[-1])

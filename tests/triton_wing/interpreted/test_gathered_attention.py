@@ -20,12 +20,13 @@ from sparse_attn.triton_kernels import _common, gathered_attention, gathered_att
 
 @pytest.mark.parametrize("groups", ["one", "per key head", "per query head"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4), (9, 1)])
-def test_groups(wing, dtype, groups, heads, kv_heads):
-    """Alone and in tiles of heads, with the same keys and with others for each key head."""
-    count = {"one": 1, "per key head": kv_heads, "per query head": heads}[groups]
+def test_groups(wing, groups, heads, kv_heads):
+    """Alone and in tiles of heads, with the same keys and with others for each key head; each dtype thrice."""
+    names = {"one": 1, "per key head": kv_heads, "per query head": heads}
+    dtype = wing.dtypes[(list(names).index(groups) + heads) % 3]
     inputs = qkv(2, heads, kv_heads, 3, 11, 16, dtype=dtype)
-    check(wing, inputs, index_rows((2, count, 3, 5), 11))
-    check(wing, inputs, index_rows((2, count, 3, 7), 11, garbage=True))
+    check(wing, inputs, index_rows((2, names[groups], 3, 5), 11))
+    check(wing, inputs, index_rows((2, names[groups], 3, 7), 11, garbage=True))
 
 
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
@@ -227,7 +228,7 @@ def test_configurations_fit(wing):
     for shared in (1, 2, 3, 16, 33, 128):
         for dim in (1, 64, 72, 128, 256):
             for dtype in wing.dtypes:
-                forward = gathered_attention.tile_config(dtype, shared, dim, 1)
-                backward = gathered_attention_backward.tile_config(shared, 1, dim)
-                for config in (forward, backward, gathered_attention.vector_config(dim, 8, 2048)):
+                forward = gathered_attention.tile_configs(dtype, shared, dim, 1)
+                backward = gathered_attention_backward.tile_configs(shared, 1, dim)
+                for config in (*forward, *backward, *gathered_attention.vector_configs(dim, 8, 2048)):
                     assert all(size & (size - 1) == 0 for n, size in config.items() if n.startswith("BLOCK"))

@@ -55,7 +55,7 @@ def test_keys_split_over_programs(wing, monkeypatch):
     from sparse_attn.triton_kernels import topk_select
 
     config = topk_select.Config(8, 8, 16, 0, 64, 1, 1, 8)
-    monkeypatch.setattr(topk_select, "config", lambda *_: config)
+    monkeypatch.setattr(topk_select, "configs", lambda *_: [config])
     inputs = qkv(1, 2, 1, 1, 300, 8, make=integers)
     options = {"is_causal": True, "causal_offset": 290, "window": 1}
     out, lse, indices = wing.topk_attention(*inputs, 3, **FLAGS, **options)

@@ -23,11 +23,11 @@ def sizes(monkeypatch):
     """Sets the kernel's sizes: small ones reach with few keys what large ones reach with many."""
 
     def choose(block_m=8, block_n=8, capacity=16, slack=0, cut_elements=64, programs=1):
-        def config(_element_size, _head_dim, budget, _amd):
+        def configs(_element_size, _head_dim, budget, _amd, _heavy):
             assert capacity >= budget + slack + block_n
-            return topk_select.Config(block_m, block_n, capacity, slack, cut_elements, 1, 1, programs)
+            return [topk_select.Config(block_m, block_n, capacity, slack, cut_elements, 1, 1, programs)]
 
-        monkeypatch.setattr(topk_select, "config", config)
+        monkeypatch.setattr(topk_select, "configs", configs)
 
     return choose
 

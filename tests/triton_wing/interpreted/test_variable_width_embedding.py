@@ -50,7 +50,7 @@ def test_positions_sorted_by_row(wing, dtype, kind, padding_idx, monkeypatch):
 
 def test_large_configuration(wing, monkeypatch):
     """The tiles of a full batch, which a few ids do not get by themselves."""
-    monkeypatch.setattr(forward, "forward_config", lambda *_: (64, 128, 64, 4))
+    monkeypatch.setattr(forward, "forward_configs", lambda *_: [(64, 128, 64, 4)])
     check(wing, make_tables(150, (150, 70, 3), dtype=torch.bfloat16), make_ids("zipf", 200, 90))
 
 

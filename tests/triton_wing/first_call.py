@@ -1,0 +1,152 @@
+"""What the first call of each op compiles, and for how long: PYTHONPATH=.:tests python -m triton_wing.first_call
+
+The ops run as on a GPU, forward and backward, on CPU tensors, with one thing replaced: a launch compiles its kernel for
+sm_90 and runs nothing. The cache is empty, and kernels are compiled one after the other, as in a first call.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+import sparse_attn
+from sparse_attn import triton_wing
+from triton_wing import aot
+
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "sanitize_overflow")
+
+
+def as_case(kernel, values: tuple, named: dict) -> aot.Case:
+    """The launch kernel[grid](*values, **named) as something to compile."""
+    options = {name: named.pop(name) for name in OPTIONS if name in named}
+    if kernel.debug:
+        options["debug"] = True
+    arguments = dict(zip((p.name for p in kernel.params), values, strict=False)) | named
+    arguments = {n: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    return aot.Case(kernel.__name__, kernel, arguments, warps, stages, options=options)
+
+
+@contextmanager
+def launches(found: list[aot.Case]) -> Iterator[None]:
+    """Inside, the wing takes CPU tensors, and what it would launch is appended to `found` instead."""
+    from triton.runtime.jit import JITFunction
+
+    def run(kernel, *values, grid, warmup, **named):
+        found.append(as_case(kernel, values, named))
+
+    with mock.patch.object(triton_wing, "interpreted", True), mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+Step = tuple[str, Callable[[], torch.Tensor | None]]
+
+
+def attention(heads: int, kv_heads: int, groups: int) -> Iterator[Step]:
+    """gathered_attention, bf16, D 128, K 256."""
+    query = torch.zeros(1, heads, 512, 128, dtype=torch.bfloat16, requires_grad=True)
+    key, value = torch.zeros(2, 1, kv_heads, 512, 128, dtype=torch.bfloat16, requires_grad=True).unbind(0)
+    indices = torch.zeros(1, groups, 512, 256, dtype=torch.int32)
+    out = []
+    yield (
+        "forward",
+        lambda: out.append(sparse_attn.gathered_attention(query, key, value, indices, backend="triton")),
+    )
+    yield "backward", lambda: out[0].sum().backward()
+
+
+def select_and_attend(share: str) -> Iterator[Step]:
+    """topk_attention, bf16, D 128, K 64, causal."""
+    inputs = torch.zeros(3, 1, 16, 512, 128, dtype=torch.bfloat16, requires_grad=True).unbind(0)
+    out = []
+    options = {"is_causal": True, "share": share, "backend": "triton"}
+    yield "forward", lambda: out.append(sparse_attn.topk_attention(*inputs, 64, **options))
+    yield "backward", lambda: out[0].sum().backward()
+
+
+def bands(op: str) -> Iterator[Step]:
+    """Widths 512, 128 and 32 of a vocabulary of 50,257, bf16, 1,024 tokens."""
+    rows, widths = (2000, 8000, 40257), (512, 128, 32)
+    tables = [
+        torch.zeros(n, w, dtype=torch.bfloat16, requires_grad=True) for n, w in zip(rows, widths, strict=True)
+    ]
+    projections = [None] + [torch.zeros(512, w, dtype=torch.bfloat16, requires_grad=True) for w in widths[1:]]
+    maps = (
+        torch.arange(3, dtype=torch.int32).repeat_interleave(torch.tensor(rows)),
+        torch.cat([torch.arange(n, dtype=torch.int32) for n in rows]),
+    )
+    ids, out = torch.zeros(1024, dtype=torch.int64), []
+    hidden = torch.zeros(1024, 512, dtype=torch.bfloat16, requires_grad=True)
+    shared = (tables, projections, *maps)
+    if op == "embedding":
+        call = lambda: sparse_attn.variable_width_embedding(ids, *shared, backend="triton")  # noqa: E731
+    else:
+        call = lambda: sparse_attn.variable_width_cross_entropy(  # noqa: E731
+            hidden, ids, *shared, backend="triton"
+        )
+    yield "forward", lambda: out.append(call())
+    yield "backward", lambda: out[0].sum().backward()
+
+
+CALLS = {
+    "gathered_attention, 16 heads share": lambda: attention(16, 1, 1),
+    "gathered_attention, heads alone": lambda: attention(16, 16, 16),
+    "topk_attention, share none": lambda: select_and_attend("none"),
+    "topk_attention, share all": lambda: select_and_attend("all"),
+    "variable_width_embedding": lambda: bands("embedding"),
+    "variable_width_cross_entropy": lambda: bands("loss"),
+}
+
+
+def measure(target: str) -> Iterator[tuple[str, str, int, float, aot.Resources]]:
+    """(call, direction, kernels compiled, seconds, the slowest of them); a call finds what the ones before left."""
+    known = set()
+    for name, steps in CALLS.items():
+        for direction, step in steps():
+            found: list[aot.Case] = []
+            with launches(found):
+                step()
+            compiled = []
+            for case in found:
+                source = case.source()
+                key = source.hash(), case.num_warps, case.num_stages, str(case.options)
+                if key not in known:
+                    known.add(key)
+                    compiled.append(aot.compile_one("", case, target))
+            errors = [r.error for r in compiled if r.error]
+            if errors:
+                raise RuntimeError(errors[0])
+            slowest = max(compiled, key=lambda r: r.seconds, default=aot.Resources("", "–", target))
+            yield name, direction, len(compiled), sum(r.seconds for r in compiled), slowest
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        start = time.perf_counter()
+        print(f"{'first call':<37}{'direction':<10}{'kernels':>8}{'seconds':>9}  slowest kernel")
+        total = 0.0
+        for name, direction, count, seconds, slowest in measure(aot.MAIN_TARGET):
+            total += seconds
+            print(
+                f"{name:<37}{direction:<10}{count:>8}{seconds:>9.1f}  {slowest.case} {slowest.seconds:.1f} s"
+            )
+        print(
+            f"all: {total:.1f} s of compiling for {aot.MAIN_TARGET}, {time.perf_counter() - start:.1f} s in all"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
