@@ -11,6 +11,7 @@ from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
 from sparse_attn.ops.quantized_select import quantized_select
+from sparse_attn.ops.residual_attention import topk_attention_with_residual
 from sparse_attn.ops.topk_attention import topk_attention
 from sparse_attn.ops.topk_select import topk_select
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
@@ -25,6 +26,7 @@ __all__ = [
     "quantized_select",
     "refine_blocks",
     "topk_attention",
+    "topk_attention_with_residual",
     "topk_select",
     "variable_width_cross_entropy",
     "variable_width_embedding",

@@ -89,11 +89,12 @@ def block_select(
     if count == 0 or tiles == 0 or batch == 0:
         return query.new_full((batch, groups, tiles, budget), -1, dtype=torch.int32)
 
-    exists = torch.full((1, 1, 1, 1), key_length, device=query.device)
+    exists = None
     if key_lengths is not None:
         exists = key_lengths.clamp(0, key_length).to(torch.int64).view(-1, 1, 1, 1)
     blocks = torch.arange(count, device=query.device)
-    visible = (blocks * block_size < exists).expand(batch, 1, tiles, count)
+    end = key_length if exists is None else exists
+    visible = (blocks * block_size < end).expand(batch if exists is not None else 1, 1, tiles, count)
     queries = _mean(query, query_tile, None)
     if pool == "mean":
         keys = _mean(key, block_size, exists)
@@ -113,7 +114,8 @@ def block_select(
     steps = first.div(block_size, rounding_mode="floor") + torch.arange(own, device=query.device)  # [N, own]
     inside = (steps >= 0) & (steps < count)
     steps = steps.clamp(0, count - 1).expand(batch, 1, tiles, own)
-    steps = torch.where(inside & near.gather(-1, steps), steps, -1).expand(-1, groups, -1, -1)
+    steps = torch.where(inside & near.expand(batch, -1, -1, -1).gather(-1, steps), steps, -1)
+    steps = steps.expand(-1, groups, -1, -1)
     return _ascending(torch.cat((far, steps.to(torch.int32)), dim=-1))[..., :budget]
 
 
@@ -145,6 +147,8 @@ def _split(rows: Tensor, size: int, exists: Tensor | None) -> tuple[Tensor, Tens
 
 def _mean(rows: Tensor, size: int, exists: Tensor | None) -> Tensor:
     """[B, H, pieces, D]: the mean of what exists."""
+    if exists is None and rows.shape[2] % size == 0:
+        return rows.unflatten(2, (-1, size)).mean(3, dtype=torch.promote_types(rows.dtype, torch.float32))
     rows, there = _split(rows, size, exists)
     return torch.where(there, rows, 0.0).sum(3) / there.sum(3).clamp(min=1)
 
