@@ -70,6 +70,10 @@ class WingUnderTest:
     def topk_attention_with_residual(self):
         return partial(self._run, "topk_attention_with_residual")
 
+    @property
+    def refine_blocks(self):
+        return partial(self._run, "refine_blocks")
+
 
 def devices() -> list[str]:
     """The device types of this machine, the CPU first."""
