@@ -30,6 +30,13 @@ torch::stable::Tensor indexer_select_cpu(torch::stable::Tensor query, torch::sta
                                          bool is_causal, int64_t causal_offset, int64_t window, int64_t sinks,
                                          bool int8);
 
+torch::stable::Tensor refine_blocks_cpu(torch::stable::Tensor query, torch::stable::Tensor key,
+                                        torch::stable::Tensor blocks_of,
+                                        std::optional<torch::stable::Tensor> key_lengths, int64_t top_k,
+                                        int64_t block_size, int64_t query_tile, bool is_causal,
+                                        int64_t causal_offset, double scale, int64_t window, int64_t sinks,
+                                        int64_t groups);
+
 // (out, lse)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> gathered_attention_cpu(torch::stable::Tensor query,
                                                                                 torch::stable::Tensor key,

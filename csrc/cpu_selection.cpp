@@ -82,13 +82,14 @@ void prepare_selection(Selection& s, const char* op, const Tensor& query, const 
     p.is_causal = is_causal;
     p.rounded = rounded;
     p.dtype = dtype_of(op, query);
+    p.blocks = nullptr;
 }
 
 // Whether any query can see more keys than it may keep: if none can, no score is needed.
 bool needs_scores(const SelectParams& p) {
     int64_t most = p.key_length;
     if (p.is_causal) most = std::min(most, p.query_length + p.causal_offset);
-    return most > p.top_k || p.mask != nullptr;
+    return most > p.top_k || p.mask != nullptr || p.blocks != nullptr;
 }
 
 void pack_keys(Selection& s, int64_t block) {
@@ -175,6 +176,50 @@ Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, std::optiona
                   [&](int64_t i, char* scratch) {
                       Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
                       k.indexer_select(indexer, t.b, t.group, t.queries, s.packed.get(), scratch);
+                  });
+    return indices;
+}
+
+Tensor refine_blocks_cpu(Tensor query, Tensor key, Tensor blocks_of, std::optional<Tensor> key_lengths,
+                         int64_t top_k, int64_t block_size, int64_t query_tile, bool is_causal,
+                         int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    const char* op = "refine_blocks.cpu";
+    check_qkv(op, query, key, nullptr);
+    Selection s;
+    prepare_selection(s, op, query, key, std::nullopt, key_lengths, top_k, is_causal, causal_offset, scale,
+                      window, sinks, groups);
+    SelectParams& p = s.params;
+    STD_TORCH_CHECK(groups == p.heads, op, ": each query head selects for itself; got groups=", groups,
+                    " and ", p.heads, " heads");
+    STD_TORCH_CHECK(block_size >= 1 && query_tile >= 1, op,
+                    ": block_size and query_tile must be at least 1; got ", block_size, " and ", query_tile);
+    // Longer ones change nothing, and sums of them still fit.
+    p.block_size = std::min(block_size, std::max<int64_t>(1, p.key_length));
+    p.query_tile = std::min(query_tile, std::max<int64_t>(1, p.query_length));
+    const int64_t tiles = blocks(p.query_length, p.query_tile);
+    STD_TORCH_CHECK(blocks_of.scalar_type() == ScalarType::Int && blocks_of.dim() == 4 &&
+                        blocks_of.size(0) == p.batch && blocks_of.size(1) == groups &&
+                        blocks_of.size(2) == tiles,
+                    op, ": blocks must be int32 [B, G, N, M], N tiles of queries; got ", shape_of(blocks_of));
+    blocks_of = with_contiguous_rows(blocks_of);
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    if (indices.numel() == 0) return indices;
+    static constexpr int32_t kNone = -1;
+    p.block_slots = blocks_of.size(3);
+    p.blocks = p.block_slots ? static_cast<const int32_t*>(blocks_of.const_data_ptr()) : &kNone;
+    p.blocks_strides = strides_of(blocks_of);
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    const KernelTable& k = cpu::kernels();
+    const int64_t step = k.select_block_queries(p), parts = blocks(p.query_tile, step);
+    pack_keys(s, step);
+    for_each_task(p.batch * groups * tiles * parts, k.select_scratch_bytes(p), s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      const int64_t head = i / (tiles * parts), n = i / parts % tiles;
+                      const int64_t begin = n * p.query_tile + i % parts * step;
+                      const int64_t end = std::min({begin + step, (n + 1) * p.query_tile, p.query_length});
+                      if (begin < end)
+                          k.select(p, head / groups, head % groups, {begin, end}, s.packed.get(), scratch);
                   });
     return indices;
 }

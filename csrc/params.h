@@ -29,6 +29,11 @@ struct SelectParams {
     bool is_causal;
     bool rounded;  // scores of queries and keys rounded to 8 bits, each with its own scale
     DType dtype;
+    // If not null, only the keys of a tile's blocks are candidates, R = 1: int32 [B, G, N, M], ascending, one
+    // row for each of the N tiles of query_tile queries. A task's queries lie in one tile.
+    const int32_t* blocks;
+    Strides blocks_strides;
+    int64_t block_slots, block_size, query_tile;
 };
 
 // Selection by score = Σ_h weight · max(0, q·k) over the Hi heads of a group; G key heads, one per group.

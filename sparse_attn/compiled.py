@@ -48,6 +48,7 @@ CPU_WING = Wing(
             "indexer_select",
             "gathered_attention",
             "gathered_attention_backward",
+            "refine_blocks",
             "block_attention",
             "topk_attention",
             "variable_width_embedding",
@@ -57,5 +58,6 @@ CPU_WING = Wing(
         )
     ),
     why_not=_cpu_why_not,
+    limits={"sharing": 1},  # heads with one selection, named by refine_blocks alone
 )
 register(CPU_WING)

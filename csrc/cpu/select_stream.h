@@ -78,6 +78,26 @@ SPARSE_ATTN_INLINE void emit(int32_t* row, int64_t slots, const Visible& v, cons
     for (; n < slots; ++n) row[n] = -1;
 }
 
+// The ranges of keys from which a tile of queries may choose: all, or those of its blocks.
+struct KeyRanges {
+    const int32_t* blocks;  // or null
+    int64_t count, size, length;
+
+    SPARSE_ATTN_INLINE Range at(int64_t m) const {
+        if (!blocks) return {0, length};
+        const int64_t first = static_cast<int64_t>(blocks[m]) * size;
+        if (first < 0 || first >= length) return {0, 0};
+        return {first, minimum(first + size, length)};
+    }
+};
+
+SPARSE_ATTN_INLINE KeyRanges key_ranges(const SelectParams& p, int64_t b, int64_t group, int64_t query) {
+    if (!p.blocks) return {nullptr, 1, p.key_length, p.key_length};
+    const Strides& s = p.blocks_strides;
+    return {p.blocks + b * s.b + group * s.h + query / p.query_tile * s.t, p.block_slots, p.block_size,
+            p.key_length};
+}
+
 // ---- the stream
 // -------------------------------------------------------------------------------------------------
 
@@ -118,7 +138,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
             Visible& v = visible[i];
             candidates[i].keep = static_cast<int32_t>(p.top_k - forced_count(v));
             scored[i] = candidates[i].keep > 0 && v.end > v.sink_end &&
-                        (v.mask || v.end - v.sink_end > candidates[i].keep);
+                        (v.mask || p.blocks || v.end - v.sink_end > candidates[i].keep);
             if (!scored[i]) continue;
             threshold[i] = open_threshold();
             needed[g] = {minimum(needed[g].begin, v.sink_end), maximum(needed[g].end, v.end)};
@@ -135,32 +155,40 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
         scorer.prepare(g, queries.begin + g * MR, minimum<int64_t>(MR, rows - g * MR));
     }
 
-    for (int64_t n = panels.begin; n < panels.end; ++n) {
-        const int64_t base = n * NR;
-        for (int g = 0; g < kRowGroups; ++g) {
-            if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
-            uint32_t beaten = scorer.score(g, n, tile, threshold + g * MR, beats);
-            const bool all_lanes = base >= inner[g].begin && base + NR <= inner[g].end;
-            for (; beaten; beaten &= beaten - 1) {
-                const int r = __builtin_ctz(beaten), i = g * MR + r;
-                uint32_t bits = beats[r];
-                if (!all_lanes) bits &= scored[i] ? candidate_bits(visible[i], base, NR) : 0u;
-                if (!bits) continue;
-                Candidates& c = candidates[i];
-                int32_t count = c.count;
-                if ((bits & (bits - 1)) == 0) {
-                    // The usual case once the threshold is good: one survivor.
-                    const int lane = __builtin_ctz(bits);
-                    c.scores[count] = tile[r * NR + lane];
-                    c.indices[count++] = static_cast<int32_t>(base) + lane;
-                } else {
+    const KeyRanges ranges = key_ranges(p, b, group, queries.begin);
+    for (int64_t m = 0; m < ranges.count; ++m) {
+        const Range keys_of = ranges.at(m);
+        const int64_t last_panel = minimum(panels.end, (keys_of.end + NR - 1) / NR);
+        for (int64_t n = maximum(panels.begin, keys_of.begin / NR); n < last_panel; ++n) {
+            const int64_t base = n * NR;
+            const uint32_t inside = low_bits(clamp<int64_t>(keys_of.end - base, 0, NR)) &
+                                    ~low_bits(clamp<int64_t>(keys_of.begin - base, 0, NR));
+            for (int g = 0; g < kRowGroups; ++g) {
+                if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
+                uint32_t beaten = scorer.score(g, n, tile, threshold + g * MR, beats);
+                const bool all_lanes = base >= inner[g].begin && base + NR <= inner[g].end;
+                for (; beaten; beaten &= beaten - 1) {
+                    const int r = __builtin_ctz(beaten), i = g * MR + r;
+                    uint32_t bits = beats[r] & inside;
+                    if (!all_lanes) bits &= scored[i] ? candidate_bits(visible[i], base, NR) : 0u;
+                    if (!bits) continue;
+                    Candidates& c = candidates[i];
+                    int32_t count = c.count;
+                    if ((bits & (bits - 1)) == 0) {
+                        // The usual case once the threshold is good: one survivor.
+                        const int lane = __builtin_ctz(bits);
+                        c.scores[count] = tile[r * NR + lane];
+                        c.indices[count++] = static_cast<int32_t>(base) + lane;
+                    } else {
 #pragma GCC unroll 4
-                    for (int v = 0; v < NV; ++v)
-                        count += append(c.scores + count, c.indices + count, bits >> (v * W) & low_bits(W),
-                                        load(tile + r * NR + v * W), static_cast<int32_t>(base + v * W));
+                        for (int v = 0; v < NV; ++v)
+                            count +=
+                                append(c.scores + count, c.indices + count, bits >> (v * W) & low_bits(W),
+                                       load(tile + r * NR + v * W), static_cast<int32_t>(base + v * W));
+                    }
+                    c.count = count;
+                    if (count > full) threshold[i] = keep_best(c, keys);
                 }
-                c.count = count;
-                if (count > full) threshold[i] = keep_best(c, keys);
             }
         }
     }

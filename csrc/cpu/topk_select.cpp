@@ -51,6 +51,10 @@ SPARSE_ATTN_INLINE int64_t shared_queries(const SelectParams& p) {
 }
 
 int64_t select_block_queries(const SelectParams& p) {
+    if (p.blocks) {
+        const int64_t parts = (p.query_tile + kBlockRows - 1) / kBlockRows;  // of a tile
+        return (p.query_tile + parts - 1) / parts;
+    }
     return shared_heads(p) == 1 ? kBlockRows : shared_queries(p);
 }
 

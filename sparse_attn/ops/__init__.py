@@ -6,11 +6,13 @@ from sparse_attn import compiled, triton_wing, reference  # noqa: F401  isort: s
 
 from sparse_attn.ops import fill_indices  # noqa: F401
 from sparse_attn.ops.block_attention import block_attention
-from sparse_attn.ops.block_select import block_select, refine_blocks
+from sparse_attn.ops.block_select import block_select
 from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
 from sparse_attn.ops.quantized_select import quantized_select
+from sparse_attn.ops.refine_blocks import refine_blocks
+from sparse_attn.ops.residual_attention import topk_attention_with_residual
 from sparse_attn.ops.topk_attention import topk_attention
 from sparse_attn.ops.topk_select import topk_select
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
@@ -25,6 +27,7 @@ __all__ = [
     "quantized_select",
     "refine_blocks",
     "topk_attention",
+    "topk_attention_with_residual",
     "topk_select",
     "variable_width_cross_entropy",
     "variable_width_embedding",

@@ -9,6 +9,7 @@ from sparse_attn.reference.block_attention import block_attention, block_attenti
 from sparse_attn.reference.gathered_attention import gathered_attention, gathered_attention_backward
 from sparse_attn.reference.indexer_select import indexer_select
 from sparse_attn.reference.quantized_select import quantized_select
+from sparse_attn.reference.refine_blocks import refine_blocks
 from sparse_attn.reference.topk_attention import topk_attention
 from sparse_attn.reference.topk_select import topk_select
 from sparse_attn.reference.variable_width_cross_entropy import (
@@ -36,6 +37,7 @@ REFERENCE_WING = Wing(
         "indexer_select": indexer_select,
         "gathered_attention": gathered_attention,
         "gathered_attention_backward": gathered_attention_backward,
+        "refine_blocks": refine_blocks,
         "block_attention": block_attention,
         "block_attention_backward": block_attention_backward,
         "topk_attention": topk_attention,

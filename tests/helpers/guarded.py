@@ -70,6 +70,13 @@ def run(wing: str, dtype: torch.dtype, sizes, top_k: int, at_end: bool, guard) -
         weights = guard(normal(batch, heads, queries), at_end)
         for int8 in (False, True):
             sparse_attn.indexer_select(*inputs[:2], weights, top_k, int8=int8, backend=wing, **causal)
+        for groups in (1, kv_heads, heads):
+            tile, block = 7, 24
+            rows = index_rows((batch, groups, -(-queries // tile), 3), -(-keys // block), garbage=True)
+            shape = {"query_tile": tile, "block_size": block}
+            out = sparse_attn.block_attention(*inputs, guard(rows, at_end), backend=wing, **shape, **causal)
+            out.sum().backward()
+            sparse_attn.refine_blocks(*inputs[:2], rows, top_k, backend=wing, **shape, **causal)
     for groups in (1, kv_heads, heads):
         for garbage in (False, True):
             indices = guard(index_rows((batch, groups, queries, top_k), keys, garbage=garbage), at_end)

@@ -1,12 +1,11 @@
-"""block_select and refine_blocks: against loops over blocks and tiles in float64."""
+"""block_select against loops over blocks and tiles in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers import oracle
-from helpers.compare import assert_well_formed
-from helpers.inputs import integers, normal
+from helpers.inputs import normal
 
 import sparse_attn
 
@@ -119,40 +118,6 @@ def test_nothing(sizes):
     options = {"is_causal": True, "causal_offset": 0, "block_size": 4, "query_tile": 2}
     chosen = sparse_attn.block_select(query, key, 3, **options)
     assert chosen.shape == (batch, 2, -(-queries // 2), min(3, -(-keys // 4)))
-    indices = sparse_attn.refine_blocks(query, key, chosen, 2, **options)
-    assert indices.shape[:3] == (batch, 2, queries)
-
-
-@pytest.mark.parametrize("share", ["none", "kv", "all"])
-@pytest.mark.parametrize("name", CASES)
-def test_refined_to_all_blocks_is_exact_selection(name, share):
-    """Where every block is chosen the tokens are topk_select's."""
-    queries, keys, block, tile, options = CASES[name]
-    query, key = integers(2, 4, queries, 5), integers(2, 2, keys, 5, seed=1)
-    count = -(-keys // block)
-    blocks = torch.arange(count, dtype=torch.int32).expand(2, 1, -(-queries // tile), count)
-    if options.get("is_causal"):
-        options = options | {"window": 3, "sinks": 1}
-    indices = sparse_attn.refine_blocks(
-        query, key, blocks, 9, block_size=block, query_tile=tile, share=share, **options
-    )
-    want = sparse_attn.topk_select(query, key, 9, share=share, **options, backend="reference")
-    assert_well_formed(indices, query, key, 9, share=share, **options)
-    if share == "none":
-        assert torch.equal(indices, want)
-    else:
-        assert (indices == want).double().mean() > 0.99  # masses of equal scores may round apart
-
-
-def test_refined_within_blocks():
-    """The best of the chosen blocks' tokens alone, blocks in any order, twice, or out of range."""
-    query, key = integers(1, 2, 24, 5), integers(1, 2, 64, 5, seed=1)
-    blocks = torch.tensor([6, 2, 2, -1, 99]).int().expand(1, 2, 3, 5)
-    options = {"is_causal": True, "causal_offset": 40}
-    indices = sparse_attn.refine_blocks(query, key, blocks, 7, block_size=8, query_tile=8, **options)
-    inside = torch.zeros(64, dtype=torch.bool)
-    inside[16:24] = inside[48:56] = True
-    assert torch.equal(indices, sparse_attn.topk_select(query, key, 7, attn_mask=inside, **options))
 
 
 def test_errors():
@@ -166,6 +131,3 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=says):
             sparse_attn.block_select(query, key, **{"top_blocks": 4, "is_causal": True} | wrong)
-    blocks = torch.zeros(1, 4, 1, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="share='all' makes 1 selections, got 4 rows of blocks"):
-        sparse_attn.refine_blocks(query, key, blocks, 3, share="all")

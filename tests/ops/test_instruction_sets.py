@@ -17,6 +17,7 @@ FILES = (
     "test_indexer_select.py",
     "test_quantized_select.py",
     "test_block_attention.py",
+    "test_refine_blocks.py",
     "test_gathered_attention.py",
     "test_topk_attention.py",
     "test_special_values.py",
