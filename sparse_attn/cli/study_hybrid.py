@@ -1,0 +1,197 @@
+"""The study of approximated heads: what a KeySelector and a HeadApproximator keep of a model trained on real text."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparse_attn.cli import demo_text
+from sparse_attn.cli.demo_model import HEADS, LAYERS, WIDTH
+from sparse_attn.cli.demo_train import Arm, Settings, train
+from sparse_attn.distillation import (
+    Frequencies,
+    attention_layers,
+    baselines,
+    evaluate,
+    hybridize,
+    selection_quality,
+    train_approximator,
+    train_selector,
+)
+from sparse_attn.distillation.progress import Progress, reporting
+
+# What decides over the learning: batches of held-out text at the end, and of training text for the averages.
+_HELD_OUT_BATCHES, _COUNTED_BATCHES = 8, 32
+
+
+def run(
+    *,
+    steps: int = 600,
+    selector_steps: int = 1000,
+    approximator_steps: int = 600,
+    budgets: Sequence[int] = (8, 16, 32),
+    context: int = 256,
+    batch: int = 8,
+    hidden: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    text: str | None = None,
+    progress: Progress | bool | None = None,
+) -> dict:
+    """Trains a small causal GPT on text, then a KeySelector and HeadApproximators on it, and measures them.
+
+    The teacher is the demo's model with dense attention, characters as tokens. All its heads get a selector, trained
+    once; then, for each budget, approximators for the selector's keys. Everything is measured on held-out text.
+
+    Args:
+        steps: training steps of the teacher.
+        selector_steps, approximator_steps: training steps of the networks (the latter for each budget).
+        budgets: keys per query.
+        context, batch: characters in a window, windows in a step.
+        hidden: width of the networks' hidden layers.
+        seed: of weights and data order.
+        device: where to run.
+        text: path of a UTF-8 text; None is the State of the Union addresses of the package.
+        progress: True for progress bars, or a function called with (name, done, total or None, note).
+
+    Returns:
+        A dict of plain numbers: "settings"; "teacher" (losses); "selection" (see `selection_quality`, for each way to
+        choose keys); "students" (see `evaluate`: by name and budget); "seconds", by stage.
+    """
+    device = torch.device(device)
+    corpus = demo_text.load(text, context)
+    clock = _Clock()
+    teacher = _teacher(corpus, Settings(steps, batch, context, max(budgets), 0, seed, device), progress)
+    clock.lap("teacher")
+    held_out = _batches(
+        corpus.held_out, corpus.held_out_starts(context)[: _HELD_OUT_BATCHES * batch], batch, context
+    )
+
+    counted = _random_batches(corpus, _COUNTED_BATCHES, batch, context, seed + 1)
+    frequencies = Frequencies(teacher, counted, progress=progress)
+    clock.lap("averages")
+    torch.manual_seed(seed)  # of the networks' first weights
+    chosen_only = hybridize(teacher, max_length=context, approximate_output=False, hidden=hidden)
+    stream = _random_batches(corpus, selector_steps, batch, context, seed + 2)
+    selector_losses = train_selector(teacher, chosen_only, stream, progress=progress)
+    clock.lap("selector")
+    choosers = {
+        "exact top-k": baselines.exact,
+        "KeySelector": baselines.learned(
+            {name: layer.selector for name, layer in attention_layers(chosen_only).items()}
+        ),
+        "frequent distances": frequencies.distances,
+        "frequent positions": frequencies.positions,
+        "last keys": baselines.recent,
+        "random keys": baselines.random(seed),
+    }
+    selection = selection_quality(teacher, choosers, held_out, budgets=budgets, progress=progress)
+    clock.lap("selection")
+
+    students: dict[str, dict[int, dict]] = {}
+    for k in budgets:
+        stream = _random_batches(corpus, approximator_steps, batch, context, seed + 3)
+        for name, student in _students(teacher, chosen_only, k, hidden, stream, progress).items():
+            students.setdefault(name, {})[k] = evaluate(teacher, student, held_out)
+        clock.lap(f"students at {k} keys")
+    return {
+        "settings": {
+            "text": corpus.name,
+            "vocabulary": len(corpus.alphabet),
+            "width": WIDTH,
+            "heads": HEADS,
+            "layers": LAYERS,
+            "steps": steps,
+            "selector_steps": selector_steps,
+            "approximator_steps": approximator_steps,
+            "budgets": list(budgets),
+            "context": context,
+            "batch": batch,
+            "hidden": hidden,
+            "seed": seed,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "held_out_tokens": sum(ids.numel() for ids in held_out),
+        },
+        "teacher": {"held_out_loss": next(iter(students.values()))[budgets[0]]["teacher_loss"]},
+        "selector_loss": {
+            name: {"first": losses[0], "last": sum(losses[-20:]) / len(losses[-20:])}
+            for name, losses in selector_losses.items()
+        },
+        "selection": selection,
+        "students": students,
+        "seconds": clock.laps,
+    }
+
+
+def _teacher(corpus: demo_text.Corpus, settings: Settings, progress: Progress | bool | None) -> nn.Module:
+    """The demo's dense model, trained as the demo does."""
+    arm = Arm("dense", None, 0, "PyTorch SDPA")
+    with reporting("train teacher", settings.steps, progress) as advance:
+        train(arm, corpus, settings, lambda loss: advance(f"loss {loss:.3f}"))
+    return arm.model.eval()
+
+
+def _students(
+    teacher: nn.Module,
+    chosen_only: nn.Module,
+    top_k: int,
+    hidden: int,
+    stream: list[Tensor],
+    progress: Progress | bool | None,
+) -> dict[str, nn.Module]:
+    """Models with top_k keys per query, by name."""
+    exact, recent, chosen = (copy.deepcopy(m) for m in (teacher, teacher, chosen_only))
+    for layer in attention_layers(exact).values():
+        layer.top_k = top_k
+    for layer in attention_layers(recent).values():
+        layer.top_k = layer.window = top_k
+    for layer in attention_layers(chosen).values():
+        layer.selector.top_k = top_k
+    context = next(iter(attention_layers(chosen).values())).selector.max_length
+    options = {"max_length": context, "approximated_top_k": top_k, "hidden": hidden}
+    hybrid, half = hybridize(teacher, **options), hybridize(teacher, range(HEADS // 2), **options)
+    for name, layer in attention_layers(hybrid).items():
+        layer.selector.load_state_dict(attention_layers(chosen_only)[name].selector.state_dict())
+    train_approximator(teacher, hybrid, stream, progress=progress)
+    for name, layer in attention_layers(half).items():
+        whole = attention_layers(hybrid)[name]
+        for part in ("selector", "approximator"):
+            state = {k: v[: HEADS // 2] for k, v in getattr(whole, part).state_dict().items()}
+            getattr(layer, part).load_state_dict(state)
+    return {
+        "exact top-k": exact,
+        "last keys": recent,
+        "KeySelector, exact attention": chosen,
+        "KeySelector, HeadApproximator": hybrid,
+        "the same in half of the heads": half,
+    }
+
+
+def _random_batches(
+    corpus: demo_text.Corpus, count: int, batch: int, context: int, seed: int
+) -> list[Tensor]:
+    """`count` batches of training windows, int64 [batch, context] each: a few megabytes of ids, not of activations."""
+    return _batches(corpus.train, corpus.train_starts(count, batch, context, seed).flatten(), batch, context)
+
+
+def _batches(ids: Tensor, starts: Tensor, batch: int, context: int) -> list[Tensor]:
+    device = torch.device("cpu")  # the teacher's own is found when a batch is run
+    return [demo_text.windows(ids, some, context, device)[0] for some in starts.split(batch)]
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
