@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.cli import demo_text
+from sparse_attn.cli.console import table
 from sparse_attn.cli.demo_model import HEADS, LAYERS, WIDTH
 from sparse_attn.cli.demo_train import Arm, Settings, train
 from sparse_attn.distillation import (
@@ -60,7 +61,11 @@ def run(
 
     Returns:
         A dict of plain numbers: "settings"; "teacher" (losses); "selection" (see `selection_quality`, for each way to
-        choose keys); "students" (see `evaluate`: by name and budget); "seconds", by stage.
+        choose keys); "students" (see `evaluate`: by name and budget); "seconds", by stage. `tables` prints it.
+
+    Example:
+        >>> from sparse_attn.cli import study_hybrid
+        >>> print(study_hybrid.tables(study_hybrid.run(progress=True)))  # doctest: +SKIP
     """
     device = torch.device(device)
     corpus = demo_text.load(text, context)
@@ -126,6 +131,44 @@ def run(
         "students": students,
         "seconds": clock.laps,
     }
+
+
+def tables(result: dict) -> str:
+    """What `run` returned, as plain text: the choices of keys, then the students."""
+    budgets, percent = result["settings"]["budgets"], "{:.1%}".format
+    choices = [
+        [
+            name,
+            percent(chosen["top1"]),
+            *(percent(chosen["recall"][k]) for k in budgets),
+            *(percent(chosen["layer_error"][k]) for k in budgets),
+        ]
+        for name, chosen in result["selection"].items()
+    ]
+    students = [
+        [
+            name,
+            str(k),
+            *(percent(found[k][f"{part}_error"]) for part in ("head", "layer", "logits")),
+            f"{found[k]['student_loss'] - found[k]['teacher_loss']:+.3f}",
+        ]
+        for k in budgets
+        for name, found in result["students"].items()
+    ]
+    return "\n\n".join(
+        (
+            table(
+                "keys: top-1 accuracy; by budget recall of attention mass, layer error with exact attention to them",
+                ["choice", "top-1", *(f"recall {k}" for k in budgets), *(f"error {k}" for k in budgets)],
+                choices,
+            ),
+            table(
+                f"students: errors relative to the teacher, its loss is {result['teacher']['held_out_loss']:.3f} nats",
+                ["heads", "keys", "head error", "layer error", "logits error", "loss"],
+                students,
+            ),
+        )
+    )
 
 
 def _teacher(corpus: demo_text.Corpus, settings: Settings, progress: Progress | bool | None) -> nn.Module:

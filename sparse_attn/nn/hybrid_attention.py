@@ -36,6 +36,7 @@ class HybridAttention(TopKAttention):
         approximate_output: True, the output of an approximated head is a HeadApproximator's; False, exact attention to
             the keys that the selector chose.
         hidden: width of the hidden layers of both networks.
+        relative: as in KeySelector.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -59,6 +60,7 @@ class HybridAttention(TopKAttention):
         approximated_top_k: int = 8,
         approximate_output: bool = True,
         hidden: int = 64,
+        relative: bool = False,
         num_kv_heads: int | None = None,
         bias: bool = False,
         dropout: float = 0.0,
@@ -96,7 +98,9 @@ class HybridAttention(TopKAttention):
             "device": device,
             "dtype": dtype,
         }
-        self.selector = KeySelector(self.head_dim, max_length, approximated_top_k, **options)
+        self.selector = KeySelector(
+            self.head_dim, max_length, approximated_top_k, relative=relative, **options
+        )
         if approximate_output:
             self.approximator = HeadApproximator(self.head_dim, approximated_top_k, **options)
 

@@ -23,6 +23,9 @@ class KeySelector(torch.nn.Module):
     :meth:`select` is :func:`sparse_attn.topk_select` over that table. A scorer that reads the keys does better at
     the same cost; this one is the baseline to beat.
 
+    With ``relative=True`` the logits belong to distances, z_ij = (W_2ᵀ gelu(…) + b_2)_{i−j}: "the token before" is
+    then one output instead of max_length rules, but the keys stay as unknown as before.
+
     Nothing is known past `max_length` positions. Train with :meth:`loss`.
 
     Args:
@@ -31,6 +34,7 @@ class KeySelector(torch.nn.Module):
         top_k: keys per query that `select` returns unless it is told otherwise.
         num_heads: query heads, each with an MLP of its own.
         hidden: width of the hidden layer.
+        relative: logits for distances from the query instead of positions; for causal attention.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -52,6 +56,7 @@ class KeySelector(torch.nn.Module):
         *,
         num_heads: int,
         hidden: int = 64,
+        relative: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -61,6 +66,7 @@ class KeySelector(torch.nn.Module):
         self.top_k = checks.integer("top_k", top_k, 1)
         self.num_heads = checks.integer("num_heads", num_heads, 1)
         self.hidden = checks.integer("hidden", hidden, 1)
+        self.relative = checks.boolean("relative", relative)
         options = {"device": device, "dtype": dtype}
         self.inner = PerHeadLinear(self.num_heads, self.head_dim, self.hidden, **options)
         self.positions = PerHeadLinear(self.num_heads, self.hidden, self.max_length, **options)
@@ -74,8 +80,7 @@ class KeySelector(torch.nn.Module):
             causal_offset: the position of the first query, for a block of queries; None means 0.
         """
         check_input("query", query, self.num_heads, self.head_dim)
-        logits = self.positions(self._features(query))
-        visible = self._visible(query, self.max_length, is_causal, causal_offset)
+        logits, visible = self._logits(query, self.max_length, is_causal, causal_offset)
         return logits if visible is None else logits.masked_fill(~visible, -torch.inf)
 
     @torch.no_grad()
@@ -91,6 +96,7 @@ class KeySelector(torch.nn.Module):
     ) -> Tensor:
         """The top_k positions of each query: int32 [B, H, T, min(top_k, key_length)], unique, ascending, −1 last.
 
+        Ties go to the smaller position, with ``relative=True`` to the smaller distance.
         No [T, T] logits are stored: they are those of :func:`sparse_attn.topk_select`, which works through blocks of
         queries. Nothing is differentiated.
 
@@ -106,6 +112,12 @@ class KeySelector(torch.nn.Module):
         top_k = self.top_k if top_k is None else checks.integer("top_k", top_k, 1)
         key_length = query.shape[2] if key_length is None else checks.integer("key_length", key_length, 0)
         self._check_length("key_length", key_length)
+        offset = checks.causal_offset_of(self._causal(is_causal), causal_offset, query.shape[2], key_length)
+        if self.relative and offset + query.shape[2] > key_length:
+            raise ValueError(
+                f"with relative=True causal_offset + T must be at most key_length = {key_length}, "
+                f"got {offset} + {query.shape[2]}"
+            )
         # z_ij = features_i · W₂[:, j] + b_j: a constant feature of 1 takes the bias along.
         features = self._features(query)  # [B, H, T, hidden]
         features = torch.cat((features, features.new_ones(*features.shape[:3], 1)), dim=-1)
@@ -113,15 +125,21 @@ class KeySelector(torch.nn.Module):
             (self.positions.weight, self.positions.bias.unsqueeze(1)), dim=1
         )  # [H, hidden + 1, max]
         keys = table[..., :key_length].transpose(1, 2).contiguous().to(features.dtype)
-        return topk_select(
+        indices = topk_select(
             features,
             keys.expand(query.shape[0], -1, -1, -1),
             top_k,
             is_causal=is_causal,
-            causal_offset=causal_offset,
+            causal_offset=offset if is_causal else None,
             scale=1.0,
             backend=backend,
         )
+        if not self.relative:
+            return indices
+        # These are distances: a query sees those of at most its own position, as it sees positions.
+        last = torch.arange(query.shape[2], device=query.device, dtype=torch.int32).unsqueeze(1) + offset
+        ascending = (last - indices).where(indices >= 0, key_length).sort(-1).values
+        return ascending.where(ascending < key_length, -1)
 
     def loss(
         self,
@@ -155,9 +173,8 @@ class KeySelector(torch.nn.Module):
                 f"target must have shape [B, H, t, Tk] = {wanted}, got {checks.describe(target)}"
             )
         self._check_length("target's last dimension", target.shape[3])
-        logits = self.positions(self._features(query), target.shape[3]).float()
-        visible = self._visible(query, target.shape[3], is_causal, causal_offset)
-        target = target.float()
+        logits, visible = self._logits(query, target.shape[3], is_causal, causal_offset)
+        logits, target = logits.float(), target.float()
         if visible is not None:
             # The lowest finite number, because −inf · 0 would be NaN.
             logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
@@ -173,16 +190,27 @@ class KeySelector(torch.nn.Module):
         """query [B, H, T, D] → [B, H, T, hidden]."""
         return torch.nn.functional.gelu(self.inner(query))
 
-    @staticmethod
-    def _visible(query: Tensor, length: int, is_causal: bool, causal_offset: int | None) -> Tensor | None:
-        """Which positions each query may see, bool [T, length]; None for all."""
-        is_causal = checks.boolean("is_causal", is_causal)
+    def _logits(
+        self, query: Tensor, length: int, is_causal: bool, causal_offset: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the first `length` positions [B, H, T, length]; which are visible, [T, length], or None for all."""
         # Equal lengths, because here None stands for 0 whatever they are.
-        offset = checks.causal_offset_of(is_causal, causal_offset, length, length)
+        offset = checks.causal_offset_of(self._causal(is_causal), causal_offset, length, length)
         if not is_causal:
-            return None
-        last = torch.arange(query.shape[2], device=query.device) + offset
-        return torch.arange(length, device=query.device) <= last.unsqueeze(1)
+            return self.positions(self._features(query), length), None
+        last = torch.arange(query.shape[2], device=query.device).unsqueeze(1) + offset
+        distance = last - torch.arange(length, device=query.device)  # [T, length]
+        if not self.relative:
+            return self.positions(self._features(query), length), distance >= 0
+        self._check_length("with relative=True causal_offset + T", offset + query.shape[2])
+        logits = self.positions(self._features(query))
+        place = distance.clamp(min=0).expand(*logits.shape[:2], -1, -1)
+        return logits.gather(-1, place), distance >= 0
+
+    def _causal(self, is_causal: object) -> bool:
+        if not checks.boolean("is_causal", is_causal) and self.relative:
+            raise ValueError("relative=True needs is_causal=True, got is_causal=False")
+        return is_causal
 
     def _check_length(self, name: str, length: int) -> None:
         if length > self.max_length:
@@ -191,5 +219,5 @@ class KeySelector(torch.nn.Module):
     def extra_repr(self) -> str:
         return (
             f"head_dim={self.head_dim}, max_length={self.max_length}, top_k={self.top_k}, "
-            f"num_heads={self.num_heads}, hidden={self.hidden}"
+            f"num_heads={self.num_heads}, hidden={self.hidden}, relative={self.relative}"
         )

@@ -62,6 +62,9 @@ def test_every_number_is_there_and_comes_again():
     assert result["settings"]["held_out_tokens"] == 4 * 32
     json.dumps(result)
     assert all(math.isfinite(n) for n in numbers(result))
+    text = study_hybrid.tables(result)
+    for name in (*result["selection"], *result["students"]):
+        assert name in text
     again = study_hybrid.run(**SMALL)
     for part in ("teacher", "selector_loss", "selection", "students"):
         assert again[part] == result[part], part

@@ -23,13 +23,19 @@ def queries(*shape, device="cpu", dtype=torch.float32) -> torch.Tensor:
 
 
 def by_hand(selector: KeySelector, query: torch.Tensor) -> torch.Tensor:
-    """The formula head by head, without a mask: [B, H, T, max_length]."""
+    """The formula head by head, without a mask (0 after the query if relative): [B, H, T, max_length]."""
     heads = []
     for h in range(query.shape[1]):
         inner, positions = selector.inner, selector.positions
         features = torch.nn.functional.gelu(query[:, h] @ inner.weight[h] + inner.bias[h])
         heads.append(features @ positions.weight[h] + positions.bias[h])
-    return torch.stack(heads, dim=1)
+    logits = torch.stack(heads, dim=1)
+    if not selector.relative:
+        return logits
+    moved = torch.zeros_like(logits)
+    for i in range(query.shape[2]):
+        moved[:, :, i, : i + 1] = logits[:, :, i, : i + 1].flip(-1)  # of distances i … 0
+    return moved
 
 
 def assert_selects(indices, logits, top_k, **options):
@@ -52,39 +58,48 @@ def test_logits_follow_the_formula_and_hide_the_future(batch, length):
     logits, want = selector(query), by_hand(selector, query)
     torch.testing.assert_close(logits, want.masked_fill(hidden, -torch.inf))
     torch.testing.assert_close(selector(query, is_causal=False), want)
+    selector.relative = True
+    want = by_hand(selector, query)
+    torch.testing.assert_close(selector(query), want.masked_fill(hidden, -torch.inf))
 
 
-def test_a_block_of_queries_is_a_block_of_the_whole():
-    selector, query = make(), queries()
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_block_of_queries_is_a_block_of_the_whole(relative):
+    selector, query = make(relative=relative), queries()
     torch.testing.assert_close(selector(query[:, :, 10:20], causal_offset=10), selector(query)[:, :, 10:20])
 
 
 @pytest.mark.parametrize("top_k", [1, 5, T, 10 * T, None])
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_select_keeps_the_largest_logits(wing, top_k, is_causal):
-    selector, query = make(wing), queries(device=wing.device)
+@pytest.mark.parametrize(("is_causal", "relative"), [(True, False), (False, False), (True, True)])
+def test_select_keeps_the_largest_logits(wing, top_k, is_causal, relative):
+    selector, query = make(wing, relative=relative), queries(device=wing.device)
     indices = selector.select(query, top_k, is_causal=is_causal, backend=wing.name)
     logits = by_hand(selector, query)[..., :T].detach().cpu()
     assert_selects(indices.cpu(), logits, top_k or 5, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("length", [0, 1, 2])
-def test_select_of_few_queries(wing, length):
-    indices = make(wing).select(queries(B, H, length, D, device=wing.device), backend=wing.name)
+def test_select_of_few_queries(wing, length, relative):
+    indices = make(wing, relative=relative).select(
+        queries(B, H, length, D, device=wing.device), backend=wing.name
+    )
     assert indices.shape == (B, H, length, min(5, length))
     if length:
         assert indices[:, :, 0].eq(torch.tensor([0, -1][:length], device=wing.device)).all()
 
 
-def test_select_for_the_last_queries_of_a_longer_sequence(wing):
-    selector, query = make(wing), queries(device=wing.device)
+@pytest.mark.parametrize("relative", [False, True])
+def test_select_for_the_last_queries_of_a_longer_sequence(wing, relative):
+    selector, query = make(wing, relative=relative), queries(device=wing.device)
     whole = selector.select(query, backend=wing.name)
     last = selector.select(query[:, :, 20:], causal_offset=20, key_length=T, backend=wing.name)
     assert torch.equal(last, whole[:, :, 20:])
 
 
-def test_select_is_causal(wing):
-    selector, query = make(wing), queries(device=wing.device)
+@pytest.mark.parametrize("relative", [False, True])
+def test_select_is_causal(wing, relative):
+    selector, query = make(wing, relative=relative), queries(device=wing.device)
     changed = query.clone()
     changed[:, :, 20:] += 1.0
     before, after = selector.select(query), selector.select(changed)
@@ -106,6 +121,9 @@ def test_select_ties_and_nan(wing):
     torch.nn.init.zeros_(selector.positions.bias)
     tied = selector.select(queries(device=wing.device), backend=wing.name)
     assert tied[:, :, 10].eq(torch.arange(5, device=wing.device)).all()
+    selector.relative = True
+    tied = selector.select(queries(device=wing.device), backend=wing.name)
+    assert tied[:, :, 10].eq(torch.arange(6, 11, device=wing.device)).all()
 
 
 def test_select_feeds_gathered_attention(wing):
@@ -141,8 +159,9 @@ def test_loss_is_the_divergence_from_the_teachers_row(is_causal):
         torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_loss_of_blocks_adds_up_to_that_of_the_whole():
-    selector, query, scores = make(), queries(), torch.randn(B, H, T, T)
+@pytest.mark.parametrize("relative", [False, True])
+def test_loss_of_blocks_adds_up_to_that_of_the_whole(relative):
+    selector, query, scores = make(relative=relative), queries(), torch.randn(B, H, T, T)
     whole = selector.loss(query, scores, from_scores=True)
     parts = [
         selector.loss(query[:, :, i:j], scores[:, :, i:j], from_scores=True, causal_offset=i) * (j - i)
@@ -160,8 +179,9 @@ def test_loss_without_mass_is_zero():
     assert selector.loss(query[:, :, :0], torch.zeros(B, H, 0, T)) == 0
 
 
-def test_loss_ignores_what_a_query_may_not_see():
-    selector, query, scores = make(), queries(), torch.randn(B, H, T, T)
+@pytest.mark.parametrize("relative", [False, True])
+def test_loss_ignores_what_a_query_may_not_see(relative):
+    selector, query, scores = make(relative=relative), queries(), torch.randn(B, H, T, T)
     changed = scores + torch.triu(torch.full((T, T), 50.0), 1)
     assert torch.equal(
         selector.loss(query, scores, from_scores=True), selector.loss(query, changed, from_scores=True)
@@ -203,6 +223,19 @@ def test_it_learns_positions_that_the_query_tells():
 
 
 @pytest.mark.torch_defaults
+def test_relative_learns_distances_and_holds_them_elsewhere():
+    """Queries that name one of four distances, trained on early queries: right at later ones too."""
+    distance = torch.randint(4, (B, H, T))
+    wanted = (torch.arange(T) - distance).clamp(min=0)
+    codes, scores = torch.randn(4, D)[distance], torch.nn.functional.one_hot(wanted, T) * 12.0
+    selector = make(hidden=64, relative=True)
+    losses = fit(selector, codes[:, :, :20], scores[:, :, :20], 300)
+    assert losses[-1] < 0.05 * losses[0]
+    hits = (selector.select(codes, 1)[..., 0] == wanted)[:, :, 20:].float().mean()
+    assert hits > 0.97
+
+
+@pytest.mark.torch_defaults
 def test_it_cannot_learn_what_the_keys_hold():
     """One query, two texts whose best keys differ: the best guess is half and half, a divergence of ln 2."""
     query = queries(1, H, 1, D).expand(2, H, T, D)
@@ -227,7 +260,7 @@ def test_state_copy_and_repr():
         "positions.bias",
         "positions.weight",
     ]
-    for part in ("head_dim=8", "max_length=40", "top_k=5", "num_heads=3", "hidden=16"):
+    for part in ("head_dim=8", "max_length=40", "top_k=5", "num_heads=3", "hidden=16", "relative=False"):
         assert part in repr(selector)
 
 
@@ -243,8 +276,9 @@ def test_half_types_and_autocast(dtype):
 
 
 @pytest.mark.torch_defaults
-def test_select_and_loss_compile_in_one_graph():
-    selector, query, scores = make(), queries(), torch.rand(B, H, T, T)
+@pytest.mark.parametrize("relative", [False, True])
+def test_select_and_loss_compile_in_one_graph(relative):
+    selector, query, scores = make(relative=relative), queries(), torch.rand(B, H, T, T)
     select = torch.compile(selector.select, fullgraph=True, backend="aot_eager")
     assert torch.equal(select(query), selector.select(query))
     loss = torch.compile(selector.loss, fullgraph=True, backend="aot_eager")
@@ -259,6 +293,7 @@ def test_select_and_loss_compile_in_one_graph():
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ({"num_heads": None}, TypeError, "num_heads must be an int, got None"),
         ({"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
+        ({"relative": 1}, TypeError, "relative must be True or False, got 1"),
     ],
 )
 def test_bad_arguments(options, error, sentence):
@@ -289,3 +324,23 @@ def test_bad_arguments(options, error, sentence):
 def test_bad_input(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call(make())
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda s: s(queries(), is_causal=False), "relative=True needs is_causal=True, got is_causal=False"),
+        (lambda s: s.select(queries(), is_causal=False), "relative=True needs is_causal=True"),
+        (
+            lambda s: s(queries(), causal_offset=8),
+            "causal_offset \\+ T must be at most max_length = 40, got 41",
+        ),
+        (
+            lambda s: s.select(queries(), causal_offset=3, key_length=35),
+            "causal_offset \\+ T must be at most key_length = 35, got 3 \\+ 33",
+        ),
+    ],
+)
+def test_bad_input_of_relative(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(make(relative=True))
