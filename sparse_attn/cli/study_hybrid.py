@@ -24,16 +24,19 @@ from sparse_attn.distillation import (
     train_selector,
 )
 from sparse_attn.distillation.progress import Progress, reporting
+from sparse_attn.nn import KeySelector
 
 # What decides over the learning: batches of held-out text at the end, and of training text for the averages.
 _HELD_OUT_BATCHES, _COUNTED_BATCHES = 8, 32
+# Whether the selector's logits are for distances.
+SELECTORS = {"KeySelector, positions": False, "KeySelector, distances": True}
 
 
 def run(
     *,
-    steps: int = 600,
-    selector_steps: int = 1000,
-    approximator_steps: int = 600,
+    steps: int = 400,
+    selector_steps: int = 400,
+    approximator_steps: int = 200,
     budgets: Sequence[int] = (8, 16, 32),
     context: int = 256,
     batch: int = 8,
@@ -45,12 +48,13 @@ def run(
 ) -> dict:
     """Trains a small causal GPT on text, then a KeySelector and HeadApproximators on it, and measures them.
 
-    The teacher is the demo's model with dense attention, characters as tokens. All its heads get a selector, trained
-    once; then, for each budget, approximators for the selector's keys. Everything is measured on held-out text.
+    The teacher is the demo's model with dense attention, characters as tokens. All its heads get a selector for
+    positions and one for distances, each trained once; then, for each budget, approximators for the keys of either.
+    Everything is measured on held-out text.
 
     Args:
         steps: training steps of the teacher.
-        selector_steps, approximator_steps: training steps of the networks (the latter for each budget).
+        selector_steps, approximator_steps: training steps of the networks (of the latter for each budget).
         budgets: keys per query.
         context, batch: characters in a window, windows in a step.
         hidden: width of the networks' hidden layers.
@@ -60,7 +64,8 @@ def run(
         progress: True for progress bars, or a function called with (name, done, total or None, note).
 
     Returns:
-        A dict of plain numbers: "settings"; "teacher" (losses); "selection" (see `selection_quality`, for each way to
+        A dict of plain numbers: "settings"; "teacher" (its loss); "selector_loss" (mean of the last 20 steps, by
+        selector and layer); "selection" (see `selection_quality`, for each way to
         choose keys); "students" (see `evaluate`: by name and budget); "seconds", by stage. `tables` prints it.
 
     Example:
@@ -80,15 +85,18 @@ def run(
     frequencies = Frequencies(teacher, counted, progress=progress)
     clock.lap("averages")
     torch.manual_seed(seed)  # of the networks' first weights
-    chosen_only = hybridize(teacher, max_length=context, approximate_output=False, hidden=hidden)
     stream = _random_batches(corpus, selector_steps, batch, context, seed + 2)
-    selector_losses = train_selector(teacher, chosen_only, stream, progress=progress)
-    clock.lap("selector")
+    selecting, selector_loss = {}, {}
+    for name, relative in SELECTORS.items():
+        selecting[name] = hybridize(
+            teacher, max_length=context, approximate_output=False, hidden=hidden, relative=relative
+        )
+        losses = train_selector(teacher, selecting[name], stream, progress=progress)
+        selector_loss[name] = {layer: sum(each[-20:]) / len(each[-20:]) for layer, each in losses.items()}
+        clock.lap(name)
     choosers = {
         "exact top-k": baselines.exact,
-        "KeySelector": baselines.learned(
-            {name: layer.selector for name, layer in attention_layers(chosen_only).items()}
-        ),
+        **{name: baselines.learned(_selectors(student)) for name, student in selecting.items()},
         "frequent distances": frequencies.distances,
         "frequent positions": frequencies.positions,
         "last keys": baselines.recent,
@@ -100,7 +108,7 @@ def run(
     students: dict[str, dict[int, dict]] = {}
     for k in budgets:
         stream = _random_batches(corpus, approximator_steps, batch, context, seed + 3)
-        for name, student in _students(teacher, chosen_only, k, hidden, stream, progress).items():
+        for name, student in _students(teacher, selecting, k, stream, progress).items():
             students.setdefault(name, {})[k] = evaluate(teacher, student, held_out)
         clock.lap(f"students at {k} keys")
     return {
@@ -123,10 +131,7 @@ def run(
             "held_out_tokens": sum(ids.numel() for ids in held_out),
         },
         "teacher": {"held_out_loss": next(iter(students.values()))[budgets[0]]["teacher_loss"]},
-        "selector_loss": {
-            name: {"first": losses[0], "last": sum(losses[-20:]) / len(losses[-20:])}
-            for name, losses in selector_losses.items()
-        },
+        "selector_loss": selector_loss,
         "selection": selection,
         "students": students,
         "seconds": clock.laps,
@@ -181,38 +186,55 @@ def _teacher(corpus: demo_text.Corpus, settings: Settings, progress: Progress | 
 
 def _students(
     teacher: nn.Module,
-    chosen_only: nn.Module,
+    selecting: dict[str, nn.Module],  # with trained selectors and exact attention to their keys
     top_k: int,
-    hidden: int,
     stream: list[Tensor],
     progress: Progress | bool | None,
 ) -> dict[str, nn.Module]:
     """Models with top_k keys per query, by name."""
-    exact, recent, chosen = (copy.deepcopy(m) for m in (teacher, teacher, chosen_only))
+    exact, recent = copy.deepcopy(teacher), copy.deepcopy(teacher)
     for layer in attention_layers(exact).values():
         layer.top_k = top_k
     for layer in attention_layers(recent).values():
         layer.top_k = layer.window = top_k
-    for layer in attention_layers(chosen).values():
-        layer.selector.top_k = top_k
-    context = next(iter(attention_layers(chosen).values())).selector.max_length
-    options = {"max_length": context, "approximated_top_k": top_k, "hidden": hidden}
-    hybrid, half = hybridize(teacher, **options), hybridize(teacher, range(HEADS // 2), **options)
-    for name, layer in attention_layers(hybrid).items():
-        layer.selector.load_state_dict(attention_layers(chosen_only)[name].selector.state_dict())
-    train_approximator(teacher, hybrid, stream, progress=progress)
-    for name, layer in attention_layers(half).items():
-        whole = attention_layers(hybrid)[name]
-        for part in ("selector", "approximator"):
-            state = {k: v[: HEADS // 2] for k, v in getattr(whole, part).state_dict().items()}
-            getattr(layer, part).load_state_dict(state)
-    return {
-        "exact top-k": exact,
-        "last keys": recent,
-        "KeySelector, exact attention": chosen,
-        "KeySelector, HeadApproximator": hybrid,
-        "the same in half of the heads": half,
-    }
+    students = {"exact top-k": exact, "last keys": recent}
+    for name, student in selecting.items():
+        student = students[f"{name}, exact attention"] = copy.deepcopy(student)
+        for selector in _selectors(student).values():
+            selector.top_k = top_k
+    for name, student in selecting.items():
+        hybrid = _like(student, teacher, "all", top_k)
+        train_approximator(teacher, hybrid, stream, progress=progress)
+        students[f"{name}, HeadApproximator"] = hybrid
+        students[f"{name}, HeadApproximator, half of the heads"] = _like(
+            hybrid, teacher, range(HEADS // 2), top_k
+        )
+    return students
+
+
+def _like(student: nn.Module, teacher: nn.Module, heads: str | Sequence[int], top_k: int) -> nn.Module:
+    """The teacher with `heads` approximated by the networks that `student` has for its first heads, if it has them."""
+    selector = next(iter(_selectors(student).values()))
+    made = hybridize(
+        teacher,
+        heads,
+        max_length=selector.max_length,
+        approximated_top_k=top_k,
+        hidden=selector.hidden,
+        relative=selector.relative,
+    )
+    for name, layer in attention_layers(made).items():
+        count = len(layer.approximated_heads)
+        given = attention_layers(student)[name]
+        for target, source in ((layer.selector, given.selector), (layer.approximator, given.approximator)):
+            if source is not None:
+                target.load_state_dict({key: tensor[:count] for key, tensor in source.state_dict().items()})
+    return made
+
+
+def _selectors(student: nn.Module) -> dict[str, KeySelector]:
+    """The selectors of a student by the names of their layers."""
+    return {name: layer.selector for name, layer in attention_layers(student).items()}
 
 
 def _random_batches(

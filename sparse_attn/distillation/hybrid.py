@@ -66,7 +66,7 @@ def train_selector(
     student: torch.nn.Module,
     stream: Iterable[Tensor],
     *,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     progress: Progress | bool | None = None,
 ) -> dict[str, list[float]]:
     """Trains the KeySelectors of all layers of `student` on the whole attention rows of the teacher's heads.
@@ -107,7 +107,7 @@ def train_approximator(
     student: torch.nn.Module,
     stream: Iterable[Tensor],
     *,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     progress: Progress | bool | None = None,
 ) -> dict[str, list[float]]:
     """Trains the HeadApproximators of all layers of `student` on the outputs of the teacher's heads.

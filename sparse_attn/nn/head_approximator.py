@@ -13,12 +13,14 @@ from sparse_attn.reference.chunks import query_chunks
 class HeadApproximator(torch.nn.Module):
     r"""Per head an MLP on the concatenated values of a query's chosen keys, in place of softmax(q·k) v.
 
-    .. math:: o_i = W_2^\top\,\mathrm{gelu}(W_1^\top [v_{S_{i1}}; \dots; v_{S_{ik}}] + b_1) + b_2
+    .. math:: o_i = W_2^\top\,\mathrm{gelu}(W_1^\top [v_{j_1}; \dots; v_{j_k}] + b_1) + b_2, \qquad j_1 > j_2 > \dots
 
-    The values stand in the order of `indices` (ascending positions in the package's contract); an empty slot is zero.
-    It sees neither the query nor the keys, so it cannot weigh the values by how well they match: the exact
-    :func:`sparse_attn.gathered_attention` over the same keys is both more accurate and, at k·head_dim·hidden
-    multiply-adds per query here against 2·k·head_dim there, cheaper. It is here to be compared with.
+    The values stand newest first, whatever the order of `indices`, so that the first slots mean the same in every row,
+    those with few keys too. Empty slots come last and are zero.
+
+    It sees neither the query nor the keys, so it cannot weigh the values by how well they match; the exact
+    :func:`sparse_attn.gathered_attention` over the same keys can, with 2·k·head_dim multiply-adds per query against
+    (k + 1)·head_dim·hidden here. It is here to be compared with.
 
     Args:
         head_dim: D, the width of a value and of the output.
@@ -96,7 +98,8 @@ class HeadApproximator(torch.nn.Module):
             )
         # Row Tk of each head is zeros and stands for the empty slots, the missing ones too.
         slots = torch.nn.functional.pad(indices, (0, self.top_k - indices.shape[3]), value=-1).long()
-        slots = slots.where((slots >= 0) & (slots < key_length), key_length)
+        slots = slots.where((slots >= 0) & (slots < key_length), -1).sort(-1, descending=True).values
+        slots = slots.where(slots >= 0, key_length)
         slots = slots.repeat_interleave(self.num_heads // indices.shape[1], dim=1)  # [B, H, Tq, top_k]
         head = torch.arange(self.num_heads, device=value.device) // (self.num_heads // kv_heads)
         first = torch.arange(batch, device=value.device).unsqueeze(1) * kv_heads + head  # [B, H]

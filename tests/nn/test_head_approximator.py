@@ -28,10 +28,12 @@ def by_hand(approximator: HeadApproximator, value, indices):
     heads, length = approximator.num_heads, value.shape[2]
     out = value.new_zeros(*value.shape[:1], heads, indices.shape[2], D)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, out.shape[:3])).tolist():
-        row = indices[b, h // (heads // indices.shape[1]), i].tolist()
+        row = sorted(j for j in indices[b, h // (heads // indices.shape[1]), i].tolist() if 0 <= j < length)[
+            ::-1
+        ]
         row += [-1] * (approximator.top_k - len(row))
         head = value[b, h // (heads // value.shape[1])]
-        x = torch.cat([head[j] if 0 <= j < length else torch.zeros(D, dtype=value.dtype) for j in row])
+        x = torch.cat([head[j] if j >= 0 else torch.zeros(D, dtype=value.dtype) for j in row])
         x = torch.nn.functional.gelu(x @ approximator.inner.weight[h] + approximator.inner.bias[h])
         out[b, h, i] = x @ approximator.outer.weight[h] + approximator.outer.bias[h]
     return out
@@ -59,6 +61,12 @@ def test_empty_slots_are_never_read():
     indices = torch.randint(1, T - 1, (B, H, T, K), dtype=torch.int32)
     indices[..., 1] = torch.tensor([-1, T, 2**31 - 1, -(2**31)], dtype=torch.int32).repeat(T)[:T]
     torch.testing.assert_close(approximator(value, indices), by_hand(approximator, value, indices))
+
+
+def test_the_order_of_the_indices_does_not_matter():
+    approximator, value, indices = make(), values(), chosen()
+    shuffled = indices[..., [2, 0, 1]]
+    assert torch.equal(approximator(value, indices), approximator(value, shuffled))
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch):
@@ -97,7 +105,8 @@ def test_it_learns_a_weighted_sum_of_its_slots():
     for _ in range(400):
         value = values()
         rows = torch.nn.functional.pad(value, (0, 0, 0, 1))  # index −1 is the last row, zeros
-        slots = torch.stack([rows[b, h][indices[b, h].long()] for b in range(B) for h in range(H)])
+        newest_first = indices.sort(-1, descending=True).values.long()
+        slots = torch.stack([rows[b, h][newest_first[b, h]] for b in range(B) for h in range(H)])
         want = (slots.unflatten(0, (B, H)) * weights[:, None]).sum(-2)
         loss = (approximator(value, indices) - want).square().mean()
         optimizer.zero_grad()
