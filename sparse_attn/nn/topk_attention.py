@@ -84,25 +84,31 @@ class TopKAttention(torch.nn.Module):
             raise ValueError(
                 f"hidden must have shape [B, T, {self.embed_dim}], got {checks.describe(hidden)}"
             )
-        heads = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, Hq + 2·Hkv, T, Dh]
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.top_k is None:
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads
-            )
-        else:
-            attended = topk_attention(
-                query,
-                key,
-                value,
-                self.top_k,
-                is_causal=True,
-                window=self.window,
-                sinks=self.sinks,
-                share=self.share,
-                backend=self.backend,
-            )
+        attended = self.attend(*self.split_heads(self.qkv(hidden)))
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+
+    def split_heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `qkv` returns, [B, T, (H + 2·Hkv)·Dh] → query [B, H, T, Dh], key and value [B, Hkv, T, Dh]."""
+        heads = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2·Hkv, T, Dh]
+        return heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The outputs of the heads, before the output projection: [B, H, T, Dh], of what `split_heads` returns."""
+        if self.top_k is None:
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
+            )
+        return topk_attention(
+            query,
+            key,
+            value,
+            self.top_k,
+            is_causal=True,
+            window=self.window,
+            sinks=self.sinks,
+            share=self.share,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         return (
