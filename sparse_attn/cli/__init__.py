@@ -31,6 +31,7 @@ examples:
   sparse-attn bench --quick    the time against dense attention and plain PyTorch (in a checkout)
   sparse-attn plan --tokens train.bin --dim 768 --budget 10M
                                how wide each token's embedding row should be
+  sparse-attn study --help     the studies on real text (in a checkout)
 
 in Python:
   out = sparse_attn.topk_attention(query, key, value, top_k=64, is_causal=True)

@@ -21,9 +21,17 @@ HELPS = {
 }
 
 
+EPILOG = """\
+examples:
+  sparse-attn study retrofit --help     what a study asks and what it needs
+  sparse-attn study retrofit --model DIR --text a.txt b.txt
+                                        a language model's loss with each selection, at each budget
+"""
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.epilog = "studies:\n" + "\n".join(f"  {name:12} {HELPS[name]}" for name in HELPS)
+    parser.epilog = "studies:\n" + "\n".join(f"  {name:12} {HELPS[name]}" for name in HELPS) + "\n\n" + EPILOG
     parser.add_argument("study", choices=HELPS, metavar="NAME", help=f"one of {', '.join(HELPS)}")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of that study")
 
