@@ -155,6 +155,14 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Zeros in `bytes` of memory.
+inline const char* clear_memory(void* memory, int64_t bytes, int device, void* stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess && bytes > 0)
+        error = cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 __host__ __device__ inline int64_t divide_up(int64_t n, int64_t size) {
     return (n + size - 1) / size;
 }

@@ -1,9 +1,22 @@
 // The host functions of csrc/cuda under C names, for ctypes: a device and a stream mean nothing here.
 #include "cuda/fill.h"
+#include "cuda/gathered_attention.h"
+
+using namespace sparse_attn;
 
 extern "C" {
 
 const char* run_fill(void* out, int64_t count, int32_t word) {
-    return sparse_attn::cuda::fill_words(out, count, static_cast<uint32_t>(word), 0, nullptr);
+    return cuda::fill_words(out, count, static_cast<uint32_t>(word), 0, nullptr);
+}
+
+const char* run_gathered_attention(const AttendParams* p) {
+    return cuda::gathered_attention(*p, 0, nullptr);
+}
+int64_t run_key_list_blocks(const AttendParams* p) {
+    return cuda::key_list_blocks(*p);
+}
+const char* run_gathered_attention_backward(const cuda::AttendGradients* g) {
+    return cuda::gathered_attention_backward(*g, 0, nullptr);
 }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from simt import device
 from simt.device import SCHEDULES, Device
 

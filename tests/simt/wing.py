@@ -1,0 +1,75 @@
+"""The CUDA wing on the simulated GPU, called by tests like any other wing."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from simt import device
+from simt.device import Device
+from simt.params import AttendGradients, KeyLists, attend_params
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, indices, scale, schedule):
+        gpu = Device(schedule)
+        p = attend_params(gpu, query, key, value, indices, scale)
+        p.out = gpu.empty((*query.shape[:3], value.shape[3]), query.dtype)
+        p.lse = gpu.empty(query.shape[:3], torch.float32)
+        gpu.run("run_gathered_attention", ctypes.byref(p))
+        out, lse = gpu.get(p.out), gpu.get(p.lse)
+        ctx.save_for_backward(query, key, value, indices, out)
+        ctx.scale, ctx.schedule = scale, schedule
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, indices, out = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        gpu = Device(ctx.schedule)
+        p = attend_params(gpu, query, key, value, indices, ctx.scale)
+        p.out = gpu.put(out)
+        gpu.library.run_key_list_blocks.restype = ctypes.c_int64
+        blocks, lists = gpu.library.run_key_list_blocks(ctypes.byref(p)), p.batch * p.groups
+        g = AttendGradients(
+            forward=p,
+            grad_out=gpu.put(grad_out.contiguous()),
+            grad_lse=gpu.put(None if grad_lse is None else grad_lse.contiguous()),
+            grad_query=gpu.empty(query.shape, query.dtype),
+            grad_key=gpu.empty(key.shape, key.dtype),
+            grad_value=gpu.empty(value.shape, value.dtype),
+            rows=gpu.empty((*query.shape[:3], 4), torch.float32),
+            lists=KeyLists(
+                starts=gpu.empty((lists, p.key_length + 1), torch.int64),
+                counts=gpu.empty((lists, blocks, p.key_length), torch.int32),
+                queries=gpu.empty((lists, p.query_length * p.slots), torch.int32),
+                blocks=blocks,
+            ),
+        )
+        gpu.run("run_gathered_attention_backward", ctypes.byref(g))
+        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), None, None, None
+
+
+class SimulatedWing:
+    """Stands where a WingUnderTest does, for the ops that csrc/cuda has."""
+
+    name, dtypes = "cuda", DTYPES
+    missing = device.why_not()
+
+    def __init__(self, schedule: int = 0) -> None:
+        self.schedule = schedule
+
+    def __str__(self) -> str:
+        return f"cuda-simulated-{self.schedule}"
+
+    def gathered_attention(self, query, key, value, indices, *, scale=None, return_lse=False):
+        scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+        indices = (indices.unsqueeze(1) if indices.dim() == 3 else indices).to(torch.int32)
+        out, lse = _Attention.apply(query, key, value, indices, scale, self.schedule)
+        return (out, lse) if return_lse else out
