@@ -1,7 +1,8 @@
 """What every test runs under: poisoned memory, two threads, one seed, and once per wing of this machine.
 
 A test that takes `wing` runs for every wing that is registered (see helpers/wings.py); one that takes `dtype`
-too runs for every dtype of that wing. A module that has WINGS runs over those instead. A wing that cannot run here is skipped with its own reason, except that
+too runs for every dtype of that wing. A module that has WINGS runs over those instead.
+A wing that cannot run here is skipped with its own reason, except that
 SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (test_backends.py).
 """
 

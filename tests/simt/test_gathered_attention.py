@@ -13,6 +13,14 @@ from ops.test_gathered_attention import (  # noqa: F401
     test_scales,
     test_shapes,
 )
+from ops.test_gathered_attention_special import (  # noqa: F401
+    test_a_gradient_of_strides_zero,
+    test_empty_slots_do_not_leak,
+    test_large_scores,
+    test_nan,
+    test_nothing,
+    test_rows_of_minus_infinity,
+)
 
 from simt.device import SCHEDULES
 from simt.wing import SimulatedWing
