@@ -15,6 +15,7 @@
 #include "cpu_cross_entropy.h"
 #include "cpu_dispatch.h"
 #include "cpu_embedding.h"
+#include "cuda_attention.h"
 #include "cuda_host.h"
 #include "token_counts.h"
 
@@ -36,6 +37,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
 #ifdef SPARSE_ATTN_HAVE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
     m.impl("fill_indices.cuda", TORCH_BOX(&sparse_attn::fill_indices_cuda));
+    m.impl("gathered_attention.cuda", TORCH_BOX(&sparse_attn::gathered_attention_cuda));
+    m.impl("gathered_attention_backward.cuda", TORCH_BOX(&sparse_attn::gathered_attention_backward_cuda));
 }
 #endif
 

@@ -161,7 +161,7 @@ def variable_width_embedding(
             counts from the end.
         sparse: give the tables gradients of layout `torch.sparse_coo` (coalesced) with the rows that occur alone.
             Gradients of projections are always dense. Dense gradients cost a zero-filled tensor per table.
-        backend: force one wing ("cpu", "triton", "reference"); None chooses.
+        backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
         [*ids.shape, D] in the tables' dtype, under `torch.autocast` too: like `nn.Embedding`, it casts nothing.

@@ -66,7 +66,7 @@ def wings_under_test() -> list[WingUnderTest]:
     """
     found = []
     for wing in backends.wings():
-        if triton_wing.interpreted and wing.name != "triton":
+        if (triton_wing.interpreted and wing.name != "triton") or not set(OPS) <= set(wing.implementations):
             continue
         entries, reasons = [], []
         for device in devices():
@@ -75,9 +75,9 @@ def wings_under_test() -> list[WingUnderTest]:
                 entries.append(WingUnderTest(wing.name, device, dtypes))
             else:
                 reasons.append(f"on {device}: {wing.why_not(OPS[0], device, torch.float32)}")
-        if not entries and wing.name == "triton":
-            # No GPU: tests/triton_wing runs its kernels in Triton's interpreter and compiles them for GPUs. Here it
-            # would be a thousand skips, among which one that matters could hide.
+        if not entries and wing.name in ("cuda", "triton"):
+            # No GPU: tests/simt and tests/triton_wing run their kernels without one and compile them for GPUs. Here
+            # they would be a thousand skips, among which one that matters could hide.
             continue
         if not entries:
             entries = [
