@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import gpu_code
 
 from sparse_attn import backends, compiled, cuda_wing
 
@@ -86,3 +87,18 @@ def test_its_ops_are_bound_where_it_was_built():
         pytest.skip("built without CUDA")
     for op in cuda_wing.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_attn::{op}.cuda", "CUDA")
+
+
+@pytest.mark.skipif(compiled.extension is None, reason="no extension")
+def test_no_kernel_spills_and_each_has_eight_warps():
+    """Registers and local memory of every kernel for every GPU that it was built for."""
+    if compiled.extension.build_info()["cuda"] is None:
+        pytest.skip("built without CUDA")
+    if gpu_code.find_cuobjdump() is None:
+        pytest.skip("cuobjdump is not here (CUDA toolkit, or Triton's copy)")
+    found = gpu_code.usages(compiled.extension.__file__)
+    archs = {a for a in compiled.extension.build_info()["cuda_archs"] if not a.endswith("-virtual")}
+    assert {u.arch for u in found} == archs
+    assert any("attend_tiles_kernel" in u.kernel for u in found)
+    assert not [u for u in found if u.stack or u.local], "these use local memory"
+    assert not [u for u in found if u.warps < 8], "these leave a multiprocessor too few warps"
