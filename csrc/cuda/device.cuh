@@ -13,6 +13,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
+
 namespace sparse_attn::cuda {
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {

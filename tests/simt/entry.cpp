@@ -1,6 +1,7 @@
 // The host functions of csrc/cuda under C names, for ctypes: a device and a stream mean nothing here.
 #include "cuda/fill.h"
 #include "cuda/gathered_attention.h"
+#include "cuda/variable_width_embedding.h"
 
 using namespace sparse_attn;
 
@@ -18,5 +19,15 @@ int64_t run_key_list_blocks(const AttendParams* p) {
 }
 const char* run_gathered_attention_backward(const cuda::AttendGradients* g) {
     return cuda::gathered_attention_backward(*g, 0, nullptr);
+}
+
+const char* run_variable_width_embedding(const cuda::EmbedParams* p) {
+    return cuda::variable_width_embedding(*p, 0, nullptr);
+}
+const char* run_embedding_keys(const cuda::EmbedParams* p, int32_t* keys) {
+    return cuda::embedding_keys(*p, keys, 0, nullptr);
+}
+const char* run_variable_width_embedding_backward(const cuda::EmbedParams* p) {
+    return cuda::variable_width_embedding_backward(*p, 0, nullptr);
 }
 }

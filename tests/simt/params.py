@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_bool, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -62,3 +62,53 @@ def attend_params(
         scale=scale,
         dtype=DTYPES[query.dtype],
     )
+
+
+MOST_BANDS, PROJECTION_PARTS = 16, 16
+
+
+class EmbedBand(Structure):
+    _fields_ = [
+        *((n, c_void_p) for n in ("table", "projection")),
+        *((n, c_int64) for n in ("rows", "stride", "width", "first")),
+        *((n, c_void_p) for n in ("grad_table", "grad_projection", "back", "parts")),
+    ]
+
+
+class EmbedParams(Structure):
+    _fields_ = [
+        ("bands", EmbedBand * MOST_BANDS),
+        *((n, c_void_p) for n in ("ids", "token_band", "token_row")),
+        *((n, c_bool) for n in ("wide_ids", "wide_rows")),
+        *((n, c_int64) for n in ("count", "vocabulary", "padding_idx", "embedding_dim", "all_rows")),
+        *((n, c_int32) for n in ("band_count", "dtype")),
+        *((n, c_void_p) for n in ("out", "grad_out", "keys", "order")),
+    ]
+
+
+def embed_params(gpu, ids, tables, projections, token_band, token_row, padding_idx: int) -> EmbedParams:
+    """ids flat; projections[b] None where there is none."""
+    p = EmbedParams(
+        ids=gpu.put(ids),
+        token_band=gpu.put(token_band.contiguous()),
+        token_row=gpu.put(token_row.contiguous()),
+        wide_ids=ids.dtype == torch.int64,
+        wide_rows=token_row.dtype == torch.int64,
+        count=ids.numel(),
+        vocabulary=token_band.numel(),
+        padding_idx=padding_idx,
+        embedding_dim=next((q.shape[0] for q in projections if q is not None), tables[0].shape[1]),
+        band_count=len(tables),
+        dtype=DTYPES[tables[0].dtype],
+    )
+    for band, (table, projection) in enumerate(zip(map(contiguous_rows, tables), projections, strict=True)):
+        p.bands[band] = EmbedBand(
+            table=gpu.put(table),
+            projection=gpu.put(None if projection is None else projection.contiguous()),
+            rows=table.shape[0],
+            stride=table.stride(0),
+            width=table.shape[1],
+            first=p.all_rows,
+        )
+        p.all_rows += table.shape[0]
+    return p

@@ -304,6 +304,10 @@ void atomic_access(const void* p, size_t size) {
     access(p, size, true, true, true);
 }
 
+void check(bool holds, const char* what) {
+    if (!holds) fail(std::string("assertion failed: ") + what);
+}
+
 // An asynchronous copy: what it writes is undefined from now until its thread waits for it.
 void copy_async(void* to, const void* from, size_t size, size_t valid) {
     access(to, size, true, false, true);

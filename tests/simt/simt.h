@@ -57,6 +57,7 @@ void commit_copies();
 void wait_copies(unsigned pending);
 unsigned char* dynamic_shared();
 void atomic_access(const void* p, size_t size);
+void check(bool holds, const char* what);
 // Runs `thread` for every thread of every block; false after an error, whose text last_error() has.
 bool launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 const char* last_error();
@@ -284,3 +285,6 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
 #define blockIdx (simt::here().block)
 #define blockDim (simt::here().block_dim)
 #define gridDim (simt::here().grid_dim)
+
+#undef assert
+#define assert(condition) simt::check(condition, #condition)

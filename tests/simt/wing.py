@@ -9,7 +9,7 @@ import torch
 
 from simt import device
 from simt.device import Device
-from simt.params import AttendGradients, KeyLists, attend_params
+from simt.params import PROJECTION_PARTS, AttendGradients, KeyLists, attend_params, embed_params
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,6 +56,42 @@ class _Attention(torch.autograd.Function):
         return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), None, None, None
 
 
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, token_band, token_row, padding_idx, schedule, bands, *leaves):
+        tables, projections = leaves[:bands], leaves[bands:]
+        gpu = Device(schedule)
+        p = embed_params(gpu, ids, tables, projections, token_band, token_row, padding_idx)
+        p.out = gpu.empty((ids.numel(), p.embedding_dim), tables[0].dtype)
+        gpu.run("run_variable_width_embedding", ctypes.byref(p))
+        ctx.arguments = ids, tables, projections, token_band, token_row, padding_idx
+        ctx.schedule = schedule
+        return gpu.get(p.out)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        gpu = Device(ctx.schedule)
+        p = embed_params(gpu, *ctx.arguments)
+        _, tables, projections, *_ = ctx.arguments
+        p.grad_out = gpu.put(grad_out.contiguous())
+        keys = gpu.empty((p.count,), torch.int32)
+        gpu.run("run_embedding_keys", ctypes.byref(p), ctypes.c_void_p(keys))
+        ascending, order = torch.sort(gpu.get(keys), stable=True)
+        p.keys, p.order = gpu.put(ascending), gpu.put(order)
+        dtype, dim = tables[0].dtype, p.embedding_dim
+        for band, table, projection in zip(p.bands, tables, projections, strict=False):
+            band.grad_table = gpu.empty(table.shape, dtype)
+            if projection is not None:
+                band.back = gpu.empty((p.count, table.shape[1]), torch.float32)
+                band.grad_projection = gpu.empty(projection.shape, dtype)
+                band.parts = gpu.empty((PROJECTION_PARTS, dim, table.shape[1]), torch.float32)
+        gpu.run("run_variable_width_embedding_backward", ctypes.byref(p))
+        used = p.bands[: len(tables)]
+        grads = [gpu.get(b.grad_table) for b in used]
+        grads += [gpu.get(b.grad_projection) if b.grad_projection else None for b in used]
+        return (None,) * 6 + tuple(grads)
+
+
 class SimulatedWing:
     """Stands where a WingUnderTest does, for the ops that csrc/cuda has."""
 
@@ -73,3 +109,10 @@ class SimulatedWing:
         indices = (indices.unsqueeze(1) if indices.dim() == 3 else indices).to(torch.int32)
         out, lse = _Attention.apply(query, key, value, indices, scale, self.schedule)
         return (out, lse) if return_lse else out
+
+    def variable_width_embedding(self, ids, tables, projections, token_band, token_row, *, padding_idx=None):
+        padding_idx = -1 if padding_idx is None else padding_idx % token_band.numel()
+        flat = ids.reshape(-1).contiguous()
+        arguments = flat, token_band, token_row, padding_idx, self.schedule, len(tables)
+        out = _Embedding.apply(*arguments, *tables, *projections)
+        return out.view(*ids.shape, out.shape[1])
