@@ -16,6 +16,7 @@
 #include "cpu_dispatch.h"
 #include "cpu_embedding.h"
 #include "cuda_attention.h"
+#include "cuda_embedding.h"
 #include "cuda_host.h"
 #include "token_counts.h"
 
@@ -39,6 +40,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
     m.impl("fill_indices.cuda", TORCH_BOX(&sparse_attn::fill_indices_cuda));
     m.impl("gathered_attention.cuda", TORCH_BOX(&sparse_attn::gathered_attention_cuda));
     m.impl("gathered_attention_backward.cuda", TORCH_BOX(&sparse_attn::gathered_attention_backward_cuda));
+    m.impl("variable_width_embedding.cuda", TORCH_BOX(&sparse_attn::variable_width_embedding_cuda));
+    m.impl("variable_width_embedding_backward.cuda",
+           TORCH_BOX(&sparse_attn::variable_width_embedding_backward_cuda));
 }
 #endif
 

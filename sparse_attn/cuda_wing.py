@@ -11,10 +11,16 @@ from sparse_attn.backends import Wing, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM = (8, 0)  # compute capability: mma.sync with bfloat16, asynchronous copies
-# What a warp holds in registers: kMostDim of csrc/cuda/gathered_attention.h.
-LIMITS = {"head_dim": 256, "value_dim": 256}
+# What a warp holds in registers (kMostDim of csrc/cuda/gathered_attention.h) and a launch in its parameters (kMostBands
+# of csrc/cuda/variable_width_embedding.h); the size of a sparse gradient would have to come back from the GPU.
+LIMITS = {"head_dim": 256, "value_dim": 256, "bands": 16, "sparse_gradients": 0}
 # In C++ (csrc/bindings.cpp). An op that is not here goes to the next wing.
-OPS = ("gathered_attention", "gathered_attention_backward")
+OPS = (
+    "gathered_attention",
+    "gathered_attention_backward",
+    "variable_width_embedding",
+    "variable_width_embedding_backward",
+)
 
 
 def serves(arch: str, capability: tuple[int, int]) -> bool:

@@ -75,8 +75,10 @@ def test_which_code_runs_where(arch, runs, does_not):
 def test_the_table_and_the_limits_are_those_of_the_sources():
     bound = re.findall(r'm\.impl\("(\w+)\.cuda"', (ROOT / "csrc/bindings.cpp").read_text())
     assert {*bound} - {"fill_indices"} == {*cuda_wing.OPS}
-    most = re.search(r"kMostDim = (\d+)", (ROOT / "csrc/cuda/gathered_attention.h").read_text())[1]
-    assert set(cuda_wing.LIMITS.values()) == {int(most)}
+    headers = "".join(h.read_text() for h in (ROOT / "csrc/cuda").glob("*.h"))
+    most = {name: int(re.search(rf"k{name} = (\d+)", headers)[1]) for name in ("MostDim", "MostBands")}
+    assert cuda_wing.LIMITS["head_dim"] == cuda_wing.LIMITS["value_dim"] == most["MostDim"]
+    assert cuda_wing.LIMITS["bands"] == most["MostBands"]
 
 
 @pytest.mark.skipif(compiled.extension is None, reason="no extension")

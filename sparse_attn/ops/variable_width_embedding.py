@@ -187,5 +187,7 @@ def variable_width_embedding(
     """
     arguments = embedding_arguments(ids, tables, projections, token_band, token_row, padding_idx)
     sparse = checks.boolean("sparse", sparse)
-    wing = choose("variable_width_embedding", arguments[1][0], backend)
+    tables = arguments[1]
+    sizes = {"bands": len(tables), "sparse_gradients": int(sparse)}
+    wing = choose("variable_width_embedding", tables[0], backend, **sizes)
     return overload("variable_width_embedding", wing)(*arguments, sparse)
