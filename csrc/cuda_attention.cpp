@@ -6,6 +6,7 @@
 
 #include "attention_arguments.h"
 #include "cuda/gathered_attention.h"
+#include "cuda/topk_select.h"
 #include "cuda_launch.h"
 
 namespace sparse_attn {
@@ -23,6 +24,54 @@ void check_dims(const char* op, const AttendParams& p) {
 }
 
 }  // namespace
+
+Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                        std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                        int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    const char* op = "topk_select.cuda";
+    check_qkv(op, query, key, nullptr);
+    const CudaCall call(op, {&query, &key});
+    for (const std::optional<Tensor>* t : {&attn_mask, &key_lengths})
+        STD_TORCH_CHECK(!*t || ((*t)->is_cuda() && (*t)->get_device_index() == call.device), op,
+                        ": attn_mask and key_lengths must be on the query's device");
+    query = with_contiguous_rows(query);
+    key = with_contiguous_rows(key);
+    cuda::SelectCall c{};
+    SelectParams& p = c.select;
+    p = select_params(op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale, window,
+                      sinks, groups);
+    STD_TORCH_CHECK(p.head_dim >= 1 && p.batch <= 65535 && p.heads <= 65535, op,
+                    ": takes D from 1 on, B and Hq up to 65535; got ", shape_of(query));
+    if (key_lengths) {
+        key_lengths = torch::stable::contiguous(*key_lengths);
+        if (key_lengths->scalar_type() == ScalarType::Int) {
+            c.narrow_lengths = static_cast<const int32_t*>(key_lengths->const_data_ptr());
+        } else {
+            p.lengths = static_cast<const int64_t*>(key_lengths->const_data_ptr());
+        }
+    }
+    Tensor lse = torch::stable::new_empty(
+        query, {p.groups < p.heads ? p.batch * p.heads * p.query_length : 0}, ScalarType::Float);
+    c.lse = static_cast<float*>(lse.mutable_data_ptr());
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    call.check(cuda::topk_select(c, call.device, call.stream), {&query, &key});
+    return indices;
+}
+
+// Two launches, one after the other: what the first selects is still in the second-level cache for the
+// second.
+std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(Tensor query, Tensor key, Tensor value,
+                                                       std::optional<Tensor> attn_mask,
+                                                       std::optional<Tensor> key_lengths, int64_t top_k,
+                                                       bool is_causal, int64_t causal_offset, double scale,
+                                                       int64_t window, int64_t sinks, int64_t groups) {
+    Tensor indices = topk_select_cuda(query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                                      scale, window, sinks, groups);
+    auto [out, lse] = gathered_attention_cuda(query, key, value, indices, scale);
+    return {out, lse, indices};
+}
 
 std::tuple<Tensor, Tensor> gathered_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor indices,
                                                    double scale) {

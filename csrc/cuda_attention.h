@@ -11,6 +11,19 @@
 
 namespace sparse_attn {
 
+torch::stable::Tensor topk_select_cuda(torch::stable::Tensor query, torch::stable::Tensor key,
+                                       std::optional<torch::stable::Tensor> attn_mask,
+                                       std::optional<torch::stable::Tensor> key_lengths, int64_t top_k,
+                                       bool is_causal, int64_t causal_offset, double scale, int64_t window,
+                                       int64_t sinks, int64_t groups);
+
+// (out, lse, indices)
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> topk_attention_cuda(
+    torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,
+    std::optional<torch::stable::Tensor> attn_mask, std::optional<torch::stable::Tensor> key_lengths,
+    int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window, int64_t sinks,
+    int64_t groups);
+
 // (out, lse)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> gathered_attention_cuda(
     torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,

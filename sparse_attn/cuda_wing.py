@@ -16,6 +16,8 @@ MINIMUM = (8, 0)  # compute capability: mma.sync with bfloat16, asynchronous cop
 LIMITS = {"head_dim": 256, "value_dim": 256, "bands": 16, "sparse_gradients": 0}
 # In C++ (csrc/bindings.cpp). An op that is not here goes to the next wing.
 OPS = (
+    "topk_select",
+    "topk_attention",
     "gathered_attention",
     "gathered_attention_backward",
     "variable_width_embedding",

@@ -48,9 +48,7 @@ def test_the_extension_is_there_where_it_must_be():
 
 def test_every_wing_has_every_op():
     for wing in backends.wings():
-        # The CUDA wing grows; what attends has the backward.
-        ops = {"gathered_attention"} if wing.name == "cuda" else set(OPS)
-        assert {*ops, "gathered_attention_backward"} <= set(wing.implementations), wing.name
+        assert {*OPS, "gathered_attention_backward"} <= set(wing.implementations), wing.name
 
 
 @pytest.mark.parametrize("op", OPS)

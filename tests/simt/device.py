@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL:
         common = [
             "g++",
             "-std=c++17",
-            "-O1",
+            "-O2",
             "-g1",
             "-fPIC",
             "-Wall",

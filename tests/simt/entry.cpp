@@ -1,6 +1,7 @@
 // The host functions of csrc/cuda under C names, for ctypes: a device and a stream mean nothing here.
 #include "cuda/fill.h"
 #include "cuda/gathered_attention.h"
+#include "cuda/topk_select.h"
 #include "cuda/variable_width_embedding.h"
 
 using namespace sparse_attn;
@@ -29,5 +30,9 @@ const char* run_embedding_keys(const cuda::EmbedParams* p, int32_t* keys) {
 }
 const char* run_variable_width_embedding_backward(const cuda::EmbedParams* p) {
     return cuda::variable_width_embedding_backward(*p, 0, nullptr);
+}
+
+const char* run_topk_select(const cuda::SelectCall* call) {
+    return cuda::topk_select(*call, 0, nullptr);
 }
 }

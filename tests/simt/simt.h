@@ -249,18 +249,21 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
     std::memcpy(mine.b, b, sizeof b);
     const char* slots = simt::exchange("mma", ~0u, &mine, sizeof mine);
     const int lane = simt::here().lane;
-    auto value = [](uint32_t pair, int k) {
-        const uint16_t bits = k & 1 ? pair >> 16 : pair & 0xffff;
+    auto value = [](uint32_t pair, int half) {
+        const uint16_t bits = half ? pair >> 16 : pair & 0xffff;
         return kBfloat ? bfloat_value(bits) : half_value(bits);
     };
-    for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+    float rows[2][16], columns[2][16];  // of a and b: those of this lane's four elements
+    for (int i = 0; i < 2; ++i)
         for (int k = 0; k < 16; ++k) {
-            const Fragments of_a = simt::from_lane<Fragments>(slots, row % 8 * 4 + k % 8 / 2);
-            const Fragments of_b = simt::from_lane<Fragments>(slots, column * 4 + k % 8 / 2);
-            c[i] += value(of_a.a[(row >= 8) + 2 * (k >= 8)], k) * value(of_b.b[k >= 8], k);
+            const int from = k % 8 / 2, high = k >= 8;
+            const char* of_a = slots + 64 * (lane / 4 * 4 + from) + 4 * (i + 2 * high);
+            const char* of_b = slots + 64 * ((lane % 4 * 2 + i) * 4 + from) + 16 + 4 * high;
+            rows[i][k] = value(*reinterpret_cast<const uint32_t*>(of_a), k & 1);
+            columns[i][k] = value(*reinterpret_cast<const uint32_t*>(of_b), k & 1);
         }
-    }
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k) c[i] += rows[i / 2][k] * columns[i % 2][k];
 }
 
 template <bool kTransposed>

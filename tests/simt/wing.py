@@ -9,7 +9,8 @@ import torch
 
 from simt import device
 from simt.device import Device
-from simt.params import PROJECTION_PARTS, AttendGradients, KeyLists, attend_params, embed_params
+from simt.params import PROJECTION_PARTS, AttendGradients, KeyLists, attend_params, embed_params, select_call
+from sparse_attn.ops.arguments import selection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,14 +96,36 @@ class _Embedding(torch.autograd.Function):
 class SimulatedWing:
     """Stands where a WingUnderTest does, for the ops that csrc/cuda has."""
 
-    name, dtypes = "cuda", DTYPES
-    missing = device.why_not()
+    name, missing = "cuda", device.why_not()
 
-    def __init__(self, schedule: int = 0) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: int = 0, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+        self.schedule, self.dtypes = schedule, dtypes
 
     def __str__(self) -> str:
         return f"cuda-simulated-{self.schedule}"
+
+    def topk_select(
+        self, query, key, top_k, *, is_causal=False, causal_offset=None, attn_mask=None, key_lengths=None, scale=None,
+        window=0, sinks=0, share="none",
+    ):  # fmt: skip
+        query, key = query.detach(), key.detach()
+        arguments = selection(
+            query, key, top_k, is_causal, causal_offset, attn_mask, key_lengths, scale, window, sinks, share
+        )
+        gpu = Device(self.schedule)
+        call = select_call(gpu, query, key, *arguments)
+        p = call.select
+        p.indices = gpu.empty((p.batch, p.groups, p.query_length, p.top_k), torch.int32)
+        gpu.run("run_topk_select", ctypes.byref(call))
+        return gpu.get(p.indices)
+
+    def topk_attention(self, query, key, value, top_k, *, return_lse=False, return_indices=False, **options):
+        indices = self.topk_select(query, key, top_k, **options)
+        results = self.gathered_attention(
+            query, key, value, indices, scale=options.get("scale"), return_lse=True
+        )
+        results = (results[0], *results[1:][:return_lse], *[indices][:return_indices])
+        return results if len(results) > 1 else results[0]
 
     def gathered_attention(self, query, key, value, indices, *, scale=None, return_lse=False):
         scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
