@@ -32,6 +32,10 @@ class WingUnderTest:
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
+    def refuses(self, op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> str | None:
+        """None where the wing takes such a call of the op, else why not."""
+        return backends.reasons(op, self.device, dtype, **sizes)[self.name]
+
     def _run(self, op: str, *args, **kwargs):
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), (args, kwargs))
         results = getattr(sparse_attn, op)(*args, backend=self.name, **kwargs)

@@ -7,10 +7,10 @@ import torch
 from helpers.embeddings import make_ids, make_tables
 from ops import test_variable_width_embedding as of_the_op
 from ops.test_variable_width_embedding import (  # noqa: F401
+    KINDS,
+    SHAPES,
     check,
-    test_against_the_dense_table,
     test_odd_widths,
-    test_padding_in_each_band,
     test_shapes_and_strides_of_ids,
 )
 
@@ -23,11 +23,21 @@ WINGS = [SimulatedWing()]
 @pytest.fixture(autouse=True)
 def _on_the_simulated_gpu(monkeypatch):
     def lookup(wing, ids, e, *, sparse=False, **options):
-        if sparse:
-            pytest.skip("the gradients of the CUDA wing are dense")
+        assert not sparse, "the gradients of the CUDA wing are dense"
         return wing.variable_width_embedding(ids, *e.arguments, **options)
 
     monkeypatch.setattr(of_the_op, "lookup", lookup)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", SHAPES)
+def test_against_the_dense_table(wing, dtype, case, kind):
+    of_the_op.test_against_the_dense_table(wing, dtype, case, kind, sparse=False)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 300])
+def test_padding_in_each_band(wing, dtype, count):
+    of_the_op.test_padding_in_each_band(wing, dtype, count, sparse=False)
 
 
 @pytest.mark.parametrize("dim", [64, 200])
