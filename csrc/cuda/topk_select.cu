@@ -120,7 +120,7 @@ struct LaneKeys {
 
 // LSE of every head and query over its visible keys, NaN left out, in base 2. grid (tiles, Hq, B)
 template <class T>
-__global__ void __launch_bounds__(kGemmThreads)
+__global__ void __launch_bounds__(kGemmThreads, 4)
     score_lse_kernel(const SelectCall call, const bool aligned_query, const bool aligned_key) {
     const SelectParams& p = call.select;
     SelectTile tile = select_tile(call);

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(32 * kCopyWarps) copy_rows_kernel(const EmbedP
 
 // Positions of block x, columns of block y, band z.
 template <class T>
-__global__ void __launch_bounds__(kGemmThreads) project_rows_kernel(const EmbedParams p) {
+__global__ void __launch_bounds__(kGemmThreads, 4) project_rows_kernel(const EmbedParams p) {
     using Gemm = GatheredGemm<T, false, false>;
     const EmbedBand& band = p.bands[blockIdx.z];
     if (!band.projection) return;
