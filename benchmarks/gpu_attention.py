@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparse_attn
-from benchmarks.gpu_timing import Contender, Device, assert_near, compare
+from benchmarks.gpu_timing import Contender, Device, assert_near, compare, wings_of
 
 SAMPLED = 16  # queries that are computed once more in float64
 OUTPUT = 2**-6  # of the largest value: bfloat16 products and outputs, rounded
@@ -86,8 +86,8 @@ def check_selection(query: Tensor, key: Tensor, select: Callable[..., Tensor], *
     assert_near("selected scores", ours[finite], best[finite], SCORE)
 
 
-def check_topk(inputs: list[Tensor], top_k: int, forward: Callable[..., Tensor]) -> None:
-    options = {"is_causal": True, "return_indices": True}
+def check_topk(inputs: list[Tensor], top_k: int, forward: Callable[..., Tensor], *, wing: str) -> None:
+    options = {"is_causal": True, "return_indices": True, "backend": wing}
     check_selection(
         *inputs[:2], lambda q, k: sparse_attn.topk_attention(q, k, inputs[2], top_k, **options)[1]
     )
@@ -175,9 +175,9 @@ def topk_attention(device: Device) -> Iterator[dict]:
     for top_k in (4,) if device.dry else (64, 128, 256, 512):
         inputs = tensors(device, heads, heads, length, dim)
 
-        def ours(query, key, value, top_k=top_k, share="none"):
+        def ours(query, key, value, wing="triton", top_k=top_k, share="none"):
             return sparse_attn.topk_attention(
-                query, key, value, top_k, is_causal=True, share=share, backend="triton"
+                query, key, value, top_k, is_causal=True, share=share, backend=wing
             )
 
         def plain(query, key, value, top_k=top_k):
@@ -185,7 +185,14 @@ def topk_attention(device: Device) -> Iterator[dict]:
 
         with sparse_attn.use_backend("triton"):
             contenders = {
-                "ours": Contender(lambda ours=ours: ours, tuple(inputs), partial(check_topk, inputs, top_k)),
+                **{
+                    name: Contender(
+                        lambda ours=ours, wing=wing: partial(ours, wing=wing),
+                        tuple(inputs),
+                        partial(check_topk, inputs, top_k, wing=wing),
+                    )
+                    for name, wing in wings_of("topk_attention", device).items()
+                },
                 "ours_share_all": Contender(lambda ours=ours: partial(ours, share="all"), tuple(inputs)),
                 **dense(device, inputs, False),
                 "plain_topk_gather": Contender(lambda plain=plain: plain, tuple(inputs)),
@@ -197,11 +204,14 @@ def topk_select(device: Device) -> Iterator[dict]:
     heads, length, dim = (2, 12, 16) if device.dry else (16, 16384, 128)
     query, key, _ = tensors(device, heads, heads, length, dim)
     for top_k in (4,) if device.dry else (64, 128, 256, 512):
-        ours = partial(sparse_attn.topk_select, top_k=top_k, is_causal=True, backend="triton")
+        ours = {
+            name: partial(sparse_attn.topk_select, top_k=top_k, is_causal=True, backend=wing)
+            for name, wing in wings_of("topk_select", device).items()
+        }
         plain = partial(plain_select, top_k=top_k)
         contenders = {
             name: Contender(lambda run=run: run, (query, key), partial(check_selection, query, key))
-            for name, run in {"ours": ours, "plain_matmul_topk": plain}.items()
+            for name, run in {**ours, "plain_matmul_topk": plain}.items()
         }
         if not device.dry:  # plain PyTorch rounds its scores to bfloat16 before it chooses
             contenders["plain_matmul_topk"].check = None
@@ -232,12 +242,15 @@ def gathered_attention(device: Device) -> Iterator[dict]:
         inputs = tensors(device, heads, kv_heads, length, dim)
         indices = selections(device, length, top_k, pattern)
 
-        def ours(query, key, value, indices=indices):
-            return sparse_attn.gathered_attention(query, key, value, indices, backend="triton")
+        def ours(query, key, value, wing, indices=indices):
+            return sparse_attn.gathered_attention(query, key, value, indices, backend=wing)
 
         check = partial(check_attention, inputs, indices, True)
         contenders = {
-            "ours": Contender(lambda ours=ours: ours, tuple(inputs), check),
+            **{
+                name: Contender(lambda ours=ours, wing=wing: partial(ours, wing=wing), tuple(inputs), check)
+                for name, wing in wings_of("gathered_attention", device).items()
+            },
             **dense(device, inputs, False),
         }
         case = f"H{heads}/{kv_heads} D{dim} T{length} K{top_k} {pattern}"

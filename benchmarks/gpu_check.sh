@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One command on a machine with a GPU: builds with what is installed there, tests and measures on the device.
 #
-#   benchmarks/gpu_check.sh [build|test|bench|all] [--out DIR] [--limit SECONDS] [--dry-run]
+#   benchmarks/gpu_check.sh [build|test|bench|sanitize|all] [--out DIR] [--limit SECONDS] [--dry-run]
 #
 #   build   the extension, for this GPU's architecture alone, in place
 #   test    the test suite on the device, several files at once: first what runs on the GPU, then the rest
 #   bench   the benchmarks (python -m benchmarks.gpu): one JSON and one PNG named after the device
-#   all     the three (the default); each step runs whatever became of the one before
+#   sanitize  compute-sanitizer over the CUDA kernels: memcheck, racecheck, initcheck
+#   all     all of them (the default); each step runs whatever became of the one before
 #
 # Needs no network: torch 2.10 or later and Triton must be there; pytest for the tests; nvcc for CUDA kernels. What else is
 # missing is left out and named. Files go to --out, else to $OUT, else to benchmarks/results. Each step ends within
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/.."
 steps=all out=${OUT:-benchmarks/results} limit=540 dry=
 while (($#)); do
     case $1 in
-        build | test | bench | all) steps=$1 ;;
+        build | test | bench | sanitize | all) steps=$1 ;;
         --out) out=$2 && shift ;;
         --limit) limit=$2 && shift ;;
         --dry-run) dry=--dry-run ;;
@@ -76,9 +77,9 @@ tests() {
         "$python" -m benchmarks.gpu_tests --limit "$limit" --out "$out/tests_dry_run.json" tests/test_checks.py
         return
     fi
-    # The ids of what runs on the device end in its name: triton-cuda.
-    "$python" -m benchmarks.gpu_tests --limit "$half" -k cuda --out "$out/tests_gpu.json" || status=1
-    "$python" -m benchmarks.gpu_tests --limit "$half" -k "not cuda" --out "$out/tests_rest.json" || status=1
+    # The ids of what runs on the device end in its name: cuda-cuda, triton-cuda.
+    "$python" -m benchmarks.gpu_tests --limit "$half" -k "cuda and not simulated" --out "$out/tests_gpu.json" || status=1
+    "$python" -m benchmarks.gpu_tests --limit "$half" -k "not cuda or simulated" --out "$out/tests_rest.json" || status=1
     return $status
 }
 
@@ -86,9 +87,28 @@ bench() {
     timeout "$((limit + 30))" "$python" -m benchmarks.gpu --out "$out" --limit "$limit" $dry
 }
 
+# A few tests of each kernel: under the sanitizer everything takes some hundred times as long.
+sanitize() {
+    local status=0 tool
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer is not here (CUDA toolkit): left out"
+        return 0
+    fi
+    for tool in memcheck racecheck initcheck; do
+        echo "-- $tool"
+        timeout "$((limit / 3))" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+            "$python" -m pytest -q -p no:cacheprovider -k "cuda-cuda and (groups or three or lengths or padding)" \
+            tests/ops/test_gathered_attention.py tests/ops/test_topk_select.py tests/ops/test_variable_width_embedding.py \
+            >"$out/sanitizer_$tool.log" 2>&1 || status=1
+        tail -n 5 "$out/sanitizer_$tool.log"
+    done
+    return $status
+}
+
 facts
 if [[ $steps == build || $steps == all ]] && [[ -z $dry ]]; then step build build; fi
 if [[ $steps == test || $steps == all ]]; then step tests tests; fi
+if [[ $steps == sanitize || $steps == all ]] && [[ -z $dry ]]; then step sanitize sanitize; fi
 if [[ $steps == bench || $steps == all ]]; then step benchmarks bench; fi
 ((${#failed[@]} == 0)) || printf 'failed step: %s\n' "${failed[@]}"
 ((${#failed[@]} == 0))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_attn.backends import reasons
+
 FLUSH_BYTES = 256 << 20  # more than any second-level cache
 
 
@@ -67,6 +69,12 @@ class Device:
         peak = torch.cuda.max_memory_allocated() - before
         del result
         return peak
+
+
+def wings_of(op: str, device: Device) -> dict[str, str]:
+    """Name of the contender → the wing that it is: Triton, and the compiled CUDA kernels where they run here."""
+    compiled = {} if reasons(op, device.name, torch.bfloat16)["cuda"] else {"ours_cuda": "cuda"}
+    return {"ours": "triton", **compiled}
 
 
 class WrongResult(AssertionError):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_attn
-from benchmarks.gpu_timing import Contender, Device, assert_near, compare
+from benchmarks.gpu_timing import Contender, Device, assert_near, compare, wings_of
 
 OUTPUT = {torch.bfloat16: 2**-6, torch.float32: 1e-4}
 
@@ -106,9 +106,9 @@ def embedding(device: Device) -> Iterator[dict]:
     for dtype in (torch.bfloat16, torch.float32):
         m = model(device, 16384, dtype)
 
-        def ours(*leaves, m=m):
+        def ours(*leaves, wing, m=m):
             return sparse_attn.variable_width_embedding(
-                m.ids, *m.bands(leaves), m.token_band, m.token_row, backend="triton"
+                m.ids, *m.bands(leaves), m.token_band, m.token_row, backend=wing
             )
 
         def compiled(m=m):
@@ -117,7 +117,10 @@ def embedding(device: Device) -> Iterator[dict]:
 
         check = partial(check_embedding, m, False)
         contenders = {
-            "ours": Contender(lambda ours=ours: ours, m.leaves, check),
+            **{
+                name: Contender(lambda ours=ours, wing=wing: partial(ours, wing=wing), m.leaves, check)
+                for name, wing in wings_of("variable_width_embedding", device).items()
+            },
             "nn_embedding_dense": Contender(
                 lambda m=m: partial(F.embedding, m.ids),
                 (m.table(m.leaves),),

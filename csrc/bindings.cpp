@@ -15,6 +15,8 @@
 #include "cpu_cross_entropy.h"
 #include "cpu_dispatch.h"
 #include "cpu_embedding.h"
+#include "cuda_attention.h"
+#include "cuda_embedding.h"
 #include "cuda_host.h"
 #include "token_counts.h"
 
@@ -40,6 +42,13 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
 #ifdef SPARSE_ATTN_HAVE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
     m.impl("fill_indices.cuda", TORCH_BOX(&sparse_attn::fill_indices_cuda));
+    m.impl("topk_select.cuda", TORCH_BOX(&sparse_attn::topk_select_cuda));
+    m.impl("topk_attention.cuda", TORCH_BOX(&sparse_attn::topk_attention_cuda));
+    m.impl("gathered_attention.cuda", TORCH_BOX(&sparse_attn::gathered_attention_cuda));
+    m.impl("gathered_attention_backward.cuda", TORCH_BOX(&sparse_attn::gathered_attention_backward_cuda));
+    m.impl("variable_width_embedding.cuda", TORCH_BOX(&sparse_attn::variable_width_embedding_cuda));
+    m.impl("variable_width_embedding_backward.cuda",
+           TORCH_BOX(&sparse_attn::variable_width_embedding_backward_cuda));
 }
 #endif
 

@@ -8,46 +8,10 @@
 #include "cpu_tasks.h"
 
 namespace sparse_attn {
-Tensor with_contiguous_rows(const Tensor& t) {
-    return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
-}
-
-AttendParams attend_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                           double scale) {
-    AttendParams p{};
-    p.query = query.const_data_ptr();
-    p.key = key.const_data_ptr();
-    p.value = value.const_data_ptr();
-    p.query_strides = strides_of(query);
-    p.key_strides = strides_of(key);
-    p.value_strides = strides_of(value);
-    p.batch = query.size(0), p.heads = query.size(1), p.kv_heads = key.size(1);
-    p.query_length = query.size(2), p.key_length = key.size(2), p.head_dim = query.size(3),
-    p.value_dim = value.size(3);
-    p.scale = static_cast<float>(scale);
-    p.dtype = dtype_of(op, query);
-    return p;
-}
-
-Tensor new_lse(const Tensor& query) {
-    return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
-}
-
 namespace {
 
 using cpu::KernelTable;
 using cpu::Range;
-void set_indices(AttendParams& p, const char* op, const Tensor& indices) {
-    const int64_t groups = indices.dim() == 4 ? indices.size(1) : 0;
-    STD_TORCH_CHECK(
-        indices.scalar_type() == ScalarType::Int && indices.dim() == 4 && indices.size(0) == p.batch &&
-            (groups == 1 || groups == p.kv_heads || groups == p.heads) && indices.size(2) == p.query_length,
-        op, ": indices must be int32 [B, G, Tq, K] with G one of 1, Hkv, Hq; got ", shape_of(indices));
-    p.indices = static_cast<const int32_t*>(indices.const_data_ptr());
-    p.indices_strides = strides_of(indices);
-    p.groups = groups;
-    p.slots = indices.size(3);
-}
 
 // Query heads that one task works on: those of a key head, which share its rows in cache.
 constexpr int64_t kAttendQueries = 64;

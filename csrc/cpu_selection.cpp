@@ -2,8 +2,6 @@
 // better words; the checks here keep a direct call of an op from reading or writing out of bounds.
 #include "cpu_selection.h"
 
-#include <limits>
-
 #include "cpu_attention.h"
 #include "cpu_dispatch.h"
 
@@ -11,27 +9,12 @@ namespace sparse_attn {
 
 using cpu::KernelTable;
 
-void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value) {
-    bool ok = query.dim() == 4 && key.dim() == 4 && query.size(0) == key.size(0) &&
-              query.size(3) == key.size(3) && key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
-              query.scalar_type() == key.scalar_type() &&
-              key.size(2) <= std::numeric_limits<int32_t>::max() - 64;
-    if (ok && value != nullptr)
-        ok = value->dim() == 4 && value->size(0) == key.size(0) && value->size(1) == key.size(1) &&
-             value->size(2) == key.size(2) && value->scalar_type() == key.scalar_type();
-    STD_TORCH_CHECK(ok, op,
-                    ": query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] must agree; got ",
-                    shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());
-}
-
 std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,
                                 int64_t key_length) {
     std::vector<int64_t> lengths;
     if (!key_lengths) return lengths;
     const Tensor& n = *key_lengths;
-    STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
-                        (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),
-                    op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
+    check_key_lengths(op, n, batch);
     for (int64_t b = 0; b < batch; ++b) {
         const int64_t at = b * n.stride(0);
         const int64_t length = n.scalar_type() == ScalarType::Int
@@ -46,43 +29,11 @@ void prepare_selection(Selection& s, const char* op, const Tensor& query, const 
                        const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
                        int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
                        int64_t sinks, int64_t groups, bool rounded) {
-    SelectParams& p = s.params;
-    const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
-    const int64_t query_length = query.size(2), key_length = key.size(2);
-    STD_TORCH_CHECK(groups == heads || groups == kv_heads || groups == 1, op,
-                    ": groups must be Hq, Hkv or 1; got ", groups);
-    STD_TORCH_CHECK(top_k >= 1 && window >= 0 && sinks >= 0 && window + sinks <= top_k, op,
-                    ": top_k must be at least 1 and at least window + sinks; got top_k=", top_k,
-                    ", window=", window, ", sinks=", sinks);
-    p.query = query.const_data_ptr();
-    p.key = key.const_data_ptr();
-    p.mask = nullptr;
-    p.lengths = nullptr;
-    p.query_strides = strides_of(query);
-    p.key_strides = strides_of(key);
-    p.mask_strides = {};
-    if (attn_mask) {
-        const Tensor& m = *attn_mask;
-        STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&
-                            m.size(1) == groups && m.size(2) == query_length && m.size(3) == key_length,
-                        op, ": attn_mask must be bool [B, G, Tq, Tk]; got ", shape_of(m));
-        p.mask = static_cast<const uint8_t*>(m.const_data_ptr());
-        p.mask_strides = strides_of(m);
-    }
-    s.lengths = lengths_of(op, key_lengths, batch, key_length);
-    if (!s.lengths.empty()) p.lengths = s.lengths.data();
-    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
-    p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
-    p.top_k = std::min(top_k, key_length);
-    // Far beyond any sequence, and sums of them still fit.
-    constexpr int64_t kFar = int64_t{1} << 40;
-    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
-    p.window = std::min(window, kFar), p.sinks = std::min(sinks, key_length);
-    p.scale = static_cast<float>(scale);
-    p.is_causal = is_causal;
-    p.rounded = rounded;
-    p.dtype = dtype_of(op, query);
-    p.blocks = nullptr;
+    s.params = select_params(op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
+                             window, sinks, groups);
+    s.params.rounded = rounded;
+    s.lengths = lengths_of(op, key_lengths, s.params.batch, s.params.key_length);
+    if (!s.lengths.empty()) s.params.lengths = s.lengths.data();
 }
 
 // Whether any query can see more keys than it may keep: if none can, no score is needed.

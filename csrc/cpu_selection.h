@@ -1,25 +1,15 @@
-// What the attention ops share on the host: their arguments as the kernels take them, and packed keys.
+// What the CPU ops that select share on the host: lengths within bounds, and packed keys.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "attention_arguments.h"
 #include "cpu/kernels.h"
 #include "cpu_tasks.h"
 
 namespace sparse_attn {
-
-// Throws unless query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] (or null) agree.
-void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value);
-
-// Rows whose last dimension is contiguous: the kernels read them whole.
-Tensor with_contiguous_rows(const Tensor& t);
-
-// All but the results and the indices.
-AttendParams attend_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                           double scale);
-Tensor new_lse(const Tensor& query);
 
 // key_lengths as int64 [B] within [0, Tk]; empty for none.
 std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,

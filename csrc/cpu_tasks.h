@@ -1,4 +1,4 @@
-// What every CPU op needs on the host side: words about tensors, aligned memory, and threads that draw tasks.
+// What every CPU op needs on the host side: aligned memory, and threads that draw tasks.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,37 +11,10 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <string>
 
-#include "params.h"
+#include "tensors.h"
 
 namespace sparse_attn {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline std::string shape_of(const Tensor& tensor) {
-    std::string text = "[";
-    for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-    return text + "]";
-}
-
-inline DType dtype_of(const char* op, const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float:
-            return DType::kFloat32;
-        case ScalarType::BFloat16:
-            return DType::kBFloat16;
-        case ScalarType::Half:
-            return DType::kFloat16;
-        default:
-            STD_TORCH_CHECK(false, op, ": takes float32, bfloat16 and float16 tensors");
-    }
-}
-
-inline Strides strides_of(const Tensor& t) {
-    return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
 
 struct Free {
     void operator()(char* p) const { std::free(p); }
@@ -54,10 +27,6 @@ inline Memory allocate(int64_t bytes) {
     char* p = static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(rounded, 64)));
     if (p == nullptr) throw std::bad_alloc();
     return Memory(p);
-}
-
-inline int64_t blocks(int64_t n, int64_t size) {
-    return (n + size - 1) / size;
 }
 
 // Runs task(i, scratch) for every i < count on torch's threads, each with scratch of its own. Threads draw

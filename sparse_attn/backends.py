@@ -81,8 +81,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Forces one wing for every call inside the `with` block, in all threads.
 
     Args:
-        name: "cpu", "triton" or "reference". A call that the wing cannot take raises ValueError instead of falling
-            back. None leaves the choice to the package again, inside another such block.
+        name: "cpu", "cuda", "triton" or "reference". A call that the wing cannot take raises ValueError instead of
+            falling back. None leaves the choice to the package again, inside another such block.
 
     Raises:
         ValueError: no wing has that name.

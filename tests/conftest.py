@@ -1,7 +1,8 @@
 """What every test runs under: poisoned memory, two threads, one seed, and once per wing of this machine.
 
 A test that takes `wing` runs for every wing that is registered (see helpers/wings.py); one that takes `dtype`
-too runs for every dtype of that wing. A wing that cannot run here is skipped with its own reason, except that
+too runs for every dtype of that wing. A module that has WINGS runs over those instead.
+A wing that cannot run here is skipped with its own reason, except that
 SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (test_backends.py).
 """
 
@@ -33,7 +34,7 @@ def _skip_if_missing(wing) -> list:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "wing" not in metafunc.fixturenames:
         return
-    wings = wings_under_test()
+    wings = getattr(metafunc.module, "WINGS", None) or wings_under_test()
     if "dtype" not in metafunc.fixturenames:
         cases = [pytest.param(w, id=str(w), marks=_skip_if_missing(w)) for w in wings]
         metafunc.parametrize("wing", cases)

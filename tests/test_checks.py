@@ -243,9 +243,11 @@ def test_explain(error, says, wrong):
     check("explain", error, says, wrong)
 
 
-@pytest.mark.parametrize("name", ["cuda", "Reference", "", 3, ["cpu"], torch.device("cpu")], ids=str)
+@pytest.mark.parametrize("name", ["gpu", "Reference", "", 3, ["cpu"], torch.device("cpu")], ids=str)
 def test_use_backend(name):
-    with pytest.raises(ValueError, match="backend must be one of 'cpu', 'triton', 'reference'") as caught:
+    with pytest.raises(
+        ValueError, match="backend must be one of 'cpu', 'cuda', 'triton', 'reference'"
+    ) as caught:
         sparse_attn.use_backend(name).__enter__()
     assert repr(name) in str(caught.value)
 

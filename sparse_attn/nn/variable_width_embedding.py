@@ -25,7 +25,7 @@ class VariableWidthEmbedding(torch.nn.Module):
         padding_idx: a token whose embedding is 0 and gets no gradient; a negative one counts from the end.
         sparse: give the tables `torch.sparse_coo` gradients, as `nn.Embedding(sparse=True)` does.
         device, dtype: of the parameters.
-        backend: force one wing ("cpu", "triton", "reference"); None chooses.
+        backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Attributes:
         tables: ParameterList, one [n_b, width_b] per band.

@@ -23,7 +23,7 @@ class VariableWidthHead(torch.nn.Module):
     Args:
         embedding: the VariableWidthEmbedding to share. It becomes a submodule, so that its parameters stand under both
             names in the model's state dict, once in `parameters()`. The logit of its padding token is that of its row.
-        backend: force one wing ("cpu", "triton", "reference") for the loss; None chooses.
+        backend: force one wing ("cpu", "cuda", "triton", "reference") for the loss; None chooses.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.

@@ -98,7 +98,7 @@ def gathered_attention(
             ≥ Tk is an empty slot and is never read through. An index given twice counts twice.
         scale: factor of q·k, default 1/√D.
         return_lse: also return the natural-log-sum-exp of the attended scores (differentiable).
-        backend: force one wing ("cpu", "triton", "reference"); None chooses.
+        backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with return_lse (out, lse float32 [B, Hq, Tq]). A query with no

@@ -95,7 +95,7 @@ def topk_attention(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
-        backend: force one wing ("cpu", "triton", "reference"); None chooses. See :func:`explain`.
+        backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for,

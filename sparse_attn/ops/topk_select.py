@@ -60,7 +60,7 @@ def topk_select(
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
-        backend: force one wing ("cpu", "triton", "reference"); None chooses.
+        backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
         int32 [B, G, Tq, min(top_k, Tk)], G = Hq, Hkv or 1 by `share`: unique, ascending, empty slots −1 at the

@@ -134,7 +134,7 @@ def variable_width_cross_entropy(
         label_smoothing: from 0 to 1, as in F.cross_entropy.
         z_loss: factor of lse², at least 0; PaLM takes 1e-4.
         weight: [V], a factor for each class, as in F.cross_entropy; it gets no gradient.
-        backend: force one wing ("cpu", "triton", "reference"); None chooses.
+        backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
         A scalar, or [...] with reduction="none"; float32 for half types too (float64 for float64). Products are

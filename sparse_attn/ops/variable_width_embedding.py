@@ -161,7 +161,7 @@ def variable_width_embedding(
             counts from the end.
         sparse: give the tables gradients of layout `torch.sparse_coo` (coalesced) with the rows that occur alone.
             Gradients of projections are always dense. Dense gradients cost a zero-filled tensor per table.
-        backend: force one wing ("cpu", "triton", "reference"); None chooses.
+        backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
         [*ids.shape, D] in the tables' dtype, under `torch.autocast` too: like `nn.Embedding`, it casts nothing.
@@ -187,5 +187,7 @@ def variable_width_embedding(
     """
     arguments = embedding_arguments(ids, tables, projections, token_band, token_row, padding_idx)
     sparse = checks.boolean("sparse", sparse)
-    wing = choose("variable_width_embedding", arguments[1][0], backend)
+    tables = arguments[1]
+    sizes = {"bands": len(tables), "sparse_gradients": int(sparse)}
+    wing = choose("variable_width_embedding", tables[0], backend, **sizes)
     return overload("variable_width_embedding", wing)(*arguments, sparse)

@@ -34,6 +34,10 @@ class WingUnderTest:
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
+    def refuses(self, op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> str | None:
+        """None where the wing takes such a call of the op, else why not."""
+        return backends.reasons(op, self.device, dtype, **sizes)[self.name]
+
     def _run(self, op: str, *args, **kwargs):
         needs = NEEDS.get(op, op)
         if all(needs not in w.implementations for w in backends.wings() if w.name == self.name):
@@ -100,9 +104,9 @@ def wings_under_test() -> list[WingUnderTest]:
                 entries.append(WingUnderTest(wing.name, device, dtypes))
             else:
                 reasons.append(f"on {device}: {wing.why_not(OPS[0], device, torch.float32)}")
-        if not entries and wing.name == "triton":
-            # No GPU: tests/triton_wing runs its kernels in Triton's interpreter and compiles them for GPUs. Here it
-            # would be a thousand skips, among which one that matters could hide.
+        if not entries and wing.name in ("cuda", "triton"):
+            # No GPU: tests/simt and tests/triton_wing run their kernels without one and compile them for GPUs. Here
+            # they would be a thousand skips, among which one that matters could hide.
             continue
         if not entries:
             entries = [

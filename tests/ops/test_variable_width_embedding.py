@@ -24,6 +24,10 @@ SHAPES = {
 
 def lookup(wing, ids, e: Tables, **options):
     """CPU tensors in and out, whatever the wing's device; gradients come back too."""
+    sizes = {"bands": len(e.tables), "sparse_gradients": int(options.get("sparse", False))}
+    why_not = None if wing.missing else wing.refuses("variable_width_embedding", e.tables[0].dtype, **sizes)
+    if why_not and "up to" in why_not:
+        pytest.skip(why_not)
     ids, *arguments = tree_map_only(torch.Tensor, lambda t: t.to(wing.device), (ids, *e.arguments))
     return sparse_attn.variable_width_embedding(ids, *arguments, backend=wing.name, **options).cpu()
 

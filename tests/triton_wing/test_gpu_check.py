@@ -37,7 +37,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 def test_help():
     done = run("--help")
     assert done.returncode == 0
-    assert "gpu_check.sh [build|test|bench|all]" in done.stdout
+    assert "gpu_check.sh [build|test|bench|sanitize|all]" in done.stdout
     assert "set -uo" not in done.stdout
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import backends, triton_wing
+from sparse_attn import backends, compiled, triton_wing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,8 @@ class On:
 
 @pytest.fixture
 def compiled_triton(monkeypatch):
-    """As on a machine with Triton and without the interpreter, whatever this one has."""
+    """As on a machine with Triton alone and without the interpreter, whatever this one has."""
+    monkeypatch.setattr(compiled, "load_error", "not here")
     monkeypatch.setattr(triton_wing, "version", (3, 6))
     monkeypatch.setattr(triton_wing, "interpreted", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

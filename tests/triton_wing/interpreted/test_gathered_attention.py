@@ -11,7 +11,15 @@ import pytest
 import torch
 from helpers.compare import assert_close
 from helpers.inputs import LAYOUTS, index_rows, normal, qkv
-from ops.test_gathered_attention import check, run_with_gradients
+from ops.test_gathered_attention import check
+from ops.test_gathered_attention_special import (  # noqa: F401
+    test_a_gradient_of_strides_zero,
+    test_empty_slots_do_not_leak,
+    test_large_scores,
+    test_nan,
+    test_nothing,
+    test_rows_of_minus_infinity,
+)
 from ops.test_torch_integration import op_arguments, overload
 
 import sparse_attn
@@ -62,35 +70,6 @@ def test_layouts(wing, layout, shared):
 
 
 @pytest.mark.parametrize("shared", [1, 4])
-def test_a_gradient_of_strides_zero(wing, shared):
-    inputs, indices = qkv(1, shared, 1, 3, 7, 16), index_rows((1, 1, 3, 5), 7)
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    (wing.gathered_attention(*leaves, indices) * torch.ones(1, shared, 3, 16)).sum().backward()
-    for ours, want in zip(_backward(wing, inputs, indices), leaves, strict=True):
-        assert torch.equal(ours.grad, want.grad)
-
-
-def _backward(wing, inputs, indices):
-    """Leaves with the gradients of a sum."""
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    wing.gathered_attention(*leaves, indices).sum().backward()
-    return leaves
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 4), (1, 2, 1, 0, 4), (1, 2, 1, 3, 0)], ids=str)
-def test_nothing(wing, shape):
-    inputs = qkv(*shape, 8)
-    out, lse = wing.gathered_attention(
-        *inputs, index_rows((shape[0], 2, shape[3], 2), shape[4]), return_lse=True
-    )
-    assert not out.any()
-    assert bool((lse == -math.inf).all())
-    assert not any(
-        t.grad.any() for t in _backward(wing, inputs, index_rows((shape[0], 1, shape[3], 2), shape[4]))
-    )
-
-
-@pytest.mark.parametrize("shared", [1, 4])
 def test_chunks_of_queries(wing, dtype, shared, monkeypatch):
     """One query per chunk, and two: dK and dV gather over the chunks in float32."""
     inputs, indices = qkv(1, 2 * shared, 2, 5, 9, 16, dtype=dtype), index_rows((1, 2, 5, 6), 9)
@@ -125,65 +104,6 @@ def test_a_grid_of_three_axes(wing, monkeypatch):
     assert _common.grid_of(7, 5) == (7, 2, 3)
     check(wing, qkv(1, 5, 5, 2, 7, 8), index_rows((1, 1, 2, 4), 7))
     check(wing, qkv(1, 12, 3, 2, 7, 8, dtype=torch.float16), index_rows((1, 1, 2, 4), 7))
-
-
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("shared", [1, 8])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_empty_slots_do_not_leak(wing, dtype, shared, bad):
-    """A key that no row names may hold anything, key 0 among them, forward and backward."""
-    inputs, indices = qkv(1, shared, 1, 3, 9, 16, dtype=dtype), index_rows((1, 1, 3, 5), 8)
-    indices = torch.where(indices == 0, -1, indices)
-    want, _ = run_with_gradients(wing, inputs, indices)
-    for tensor in inputs[1:]:
-        tensor[:, :, 0] = tensor[:, :, 8] = bad
-    ours, _ = run_with_gradients(wing, inputs, indices)
-    assert all(torch.equal(mine, true) for mine, true in zip(ours, want, strict=True))
-
-
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("shared", [1, 8])
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_nan(wing, dtype, shared, place):
-    """NaN in an input is NaN in the rows that see it and in no other, and in the gradients that they reach."""
-    inputs = qkv(1, shared, 1, 3, 9, 16, dtype=dtype)
-    indices = torch.tensor([[0, 1, 2], [3, 4, -1], [5, 6, 7]], dtype=torch.int32).view(1, 1, 3, 3)
-    inputs[place][0, 0, 1, 3] = (
-        math.nan
-    )  # of query 1, which sees keys 3 and 4, or of key 1, which query 0 sees
-    (out, lse, to_query, to_key, _), _ = run_with_gradients(wing, inputs, indices)
-    row = 1 if place == 0 else 0
-    rows = torch.tensor([i == row for i in range(3)])
-    seen = torch.tensor([j in (indices[0, 0, row]) for j in range(9)])
-    head = 0 if place == 0 else slice(None)
-    assert torch.equal(out.isnan().any(-1)[0, head].expand(shared, -1)[0], rows)
-    assert torch.equal(lse.isnan()[0, 0], rows if place < 2 else torch.zeros(3, dtype=torch.bool))
-    assert torch.equal(to_query.isnan().any(-1)[0, 0], rows)
-    assert not bool(to_key.isnan().any(-1)[0, 0, ~seen].any())
-    assert bool(to_key.isnan().any(-1)[0, 0, seen].any())
-
-
-@pytest.mark.parametrize("shared", [1, 8])
-def test_rows_of_minus_infinity(wing, shared):
-    """Scores of −inf are no attention: out 0, LSE −inf, gradients 0 and no NaN."""
-    query, key, value = qkv(1, shared, 1, 2, 5, 8, dtype=torch.bfloat16)
-    query = query.abs() + 0.1
-    key[..., :3, :] = -math.inf
-    indices = torch.tensor([[0, 1], [2, 4]], dtype=torch.int32).view(1, 1, 2, 2)
-    leaves = [t.requires_grad_() for t in (query, key, value)]
-    out, lse = wing.gathered_attention(*leaves, indices, return_lse=True)
-    out.sum().backward()
-    assert not out[:, :, 0].any()
-    assert bool((lse[:, :, 0] == -math.inf).all())
-    assert bool(out.isfinite().all())
-    assert not value.grad[:, :, :3].any()
-    assert bool(value.grad.isfinite().all())
-
-
-def test_large_scores(wing):
-    """The rounding of an LSE of thousands is no factor on float32 gradients."""
-    inputs = [30 * t for t in qkv(1, 2, 1, 3, 20, 16)]
-    check(wing, inputs, index_rows((1, 2, 3, 9), 20), 0.5)
 
 
 def test_only_the_gradient_of_the_lse(wing, dtype):

@@ -1,0 +1,153 @@
+// From torch's tensors to the attention kernels of csrc/cuda. Arguments are validated in Python first, with
+// better words; the checks here keep a direct call of an op from reading or writing out of bounds.
+#include "cuda_attention.h"
+
+#ifdef SPARSE_ATTN_HAVE_CUDA
+
+#include "attention_arguments.h"
+#include "cuda/gathered_attention.h"
+#include "cuda/topk_select.h"
+#include "cuda_launch.h"
+
+namespace sparse_attn {
+namespace {
+
+void check_dims(const char* op, const AttendParams& p) {
+    STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= cuda::kMostDim && p.value_dim <= cuda::kMostDim, op,
+                    ": takes head dimensions up to ", cuda::kMostDim, "; got ", p.head_dim, " and ",
+                    p.value_dim);
+    constexpr int64_t kMostBlocks = 2147483647;  // of a grid's first axis; the others take 65535
+    STD_TORCH_CHECK(p.batch * p.heads * p.query_length <= kMostBlocks && p.batch * p.groups <= 65535 &&
+                        p.batch <= 65535 && p.kv_heads <= 65535,
+                    op, ": more rows than a launch takes; got B=", p.batch, ", Hq=", p.heads,
+                    ", Tq=", p.query_length);
+}
+
+}  // namespace
+
+Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                        std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                        int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    const char* op = "topk_select.cuda";
+    check_qkv(op, query, key, nullptr);
+    const CudaCall call(op, {&query, &key});
+    for (const std::optional<Tensor>* t : {&attn_mask, &key_lengths})
+        STD_TORCH_CHECK(!*t || ((*t)->is_cuda() && (*t)->get_device_index() == call.device), op,
+                        ": attn_mask and key_lengths must be on the query's device");
+    query = with_contiguous_rows(query);
+    key = with_contiguous_rows(key);
+    cuda::SelectCall c{};
+    SelectParams& p = c.select;
+    p = select_params(op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale, window,
+                      sinks, groups);
+    STD_TORCH_CHECK(p.head_dim >= 1 && p.batch <= 65535 && p.heads <= 65535, op,
+                    ": takes D from 1 on, B and Hq up to 65535; got ", shape_of(query));
+    if (key_lengths) {
+        key_lengths = torch::stable::contiguous(*key_lengths);
+        if (key_lengths->scalar_type() == ScalarType::Int) {
+            c.narrow_lengths = static_cast<const int32_t*>(key_lengths->const_data_ptr());
+        } else {
+            p.lengths = static_cast<const int64_t*>(key_lengths->const_data_ptr());
+        }
+    }
+    Tensor lse = torch::stable::new_empty(
+        query, {p.groups < p.heads ? p.batch * p.heads * p.query_length : 0}, ScalarType::Float);
+    c.lse = static_cast<float*>(lse.mutable_data_ptr());
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    call.check(cuda::topk_select(c, call.device, call.stream), {&query, &key});
+    return indices;
+}
+
+// Two launches, one after the other: what the first selects is still in the second-level cache for the
+// second.
+std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(Tensor query, Tensor key, Tensor value,
+                                                       std::optional<Tensor> attn_mask,
+                                                       std::optional<Tensor> key_lengths, int64_t top_k,
+                                                       bool is_causal, int64_t causal_offset, double scale,
+                                                       int64_t window, int64_t sinks, int64_t groups) {
+    Tensor indices = topk_select_cuda(query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                                      scale, window, sinks, groups);
+    auto [out, lse] = gathered_attention_cuda(query, key, value, indices, scale);
+    return {out, lse, indices};
+}
+
+std::tuple<Tensor, Tensor> gathered_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor indices,
+                                                   double scale) {
+    const char* op = "gathered_attention.cuda";
+    check_qkv(op, query, key, &value);
+    const CudaCall call(op, {&query, &key, &value, &indices});
+    query = with_contiguous_rows(query);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    indices = with_contiguous_rows(indices);
+    AttendParams p = attend_params(op, query, key, value, scale);
+    set_indices(p, op, indices);
+    check_dims(op, p);
+    Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.value_dim});
+    Tensor lse = new_lse(query);
+    p.out = out.mutable_data_ptr();
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    call.check(cuda::gathered_attention(p, call.device, call.stream), {&query, &key, &value, &indices});
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_out,
+                                                                    std::optional<Tensor> grad_lse,
+                                                                    Tensor query, Tensor key, Tensor value,
+                                                                    Tensor indices, Tensor out, Tensor lse,
+                                                                    double scale) {
+    const char* op = "gathered_attention_backward.cuda";
+    (void)lse;  // the first pass finds each row's maximum and sum again: exp(score − lse) would round the lse
+    check_qkv(op, query, key, &value);
+    const CudaCall call(op, {&query, &key, &value, &indices, &grad_out, &out});
+    query = with_contiguous_rows(query);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    indices = with_contiguous_rows(indices);
+    grad_out = torch::stable::contiguous(grad_out);
+    out = torch::stable::contiguous(out);
+    cuda::AttendGradients g{};
+    AttendParams& p = g.forward;
+    p = attend_params(op, query, key, value, scale);
+    set_indices(p, op, indices);
+    check_dims(op, p);
+    for (const Tensor* t : {&grad_out, &out})
+        STD_TORCH_CHECK(
+            t->dim() == 4 && t->scalar_type() == query.scalar_type() && t->size(0) == p.batch &&
+                t->size(1) == p.heads && t->size(2) == p.query_length && t->size(3) == p.value_dim,
+            op, ": grad_out and out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(*t));
+    if (grad_lse) {
+        STD_TORCH_CHECK(grad_lse->is_cuda() && grad_lse->get_device_index() == call.device &&
+                            grad_lse->numel() == p.batch * p.heads * p.query_length &&
+                            grad_lse->scalar_type() == ScalarType::Float,
+                        op, ": grad_lse must be float32 [B, Hq, Tq]; got ", shape_of(*grad_lse));
+        grad_lse = torch::stable::contiguous(*grad_lse);
+    }
+    Tensor grad_query = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.head_dim});
+    Tensor grad_key = torch::stable::new_empty(key, {p.batch, p.kv_heads, p.key_length, p.head_dim});
+    Tensor grad_value = torch::stable::new_empty(value, {p.batch, p.kv_heads, p.key_length, p.value_dim});
+    const int64_t lists = p.batch * p.groups, blocks = cuda::key_list_blocks(p);
+    Tensor rows = torch::stable::new_empty(query, {p.batch * p.heads * p.query_length, 4}, ScalarType::Float);
+    Tensor starts = torch::stable::new_empty(query, {lists, p.key_length + 1}, ScalarType::Long);
+    Tensor counts = torch::stable::new_empty(query, {lists, blocks, p.key_length}, ScalarType::Int);
+    Tensor queries = torch::stable::new_empty(query, {lists, p.query_length * p.slots}, ScalarType::Int);
+    p.out = out.mutable_data_ptr();
+    g.grad_out = grad_out.const_data_ptr();
+    g.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+    g.grad_query = grad_query.mutable_data_ptr();
+    g.grad_key = grad_key.mutable_data_ptr();
+    g.grad_value = grad_value.mutable_data_ptr();
+    g.rows = static_cast<cuda::RowSoftmax*>(rows.mutable_data_ptr());
+    g.lists = {static_cast<int64_t*>(starts.mutable_data_ptr()),
+               static_cast<int32_t*>(counts.mutable_data_ptr()),
+               static_cast<int32_t*>(queries.mutable_data_ptr()), blocks};
+    call.check(cuda::gathered_attention_backward(g, call.device, call.stream),
+               {&query, &key, &value, &indices});
+    return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace sparse_attn
+
+#endif

@@ -1,0 +1,72 @@
+"""The wing of csrc/cuda: NVIDIA GPUs, kernels compiled into `sparse_attn._C`, and why it is absent where it is."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from sparse_attn import compiled
+from sparse_attn.backends import Wing, register
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MINIMUM = (8, 0)  # compute capability: mma.sync with bfloat16, asynchronous copies
+# What a warp holds in registers (kMostDim of csrc/cuda/gathered_attention.h) and a launch in its parameters (kMostBands
+# of csrc/cuda/variable_width_embedding.h); the size of a sparse gradient would have to come back from the GPU.
+LIMITS = {"head_dim": 256, "value_dim": 256, "bands": 16, "sparse_gradients": 0}
+# In C++ (csrc/bindings.cpp). An op that is not here goes to the next wing.
+OPS = (
+    "topk_select",
+    "topk_attention",
+    "gathered_attention",
+    "gathered_attention_backward",
+    "variable_width_embedding",
+    "variable_width_embedding_backward",
+)
+
+
+def serves(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `arch` ("80", "90a", or PTX: "90-virtual") runs on a GPU of this compute capability."""
+    number, kind = re.fullmatch(r"(\d+)(a|-virtual)?", arch).groups()
+    own = divmod(int(number), 10)
+    if kind == "-virtual":
+        return capability >= own
+    if kind == "a":
+        return capability == own
+    return capability[0] == own[0] and capability >= own
+
+
+def _why_not_here() -> str | None:
+    """Of the GPU, where it is known: a graph being compiled says no more than "cuda"."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    if capability < MINIMUM:
+        return "it needs compute capability {}.{}, got {}.{}".format(*MINIMUM, *capability)
+    archs = compiled.extension.build_info()["cuda_archs"]
+    if not any(serves(arch, capability) for arch in archs):
+        return "it was built for {}, which a GPU of {}.{} does not run".format(", ".join(archs), *capability)
+    return None
+
+
+def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if compiled.load_error is not None:
+        return compiled.load_error
+    info = compiled.extension.build_info()
+    if info["cuda"] is None:
+        return f"the extension was built without CUDA: {info['no_cuda']}"
+    if device_type != "cuda" or torch.version.hip:
+        return f"it takes cuda tensors, got {'ROCm ones' if torch.version.hip else device_type}"
+    if dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}"
+    return _why_not_here()
+
+
+CUDA_WING = Wing(
+    name="cuda",
+    dispatch_key="CUDA",
+    implementations=dict.fromkeys(OPS),
+    why_not=_why_not,
+    limits=LIMITS,
+)
+register(CUDA_WING)

@@ -1,0 +1,49 @@
+// The host functions of csrc/cuda under C names, for ctypes: a device and a stream mean nothing here.
+#include "cuda/fill.h"
+#include "cuda/gathered_attention.h"
+#include "cuda/topk_select.h"
+#include "cuda/variable_width_embedding.h"
+
+using namespace sparse_attn;
+
+extern "C" {
+
+// What tests/simt/params.py must agree with.
+int64_t bytes_of_attend_gradients() {
+    return sizeof(cuda::AttendGradients);
+}
+int64_t bytes_of_select_call() {
+    return sizeof(cuda::SelectCall);
+}
+int64_t bytes_of_embed_params() {
+    return sizeof(cuda::EmbedParams);
+}
+
+const char* run_fill(void* out, int64_t count, int32_t word) {
+    return cuda::fill_words(out, count, static_cast<uint32_t>(word), 0, nullptr);
+}
+
+const char* run_gathered_attention(const AttendParams* p) {
+    return cuda::gathered_attention(*p, 0, nullptr);
+}
+int64_t run_key_list_blocks(const AttendParams* p) {
+    return cuda::key_list_blocks(*p);
+}
+const char* run_gathered_attention_backward(const cuda::AttendGradients* g) {
+    return cuda::gathered_attention_backward(*g, 0, nullptr);
+}
+
+const char* run_variable_width_embedding(const cuda::EmbedParams* p) {
+    return cuda::variable_width_embedding(*p, 0, nullptr);
+}
+const char* run_embedding_keys(const cuda::EmbedParams* p, int32_t* keys) {
+    return cuda::embedding_keys(*p, keys, 0, nullptr);
+}
+const char* run_variable_width_embedding_backward(const cuda::EmbedParams* p) {
+    return cuda::variable_width_embedding_backward(*p, 0, nullptr);
+}
+
+const char* run_topk_select(const cuda::SelectCall* call) {
+    return cuda::topk_select(*call, 0, nullptr);
+}
+}

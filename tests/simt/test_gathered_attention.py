@@ -1,0 +1,73 @@
+"""gathered_attention of csrc/cuda on the simulated GPU: the tests of the op, and each way through its kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.inputs import LAYOUTS, index_rows, qkv
+from ops.test_gathered_attention import (  # noqa: F401
+    check,
+    run_with_gradients,
+    test_groups,
+    test_index_given_twice_counts_twice,
+    test_scales,
+    test_shapes,
+)
+from ops.test_gathered_attention_special import (  # noqa: F401
+    test_a_gradient_of_strides_zero,
+    test_empty_slots_do_not_leak,
+    test_large_scores,
+    test_nan,
+    test_nothing,
+    test_rows_of_minus_infinity,
+)
+
+from simt.device import SCHEDULES
+from simt.wing import SimulatedWing
+
+WINGS = [SimulatedWing()]
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize(
+    "dims", [(1, 3), (64, 64), (72, 24), (20, 72), (128, 128), (256, 40), (8, 256)], ids=str
+)
+@pytest.mark.parametrize("shared", [1, 5, 9, 16])
+def test_head_dimensions(wing, dtype, dims, shared):
+    check(wing, qkv(1, shared, 1, 2, 9, *dims, dtype=dtype), index_rows((1, 1, 2, 5), 9))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("budget", [0, 1, 31, 64, 131])
+@pytest.mark.parametrize("shared", [1, 3, 8])
+def test_budgets(wing, dtype, budget, shared):
+    inputs = qkv(1, shared, 1, 2, 90, 16, dtype=dtype)
+    check(wing, inputs, index_rows((1, 1, 2, budget), 90, garbage=budget > 90))
+
+
+@pytest.mark.dtypes(torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("dim", [16, 200])
+@pytest.mark.parametrize("shared", [17, 33, 70])
+def test_many_heads(wing, dtype, shared, dim):
+    """Two and four warps of heads, more heads than a block has, and keys divided between warps."""
+    check(wing, qkv(1, shared, 1, 1, 90, dim, dtype=dtype), index_rows((1, 1, 1, 70), 90))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shared", [1, 8])
+def test_layouts(wing, dtype, layout, shared):
+    inputs = [LAYOUTS[layout](t) for t in qkv(2, 2 * shared, 2, 3, 7, 16, 8, dtype=dtype)]
+    check(wing, inputs, index_rows((2, 2, 5, 3), 7, garbage=True).mT)
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("shared", [1, 2, 9])
+def test_every_schedule_gives_the_same_bits(wing, dtype, shared):
+    inputs, indices = (
+        qkv(1, 2 * shared, 2, 40, 30, 24, 16, dtype=dtype),
+        index_rows((1, 2, 40, 12), 30, garbage=True),
+    )
+    results = [run_with_gradients(SimulatedWing(s), inputs, indices)[0] for s in SCHEDULES]
+    for others in results[1:]:
+        assert all(torch.equal(mine, true) for mine, true in zip(others, results[0], strict=True))

@@ -1,0 +1,89 @@
+"""topk_select of csrc/cuda on the simulated GPU: the tests of the op, and each way through its kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.compare import assert_best, assert_identical
+from helpers.inputs import integers, normal, with_scores
+from ops.test_topk_select import (  # noqa: F401
+    test_budgets,
+    test_budgets_larger_than_any_key_count,
+    test_causal_offsets,
+    test_head_dimensions,
+    test_mask_broadcasts,
+    test_mask_per_head,
+    test_mask_strides,
+    test_options_on_exact_scores,
+    test_options_on_normal_scores,
+    test_scales,
+    test_shared_mass_is_summed_over_heads,
+    test_shared_ties_go_to_the_smaller_index,
+)
+
+from simt.device import SCHEDULES
+from simt.wing import SimulatedWing
+
+WINGS = [
+    SimulatedWing(dtypes=(torch.float32, torch.bfloat16))
+]  # the half types differ in their conversions alone
+
+
+# How many of the 700 keys agree in the digits of their rank that are looked at first decides how many rounds there are.
+SCORES = {
+    "plateau": torch.full((700,), 7),  # to the last bit, and then they are ties
+    "few values": torch.arange(700) * 7919 % 5,
+    "zigzag": torch.arange(700) * 2617 % 700,  # three rounds
+    "late winners": (torch.arange(700) > 660) * 9,
+}
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("top_k", [1, 64, 300])
+@pytest.mark.parametrize("order", SCORES)
+def test_orders(wing, dtype, order, top_k):
+    query, key = with_scores(SCORES[order], 8, dtype)
+    for scale in (1.0, -1.0):
+        assert_identical(wing.topk_select(query, key, top_k, scale=scale), query, key, top_k, scale=scale)
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("share", ["none", "kv", "all"])
+def test_candidates_are_merged(wing, dtype, share):
+    """Close races, among them some that the first two digits leave open."""
+    query, key = normal(1, 4, 70, 48, dtype=dtype), normal(1, 2, 700, 48, dtype=dtype, seed=1)
+    options = {"share": share, "is_causal": True, "causal_offset": 630}
+    for top_k in (5, 200):
+        assert_best(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
+
+
+def test_scores_in_one_narrow_band(wing):
+    """All scores within a few units in the last place of each other."""
+    key = 1 + torch.randint(0, 9, (1, 1, 900, 1), generator=torch.Generator().manual_seed(0)) * 2.0**-23
+    query = torch.ones(1, 1, 1, 1)
+    for top_k in (10, 500):
+        assert_identical(wing.topk_select(query, key, top_k), query, key, top_k)
+
+
+def test_scores_over_the_whole_exponent_range(wing):
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-100, 101, (1, 1, 900, 1), generator=generator)
+    signs = torch.randint(0, 2, exponents.shape, generator=generator) * 2 - 1
+    key, query = signs * torch.exp2(exponents.float()), torch.ones(1, 1, 1, 1)
+    for top_k in (10, 700):
+        assert_identical(wing.topk_select(query, key, top_k, scale=1.0), query, key, top_k, scale=1.0)
+
+
+def test_lengths_of_either_width(wing):
+    query, key = integers(3, 2, 9, 7), integers(3, 2, 90, 7, seed=1)
+    for dtype in (torch.int32, torch.int64):
+        options = {"key_lengths": torch.tensor([0, 70, 90], dtype=dtype)}
+        assert_identical(wing.topk_select(query, key, 20, **options), query, key, 20, **options)
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("share", ["none", "all"])
+def test_every_schedule_gives_the_same_bits(wing, dtype, share):
+    query, key = normal(1, 2, 40, 24, dtype=dtype), normal(1, 1, 150, 24, dtype=dtype, seed=1)
+    results = [SimulatedWing(s).topk_select(query, key, 20, share=share) for s in SCHEDULES]
+    assert all(torch.equal(indices, results[0]) for indices in results[1:])

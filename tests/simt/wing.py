@@ -1,0 +1,141 @@
+"""The CUDA wing on the simulated GPU, called by tests like any other wing."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from simt import device
+from simt.device import Device
+from simt.params import PROJECTION_PARTS, AttendGradients, KeyLists, attend_params, embed_params, select_call
+from sparse_attn.ops.arguments import selection
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, indices, scale, schedule):
+        gpu = Device(schedule)
+        p = attend_params(gpu, query, key, value, indices, scale)
+        p.out = gpu.empty((*query.shape[:3], value.shape[3]), query.dtype)
+        p.lse = gpu.empty(query.shape[:3], torch.float32)
+        gpu.run("run_gathered_attention", ctypes.byref(p))
+        out, lse = gpu.get(p.out), gpu.get(p.lse)
+        ctx.save_for_backward(query, key, value, indices, out)
+        ctx.scale, ctx.schedule = scale, schedule
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, indices, out = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        gpu = Device(ctx.schedule)
+        p = attend_params(gpu, query, key, value, indices, ctx.scale)
+        p.out = gpu.put(out)
+        gpu.library.run_key_list_blocks.restype = ctypes.c_int64
+        blocks, lists = gpu.library.run_key_list_blocks(ctypes.byref(p)), p.batch * p.groups
+        g = AttendGradients(
+            forward=p,
+            grad_out=gpu.put(grad_out.contiguous()),
+            grad_lse=gpu.put(None if grad_lse is None else grad_lse.contiguous()),
+            grad_query=gpu.empty(query.shape, query.dtype),
+            grad_key=gpu.empty(key.shape, key.dtype),
+            grad_value=gpu.empty(value.shape, value.dtype),
+            rows=gpu.empty((*query.shape[:3], 4), torch.float32),
+            lists=KeyLists(
+                starts=gpu.empty((lists, p.key_length + 1), torch.int64),
+                counts=gpu.empty((lists, blocks, p.key_length), torch.int32),
+                queries=gpu.empty((lists, p.query_length * p.slots), torch.int32),
+                blocks=blocks,
+            ),
+        )
+        gpu.run("run_gathered_attention_backward", ctypes.byref(g))
+        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, token_band, token_row, padding_idx, schedule, bands, *leaves):
+        tables, projections = leaves[:bands], leaves[bands:]
+        gpu = Device(schedule)
+        p = embed_params(gpu, ids, tables, projections, token_band, token_row, padding_idx)
+        p.out = gpu.empty((ids.numel(), p.embedding_dim), tables[0].dtype)
+        gpu.run("run_variable_width_embedding", ctypes.byref(p))
+        ctx.arguments = ids, tables, projections, token_band, token_row, padding_idx
+        ctx.schedule = schedule
+        return gpu.get(p.out)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        gpu = Device(ctx.schedule)
+        p = embed_params(gpu, *ctx.arguments)
+        _, tables, projections, *_ = ctx.arguments
+        p.grad_out = gpu.put(grad_out.contiguous())
+        keys = gpu.empty((p.count,), torch.int32)
+        gpu.run("run_embedding_keys", ctypes.byref(p), ctypes.c_void_p(keys))
+        ascending, order = torch.sort(gpu.get(keys), stable=True)
+        p.keys, p.order = gpu.put(ascending), gpu.put(order)
+        dtype, dim = tables[0].dtype, p.embedding_dim
+        for band, table, projection in zip(p.bands, tables, projections, strict=False):
+            band.grad_table = gpu.empty(table.shape, dtype)
+            if projection is not None:
+                band.back = gpu.empty((p.count, table.shape[1]), torch.float32)
+                band.grad_projection = gpu.empty(projection.shape, dtype)
+                band.parts = gpu.empty((PROJECTION_PARTS, dim, table.shape[1]), torch.float32)
+        gpu.run("run_variable_width_embedding_backward", ctypes.byref(p))
+        used = p.bands[: len(tables)]
+        grads = [gpu.get(b.grad_table) for b in used]
+        grads += [gpu.get(b.grad_projection) if b.grad_projection else None for b in used]
+        return (None,) * 6 + tuple(grads)
+
+
+class SimulatedWing:
+    """Stands where a WingUnderTest does, for the ops that csrc/cuda has."""
+
+    name, missing = "cuda", device.why_not()
+
+    def __init__(self, schedule: int = 0, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+        self.schedule, self.dtypes = schedule, dtypes
+
+    def __str__(self) -> str:
+        return f"cuda-simulated-{self.schedule}"
+
+    def topk_select(
+        self, query, key, top_k, *, is_causal=False, causal_offset=None, attn_mask=None, key_lengths=None, scale=None,
+        window=0, sinks=0, share="none",
+    ):  # fmt: skip
+        query, key = query.detach(), key.detach()
+        arguments = selection(
+            query, key, top_k, is_causal, causal_offset, attn_mask, key_lengths, scale, window, sinks, share
+        )
+        gpu = Device(self.schedule)
+        call = select_call(gpu, query, key, *arguments)
+        p = call.select
+        p.indices = gpu.empty((p.batch, p.groups, p.query_length, p.top_k), torch.int32)
+        gpu.run("run_topk_select", ctypes.byref(call))
+        return gpu.get(p.indices)
+
+    def topk_attention(self, query, key, value, top_k, *, return_lse=False, return_indices=False, **options):
+        indices = self.topk_select(query, key, top_k, **options)
+        results = self.gathered_attention(
+            query, key, value, indices, scale=options.get("scale"), return_lse=True
+        )
+        results = (results[0], *results[1:][:return_lse], *[indices][:return_indices])
+        return results if len(results) > 1 else results[0]
+
+    def gathered_attention(self, query, key, value, indices, *, scale=None, return_lse=False):
+        scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+        indices = (indices.unsqueeze(1) if indices.dim() == 3 else indices).to(torch.int32)
+        out, lse = _Attention.apply(query, key, value, indices, scale, self.schedule)
+        return (out, lse) if return_lse else out
+
+    def variable_width_embedding(self, ids, tables, projections, token_band, token_row, *, padding_idx=None):
+        padding_idx = -1 if padding_idx is None else padding_idx % token_band.numel()
+        flat = ids.reshape(-1).contiguous()
+        arguments = flat, token_band, token_row, padding_idx, self.schedule, len(tables)
+        out = _Embedding.apply(*arguments, *tables, *projections)
+        return out.view(*ids.shape, out.shape[1])

@@ -1,0 +1,106 @@
+"""The CUDA wing among the others: when it is taken, when not and why; and its host side as far as no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import gpu_code
+
+from sparse_attn import backends, compiled, cuda_wing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """As with an extension that has the kernels, and a GPU of capability 9.0."""
+    info = {"cuda": "13.0", "no_cuda": "", "cuda_archs": ["80", "90a"]}
+    monkeypatch.setattr(compiled, "load_error", None)
+    monkeypatch.setattr(compiled, "extension", SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return info
+
+
+def why_not(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **sizes) -> str | None:
+    return backends.reasons("gathered_attention", device, dtype, **sizes)["cuda"]
+
+
+def test_it_is_preferred_on_nvidia_gpus(built, monkeypatch):
+    monkeypatch.setattr(backends._state, "forced", None)
+    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    for op in cuda_wing.OPS:
+        assert backends.choose(op, tensor, None, head_dim=256, value_dim=256) == "cuda"
+
+
+def test_it_says_why_not(built, monkeypatch):
+    assert why_not() is None
+    assert why_not("cpu") == "it takes cuda tensors, got cpu"
+    assert why_not(dtype=torch.float64) == "it takes float32, float16 and bfloat16, got torch.float64"
+    assert why_not(head_dim=257) == "it takes head_dim up to 256, got 257"
+    assert backends.reasons("nothing", "cuda", torch.float32)["cuda"] == "it has no nothing"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert why_not() == "it needs compute capability 8.0, got 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 3))
+    assert why_not() == "it was built for 80, 90a, which a GPU of 10.3 does not run"
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert why_not() == "it takes cuda tensors, got ROCm ones"
+    built.update(cuda=None, no_cuda="no nvcc was found")
+    assert why_not() == "the extension was built without CUDA: no nvcc was found"
+    monkeypatch.setattr(compiled, "load_error", "it is not there")
+    assert why_not() == "it is not there"
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs", "does_not"),
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("86", [(8, 6), (8, 9)], [(8, 0), (12, 0)]),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("100a", [(10, 0)], [(10, 3), (9, 0)]),
+        ("90-virtual", [(9, 0), (10, 3), (12, 1)], [(8, 9)]),
+    ],
+)
+def test_which_code_runs_where(arch, runs, does_not):
+    assert all(cuda_wing.serves(arch, gpu) for gpu in runs)
+    assert not any(cuda_wing.serves(arch, gpu) for gpu in does_not)
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no source checkout")
+def test_the_table_and_the_limits_are_those_of_the_sources():
+    bound = re.findall(r'm\.impl\("(\w+)\.cuda"', (ROOT / "csrc/bindings.cpp").read_text())
+    assert {*bound} - {"fill_indices"} == {*cuda_wing.OPS}
+    headers = "".join(h.read_text() for h in (ROOT / "csrc/cuda").glob("*.h"))
+    most = {name: int(re.search(rf"k{name} = (\d+)", headers)[1]) for name in ("MostDim", "MostBands")}
+    assert cuda_wing.LIMITS["head_dim"] == cuda_wing.LIMITS["value_dim"] == most["MostDim"]
+    assert cuda_wing.LIMITS["bands"] == most["MostBands"]
+
+
+@pytest.mark.skipif(compiled.extension is None, reason="no extension")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_its_ops_are_bound_where_it_was_built():
+    """Called without a GPU, an op of C++ says so; one that is not bound has no kernel at all."""
+    if compiled.extension.build_info()["cuda"] is None:
+        pytest.skip("built without CUDA")
+    for op in cuda_wing.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_attn::{op}.cuda", "CUDA")
+
+
+@pytest.mark.skipif(compiled.extension is None, reason="no extension")
+def test_no_kernel_spills_and_each_has_eight_warps():
+    """Registers and local memory of every kernel for every GPU that it was built for."""
+    if compiled.extension.build_info()["cuda"] is None:
+        pytest.skip("built without CUDA")
+    if gpu_code.find_cuobjdump() is None:
+        pytest.skip("cuobjdump is not here (CUDA toolkit, or Triton's copy)")
+    found = gpu_code.usages(compiled.extension.__file__)
+    archs = {a for a in compiled.extension.build_info()["cuda_archs"] if not a.endswith("-virtual")}
+    assert {u.arch for u in found} == archs
+    assert any("attend_tiles_kernel" in u.kernel for u in found)
+    assert not [u for u in found if u.stack or u.local], "these use local memory"
+    assert not [u for u in found if u.warps < 8], "these leave a multiprocessor too few warps"
