@@ -2,7 +2,7 @@
 
     pip install "sparse-attn[hf,cli]" gguf accelerate
     python examples/retrofit_smollm2.py train --model DIR --gguf NAME --text TRAIN … --out indexers.safetensors
-    sparse-attn study retrofit --model DIR --gguf NAME --text FILE … --indexers indexers.safetensors
+    sparse-attn study retrofit --model DIR --gguf NAME --text FILE … --calibrate TRAIN … --indexers indexers.safetensors
 
 For each selection and budget: the cross-entropy of the last half of each window of real text, how much of the dense
 model's attention mass the selected keys hold (on the dense model's own queries and keys, queries of the last half),
@@ -23,6 +23,17 @@ from torch.nn import functional as F
 
 from benchmarks import machine
 from benchmarks.memory import peak_of
+from sparse_attn import (
+    block_attention,
+    block_select,
+    gathered_attention,
+    quantized_select,
+    refine_blocks,
+    topk_select,
+)
+from sparse_attn.integrations.indexers import attention_layers
+from sparse_attn.integrations.transformers import BLOCK
+from sparse_attn.integrations.watching import Given, watching
 
 SINKS = 4
 # name → options of sparse_attn.integrations.transformers.configure, beside top_k
@@ -33,8 +44,16 @@ ARMS: dict[str, dict] = {
     "exact, share all": {"share": "all"},
     "int8, per head": {"selector": "int8"},
     "int8, share all": {"selector": "int8", "share": "all"},
+    "low rank 16, per head": {"selector": "low_rank"},
+    "low rank 16, share all": {"selector": "low_rank", "share": "all"},
+    "blocks, per head": {"selector": "blocks"},
+    "blocks refined, per head": {"selector": "refined_blocks"},
     "indexer": {"selector": "indexer"},
+    "exact, per head, residual": {"residual": True},
+    "exact, share kv, residual": {"share": "kv", "residual": True},
 }
+RANK, CALIBRATION_LENGTH, CALIBRATION_WINDOWS = 16, 1024, 8
+LEAST_BLOCKS = 3 * BLOCK  # the first, the queries' own, and one that is chosen
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +64,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, nargs="+", type=Path, help="texts, a window from each")
     parser.add_argument("--indexers", type=Path, help="trained indexers (without: that row is left out)")
     parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        type=Path,
+        help="other texts, that low-rank scorers are fitted on (without: those rows are left out)",
+    )
+    parser.add_argument(
         "--lengths", type=int, nargs="+", default=[2048, 8192], help="windows (default: 2048 8192)"
     )
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512], help="keys per query")
@@ -53,7 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these selections")
     parser.add_argument(
-        "--quick", action="store_true", help="one window of 512, budgets 32 and 128: a smoke test"
+        "--quick", action="store_true", help="one window of 512, budgets 64 and 192: a smoke test"
     )
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="torch threads")
     parser.add_argument(
@@ -63,7 +88,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     if arguments.quick:
-        arguments.lengths, arguments.budgets, arguments.windows = [512], [32, 128], 1
+        arguments.lengths, arguments.budgets, arguments.windows = [512], [64, 192], 1
     torch.set_num_threads(arguments.threads)
     study = Study(arguments)
     study.run()
@@ -90,8 +115,15 @@ class Study:
         ]
         if arguments.indexers:
             sparse_transformers.load_indexers(self.model, arguments.indexers)
-        chosen = arguments.arms or list(ARMS)
-        self.arms = [a for a in chosen if arguments.indexers or ARMS[a].get("selector") != "indexer"]
+        if arguments.calibrate:
+            windows = (
+                tokenizer(f.read_text("utf-8", "replace"), return_tensors="pt").input_ids
+                for f in arguments.calibrate[:CALIBRATION_WINDOWS]
+            )
+            batches = [t[:, :CALIBRATION_LENGTH] for t in windows]
+            sparse_transformers.fit_low_rank(self.model, batches, rank=RANK)
+        lacking = {"indexer": not arguments.indexers, "low_rank": not arguments.calibrate}
+        self.arms = [a for a in arguments.arms or ARMS if not lacking.get(ARMS[a].get("selector"))]
         self.file = arguments.out / ("retrofit_quick.json" if arguments.quick else "retrofit.json")
         self.rows = json.loads(self.file.read_text())["rows"] if self.file.exists() else []
 
@@ -110,11 +142,20 @@ class Study:
             if dense is None:
                 dense = self.measure("dense", None, windows)
             for arm in self.arms:
-                for budget in self.arguments.budgets:
-                    if budget < length and self.row(arm, budget, length, len(windows)) is None:
+                for budget in self.budgets(arm, length):
+                    if self.row(arm, budget, length, len(windows)) is None:
                         self.measure(arm, budget, windows)
             self.add_mass(windows)
             self.print(length)
+
+    def budgets(self, arm: str, length: int) -> list[int]:
+        """Those that the arm can have: all keys are no selection, and blocks come whole."""
+        blocks = ARMS[arm].get("selector") in ("blocks", "refined_blocks")
+        return [
+            b
+            for b in self.arguments.budgets
+            if b < length and (not blocks or (b >= LEAST_BLOCKS and b % BLOCK == 0))
+        ]
 
     def row(self, arm: str, budget: int | None, length: int, windows: int) -> dict | None:
         same = {"arm": arm, "budget": budget, "length": length, "windows": windows}
@@ -179,22 +220,19 @@ class Study:
         if not wanted:
             return
         held: dict[int, list[float]] = {i: [] for i in range(len(wanted))}
-        with _OnTheWay(self.model, lambda *layer: self.weigh(wanted, held, *layer)):
-            self.model.model(input_ids=windows[0][:, :-1], use_cache=False)
+        layers = attention_layers(self.model).values()
+        with watching(self.model, lambda given: self.weigh(wanted, held, given), layers) as run:
+            run(windows[0][:, :-1])
         for i, row in enumerate(wanted):
             row["mass"] = sum(held[i]) / len(held[i])
             row["least_mass"] = min(held[i])  # of any layer
         self.save()
 
-    def weigh(self, wanted: list[dict], held: dict, module, hidden, rope, query, key, scale) -> None:
-        from sparse_attn import gathered_attention
-
-        half = query.shape[2] // 2
-        full = dense_lse(query, key, scale)
+    def weigh(self, wanted: list[dict], held: dict, given: Given) -> None:
+        half = given.query.shape[2] // 2
+        full = dense_lse(given.query, given.key, given.scale)
         for i, row in enumerate(wanted):
-            options = dict(ARMS[row["arm"]])
-            indices = select(options, row["budget"], module, hidden, rope, query, key, scale)
-            _, some = gathered_attention(query, key, key, indices, scale=scale, return_lse=True)
+            some = selected_lse(dict(ARMS[row["arm"]]), row["budget"], given)
             held[i].append(float((some - full)[:, :, half:].exp().mean()))
 
     def print(self, length: int) -> None:
@@ -266,17 +304,32 @@ class Study:
         plt.close(figure)
 
 
-def select(options: dict, budget: int, module, hidden, rope, query, key, scale) -> Tensor:
-    """The arm's indices for one layer's tensors of the dense model."""
-    from sparse_attn import quantized_select, topk_select
-
+def selected_lse(options: dict, budget: int, given: Given) -> Tensor:
+    """Log-sum-exp over the keys that the arm selects from a layer's tensors, [B, Hq, T]."""
+    module, hidden, rope, query, key, value, scale = given
     selector = options.pop("selector", "exact")
+    options.pop("residual", None)
     if options.get("window") == "rest":
         options["window"] = budget - SINKS
+    rule = {"is_causal": True, "scale": scale}
+    sizes = {"block_size": BLOCK, "query_tile": BLOCK}
+    if selector == "blocks":
+        blocks = block_select(query, key, budget // BLOCK, **rule, **sizes, **options)
+        return block_attention(query, key, value, blocks, **rule, **sizes, return_lse=True)[1]
     if selector == "indexer":
-        return module.sparse_attn_indexer.select(hidden, budget, rope=rope)
-    choose = {"exact": topk_select, "int8": quantized_select}[selector]
-    return choose(query, key, budget, is_causal=True, scale=scale, **options)
+        indices = module.sparse_attn_indexer.select(hidden, budget, rope=rope)
+    elif selector == "refined_blocks":
+        blocks = block_select(query, key, 4 * budget // BLOCK, **rule, **sizes, **options)
+        indices = refine_blocks(query, key, blocks, budget, **rule, **sizes, **options)
+    else:
+        low_rank = getattr(module, "sparse_attn_low_rank", None)
+        choose = {
+            "exact": topk_select,
+            "int8": quantized_select,
+            "low_rank": low_rank and low_rank.select,
+        }
+        indices = choose[selector](query, key, budget, **rule, **options)
+    return gathered_attention(query, key, value, indices, scale=scale, return_lse=True)[1]
 
 
 def dense_lse(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -289,43 +342,6 @@ def dense_lse(query: Tensor, key: Tensor, scale: float) -> Tensor:
         seen = torch.ones(last - first, last, dtype=torch.bool).tril(first)
         parts.append(scores.masked_fill_(~seen, -torch.inf).logsumexp(-1))
     return torch.cat(parts, 2)
-
-
-class _OnTheWay:
-    """While it is open, each layer's dense attention first shows what it was given to `look`."""
-
-    def __init__(self, model, look) -> None:
-        self.model, self.look, self.seen = model, look, {}
-
-    def __enter__(self) -> None:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-        from sparse_attn.integrations.indexers import attention_layers
-
-        AttentionInterface.register("retrofit_study", self.attention)
-        AttentionMaskInterface.register("retrofit_study", sdpa_mask)
-        self.model.set_attn_implementation("retrofit_study")
-        self.hooks = [
-            layer.register_forward_pre_hook(self.remember, with_kwargs=True)
-            for layer in attention_layers(self.model).values()
-        ]
-
-    def __exit__(self, *_) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.model.set_attn_implementation("sdpa")
-
-    def remember(self, module, arguments, named) -> None:
-        self.seen = {"hidden": named["hidden_states"], "rope": named.get("position_embeddings")}
-
-    @torch.no_grad()
-    def attention(self, module, query, key, value, attention_mask, scaling=None, **_):
-        self.look(module, self.seen["hidden"], self.seen["rope"], query, key, scaling)
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2), None
 
 
 def _say(text: str) -> None:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.integrations.indexers import attention_layers, indexers
-from sparse_attn.integrations.visibility import Visibility
+from sparse_attn.integrations.watching import Given, watching
 from sparse_attn.ops import indexer_loss, indexer_select
-
-_IMPLEMENTATION = "sparse_attn_distillation"
 
 
 def distill_indexers(
@@ -91,7 +89,8 @@ def distill_indexers(
     for p in parameters:
         p.requires_grad_()
     try:
-        with _Lessons(model, found, queries) as lessons:
+        lessons, layers = _Lessons(found, queries), attention_layers(model)
+        with watching(model, lessons.look, [layers[n] for n in found]) as run:
             for step in range(steps):
                 tokens = next(stream, None)
                 if tokens is None:
@@ -103,7 +102,9 @@ def distill_indexers(
                 optimizer.zero_grad(set_to_none=True)
                 # Seeded by step: a resumed training draws what an uninterrupted one would have.
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-                loss = lessons.give(tokens, None if step < dense_steps else top_k, generator)
+                lessons.begin(None if step < dense_steps else top_k, generator)
+                run(tokens)
+                loss = sum(lessons.losses.values()) / len(lessons.losses)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0 * len(found))
                 optimizer.step()
                 history.append(loss)
@@ -155,66 +156,23 @@ def _resume(file: Path, found: dict, optimizer: torch.optim.Optimizer) -> list[f
 
 
 class _Lessons:
-    """While it is open, `give` runs the model with its own dense attention and trains each layer on the way."""
+    """Trains the indexer of each layer that the frozen model passes through."""
 
-    def __init__(self, model: torch.nn.Module, found: dict, queries: int | None) -> None:
-        self.model, self.found, self.queries = model, found, queries
+    def __init__(self, found: dict, queries: int | None) -> None:
+        self.found, self.queries = found, queries
         self.losses: dict[int, float] = {}
         self.top_k: int | None = None
         self.generator: torch.Generator | None = None
-        self.inputs: dict[int, tuple] = {}  # layer → what its module was called with
 
-    def __enter__(self) -> _Lessons:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
-
-        from sparse_attn.integrations.transformers import attention_mask
-
-        AttentionInterface.register(_IMPLEMENTATION, self._attention)
-        AttentionMaskInterface.register(_IMPLEMENTATION, attention_mask)
-        self.before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(_IMPLEMENTATION)
-        layers = attention_layers(self.model)
-        self.hooks = [
-            layers[n].register_forward_pre_hook(self._remember, with_kwargs=True) for n in self.found
-        ]
-        return self
-
-    def __exit__(self, *_) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.inputs.clear()
-        self.model.set_attn_implementation(self.before)
-
-    def give(self, tokens: Tensor, top_k: int | None, generator: torch.Generator) -> float:
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
-            raise TypeError(f"batches must hold token ids, int64 [B, T], got {checks.describe(tokens)}")
+    def begin(self, top_k: int | None, generator: torch.Generator) -> None:
         self.losses.clear()
         self.top_k, self.generator = top_k, generator
-        device = next(self.model.parameters()).device
-        base = getattr(
-            self.model, self.model.base_model_prefix, self.model
-        )  # without the head: no logits needed
-        with torch.no_grad():
-            base(input_ids=tokens.to(device), use_cache=False)
-        return sum(self.losses.values()) / len(self.losses)
 
-    def _remember(self, module, arguments, named) -> None:
-        hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
-        rope = named.get("position_embeddings")
-        if rope is None and len(arguments) > 1 and isinstance(arguments[1], tuple):
-            rope = arguments[1]
-        self.inputs[module.layer_idx] = hidden, rope
-
-    def _attention(
-        self, module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **_
-    ):
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        seen = Visibility.of(attention_mask, query, key, causal)
-        layer = module.layer_idx
-        if layer in self.inputs:
-            self.losses[layer] = self._teach(self.found[layer], *self.inputs.pop(layer), query, key, scaling)
-        return seen.dense_attention(query, key, value, scaling).transpose(1, 2), None
+    def look(self, given: Given) -> None:
+        layer = given.module.layer_idx
+        self.losses[layer] = self._teach(
+            self.found[layer], given.hidden, given.rope, given.query, given.key, given.scale
+        )
 
     def _teach(self, indexer, hidden, rope, query, key, scale) -> float:
         """One layer: hidden [B, T, C], query [B, Hq, T, D], key [B, Hkv, T, D]."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
 
 ATTRIBUTE = "sparse_attn_indexer"  # of an attention module: its indexer
@@ -173,10 +174,7 @@ def _before_attention(module: torch.nn.Module, arguments: tuple, named: dict) ->
     """A forward pre-hook: attention functions are not given the hidden states that an indexer reads."""
     if not uses_indexer(module):
         return
-    hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
-    rope = named.get("position_embeddings")
-    if rope is None and len(arguments) > 1 and isinstance(arguments[1], tuple):
-        rope = arguments[1]
+    hidden, rope = layer_inputs(arguments, named)
     indexer = getattr(module, ATTRIBUTE)
     hidden = hidden.detach().to(indexer.key.weight.dtype)
     query, weights = indexer.queries(hidden, rope)

@@ -31,7 +31,9 @@ from sparse_attn.integrations.indexers import (
     save_indexers,
     uses_indexer,
 )
+from sparse_attn.integrations.low_rank import fit_low_rank, low_rank_of, require_low_rank
 from sparse_attn.integrations.visibility import CausalMask, Visibility, last_visible
+from sparse_attn.nn import LowRankScorer
 from sparse_attn.ops import (
     block_attention,
     block_select,
@@ -40,12 +42,14 @@ from sparse_attn.ops import (
     quantized_select,
     refine_blocks,
     topk_attention,
+    topk_attention_with_residual,
 )
 
 __all__ = [
     "SELECTORS",
     "add_indexers",
     "configure",
+    "fit_low_rank",
     "indexers",
     "load_indexers",
     "register",
@@ -54,7 +58,7 @@ __all__ = [
 ]
 
 NAME = "sparse_attn"
-SELECTORS = ("exact", "int8", "indexer", "blocks", "refined_blocks")
+SELECTORS = ("exact", "int8", "low_rank", "indexer", "blocks", "refined_blocks")
 BLOCK = 64  # keys per block, and queries that share a choice of blocks
 _DEFAULTS = {
     "top_k": None,
@@ -62,6 +66,7 @@ _DEFAULTS = {
     "sinks": 0,
     "share": "none",
     "selector": "exact",
+    "residual": False,
     "layers": None,
     "backend": None,
 }
@@ -91,6 +96,7 @@ def configure(
     sinks: int = 0,
     share: str = "none",
     selector: str = "exact",
+    residual: bool = False,
     layers: Iterable[int] | None = None,
     backend: str | None = None,
 ) -> torch.nn.Module:
@@ -103,11 +109,15 @@ def configure(
         sinks: the first `sinks` keys of each sequence are always kept (behind its padding, if any).
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         selector: how keys are chosen: "exact" by true q·k, "int8" by q·k of rounded queries and keys
-            (:func:`sparse_attn.quantized_select`), "indexer" by each layer's :class:`sparse_attn.nn.Indexer`
+            (:func:`sparse_attn.quantized_select`), "low_rank" by q·k in a few components (:func:`fit_low_rank`),
+            "indexer" by each layer's :class:`sparse_attn.nn.Indexer`
             (:func:`add_indexers`, :func:`load_indexers`), whose own groups say who shares; "blocks" takes whole
             blocks of 64 keys for 64 queries at a time (:func:`sparse_attn.block_select`), the first and the
             queries' own among them; "refined_blocks" the top_k keys by q·k of four times as many blocks. For
             both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence.
+        residual: the attention mass of the keys that are left out goes to the mean of their values
+            (:func:`sparse_attn.topk_attention_with_residual`): nearer to dense attention, slower than it. Inference
+            with selector="exact" alone, padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
 
@@ -134,11 +144,15 @@ def configure(
         raise ValueError(f"selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}")
     if layers is not None:
         layers = [checks.integer("layers", layer, 0) for layer in layers]
+    if checks.boolean("residual", residual) and selector != "exact":
+        raise ValueError(f"residual=True needs selector='exact', got {selector!r}")
     if selector == "indexer":
         require_indexers(model, layers)
+    if selector == "low_rank":
+        require_low_rank(model, layers)
     if selector in ("blocks", "refined_blocks"):
         _check_blocks(top_k, window, sinks)
-    values = (top_k, window, sinks, share, selector, layers, backend)
+    values = (top_k, window, sinks, share, selector, residual, layers, backend)
     options = dict(zip(_DEFAULTS, values, strict=True))
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     if not configs:
@@ -226,11 +240,13 @@ def attention_forward(
             "config.sparse_attn_top_k is not set: say how many keys a query may attend to with "
             "sparse_attn.integrations.transformers.configure(model, top_k=…)"
         )
-    index = index_of(module) if uses_indexer(module) else None
+    scorer = index_of(module) if uses_indexer(module) else None
     if _is_dense(module, key, options):
         out = seen.dense_attention(query, key, value, scaling)
     else:
-        out = _sparse(query, key, value, index, seen, options, scaling)
+        if options["selector"] == "low_rank":
+            scorer = low_rank_of(module, module.layer_idx)
+        out = _sparse(query, key, value, scorer, seen, options, scaling)
     return out.transpose(1, 2), None
 
 
@@ -258,19 +274,19 @@ def _sparse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    index: Index | None,
+    scorer: Index | LowRankScorer | None,
     seen: Visibility,
     options: dict,
     scale: float | None,
 ) -> Tensor:
     if options["window"] and not seen.is_causal:
         seen = last_visible(seen, query)
-    blocks = options["selector"] in ("blocks", "refined_blocks")
-    if blocks:
+    maskless = options["residual"] or options["selector"] in ("blocks", "refined_blocks")
+    if maskless:
         seen = seen.without_padding_behind()
-    starts = seen.starts() if options["sinks"] or blocks else None
+    starts = seen.starts() if options["sinks"] or maskless else None
     if starts is None or not any(starts):
-        return _attend(query, key, value, index, seen, options, scale)
+        return _attend(query, key, value, scorer, seen, options, scale)
     # Sequences that begin at different keys: sinks are the first of each, so each has a call of its own.
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
     for b, start in enumerate(starts):
@@ -278,10 +294,10 @@ def _sparse(
         one = slice(b, b + 1)
         sequence = query[one, :, first:], key[one, :, start:], value[one, :, start:]
         if row.query_length > 0 and row.key_length > 0:
-            part = index
-            if index is not None:
+            part = scorer
+            if isinstance(scorer, Index):
                 part = Index(
-                    index.query[one, :, first:], index.weights[one, :, first:], index.key[one, :, start:]
+                    scorer.query[one, :, first:], scorer.weights[one, :, first:], scorer.key[one, :, start:]
                 )
             out[one, :, first:] = _attend(*sequence, part, row, options, scale)
     return out
@@ -291,25 +307,29 @@ def _attend(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
     value: Tensor,  # [B, Hkv, Tk, Dv]
-    index: Index | None,
+    scorer: Index | LowRankScorer | None,
     seen: Visibility,
     options: dict,
     scale: float | None,
 ) -> Tensor:  # [B, Hq, Tq, Dv]
     top_k, selector, backend = options["top_k"], options["selector"], options["backend"]
     budget = {name: options[name] for name in ("window", "sinks")}
-    if selector == "indexer":
+    if isinstance(scorer, Index):
         # A static cache holds more keys than the indexer has seen; no query sees those.
-        rule = seen.of_first_keys(index.key.shape[2]).arguments()
+        rule = seen.of_first_keys(scorer.key.shape[2]).arguments()
         indices = indexer_select(
-            index.query, index.key, index.weights, top_k, **rule, **budget, backend=backend
+            scorer.query, scorer.key, scorer.weights, top_k, **rule, **budget, backend=backend
         )
         return gathered_attention(query, key, value, indices, scale=scale, backend=backend)
     rule = {**seen.arguments(), **budget, "scale": scale, "share": options["share"], "backend": backend}
+    if options["residual"]:
+        del rule["attn_mask"]  # there is none
+        return topk_attention_with_residual(query, key, value, top_k, **rule)
     if selector == "exact":
         return topk_attention(query, key, value, top_k, **rule)
-    if selector == "int8":
-        indices = quantized_select(query, key, top_k, **rule)
+    if selector in ("int8", "low_rank"):
+        choose = quantized_select if scorer is None else scorer.select
+        indices = choose(query, key, top_k, **rule)
         return gathered_attention(query, key, value, indices, scale=scale, backend=backend)
     if selector in ("blocks", "refined_blocks"):
         _check_blocks(top_k, options["window"], options["sinks"])

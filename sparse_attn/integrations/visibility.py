@@ -85,14 +85,16 @@ class Visibility:
         """
         if not self.is_causal or (self.mask is not None and self.mask.shape[2] != 1):
             raise ValueError(
-                "selector='blocks' takes plain causal attention with padding at the ends of a sequence; this model's "
-                "layers have another mask (sliding windows, packed sequences, a static cache)"
+                "selector='blocks' and residual=True take plain causal attention with padding at the ends of a "
+                "sequence; this model's layers have another mask (sliding windows, packed sequences, a static cache)"
             )
         if self.mask is None:
             return self
         tokens = self.mask[:, 0, 0]  # [B, Tk]
         if bool((tokens.int().diff(dim=-1) > 0).sum(-1).gt(1 - tokens[:, 0].int()).any()):
-            raise ValueError("selector='blocks' takes padding at the ends of a sequence, got some within")
+            raise ValueError(
+                "selector='blocks' and residual=True take padding at the ends of a sequence, got some within"
+            )
         inside = tokens.int().cummax(-1).values.bool()
         mask = None if bool(inside.all()) else inside[:, None, None]
         return Visibility(True, self.offset, mask, self.query_length, self.key_length)

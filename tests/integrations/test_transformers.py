@@ -376,3 +376,75 @@ class TestBlocks:
         mask[0, 100:110] = 0
         with pytest.raises(ValueError, match="padding at the ends of a sequence, got some within"):
             logits(self.model(top_k=192, selector="blocks"), self.tokens(), mask)
+
+
+class TestLowRank:
+    def model(self, **options):
+        model = sparse_transformers.fit_low_rank(llama(), [ids()], rank=options.pop("rank", 8))
+        return sparse_transformers.configure(model, selector="low_rank", **options)
+
+    def test_all_components_are_exact_selection(self):
+        ours = self.model(top_k=6, window=2, sinks=1)
+        exact = sparse_transformers.configure(llama(), top_k=6, window=2, sinks=1)
+        for side in ("left", "right"):
+            close(logits(ours, ids(), padding(side)), logits(exact, ids(), padding(side)))
+
+    def test_fewer_components_select_otherwise_and_decode_alike(self):
+        ours = self.model(rank=2, top_k=6)
+        whole = logits(ours, ids())
+        assert (whole - logits(sparse_transformers.configure(llama(), top_k=6), ids())).abs().max() > 1e-3
+        past, parts = transformers.DynamicCache(), []
+        for t in range(LENGTH):
+            parts.append(logits(ours, ids()[:, t : t + 1], past_key_values=past))
+        close(torch.cat(parts, 1), whole)
+
+    def test_the_model_keeps_its_attention_and_its_scorers(self):
+        model = llama()
+        before = logits(model, ids())
+        sparse_transformers.fit_low_rank(model, [ids()], rank=4, layers=[1])
+        assert torch.equal(logits(model, ids()), before)
+        assert any("sparse_attn_low_rank" in name for name in model.state_dict())
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="needs a scorer in layer 0: fit_low_rank gives it one"):
+            sparse_transformers.configure(llama(), top_k=6, selector="low_rank")
+        with pytest.raises(ValueError, match="at least one batch of token ids, got none"):
+            sparse_transformers.fit_low_rank(llama(), [])
+        with pytest.raises(TypeError, match="batches must hold token ids"):
+            sparse_transformers.fit_low_rank(llama(), [torch.randn(2, 3)])
+        with pytest.raises(ValueError, match="layers must be among 0 … 1, got"):
+            sparse_transformers.fit_low_rank(llama(), [ids()], layers=[2])
+        with pytest.raises(ValueError, match="rank"):
+            sparse_transformers.fit_low_rank(llama(), [ids()], rank=9)
+
+
+class TestResidual:
+    def test_it_is_nearer_to_dense_attention(self):
+        dense, plain = pair(top_k=6)
+        _, residual = pair(top_k=6, residual=True)
+        target = logits(dense, ids())
+        nearer = (logits(residual, ids()) - target).norm()
+        assert 0 < nearer < (logits(plain, ids()) - target).norm()
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_at_the_ends_changes_nothing(self, side):
+        _, sparse = pair(top_k=6, residual=True)
+        mask = padding(side)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            batched = sparse(input_ids=ids(), attention_mask=mask, position_ids=positions).logits
+            alone = sparse(input_ids=ids()[2:, mask[2].bool()]).logits[0]
+        close(batched[2, mask[2].bool()], alone)
+
+    def test_decoding_equals_prefill(self):
+        _, sparse = pair(top_k=6, residual=True)
+        past, parts = transformers.DynamicCache(), []
+        for t in range(LENGTH):
+            parts.append(logits(sparse, ids()[:, t : t + 1], past_key_values=past))
+        close(torch.cat(parts, 1), logits(sparse, ids()))
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="residual=True needs selector='exact', got 'int8'"):
+            sparse_transformers.configure(llama(), top_k=6, selector="int8", residual=True)
+        with pytest.raises(TypeError, match="residual"):
+            sparse_transformers.configure(llama(), top_k=6, residual=1)
