@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(Tensor grad_o
                                                                    std::optional<Tensor> grad_lse,
                                                                    Tensor query, Tensor key, Tensor value,
                                                                    Tensor indices, Tensor out, Tensor lse,
-                                                                   double scale) {
+                                                                   double scale, bool /* atomics */) {
     const char* op = "gathered_attention_backward.cpu";
     (void)out;  // Σ P∘dP is taken over the slots: more exact than dO·out where out is a half type
     check_qkv(op, query, key, &value);

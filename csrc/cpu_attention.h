@@ -55,7 +55,8 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
 gathered_attention_backward_cpu(torch::stable::Tensor grad_out, std::optional<torch::stable::Tensor> grad_lse,
                                 torch::stable::Tensor query, torch::stable::Tensor key,
                                 torch::stable::Tensor value, torch::stable::Tensor indices,
-                                torch::stable::Tensor out, torch::stable::Tensor lse, double scale);
+                                torch::stable::Tensor out, torch::stable::Tensor lse, double scale,
+                                bool atomics);
 
 // (out, lse, indices)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> topk_attention_cpu(

@@ -97,17 +97,17 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_
                                                                     std::optional<Tensor> grad_lse,
                                                                     Tensor query, Tensor key, Tensor value,
                                                                     Tensor indices, Tensor out, Tensor lse,
-                                                                    double scale) {
+                                                                    double scale, bool atomics) {
     const char* op = "gathered_attention_backward.cuda";
-    (void)lse;  // the first pass finds each row's maximum and sum again: exp(score − lse) would round the lse
     check_qkv(op, query, key, &value);
-    const CudaCall call(op, {&query, &key, &value, &indices, &grad_out, &out});
+    const CudaCall call(op, {&query, &key, &value, &indices, &grad_out, &out, &lse});
     query = with_contiguous_rows(query);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     indices = with_contiguous_rows(indices);
     grad_out = torch::stable::contiguous(grad_out);
     out = torch::stable::contiguous(out);
+    lse = torch::stable::contiguous(lse);
     cuda::AttendGradients g{};
     AttendParams& p = g.forward;
     p = attend_params(op, query, key, value, scale);
@@ -118,6 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_
             t->dim() == 4 && t->scalar_type() == query.scalar_type() && t->size(0) == p.batch &&
                 t->size(1) == p.heads && t->size(2) == p.query_length && t->size(3) == p.value_dim,
             op, ": grad_out and out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(*t));
+    STD_TORCH_CHECK(
+        lse.scalar_type() == ScalarType::Float && lse.numel() == p.batch * p.heads * p.query_length, op,
+        ": lse must be float32 [B, Hq, Tq]; got ", shape_of(lse));
     if (grad_lse) {
         STD_TORCH_CHECK(grad_lse->is_cuda() && grad_lse->get_device_index() == call.device &&
                             grad_lse->numel() == p.batch * p.heads * p.query_length &&
@@ -128,11 +131,23 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_
     Tensor grad_query = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.head_dim});
     Tensor grad_key = torch::stable::new_empty(key, {p.batch, p.kv_heads, p.key_length, p.head_dim});
     Tensor grad_value = torch::stable::new_empty(value, {p.batch, p.kv_heads, p.key_length, p.value_dim});
-    const int64_t lists = p.batch * p.groups, blocks = cuda::key_list_blocks(p);
-    Tensor rows = torch::stable::new_empty(query, {p.batch * p.heads * p.query_length, 4}, ScalarType::Float);
-    Tensor starts = torch::stable::new_empty(query, {lists, p.key_length + 1}, ScalarType::Long);
-    Tensor counts = torch::stable::new_empty(query, {lists, blocks, p.key_length}, ScalarType::Int);
-    Tensor queries = torch::stable::new_empty(query, {lists, p.query_length * p.slots}, ScalarType::Int);
+    const bool tiles = cuda::gradients_on_tiles(p);
+    g.atomics = atomics && tiles;
+    g.chunk = cuda::gradient_chunk(p);
+    AttendParams part = p;
+    part.query_length = g.chunk;
+    const int64_t lists = g.atomics ? 0 : p.batch * p.groups, blocks = cuda::key_list_blocks(part);
+    const int64_t sums =
+        g.atomics || g.chunk < p.query_length ? p.key_length * (p.head_dim + p.value_dim) : 0;
+    auto scratch = [&](int64_t count, ScalarType type) {
+        return torch::stable::new_empty(query, {count}, type);
+    };
+    Tensor rows = scratch(tiles ? 0 : p.batch * p.heads * p.query_length * 4, ScalarType::Float);
+    Tensor starts = scratch(lists * (p.key_length + 1), ScalarType::Long);
+    Tensor counts = scratch(lists * blocks * p.key_length, ScalarType::Long);
+    Tensor queries = scratch(lists * g.chunk * p.slots, ScalarType::Int);
+    Tensor partials = scratch(tiles && !g.atomics ? cuda::partial_floats(p, g.chunk) : 0, ScalarType::Float);
+    Tensor all_sums = scratch(p.batch * p.kv_heads * sums, ScalarType::Float);
     p.out = out.mutable_data_ptr();
     g.grad_out = grad_out.const_data_ptr();
     g.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
@@ -140,8 +155,11 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_
     g.grad_key = grad_key.mutable_data_ptr();
     g.grad_value = grad_value.mutable_data_ptr();
     g.rows = static_cast<cuda::RowSoftmax*>(rows.mutable_data_ptr());
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    g.partials = static_cast<float*>(partials.mutable_data_ptr());
+    g.sums = static_cast<float*>(all_sums.mutable_data_ptr());
     g.lists = {static_cast<int64_t*>(starts.mutable_data_ptr()),
-               static_cast<int32_t*>(counts.mutable_data_ptr()),
+               static_cast<int64_t*>(counts.mutable_data_ptr()),
                static_cast<int32_t*>(queries.mutable_data_ptr()), blocks};
     call.check(cuda::gathered_attention_backward(g, call.device, call.stream),
                {&query, &key, &value, &indices});

@@ -35,7 +35,7 @@ gathered_attention_backward_cuda(torch::stable::Tensor grad_out,
                                  std::optional<torch::stable::Tensor> grad_lse, torch::stable::Tensor query,
                                  torch::stable::Tensor key, torch::stable::Tensor value,
                                  torch::stable::Tensor indices, torch::stable::Tensor out,
-                                 torch::stable::Tensor lse, double scale);
+                                 torch::stable::Tensor lse, double scale, bool atomics);
 
 }  // namespace sparse_attn
 

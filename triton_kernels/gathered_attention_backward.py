@@ -18,13 +18,11 @@ to is one program's work for a chunk at most.
 Floor at T = 32k, K = 512, D = Dv = 128, bf16, 16 heads in one unit: 8.6 GB gathered from the second-level cache, 8.6 GB
 of entries written and read once, so 7 ms at 3 TB/s with the sort's 1 ms.
 
-SPARSE_ATTN_TRITON_ATOMICS=1 in the environment lets each query add to dK and dV with atomics instead, in no
+SPARSE_ATTN_ATOMICS=1 in the environment lets each query add to dK and dV with atomics instead, in no
 fixed order; torch.use_deterministic_algorithms(True) wins over it.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
@@ -270,11 +268,6 @@ def tile_configs(shared: int, dim: int, value_dim: int) -> list[dict[str, int]]:
     ]
 
 
-def uses_atomics() -> bool:
-    asked = os.environ.get("SPARSE_ATTN_TRITON_ATOMICS") == "1"
-    return asked and not torch.are_deterministic_algorithms_enabled()
-
-
 def chunk_of(query_length: int, largest: int) -> int:
     """A chunk of at most `largest` queries (at least one), such that the chunks are of one size."""
     chunks = triton.cdiv(query_length, max(1, largest))
@@ -291,6 +284,7 @@ def gathered_attention_backward(
     out: Tensor,  # [B, Hq, Tq, Dv]
     lse: Tensor,  # float32 [B, Hq, Tq]
     scale: float,
+    atomics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradients of query, key, value
     batch, heads, query_length, dim = query.shape
     kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -309,7 +303,7 @@ def gathered_attention_backward(
     }
     launch = _by_tiles if takes_tiles(query.dtype, heads // max(groups, kv_heads)) else _by_heads
     sizes = (batch, heads, kv_heads, groups, query_length, key_length, budget)
-    grad_query, grad_key, grad_value = launch(inputs, strides, sizes, scale, dims)
+    grad_query, grad_key, grad_value = launch(inputs, strides, sizes, scale, dims, atomics)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -321,10 +315,9 @@ def _sums(key: Tensor, value: Tensor, chunks: int, atomics: bool) -> tuple[Tenso
     return key.new_empty(key.shape, dtype=dtype), value.new_empty(value.shape, dtype=dtype)
 
 
-def _by_tiles(inputs, strides, sizes, scale, dims):
+def _by_tiles(inputs, strides, sizes, scale, dims, atomics):
     _, _, query, key, value, indices, _, _ = inputs
     batch, heads, kv_heads, groups, query_length, key_length, budget = sizes
-    atomics = uses_atomics()
     shared = heads // kv_heads
     configs = tile_configs(shared, dims["DIM"], dims["VALUE_DIM"])
     tiles = triton.cdiv(shared, configs[0]["BLOCK_M"])
@@ -360,10 +353,9 @@ def _by_tiles(inputs, strides, sizes, scale, dims):
     return grad_query, grad_key, grad_value
 
 
-def _by_heads(inputs, strides, sizes, scale, dims):
+def _by_heads(inputs, strides, sizes, scale, dims, atomics):
     grad_out, _, query, key, value, indices, _, lse = inputs
     batch, heads, kv_heads, groups, query_length, key_length, budget = sizes
-    atomics = uses_atomics()
     chunk = chunk_of(query_length, SORTED_ENTRIES // (batch * groups * budget))
     grad_query = query.new_empty(query.shape)
     grad_key, grad_value = _sums(key, value, triton.cdiv(query_length, chunk), atomics)

@@ -83,6 +83,22 @@ __device__ __forceinline__ void store_vector(T* row, const float (&x)[kVector], 
         if (at + i < size) row[at + i] = from_float<T>(x[i]);
 }
 
+// 8 elements of a row into shared memory; zeros past its end, and where `row` is null.
+template <class T>
+__device__ __forceinline__ void load_chunk(unsigned char* to, const T* row, const T* anything, int at,
+                                           int size, bool aligned) {
+    if (aligned) {
+        const bool real = row != nullptr && at < size;
+        copy_async_16(to, real ? row + at : anything, real ? 16 : 0);
+        return;
+    }
+    uint32_t pairs[4] = {0, 0, 0, 0};
+    if (row != nullptr)
+        for (int i = 0; i < kVector; ++i)
+            if (at + i < size) pairs[i / 2] |= static_cast<uint32_t>(row[at + i].bits) << 16 * (i % 2);
+    *reinterpret_cast<uint4*>(to) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
 __device__ __forceinline__ void clear(float (&x)[kVector]) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) x[i] = 0.f;

@@ -26,26 +26,43 @@ struct alignas(16) RowSoftmax {
     float maximum, inverse, centre, unused;
 };
 
-// Which queries attend to each key: those of key j of selection n = b·G + g are
+// Where each key is selected: for key j by selection n = b·G + g, in
 // queries[n·Tq·K + starts[n·(Tk + 1) + j] …], ascending.
 struct KeyLists {
     int64_t* starts;   // [B·G, Tk + 1]
-    int32_t* counts;   // [B·G, blocks, Tk] scratch
-    int32_t* queries;  // [B·G, Tq·K]
+    int64_t* counts;   // [B·G, blocks, Tk] scratch
+    int32_t* queries;  // [B·G, Tq·K]: queries t, or places t·K + slot
     int64_t blocks;    // of queries that are counted on their own: key_list_blocks(p)
 };
 int64_t key_list_blocks(const AttendParams& p);
+// Fills them; of p only `indices` and the sizes are read. With `places`, Tq·K must be below 2^31.
+const char* list_keys(const AttendParams& p, const KeyLists& lists, bool places, int32_t device,
+                      void* stream);
 
 struct AttendGradients {
-    AttendParams forward;   // `out` is read, `lse` is not
+    AttendParams forward;   // `out` and `lse` are read
     const void* grad_out;   // [B, Hq, Tq, Dv], contiguous
     const float* grad_lse;  // [B, Hq, Tq], contiguous, or null
     void* grad_query;       // [B, Hq, Tq, D], contiguous
     void* grad_key;         // [B, Hkv, Tk, D], contiguous
     void* grad_value;       // [B, Hkv, Tk, Dv], contiguous
-    RowSoftmax* rows;       // [B, Hq, Tq] scratch
-    KeyLists lists;
+    RowSoftmax* rows;       // [B, Hq, Tq] scratch, unless on tensor cores
+    KeyLists lists;         // of `chunk` queries; not with atomics
+    // On tensor cores alone:
+    int64_t chunk;    // queries that are worked on at a time: those of gradient_chunk(p)
+    float* partials;  // [B, Hkv, head tiles, chunk, K, D + Dv] scratch: dK and dV of each place; not with
+                      // atomics
+    float* sums;      // [B, Hkv, Tk, D + Dv] scratch; null with one chunk and no atomics
+    bool atomics;     // sums by atomic additions: their order, and the last bits, differ from call to call
 };
+
+// How the backward works: on tensor cores for half types where heads share enough, else by lists of queries.
+bool gradients_on_tiles(const AttendParams& p);
+// Queries of a chunk, Tq without tensor cores, and what its partials take.
+int64_t gradient_chunk(const AttendParams& p);
+int64_t partial_floats(const AttendParams& p, int64_t chunk);
 const char* gathered_attention_backward(const AttendGradients& g, int32_t device, void* stream);
+// The same on tensor cores: gathered_attention_backward() calls it where gradients_on_tiles(p).
+const char* gathered_attention_backward_tiles(const AttendGradients& g, int32_t device, void* stream);
 
 }  // namespace sparse_attn::cuda

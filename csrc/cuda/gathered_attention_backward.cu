@@ -12,7 +12,6 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kAhead = 2;     // rows that a set of lanes reads at once
 constexpr int kKeyWarps = 8;  // warps that divide the queries of one key
-constexpr int kListThreads = 256;
 
 // With S the scores, P = softmax(S), dP = dO·V and C = Σ P·dP − dLSE: dS = P·(dP − C), dQ = scale · Σ dS·k.
 // The sum is taken as Σ P·dP'·k − C'·Σ P·k with dP' = dP − dO·out, so that one pass suffices and C' is no
@@ -125,90 +124,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     }
 }
 
-// The queries that block x of KeyLists counts.
-struct QueryRange {
-    int64_t first, last;
-};
-__device__ __forceinline__ QueryRange query_range(const AttendParams& p, int64_t blocks) {
-    const int64_t size = (p.query_length + blocks - 1) / blocks, first = blockIdx.x * size;
-    return {first, first + size < p.query_length ? first + size : p.query_length};
-}
-
-// counts [B·G, blocks, Tk], zeros before; grid (blocks, B·G)
-__global__ void count_keys_kernel(const AttendParams p, const KeyLists lists) {
-    const int64_t n = blockIdx.y, b = n / p.groups, group = n % p.groups;
-    const QueryRange range = query_range(p, lists.blocks);
-    int32_t* counts = lists.counts + (n * lists.blocks + blockIdx.x) * p.key_length;
-    for (int64_t t = range.first; t < range.last; ++t) {
-        const int32_t* indices = row_of<int32_t>(p.indices, p.indices_strides, b, group, t);
-        for (int64_t slot = threadIdx.x; slot < p.slots; slot += blockDim.x) {
-            const int32_t j = indices[slot];
-            if (j >= 0 && j < p.key_length) atomicAdd(counts + j, 1);
-        }
-    }
-}
-
-// Each count becomes the sum of those before it in its key, and starts[j + 1] the key's own sum.
-// grid (⌈Tk / threads⌉, B·G)
-__global__ void sum_blocks_kernel(const AttendParams p, const KeyLists lists) {
-    const int64_t n = blockIdx.y, j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (j >= p.key_length) return;
-    int32_t* counts = lists.counts + n * lists.blocks * p.key_length + j;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < lists.blocks; ++i) {
-        const int32_t count = counts[i * p.key_length];
-        counts[i * p.key_length] = sum;
-        sum += count;
-    }
-    lists.starts[n * (p.key_length + 1) + j + 1] = sum;
-}
-
-// The inclusive sums of starts[1 …] in place, and starts[0] = 0; grid (B·G), a chunk of keys at a time.
-__global__ void sum_keys_kernel(const AttendParams p, const KeyLists lists) {
-    int64_t* starts = lists.starts + blockIdx.x * (p.key_length + 1);
-    int64_t* warp_sums = reinterpret_cast<int64_t*>(dynamic_shared());  // [warps]
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int64_t before = 0;
-    if (threadIdx.x == 0) starts[0] = 0;
-    for (int64_t first = 1; first <= p.key_length; first += blockDim.x) {
-        const int64_t at = first + threadIdx.x;
-        int64_t sum = at <= p.key_length ? starts[at] : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            const int64_t other = __shfl_up_sync(kWarp, sum, step);
-            if (lane >= step) sum += other;
-        }
-        if (lane == 31) warp_sums[warp] = sum;
-        __syncthreads();
-        int64_t chunk = 0;
-        for (int w = 0; w < warps; ++w) {
-            if (w < warp) sum += warp_sums[w];
-            chunk += warp_sums[w];
-        }
-        if (at <= p.key_length) starts[at] = before + sum;
-        before += chunk;
-        __syncthreads();
-    }
-}
-
-// A block takes its queries one after the other. Within a query only a key that it names twice is counted up
-// twice, and both entries are that query: the order of the threads changes nothing. grid (blocks, B·G)
-__global__ void list_queries_kernel(const AttendParams p, const KeyLists lists) {
-    const int64_t n = blockIdx.y, b = n / p.groups, group = n % p.groups;
-    const QueryRange range = query_range(p, lists.blocks);
-    int32_t* counts = lists.counts + (n * lists.blocks + blockIdx.x) * p.key_length;
-    const int64_t* starts = lists.starts + n * (p.key_length + 1);
-    int32_t* queries = lists.queries + n * p.query_length * p.slots;
-    for (int64_t t = range.first; t < range.last; ++t) {
-        const int32_t* indices = row_of<int32_t>(p.indices, p.indices_strides, b, group, t);
-        for (int64_t slot = threadIdx.x; slot < p.slots; slot += blockDim.x) {
-            const int32_t j = indices[slot];
-            if (j >= 0 && j < p.key_length)
-                queries[starts[j] + atomicAdd(counts + j, 1)] = static_cast<int32_t>(t);
-        }
-        __syncthreads();
-    }
-}
-
 // Key j of key head kv in batch entry b; grid (Tk, Hkv, B). Its sets of lanes take (query, head) pairs in
 // turn.
 template <class T>
@@ -303,35 +218,12 @@ const char* query_pass(const AttendGradients& g, int32_t device, void* stream) {
                   32 * kWarps, 0, device, stream, g, aligned_rows(p), lanes_per_row(p), tiles);
 }
 
-const char* invert(const AttendGradients& g, int32_t device, void* stream) {
-    const AttendParams& p = g.forward;
-    const KeyLists& lists = g.lists;
-    const unsigned selections = static_cast<unsigned>(p.batch * p.groups);
-    const dim3 by_query(static_cast<unsigned>(lists.blocks), selections);
-    const dim3 by_key(static_cast<unsigned>(divide_up(p.key_length, kListThreads)), selections);
-    const char* error =
-        clear_memory(lists.counts, 4 * p.batch * p.groups * lists.blocks * p.key_length, device, stream);
-    if (!error) error = launch(count_keys_kernel, by_query, kListThreads, 0, device, stream, p, lists);
-    if (!error) error = launch(sum_blocks_kernel, by_key, kListThreads, 0, device, stream, p, lists);
-    if (!error)
-        error = launch(sum_keys_kernel, selections, kListThreads, 8 * kListThreads / 32, device, stream, p,
-                       lists);
-    if (!error) error = launch(list_queries_kernel, by_query, kListThreads, 0, device, stream, p, lists);
-    return error;
-}
-
 }  // namespace
-
-// Enough blocks to fill a GPU; each costs a counter per key.
-int64_t key_list_blocks(const AttendParams& p) {
-    const int64_t selections = p.batch * p.groups, wanted = divide_up(512, selections > 0 ? selections : 1);
-    const int64_t most = divide_up(p.query_length, 16);
-    return wanted < most ? wanted : most > 0 ? most : 1;
-}
 
 const char* gathered_attention_backward(const AttendGradients& g, int32_t device, void* stream) {
     const AttendParams& p = g.forward;
     if (p.batch * p.heads == 0) return nullptr;
+    if (gradients_on_tiles(p)) return gathered_attention_backward_tiles(g, device, stream);
     return with_type(p.dtype, [&](auto type) -> const char* {
         using T = decltype(type);
         const char* error = nullptr;
@@ -339,7 +231,7 @@ const char* gathered_attention_backward(const AttendGradients& g, int32_t device
             error = heads_that_share(p) == 1 ? query_pass<T, 1>(g, device, stream)
                                              : query_pass<T, 2>(g, device, stream);
         if (error || p.key_length == 0) return error;
-        error = invert(g, device, stream);
+        error = list_keys(p, g.lists, false, device, stream);
         if (error) return error;
         const dim3 keys(static_cast<unsigned>(p.key_length), static_cast<unsigned>(p.kv_heads),
                         static_cast<unsigned>(p.batch));

@@ -38,22 +38,6 @@ __host__ __device__ inline Layout layout_of(int head_dim, int value_dim, int hea
     return l;
 }
 
-// 8 elements of a row into shared memory; zeros past its end, and where `row` is null.
-template <class T>
-__device__ __forceinline__ void load_chunk(unsigned char* to, const T* row, const T* anything, int at,
-                                           int size, bool aligned) {
-    if (aligned) {
-        const bool real = row != nullptr && at < size;
-        copy_async_16(to, real ? row + at : anything, real ? 16 : 0);
-        return;
-    }
-    uint32_t pairs[4] = {0, 0, 0, 0};
-    if (row != nullptr)
-        for (int i = 0; i < kVector; ++i)
-            if (at + i < size) pairs[i / 2] |= static_cast<uint32_t>(row[at + i].bits) << 16 * (i % 2);
-    *reinterpret_cast<uint4*>(to) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(32 * Shape<kDim>::kHeadWarps)
     attend_tiles_kernel(const AttendParams p, const Aligned aligned, const int head_warps) {

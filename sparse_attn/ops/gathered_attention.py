@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def fake(query, key, value, indices, scale) -> tuple[Tensor, Tensor]:
     return query.new_empty((*rows, value.shape[3])), query.new_empty(rows, dtype=torch.float32)
 
 
-def fake_backward(grad_out, grad_lse, query, key, value, indices, out, lse, scale):
+def fake_backward(grad_out, grad_lse, query, key, value, indices, out, lse, scale, atomics=False):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -28,7 +30,7 @@ define(
 define(
     "gathered_attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor indices, Tensor out, "
-    "Tensor lse, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    "Tensor lse, float scale, bool atomics=False) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake_backward,
 )
 
@@ -37,7 +39,13 @@ def attention_gradients(wing: str, saved, grad_out, grad_lse, scale) -> tuple[Te
     """The one backward, of gathered_attention and of topk_attention; saved is (q, k, v, indices, out, lse)."""
     if grad_out is None:
         grad_out = torch.zeros_like(saved[4])
-    return overload("gathered_attention_backward", wing)(grad_out, grad_lse, *saved, scale)
+    return overload("gathered_attention_backward", wing)(grad_out, grad_lse, *saved, scale, uses_atomics())
+
+
+def uses_atomics() -> bool:
+    """Whether the GPU wings may add up dK and dV in no fixed order; the others never do."""
+    asked = os.environ.get("SPARSE_ATTN_ATOMICS") == "1"
+    return asked and not torch.are_deterministic_algorithms_enabled()
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -88,7 +96,8 @@ def gathered_attention(
     .. math:: \mathrm{out}_i = \sum_{j \in S_i} \mathrm{softmax}_{j \in S_i}(s\, q_i \cdot k_j)\, v_j
 
     Nothing of size [Tq, Tk] is stored; half types accumulate in float32; the backward is deterministic, the same
-    for any number of threads.
+    for any number of threads, unless SPARSE_ATTN_ATOMICS=1 in the environment asks the GPU wings for atomic additions
+    (which ``torch.use_deterministic_algorithms(True)`` overrides).
 
     Args:
         query: [B, Hq, Tq, D], float32, float16, bfloat16 or float64, any strides.

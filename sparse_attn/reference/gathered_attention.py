@@ -72,6 +72,7 @@ def gathered_attention_backward(
     out: Tensor,  # [B, Hq, Tq, Dv]; other wings need it, this one recomputes
     lse: Tensor,  # float32 [B, Hq, Tq]; likewise
     scale: float,
+    atomics: bool = False,  # for the GPU wings
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradients of query, key, value
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]

@@ -29,6 +29,15 @@ const char* run_gathered_attention(const AttendParams* p) {
 int64_t run_key_list_blocks(const AttendParams* p) {
     return cuda::key_list_blocks(*p);
 }
+bool run_gradients_on_tiles(const AttendParams* p) {
+    return cuda::gradients_on_tiles(*p);
+}
+int64_t run_gradient_chunk(const AttendParams* p) {
+    return cuda::gradient_chunk(*p);
+}
+int64_t run_partial_floats(const AttendParams* p, int64_t chunk) {
+    return cuda::partial_floats(*p, chunk);
+}
 const char* run_gathered_attention_backward(const cuda::AttendGradients* g) {
     return cuda::gathered_attention_backward(*g, 0, nullptr);
 }

@@ -34,6 +34,9 @@ class AttendGradients(Structure):
         ("forward", AttendParams),
         *((n, c_void_p) for n in ("grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "rows")),
         ("lists", KeyLists),
+        ("chunk", c_int64),
+        *((n, c_void_p) for n in ("partials", "sums")),
+        ("atomics", c_bool),
     ]
 
 

@@ -53,6 +53,18 @@ def test_many_heads(wing, dtype, shared, dim):
     check(wing, qkv(1, shared, 1, 1, 90, dim, dtype=dtype), index_rows((1, 1, 1, 70), 90))
 
 
+@pytest.mark.dtypes(torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("way", [{"atomics": True}, {"chunk": 2}], ids=str)
+@pytest.mark.parametrize(("shared", "dims"), [(9, (24, 72)), (70, (16, 16))])
+def test_gradients_on_tensor_cores(wing, dtype, shared, dims, way):
+    """Added up with atomics, and in chunks of queries whose last one is shorter."""
+    other = SimulatedWing(**way)
+    check(
+        other, qkv(2, 2 * shared, 2, 5, 40, *dims, dtype=dtype), index_rows((2, 2, 5, 37), 40, garbage=True)
+    )
+    check(other, qkv(1, 2 * shared, 2, 3, 9, *dims, dtype=dtype), index_rows((1, 1, 3, 4), 9))
+
+
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shared", [1, 8])

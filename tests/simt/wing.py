@@ -9,7 +9,15 @@ import torch
 
 from simt import device
 from simt.device import Device
-from simt.params import PROJECTION_PARTS, AttendGradients, KeyLists, attend_params, embed_params, select_call
+from simt.params import (
+    PROJECTION_PARTS,
+    AttendGradients,
+    AttendParams,
+    KeyLists,
+    attend_params,
+    embed_params,
+    select_call,
+)
 from sparse_attn.ops.arguments import selection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,27 +25,38 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, indices, scale, schedule):
+    def forward(ctx, query, key, value, indices, scale, schedule, atomics, chunk):
         gpu = Device(schedule)
         p = attend_params(gpu, query, key, value, indices, scale)
         p.out = gpu.empty((*query.shape[:3], value.shape[3]), query.dtype)
         p.lse = gpu.empty(query.shape[:3], torch.float32)
         gpu.run("run_gathered_attention", ctypes.byref(p))
         out, lse = gpu.get(p.out), gpu.get(p.lse)
-        ctx.save_for_backward(query, key, value, indices, out)
-        ctx.scale, ctx.schedule = scale, schedule
+        ctx.save_for_backward(query, key, value, indices, out, lse)
+        ctx.scale, ctx.schedule, ctx.atomics, ctx.chunk = scale, schedule, atomics, chunk
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, indices, out = ctx.saved_tensors
+        query, key, value, indices, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         gpu = Device(ctx.schedule)
         p = attend_params(gpu, query, key, value, indices, ctx.scale)
-        p.out = gpu.put(out)
-        gpu.library.run_key_list_blocks.restype = ctypes.c_int64
-        blocks, lists = gpu.library.run_key_list_blocks(ctypes.byref(p)), p.batch * p.groups
+        p.out, p.lse = gpu.put(out), gpu.put(lse)
+        for name in ("key_list_blocks", "gradient_chunk", "partial_floats"):
+            getattr(gpu.library, f"run_{name}").restype = ctypes.c_int64
+        gpu.library.run_gradients_on_tiles.restype = ctypes.c_bool
+        tiles = gpu.library.run_gradients_on_tiles(ctypes.byref(p))
+        atomics = ctx.atomics and tiles
+        chunk = gpu.library.run_gradient_chunk(ctypes.byref(p))
+        chunk = min(chunk, ctx.chunk) if tiles and ctx.chunk else chunk
+        part = AttendParams.from_buffer_copy(p)
+        part.query_length = chunk
+        blocks = gpu.library.run_key_list_blocks(ctypes.byref(part))
+        lists = 0 if atomics else p.batch * p.groups
+        partials = gpu.library.run_partial_floats(ctypes.byref(p), ctypes.c_int64(chunk))
+        sums = (p.batch, p.kv_heads, p.key_length, p.head_dim + p.value_dim)
         g = AttendGradients(
             forward=p,
             grad_out=gpu.put(grad_out.contiguous()),
@@ -45,16 +64,20 @@ class _Attention(torch.autograd.Function):
             grad_query=gpu.empty(query.shape, query.dtype),
             grad_key=gpu.empty(key.shape, key.dtype),
             grad_value=gpu.empty(value.shape, value.dtype),
-            rows=gpu.empty((*query.shape[:3], 4), torch.float32),
+            rows=None if tiles else gpu.empty((*query.shape[:3], 4), torch.float32),
             lists=KeyLists(
                 starts=gpu.empty((lists, p.key_length + 1), torch.int64),
-                counts=gpu.empty((lists, blocks, p.key_length), torch.int32),
-                queries=gpu.empty((lists, p.query_length * p.slots), torch.int32),
+                counts=gpu.empty((lists, blocks, p.key_length), torch.int64),
+                queries=gpu.empty((lists, chunk * p.slots), torch.int32),
                 blocks=blocks,
             ),
+            chunk=chunk,
+            partials=gpu.empty((partials,), torch.float32) if tiles and not atomics else None,
+            sums=gpu.empty(sums, torch.float32) if atomics or chunk < p.query_length else None,
+            atomics=atomics,
         )
         gpu.run("run_gathered_attention_backward", ctypes.byref(g))
-        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), None, None, None
+        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), *(None,) * 5
 
 
 class _Embedding(torch.autograd.Function):
@@ -98,8 +121,15 @@ class SimulatedWing:
 
     name, missing = "cuda", device.why_not()
 
-    def __init__(self, schedule: int = 0, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-        self.schedule, self.dtypes = schedule, dtypes
+    def __init__(
+        self,
+        schedule: int = 0,
+        dtypes: tuple[torch.dtype, ...] = DTYPES,
+        *,
+        atomics: bool = False,  # of gathered_attention's backward
+        chunk: int | None = None,  # queries that it works on at a time; None is what the kernels choose
+    ) -> None:
+        self.schedule, self.dtypes, self.atomics, self.chunk = schedule, dtypes, atomics, chunk
 
     def __str__(self) -> str:
         return f"cuda-simulated-{self.schedule}"
@@ -130,7 +160,9 @@ class SimulatedWing:
     def gathered_attention(self, query, key, value, indices, *, scale=None, return_lse=False):
         scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
         indices = (indices.unsqueeze(1) if indices.dim() == 3 else indices).to(torch.int32)
-        out, lse = _Attention.apply(query, key, value, indices, scale, self.schedule)
+        out, lse = _Attention.apply(
+            query, key, value, indices, scale, self.schedule, self.atomics, self.chunk
+        )
         return (out, lse) if return_lse else out
 
     def variable_width_embedding(self, ids, tables, projections, token_band, token_row, *, padding_idx=None):

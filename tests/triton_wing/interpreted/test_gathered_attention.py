@@ -23,6 +23,7 @@ from ops.test_gathered_attention_special import (  # noqa: F401
 from ops.test_torch_integration import op_arguments, overload
 
 import sparse_attn
+from sparse_attn.ops.gathered_attention import uses_atomics
 from sparse_attn.triton_kernels import _common, gathered_attention, gathered_attention_backward
 
 
@@ -91,11 +92,11 @@ def test_chunks_are_of_one_size():
 @pytest.mark.parametrize("shared", [1, 4])
 def test_atomics(wing, dtype, shared, monkeypatch):
     """Asked for by the environment, and not in torch's deterministic mode."""
-    monkeypatch.setenv("SPARSE_ATTN_TRITON_ATOMICS", "1")
-    assert gathered_attention_backward.uses_atomics()
+    monkeypatch.setenv("SPARSE_ATTN_ATOMICS", "1")
+    assert uses_atomics()
     check(wing, qkv(2, 2 * shared, 2, 3, 9, 16, dtype=dtype), index_rows((2, 2, 3, 6), 9, garbage=True))
     torch.use_deterministic_algorithms(True)
-    assert not gathered_attention_backward.uses_atomics()
+    assert not uses_atomics()
 
 
 def test_a_grid_of_three_axes(wing, monkeypatch):
