@@ -17,12 +17,14 @@ asks and what it needs; all have a --quick form.
 """
 
 HELPS = {
+    "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",
     "retrofit": "a trained language model made sparse without retraining: loss by selection and budget",
 }
 
 
 EPILOG = """\
 examples:
+  sparse-attn study cost --quick        a minute: counts and short sequences
   sparse-attn study retrofit --help     what a study asks and what it needs
   sparse-attn study retrofit --model DIR --text a.txt b.txt
                                         a language model's loss with each selection, at each budget

@@ -1,0 +1,90 @@
+"""A study's results file: rows are kept as they come, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all studies share."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="a smaller form, under three minutes")
+    parser.add_argument("--full", action="store_true", help="the full form, the default")
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="torch threads")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON and PNG"
+    )
+
+
+def start(name: str, arguments: argparse.Namespace) -> Results:
+    """Opens the results of study `name`; a quick run has a file of its own."""
+    if arguments.quick and arguments.full:
+        raise SystemExit("--quick and --full exclude each other")
+    torch.set_num_threads(arguments.threads)
+    form = "--quick" if arguments.quick else "--full"
+    suffix = "_quick" if arguments.quick else ""
+    return Results(
+        arguments.out / f"study_{name}{suffix}.json", f"sparse-attn study {name} {form}", arguments.threads
+    )
+
+
+class Results:
+    """`rows` of a study, dicts of plain numbers, and what else it found."""
+
+    def __init__(self, file: Path, command: str, threads: int) -> None:
+        self.file, self.command, self.threads = file, command, threads
+        found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        self.rows: list[dict] = found.get("rows", [])
+        self.about: dict = found.get("about", {})
+
+    def row(self, **key) -> dict | None:
+        """The first row with these values."""
+        return next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
+
+    def having(self, **key) -> list[dict]:
+        """All rows with these values."""
+        return [r for r in self.rows if all(r.get(k) == v for k, v in key.items())]
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        result = {"format": 1, "machine": machine.describe(self.threads, self.command), "about": self.about}
+        # Written beside and moved, so that a run that is killed leaves a whole file.
+        beside = self.file.with_suffix(".part")
+        beside.write_text(json.dumps({**result, "rows": self.rows}, indent=1) + "\n", "utf-8")
+        beside.replace(self.file)
+
+    @property
+    def picture(self) -> Path:
+        return self.file.with_suffix(".png")
+
+    def wrote(self) -> None:
+        print(f"wrote {self.file.name} and {self.picture.name} to {self.file.parent}")
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table for the eye; the first column to the left, the others to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=110).print(table)
+
+
+def say(text: str) -> None:
+    """Progress, to standard error."""
+    print(text, file=sys.stderr, flush=True)
