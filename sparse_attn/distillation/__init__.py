@@ -8,6 +8,7 @@ from sparse_attn.distillation.baselines import Frequencies
 from sparse_attn.distillation.evaluation import evaluate, selection_quality
 from sparse_attn.distillation.hybrid import hybridize, train_approximator, train_selector
 from sparse_attn.distillation.indexers import distill_indexers
+from sparse_attn.distillation.layer_indexers import train_indexers
 from sparse_attn.distillation.teacher import Heads, Observation, attention_layers, collect, observe
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "observe",
     "selection_quality",
     "train_approximator",
+    "train_indexers",
     "train_selector",
 ]

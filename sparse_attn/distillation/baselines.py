@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_attn.distillation.progress import Progress, length_of, reporting
 from sparse_attn.distillation.teacher import Heads, attention_layers, observe
-from sparse_attn.nn import KeySelector
+from sparse_attn.nn import Indexer, KeySelector
 from sparse_attn.ops import topk_select
 from sparse_attn.reference.chunks import query_chunks
 
@@ -51,6 +51,11 @@ def random(seed: int) -> Chooser:
 def learned(selectors: Mapping[str, KeySelector]) -> Chooser:
     """The choice of the layer's KeySelector."""
     return lambda name, heads, top_k: selectors[name].select(heads.query, top_k)
+
+
+def indexed(indexers: Mapping[str, Indexer]) -> Chooser:
+    """The choice of the layer's Indexer."""
+    return lambda name, heads, top_k: indexers[name].select(heads.hidden, top_k)
 
 
 class Frequencies:

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from sparse_attn.cli import demo_text, study_hybrid
+from benchmarks.studies import hybrid
+from sparse_attn.cli import demo_text, main
 
 SMALL = {
     "steps": 3,
@@ -34,14 +35,17 @@ def numbers(result) -> list[float]:
 @pytest.mark.torch_defaults
 def test_every_number_is_there_and_comes_again():
     calls = []
-    result = study_hybrid.run(**SMALL, progress=lambda *step: calls.append(step[0]))
+    result = hybrid.run(**SMALL, progress=lambda *step: calls.append(step[0]))
     assert calls.count("train teacher") == 3
     assert calls.count("train selector") == 2 * 3
     assert calls.count("train approximator") == 2 * 2 * 2
+    assert calls.count("train indexers") == 2 * 3
     assert set(result["selection"]) == {
         "exact top-k",
         "KeySelector, positions",
         "KeySelector, distances",
+        "indexer, all heads",
+        "indexer, per head",
         "frequent distances",
         "frequent positions",
         "last keys",
@@ -67,10 +71,7 @@ def test_every_number_is_there_and_comes_again():
     assert result["settings"]["held_out_tokens"] == 4 * 32
     json.dumps(result)
     assert all(math.isfinite(n) for n in numbers(result))
-    text = study_hybrid.tables(result)
-    for name in (*result["selection"], *result["students"]):
-        assert name in text
-    again = study_hybrid.run(**SMALL)
+    again = hybrid.run(**SMALL)
     for part in ("teacher", "selector_loss", "selection", "students"):
         assert again[part] == result[part], part
 
@@ -78,7 +79,7 @@ def test_every_number_is_there_and_comes_again():
 @pytest.mark.torch_defaults
 def test_two_ways_to_the_same_layer_error():
     """A student's layers answer for themselves, so they err as the selection that they use."""
-    result = study_hybrid.run(**SMALL)
+    result = hybrid.run(**SMALL)
     for chosen, student in (
         ("exact top-k", "exact top-k"),
         ("last keys", "last keys"),
@@ -88,3 +89,18 @@ def test_two_ways_to_the_same_layer_error():
         for k in (2, 5):
             want = result["selection"][chosen]["layer_error"][k]
             assert result["students"][student][k]["layer_error"] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.torch_defaults
+def test_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(hybrid, "QUICK", SMALL)
+    command = ["study", "hybrid", "--quick", "--out", str(tmp_path)]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    file = tmp_path / "study_hybrid_quick.json"
+    result = json.loads(file.read_text())
+    for name in (*result["rows"][0]["selection"], *result["rows"][0]["students"]):
+        assert name.split(",")[0] in text
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    assert main(command) == 0  # the seed is there: nothing is trained again
+    assert json.loads(file.read_text())["rows"] == result["rows"]

@@ -1,16 +1,28 @@
-"""The study of approximated heads: what a KeySelector and a HeadApproximator keep of a model trained on real text."""
+"""Heads approximated by small networks, learned selections and exact ones, on one model trained on real text.
+
+    sparse-attn study hybrid            three seeds
+    sparse-attn study hybrid --quick    one seed, few steps: a smoke test
+
+The teacher is a small causal GPT on characters. For each way to choose keys: how often its best key is the teacher's
+best, the attention mass it holds, and the error of the layer's output with exact attention to those keys. For students
+(models with heads replaced): errors of heads, layers and logits, and the loss. All on held-out text; a seed is a row,
+and rows already in the results file are kept.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
+import statistics
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.studies import results
 from sparse_attn.cli import demo_text
-from sparse_attn.cli.console import table
 from sparse_attn.cli.demo_model import HEADS, LAYERS, WIDTH
 from sparse_attn.cli.demo_train import Arm, Settings, train
 from sparse_attn.distillation import (
@@ -21,6 +33,7 @@ from sparse_attn.distillation import (
     hybridize,
     selection_quality,
     train_approximator,
+    train_indexers,
     train_selector,
 )
 from sparse_attn.distillation.progress import Progress, reporting
@@ -30,6 +43,32 @@ from sparse_attn.nn import KeySelector
 _HELD_OUT_BATCHES, _COUNTED_BATCHES = 8, 32
 # Whether the selector's logits are for distances.
 SELECTORS = {"KeySelector, positions": False, "KeySelector, distances": True}
+INDEXERS = {"indexer, all heads": "all", "indexer, per head": "kv"}
+SEEDS = (0, 1, 2)
+QUICK = {"steps": 60, "selector_steps": 40, "approximator_steps": 20, "budgets": (8, 32), "context": 128}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    results.add_options(parser)
+    parser.add_argument(
+        "--text", help="a UTF-8 text (default: the State of the Union addresses of the package)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    found = results.start("hybrid", arguments)
+    for seed in SEEDS[:1] if arguments.quick else SEEDS:
+        if found.row(seed=seed) is None:
+            options = QUICK if arguments.quick else {}
+            result = run(**options, seed=seed, text=arguments.text, device=arguments.device, progress=True)
+            found.about["settings"] = result.pop("settings")
+            found.add(json.loads(json.dumps({"seed": seed, **result})))  # as it will be read: keys are texts
+    show(found)
+    draw(found)
+    found.wrote()
+    return 0
 
 
 def run(
@@ -37,7 +76,7 @@ def run(
     steps: int = 400,
     selector_steps: int = 400,
     approximator_steps: int = 200,
-    budgets: Sequence[int] = (8, 16, 32),
+    budgets: Sequence[int] = (8, 16, 32, 64),
     context: int = 256,
     batch: int = 8,
     hidden: int = 64,
@@ -46,11 +85,11 @@ def run(
     text: str | None = None,
     progress: Progress | bool | None = None,
 ) -> dict:
-    """Trains a small causal GPT on text, then a KeySelector and HeadApproximators on it, and measures them.
+    """Trains a small causal GPT on text, then all that learns from it, and measures that, for one seed.
 
     The teacher is the demo's model with dense attention, characters as tokens. All its heads get a selector for
-    positions and one for distances, each trained once; then, for each budget, approximators for the keys of either.
-    Everything is measured on held-out text.
+    positions and one for distances, and its layers an indexer for all heads and one for each, all trained once on as
+    many batches; then, for each budget, approximators for the keys of either selector.
 
     Args:
         steps: training steps of the teacher.
@@ -65,12 +104,8 @@ def run(
 
     Returns:
         A dict of plain numbers: "settings"; "teacher" (its loss); "selector_loss" (mean of the last 20 steps, by
-        selector and layer); "selection" (see `selection_quality`, for each way to
-        choose keys); "students" (see `evaluate`: by name and budget); "seconds", by stage. `tables` prints it.
-
-    Example:
-        >>> from sparse_attn.cli import study_hybrid
-        >>> print(study_hybrid.tables(study_hybrid.run(progress=True)))  # doctest: +SKIP
+        selector and layer); "selection" (see `selection_quality`, for each way to choose keys); "students" (see
+        `evaluate`: by name and budget); "seconds", by stage.
     """
     device = torch.device(device)
     corpus = demo_text.load(text, context)
@@ -94,9 +129,14 @@ def run(
         losses = train_selector(teacher, selecting[name], stream, progress=progress)
         selector_loss[name] = {layer: sum(each[-20:]) / len(each[-20:]) for layer, each in losses.items()}
         clock.lap(name)
+    indexing = {}
+    for name, share in INDEXERS.items():
+        indexing[name] = train_indexers(teacher, stream, share=share, progress=progress)
+        clock.lap(name)
     choosers = {
         "exact top-k": baselines.exact,
         **{name: baselines.learned(_selectors(student)) for name, student in selecting.items()},
+        **{name: baselines.indexed(indexers) for name, indexers in indexing.items()},
         "frequent distances": frequencies.distances,
         "frequent positions": frequencies.positions,
         "last keys": baselines.recent,
@@ -138,42 +178,97 @@ def run(
     }
 
 
-def tables(result: dict) -> str:
-    """What `run` returned, as plain text: the choices of keys, then the students."""
-    budgets, percent = result["settings"]["budgets"], "{:.1%}".format
-    choices = [
+def show(found: results.Results) -> None:
+    budgets = found.about["settings"]["budgets"]
+
+    def percent(get) -> str:
+        return _spread([100 * get(row) for row in found.rows], "{:.1f}") + " %"
+
+    results.show(
+        "Choices of keys: top-1 accuracy, and by budget the attention mass they hold",
+        ["choice", "top-1", *(f"mass, {k} keys" for k in budgets)],
         [
-            name,
-            percent(chosen["top1"]),
-            *(percent(chosen["recall"][k]) for k in budgets),
-            *(percent(chosen["layer_error"][k]) for k in budgets),
-        ]
-        for name, chosen in result["selection"].items()
-    ]
-    students = [
-        [
-            name,
-            str(k),
-            *(percent(found[k][f"{part}_error"]) for part in ("head", "layer", "logits")),
-            f"{found[k]['student_loss'] - found[k]['teacher_loss']:+.3f}",
-        ]
-        for k in budgets
-        for name, found in result["students"].items()
-    ]
-    return "\n\n".join(
-        (
-            table(
-                "keys: top-1 accuracy; by budget recall of attention mass, layer error with exact attention to them",
-                ["choice", "top-1", *(f"recall {k}" for k in budgets), *(f"error {k}" for k in budgets)],
-                choices,
-            ),
-            table(
-                f"students: errors relative to the teacher, its loss is {result['teacher']['held_out_loss']:.3f} nats",
-                ["heads", "keys", "head error", "layer error", "logits error", "loss"],
-                students,
-            ),
-        )
+            [
+                name,
+                percent(lambda row, name=name: row["selection"][name]["top1"]),
+                *(percent(lambda row, name=name, k=k: _by(row, name, "recall", k)) for k in budgets),
+            ]
+            for name in found.rows[0]["selection"]
+        ],
     )
+    results.show(
+        "The same: error of the layer's output with exact attention to the keys",
+        ["choice", *(f"{k} keys" for k in budgets)],
+        [
+            [name, *(percent(lambda row, name=name, k=k: _by(row, name, "layer_error", k)) for k in budgets)]
+            for name in found.rows[0]["selection"]
+        ],
+    )
+    losses = _spread([row["teacher"]["held_out_loss"] for row in found.rows], "{:.3f}")
+    results.show(
+        f"Students: errors relative to the teacher, whose loss is {losses} nats",
+        ["heads", "keys", "head error", "layer error", "logits error", "loss over teacher"],
+        [
+            [
+                name,
+                str(k),
+                *(
+                    percent(lambda row, name=name, k=k, part=part: _student(row, name, k)[f"{part}_error"])
+                    for part in ("head", "layer", "logits")
+                ),
+                _spread([_gap(_student(row, name, k)) for row in found.rows], "{:+.3f}"),
+            ]
+            for k in budgets
+            for name in found.rows[0]["students"]
+        ],
+    )
+
+
+def _by(row: dict, chooser: str, what: str, budget: int) -> float:
+    return row["selection"][chooser][what][str(budget)]
+
+
+def _student(row: dict, name: str, budget: int) -> dict:
+    return row["students"][name][str(budget)]
+
+
+def _gap(student: dict) -> float:
+    return student["student_loss"] - student["teacher_loss"]
+
+
+def _spread(values: list[float], form: str) -> str:
+    """The mean, and of several seeds the standard deviation."""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form.format(statistics.mean(values))} ± {form.format(statistics.stdev(values)).lstrip('+')}"
+
+
+def draw(found: results.Results) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    budgets = found.about["settings"]["budgets"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    for name in found.rows[0]["selection"]:
+        errors = [statistics.mean(_by(row, name, "layer_error", k) for row in found.rows) for k in budgets]
+        left.plot(budgets, errors, marker="o", label=name)
+    for name in found.rows[0]["students"]:
+        gaps = [statistics.mean(_gap(_student(row, name, k)) for row in found.rows) for k in budgets]
+        right.plot(budgets, [max(1e-3, gap) for gap in gaps], marker="o", label=name)
+    left.set(title="error of the layer's output, exact attention to the chosen keys", ylabel="relative error")
+    right.set(title="whole students", ylabel="loss over the teacher's (nats; 0.001 = none)")
+    for axis in (left, right):
+        axis.set(
+            xscale="log", yscale="log", xlabel=f"keys per query, of {found.about['settings']['context']}"
+        )
+        axis.set_xticks(budgets, [str(k) for k in budgets])
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle("What small networks, indexers and simple rules keep of a trained model's attention")
+    figure.savefig(found.picture, dpi=110)
+    plt.close(figure)
 
 
 def _teacher(corpus: demo_text.Corpus, settings: Settings, progress: Progress | bool | None) -> nn.Module:
