@@ -237,8 +237,14 @@ def selections(device: Device, length: int, top_k: int, pattern: str, chunk: int
 
 
 def gathered_attention(device: Device) -> Iterator[dict]:
-    heads, length, dim, top_k = (4, 7, 16, 5) if device.dry else (16, 32768, 128, 512)
-    for kv_heads, pattern in ((1, "random"), (1, "runs"), (heads, "random")):
+    few = (4, 7, 16, 5) if device.dry else (16, 32768, 128, 512)
+    many = (8, 7, 16, 5) if device.dry else (64, 16384, 128, 2048)
+    for (heads, length, dim, top_k), kv_heads, pattern in (
+        (few, 1, "random"),
+        (few, 1, "runs"),
+        (few, few[0], "random"),
+        (many, 1, "random"),
+    ):
         inputs = tensors(device, heads, kv_heads, length, dim)
         indices = selections(device, length, top_k, pattern)
 
@@ -246,16 +252,19 @@ def gathered_attention(device: Device) -> Iterator[dict]:
             return sparse_attn.gathered_attention(query, key, value, indices, backend=wing)
 
         check = partial(check_attention, inputs, indices, True)
-        contenders = {
-            **{
-                name: Contender(lambda ours=ours, wing=wing: partial(ours, wing=wing), tuple(inputs), check)
-                for name, wing in wings_of("gathered_attention", device).items()
-            },
-            **dense(device, inputs, False),
+        ours_of = {
+            name: Contender(lambda ours=ours, wing=wing: partial(ours, wing=wing), tuple(inputs), check)
+            for name, wing in wings_of("gathered_attention", device).items()
         }
+        contenders = {**ours_of, **dense(device, inputs, False)}
         case = f"H{heads}/{kv_heads} D{dim} T{length} K{top_k} {pattern}"
         directions = ("forward", "backward", "both")
-        yield from compare("gathered_attention", case, contenders, device, directions)
+        products = heads * dim * int((indices >= 0).sum())  # of one product, in multiply-adds
+        for row in compare("gathered_attention", case, contenders, device, directions):
+            if row.get("ms") and row["contender"] in ours_of:
+                count = {"forward": 2, "backward": 5, "both": 7}[row["direction"]]
+                row["teraflops"] = 2 * count * products / row["ms"] / 1e9
+            yield row
 
 
 def memory(device: Device) -> Iterator[dict]:
