@@ -18,6 +18,7 @@ asks and what it needs; all have a --quick form.
 
 HELPS = {
     "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",
+    "leak": "two published tests of token widths run again, then with their faults removed",
     "retrofit": "a trained language model made sparse without retraining: loss by selection and budget",
 }
 
