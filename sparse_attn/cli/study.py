@@ -20,6 +20,7 @@ HELPS = {
     "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",
     "leak": "two published tests of token widths run again, then with their faults removed",
     "retrofit": "a trained language model made sparse without retraining: loss by selection and budget",
+    "widths": "variable embedding widths against uniform ones of the same size: small GPTs on real text",
 }
 
 
