@@ -142,7 +142,7 @@ def _ratios(length: int, heads: int, width: int, top_k: int, hidden: int) -> lis
 
 
 def peak_rates(quick: bool) -> dict[str, float]:
-    """This machine's best per second: operations of a product, bytes in order, bytes of rows gathered from cache."""
+    """This machine's best per second: operations of a matrix product, bytes in order, bytes of rows in cache."""
     side = 1024 if quick else 2048
     left, right, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
     numbers = torch.zeros(2**24 if quick else 2**26)

@@ -19,7 +19,9 @@ asks and what it needs; all have a --quick form.
 HELPS = {
     "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",
     "hybrid": "heads approximated by small networks beside indexers and exact selection, on real text",
+    "leak": "two published tests of token widths run again, then with their faults removed",
     "retrofit": "a trained language model made sparse without retraining: loss by selection and budget",
+    "widths": "variable embedding widths against uniform ones of the same size: small GPTs on real text",
 }
 
 
