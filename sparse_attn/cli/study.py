@@ -17,6 +17,7 @@ asks and what it needs; all have a --quick form.
 """
 
 HELPS = {
+    "attention": "models trained from scratch with exact top-k and with an indexer, against dense attention",
     "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",
     "hybrid": "heads approximated by small networks beside indexers and exact selection, on real text",
     "leak": "two published tests of token widths run again, then with their faults removed",

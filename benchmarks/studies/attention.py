@@ -1,0 +1,307 @@
+"""Is sparse attention worth training with? Causal GPTs from scratch on real text: dense, exact top-k, an indexer.
+
+    sparse-attn study attention --text FILE …    hours on one core; without --text the package's own addresses
+    sparse-attn study attention --quick          two minutes: short windows, one seed
+
+Every arm sees the same windows in the same order and starts from the same numbers. Once all arms train for equally many
+steps; once for as many as fit into the time of the dense arm's, by step times measured in turns beforehand. The indexer
+arm attends densely for its first fifth, while its indexers learn the attention over all keys, then to what they select.
+Rows already in the results file are kept, so that an interrupted run goes on; a run with other options needs another
+--out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.studies import results
+from benchmarks.studies.statistics import interval
+from benchmarks.studies.widths_model import GPT, WIDTH, Corpus, full, load
+from sparse_attn import gathered_attention
+from sparse_attn.cli.demo_model import HEADS
+from sparse_attn.nn import Indexer, TopKAttention
+
+DENSE, STEPS, TIME = "dense", "equal steps", "equal time"
+WARM_UP, DENSE_SHARE, TIMED_STEPS = 20, 0.2, 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    vocabulary: int = 8192
+    lengths: tuple[int, ...] = (512, 2048)
+    budgets: tuple[int, ...] = (16, 64)
+    tokens: int = 4096  # of a step
+    steps: int = 300  # of the dense arm
+    rate: float = 3e-3
+    seeds: int = 3
+    held_out: int = 65536  # tokens
+
+
+QUICK = Settings(
+    vocabulary=2048, lengths=(256,), budgets=(16,), tokens=1024, steps=60, seeds=1, held_out=8192
+)
+
+
+class IndexedAttention(TopKAttention):
+    """Attention to the keys that an indexer selects, the indexer trained beside it.
+
+    `indexer_loss` is that of the last forward pass in training: the divergence from this layer's attention, over all
+    keys while `top_k` is None, then over those that are selected.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__(embed_dim, num_heads, None)
+        self.indexer = Indexer(embed_dim)
+        self.indexer_loss: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query, key, value = self.split_heads(self.qkv(hidden))
+        frozen = hidden.detach()
+        indices = None if self.top_k is None else self.indexer.select(frozen, self.top_k)
+        if self.training:
+            self.indexer_loss = self.indexer.loss(frozen, query.detach(), key.detach(), indices=indices)
+        if indices is None:
+            attended = self.attend(query, key, value)
+        else:
+            attended = gathered_attention(query, key, value, indices)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def build(arm: str, corpus: Corpus, length: int, seed: int) -> GPT:
+    """`arm` is "dense", "top-k K" or "indexer K"."""
+    model = GPT(full(corpus.counts), length, seed)
+    if arm == DENSE:
+        return model
+    for block in model.blocks:
+        if arm.startswith("indexer"):
+            attention = IndexedAttention(WIDTH, HEADS)
+            attention.load_state_dict(block.attention.state_dict(), strict=False)
+            block.attention = attention
+        else:
+            block.attention.top_k = budget_of(arm)
+    return model
+
+
+def budget_of(arm: str) -> int:
+    return int(arm.split()[-1])
+
+
+def arms(settings: Settings) -> list[str]:
+    sparse = [f"top-k {k}" for k in settings.budgets] + [f"indexer {max(settings.budgets)}"]
+    return [DENSE, *sparse]
+
+
+class Training:
+    """One model on its way: `step` is one update."""
+
+    def __init__(
+        self, arm: str, corpus: Corpus, length: int, seed: int, steps: int, settings: Settings
+    ) -> None:
+        self.arm, self.corpus, self.length, self.steps = arm, corpus, length, steps
+        self.model = build(arm, corpus, length, seed).train()
+        indexers = {id(p) for m in self.model.modules() if isinstance(m, Indexer) for p in m.parameters()}
+        self.optimizers = [
+            torch.optim.Muon(
+                [p for p in self.model.blocks.parameters() if p.dim() == 2 and id(p) not in indexers],
+                lr=0.02,
+                weight_decay=0.0,
+            ),
+            torch.optim.AdamW(
+                [p for n, p in self.model.named_parameters() if not (n.startswith("blocks") and p.dim() == 2)]
+                + [p for p in self.model.parameters() if id(p) in indexers and p.dim() == 2],
+                lr=settings.rate,
+                betas=(0.9, 0.95),
+                weight_decay=0.0,
+            ),
+        ]
+        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
+        order = torch.Generator().manual_seed(seed)
+        # All windows of the longest run: a longer run goes on where a shorter one ends.
+        self.starts = torch.randint(
+            len(corpus.train) - length, (steps, settings.tokens // length), generator=order
+        )
+
+    def step(self, i: int) -> float:
+        """Update i; its seconds."""
+        for layer in self.indexed():
+            dense = i < DENSE_SHARE * self.steps
+            layer.top_k = None if dense else budget_of(self.arm)
+        factor = min(1.0, (i + 1) / WARM_UP) * (1.0 - 0.9 * i / self.steps)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+        start = time.perf_counter()
+        loss = self.model.loss(windows(self.corpus.train, self.starts[i], self.length))
+        for layer in self.indexed():
+            loss = loss + layer.indexer_loss
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return time.perf_counter() - start
+
+    def indexed(self) -> list[IndexedAttention]:
+        return [b.attention for b in self.model.blocks if isinstance(b.attention, IndexedAttention)]
+
+    @torch.no_grad()
+    def held_out_loss(self, tokens: int) -> float:
+        """Nats per token over windows spread over the held-out text."""
+        self.model.eval()
+        count = max(1, tokens // self.length)
+        starts = torch.linspace(0, len(self.corpus.held_out) - self.length - 1, count).long()
+        losses = [self.model.loss(windows(self.corpus.held_out, s, self.length)) for s in starts.split(1)]
+        self.model.train()
+        return float(torch.stack(losses).mean())
+
+
+def windows(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
+    """int64 [len(starts), length + 1]."""
+    return tokens[starts[:, None] + torch.arange(length + 1)]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    results.add_options(parser)
+    parser.add_argument("--text", nargs="+", type=Path, help="UTF-8 texts, one document each")
+    parser.add_argument("--steps", type=int, help="training steps of the dense arm (default: 300)")
+    parser.add_argument("--seeds", type=int, help="seeds per arm (default: 3)")
+
+
+def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> int:
+    settings = settings or (QUICK if arguments.quick else Settings())
+    given = {name: getattr(arguments, name) for name in ("steps", "seeds") if getattr(arguments, name)}
+    settings = replace(settings, **given)
+    found = results.start("attention", arguments)
+    corpus = load(arguments.text, settings.vocabulary)
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
+    if found.rows and {**found.about["settings"], "seeds": 0} != {**kept, "seeds": 0}:
+        raise SystemExit(f"{found.file} holds runs with other settings; choose another --out")
+    found.about["settings"] = kept
+    found.about["tokens"] = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
+    step_ms = found.about.setdefault("step_ms", {})
+    for length in settings.lengths:
+        if str(length) not in step_ms:
+            step_ms[str(length)] = step_times(corpus, length, settings)
+            found.save()
+    for seed in range(settings.seeds):
+        for length in settings.lengths:
+            for arm in arms(settings):
+                for rule in (STEPS, TIME):
+                    run(found, corpus, settings, arm=arm, length=length, rule=rule, seed=seed)
+    show(found, settings)
+    draw(found, settings)
+    found.wrote()
+    return 0
+
+
+def step_times(corpus: Corpus, length: int, settings: Settings) -> dict[str, float]:
+    """Milliseconds of a step of each arm, in turns; of the indexer arm after and before it turns sparse, weighed."""
+    trainings = {arm: Training(arm, corpus, length, 0, 100, settings) for arm in arms(settings)}
+    taken: dict[tuple[str, bool], list[float]] = {}
+    for i in range(TIMED_STEPS):
+        for arm, training in trainings.items():
+            for dense in (False, True) if training.indexed() else (False,):
+                taken.setdefault((arm, dense), []).append(training.step(i if dense else 99 - i))
+    times = {key: 1e3 * min(seconds[1:]) for key, seconds in taken.items()}
+    return {
+        arm: DENSE_SHARE * times[arm, True] + (1 - DENSE_SHARE) * times[arm, False]
+        if (arm, True) in times
+        else times[arm, False]
+        for arm in trainings
+    }
+
+
+def run(found: results.Results, corpus: Corpus, settings: Settings, *, arm, length, rule, seed) -> None:
+    key = {"arm": arm, "length": length, "rule": rule, "seed": seed}
+    if (arm == DENSE and rule == TIME) or found.row(**key) is not None:
+        return
+    times = found.about["step_ms"][str(length)]
+    steps = settings.steps if rule == STEPS else round(settings.steps * times[DENSE] / times[arm])
+    began = time.perf_counter()
+    training = Training(arm, corpus, length, seed, steps, settings)
+    for i in range(steps):
+        training.step(i)
+    loss = training.held_out_loss(settings.held_out)
+    found.add({**key, "steps": steps, "loss": loss, "seconds": time.perf_counter() - began})
+    results.say(
+        f"T={length} {arm}, {rule}, seed {seed}: {loss:.4f} nats, {steps} steps, {found.rows[-1]['seconds']:.0f} s"
+    )
+
+
+# --- what it says --------------------------------------------------------------------------------------------------
+
+
+def gaps(found: results.Results, arm: str, length: int, rule: str) -> list[float]:
+    """Loss over that of the dense arm of the same seed."""
+    dense = {r["seed"]: r["loss"] for r in found.having(arm=DENSE, length=length, rule=STEPS)}
+    rows = found.having(arm=arm, length=length, rule=rule)
+    return [r["loss"] - dense[r["seed"]] for r in rows if r["seed"] in dense]
+
+
+def show(found: results.Results, settings: Settings) -> None:
+    for length in settings.lengths:
+        times = found.about["step_ms"][str(length)]
+        dense = [r["loss"] for r in found.having(arm=DENSE, length=length, rule=STEPS)]
+        table = []
+        for arm in arms(settings)[1:]:
+            cells = [arm, f"{times[arm]:.0f}", f"{times[DENSE] / times[arm]:.2f}×"]
+            for rule in (STEPS, TIME):
+                gap = interval(gaps(found, arm, length, rule))
+                verdict = "" if gap.p is None else "" if gap.p < 0.05 else ", not significant"
+                cells.append(f"{gap}{verdict}")
+            table.append(cells)
+        results.show(
+            f"Windows of {length} tokens, {settings.steps} steps of {settings.tokens} tokens: dense "
+            f"{statistics.mean(dense):.4f} nats, {times[DENSE]:.0f} ms per step",
+            ["attention", "step ms", "as fast", "nats over dense, equal steps [95 %]", "equal time [95 %]"],
+            table,
+        )
+
+
+def draw(found: results.Results, settings: Settings) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1,
+        len(settings.lengths),
+        figsize=(7 * len(settings.lengths), 5),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    names = arms(settings)[1:]
+    for axis, length in zip(axes[0], settings.lengths, strict=True):
+        for offset, rule, colour in ((-0.2, STEPS, "#1f6f8b"), (0.2, TIME, "#c8853d")):
+            found_gaps = [interval(gaps(found, arm, length, rule)) for arm in names]
+            means = [g.mean for g in found_gaps]
+            error = [
+                [g.mean - (g.mean if g.low is None else g.low) for g in found_gaps],
+                [(g.mean if g.high is None else g.high) - g.mean for g in found_gaps],
+            ]
+            places = [i + offset for i in range(len(names))]
+            axis.bar(places, means, 0.38, yerr=error, capsize=4, color=colour, label=rule)
+        axis.set_xticks(range(len(names)), names)
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(
+            title=f"windows of {length} tokens", ylabel="held-out loss over dense (nats; below 0: better)"
+        )
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend()
+    figure.suptitle(
+        "Trained from scratch with sparse attention, against dense attention; bars: 95 % over seeds"
+    )
+    figure.savefig(found.picture, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,62 @@
+"""`sparse-attn study attention`: from the command line to the results in miniature, and its indexed attention."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from benchmarks.studies import attention
+from sparse_attn.nn import TopKAttention
+
+for package in ("matplotlib", "rich", "scipy", "tokenizers"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+
+TINY = attention.Settings(
+    vocabulary=400, lengths=(32,), budgets=(4, 8), tokens=64, steps=6, seeds=2, held_out=128
+)
+
+
+@pytest.mark.torch_defaults
+def test_in_miniature(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    attention.configure(parser)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{(j * j) % 97}" for j in range(3000)))
+    command = ["--quick", "--threads", "1", "--out", str(tmp_path / "out"), "--text", str(text)]
+    arguments = parser.parse_args(command)
+    assert attention.execute(arguments, TINY) == 0
+    printed = capsys.readouterr().out
+    for arm in ("top-k 4", "top-k 8", "indexer 8"):
+        assert arm in printed
+    file = tmp_path / "out" / "study_attention_quick.json"
+    result = json.loads(file.read_text())
+    assert len(result["rows"]) == 2 * (4 + 3)  # two seeds; equal steps, and for all but dense equal time
+    assert {r["steps"] for r in result["rows"] if r["rule"] == "equal steps"} == {6}
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    assert attention.execute(arguments, TINY) == 0  # all rows are there: nothing is trained again
+    assert json.loads(file.read_text())["rows"] == result["rows"]
+    arguments.steps = 7
+    with pytest.raises(SystemExit, match="other settings"):
+        attention.execute(arguments, TINY)
+
+
+def test_indexed_attention():
+    dense, indexed = TopKAttention(32, 4, None), attention.IndexedAttention(32, 4)
+    indexed.load_state_dict(dense.state_dict(), strict=False)
+    hidden = torch.randn(2, 20, 32, requires_grad=True)
+    want = dense(hidden)
+    torch.testing.assert_close(indexed(hidden), want)
+    for budget in (None, 6):  # the indexers learn, and nothing else does from their loss
+        indexed.top_k = budget
+        indexed.zero_grad()
+        indexed(hidden)
+        indexed.indexer_loss.backward()
+        assert hidden.grad is None
+        assert indexed.qkv.weight.grad is None
+        assert indexed.indexer.key.weight.grad.abs().sum() > 0
+    assert (indexed(hidden) - want).abs().max() > 1e-4
+    indexed.top_k = 20
+    torch.testing.assert_close(indexed(hidden), want)
