@@ -208,9 +208,9 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
                 if (!bits) continue;
                 c.count +=
                     append(c.scores + c.count, c.indices + c.count, bits, mass, static_cast<int32_t>(j));
-                if (c.count > full) threshold = keep_best(c, keys);
+                if (c.count > full) threshold = keep_best<true>(c, keys);
             }
-            keep_best(c, keys);
+            keep_best<false>(c, keys);
         }
         emit(out, p.top_k, v, c.indices, c.count);
     }
