@@ -21,6 +21,10 @@ AttendParams attend_params(const char* op, const Tensor& query, const Tensor& ke
                            double scale);
 Tensor new_lse(const Tensor& query);
 
+// Throws unless grad_out [B, Hq, Tq, Dv], grad_lse and lse [B, Hq, Tq] fit the forward.
+void check_gradients(const char* op, const AttendParams& f, const Tensor& grad_out,
+                     const std::optional<Tensor>& grad_lse, const Tensor& lse);
+
 // key_lengths as int64 [B] within [0, Tk]; empty for none.
 std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,
                                 int64_t key_length);

@@ -50,6 +50,7 @@ CPU_WING = Wing(
             "gathered_attention_backward",
             "refine_blocks",
             "block_attention",
+            "block_attention_backward",
             "topk_attention",
             "variable_width_embedding",
             "variable_width_embedding_backward",
