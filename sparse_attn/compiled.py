@@ -59,6 +59,5 @@ CPU_WING = Wing(
         )
     ),
     why_not=_cpu_why_not,
-    limits={"sharing": 1},  # heads with one selection, named by refine_blocks alone
 )
 register(CPU_WING)
