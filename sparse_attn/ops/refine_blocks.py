@@ -46,8 +46,8 @@ def refine_blocks(
 ) -> Tensor:
     """Selects for each query the `top_k` best keys by q·k among those of its tile's blocks: indices of tokens.
 
-    It is :func:`topk_select` under a mask of the blocks, without the mask: heads that share a selection rank its keys by
-    their mass among those keys. Nothing is differentiated. The CPU wing scores these keys alone.
+    It is :func:`topk_select` under a mask of the blocks, without the mask: heads that share a selection rank keys by
+    their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
         query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, backend: as in :func:`topk_select`.
