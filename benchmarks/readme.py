@@ -195,6 +195,50 @@ def compression(results: dict) -> str:
     return "\n".join(lines)
 
 
+def cheap_selection(results: dict) -> str:
+    """Every cheap selection beside dense or exact attention."""
+    lines = [
+        f"Measured on {in_words(results['machine'])} by `{results['machine']['command']}`; {results['setting']}. "
+        "“As fast” is relative to the first row of each table.",
+    ]
+    for group in dict.fromkeys(row["group"] for row in results["rows"]):
+        lines += ["", f"| {group} | time | as fast | target | |", "| --- | ---: | ---: | ---: | --- |"]
+        for row in (r for r in results["rows"] if r["group"] == group):
+            target = "" if row["target"] is None else f"≥ {row['target']:g}×"
+            met = None if row["target"] is None else row["faster"] >= row["target"]
+            lines.append(
+                f"| {row['call']} | {milliseconds(row['milliseconds'])} | {times_as_fast(row['faster'])} "
+                f"| {target} | {mark(met)} |"
+            )
+    return "\n".join(lines)
+
+
+def _by_budget(results: dict, what: str, text: str) -> str:
+    """Rows by name, columns by keys per query."""
+    origin = results["real_inputs"]
+    lines = [
+        f"{text}, T={results['length']:,}, {origin['model']} over the text {origin['text']}, by "
+        f"`{results['machine']['command']}`:",
+        "",
+        f"| {what} | " + " | ".join(f"{n} keys" for n in results["budgets"]) + " |",
+        "| --- |" + " ---: |" * len(results["budgets"]),
+    ]
+    for name, values in results["rows"].items():
+        cells = [f"{values[n]:.3f}" if n in values else "" for n in results["budgets"]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def selection_mass(results: dict) -> str:
+    return _by_budget(results, "selection", "Share of the attention mass that the chosen keys hold")
+
+
+def residual_error(results: dict) -> str:
+    return _by_budget(
+        results, "what the mass left out goes to", "Relative error of the output, exact selection per head"
+    )
+
+
 # marker → (results, what makes the table, the command that makes the results), per file
 BLOCKS = {
     "README.md": {
@@ -202,6 +246,11 @@ BLOCKS = {
         "widths": ("widths_cpu", widths, "benchmarks.widths"),
     },
     "docs/performance.md": {"benchmark": ("attention_cpu", details, "benchmarks.run")},
+    "docs/cheap_selection.md": {
+        "cheap_selection": ("cheap_selection_cpu", cheap_selection, "benchmarks.cheap_selection"),
+        "selection_mass": ("selection_mass_smollm2", selection_mass, "benchmarks.selection_mass"),
+        "residual_error": ("residual_error_smollm2", residual_error, "benchmarks.residual_error"),
+    },
     "docs/planner.md": {
         "compression": ("compress_embedding_smollm2", compression, "benchmarks.compress_embedding")
     },

@@ -1,6 +1,6 @@
 """What the residual mass is worth: the error of top-k attention's output against dense, on real queries and keys.
 
-SPARSE_ATTN_REAL_INPUTS=… python -m benchmarks.residual_error [--length 4096] [--top-k 64 128 256]
+SPARSE_ATTN_REAL_INPUTS=… python -m benchmarks.residual_error [--length 2048] [--top-k 64 128 256] [--json FILE]
 
 `mean` is `sparse_attn.topk_attention_with_residual`. The other tails are tried here alone, from a stored [T, T] matrix:
 values weighted by exp(β · score of the block's mean key), and by the true mass of each block, which no cheap guess of a
@@ -10,13 +10,15 @@ block's mass can beat.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import sparse_attn
-from benchmarks import inputs
+from benchmarks import inputs, machine
 
 
 def errors(query: Tensor, key: Tensor, value: Tensor, top_k: int, block: int = 16) -> dict[str, float]:
@@ -60,14 +62,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=2048, help="a multiple of 16 (default 2048)")
     parser.add_argument("--top-k", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     reason = inputs.why_not("real", arguments.length)
     if reason is not None:
         raise SystemExit(reason)
     tensors = inputs.make("real", arguments.length)
+    rows: dict[str, dict[str, float]] = {}
     for top_k in arguments.top_k:
         found = errors(*tensors, top_k)
         print(f"T={arguments.length} K={top_k}: " + ", ".join(f"{n} {e:.4f}" for n, e in found.items()))
+        for name, error in found.items():
+            rows.setdefault(name, {})[str(top_k)] = error
+    if arguments.json:
+        results = {
+            "machine": machine.describe(torch.get_num_threads(), "python -m benchmarks.residual_error"),
+            "real_inputs": inputs.describe_real(),
+            "length": arguments.length,
+            "budgets": [str(n) for n in arguments.top_k],
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

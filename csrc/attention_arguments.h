@@ -62,6 +62,21 @@ inline Tensor new_lse(const Tensor& query) {
     return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
 }
 
+// Throws unless grad_out [B, Hq, Tq, Dv], grad_lse and lse [B, Hq, Tq] fit the forward.
+inline void check_gradients(const char* op, const AttendParams& f, const Tensor& grad_out,
+                            const std::optional<Tensor>& grad_lse, const Tensor& lse) {
+    const int64_t rows = f.batch * f.heads * f.query_length;
+    STD_TORCH_CHECK(lse.numel() == rows && lse.scalar_type() == ScalarType::Float, op,
+                    ": lse must be float32 [B, Hq, Tq]; got ", shape_of(lse));
+    STD_TORCH_CHECK(grad_out.dim() == 4 && dtype_of(op, grad_out) == f.dtype && grad_out.size(0) == f.batch &&
+                        grad_out.size(1) == f.heads && grad_out.size(2) == f.query_length &&
+                        grad_out.size(3) == f.value_dim,
+                    op, ": grad_out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(grad_out));
+    STD_TORCH_CHECK(!grad_lse || (grad_lse->numel() == rows && grad_lse->scalar_type() == ScalarType::Float),
+                    op, ": grad_lse must be float32 [B, Hq, Tq]; got ",
+                    grad_lse ? shape_of(*grad_lse) : std::string());
+}
+
 inline void check_key_lengths(const char* op, const Tensor& n, int64_t batch) {
     STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
                         (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),

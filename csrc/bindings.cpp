@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("indexer_select.cpu", TORCH_BOX(&sparse_attn::indexer_select_cpu));
     m.impl("refine_blocks.cpu", TORCH_BOX(&sparse_attn::refine_blocks_cpu));
     m.impl("block_attention.cpu", TORCH_BOX(&sparse_attn::block_attention_cpu));
+    m.impl("block_attention_backward.cpu", TORCH_BOX(&sparse_attn::block_attention_backward_cpu));
     m.impl("gathered_attention.cpu", TORCH_BOX(&sparse_attn::gathered_attention_cpu));
     m.impl("gathered_attention_backward.cpu", TORCH_BOX(&sparse_attn::gathered_attention_backward_cpu));
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));

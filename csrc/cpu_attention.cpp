@@ -100,16 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(Tensor grad_o
     AttendParams& f = p.forward;
     f = attend_params(op, query, key, value, scale);
     set_indices(f, op, indices);
-    STD_TORCH_CHECK(
-        lse.numel() == f.batch * f.heads * f.query_length && lse.scalar_type() == ScalarType::Float, op,
-        ": lse must be float32 [B, Hq, Tq]; got ", shape_of(lse));
-    STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.scalar_type() == query.scalar_type() &&
-                        grad_out.size(0) == f.batch && grad_out.size(1) == f.heads &&
-                        grad_out.size(2) == f.query_length && grad_out.size(3) == f.value_dim,
-                    op, ": grad_out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(grad_out));
-    STD_TORCH_CHECK(
-        !grad_lse || (grad_lse->numel() == lse.numel() && grad_lse->scalar_type() == ScalarType::Float), op,
-        ": grad_lse must be float32 [B, Hq, Tq]; got ", grad_lse ? shape_of(*grad_lse) : std::string());
+    check_gradients(op, f, grad_out, grad_lse, lse);
     Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
     Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
     Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});

@@ -51,6 +51,13 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> block_attention_cpu(
     int64_t query_tile, bool is_causal, int64_t causal_offset, double scale);
 
 // (grad_query, grad_key, grad_value)
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> block_attention_backward_cpu(
+    torch::stable::Tensor grad_out, std::optional<torch::stable::Tensor> grad_lse, torch::stable::Tensor lse,
+    torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,
+    torch::stable::Tensor blocks_of, std::optional<torch::stable::Tensor> key_lengths, int64_t block_size,
+    int64_t query_tile, bool is_causal, int64_t causal_offset, double scale);
+
+// (grad_query, grad_key, grad_value)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
 gathered_attention_backward_cpu(torch::stable::Tensor grad_out, std::optional<torch::stable::Tensor> grad_lse,
                                 torch::stable::Tensor query, torch::stable::Tensor key,

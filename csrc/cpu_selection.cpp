@@ -140,8 +140,6 @@ Tensor refine_blocks_cpu(Tensor query, Tensor key, Tensor blocks_of, std::option
     prepare_selection(s, op, query, key, std::nullopt, key_lengths, top_k, is_causal, causal_offset, scale,
                       window, sinks, groups);
     SelectParams& p = s.params;
-    STD_TORCH_CHECK(groups == p.heads, op, ": each query head selects for itself; got groups=", groups,
-                    " and ", p.heads, " heads");
     STD_TORCH_CHECK(block_size >= 1 && query_tile >= 1, op,
                     ": block_size and query_tile must be at least 1; got ", block_size, " and ", query_tile);
     // Longer ones change nothing, and sums of them still fit.

@@ -113,19 +113,12 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_
     p = attend_params(op, query, key, value, scale);
     set_indices(p, op, indices);
     check_dims(op, p);
-    for (const Tensor* t : {&grad_out, &out})
-        STD_TORCH_CHECK(
-            t->dim() == 4 && t->scalar_type() == query.scalar_type() && t->size(0) == p.batch &&
-                t->size(1) == p.heads && t->size(2) == p.query_length && t->size(3) == p.value_dim,
-            op, ": grad_out and out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(*t));
-    STD_TORCH_CHECK(
-        lse.scalar_type() == ScalarType::Float && lse.numel() == p.batch * p.heads * p.query_length, op,
-        ": lse must be float32 [B, Hq, Tq]; got ", shape_of(lse));
+    check_gradients(op, p, grad_out, grad_lse, lse);
+    STD_TORCH_CHECK(out.scalar_type() == grad_out.scalar_type() && out.numel() == grad_out.numel(), op,
+                    ": out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(out));
     if (grad_lse) {
-        STD_TORCH_CHECK(grad_lse->is_cuda() && grad_lse->get_device_index() == call.device &&
-                            grad_lse->numel() == p.batch * p.heads * p.query_length &&
-                            grad_lse->scalar_type() == ScalarType::Float,
-                        op, ": grad_lse must be float32 [B, Hq, Tq]; got ", shape_of(*grad_lse));
+        STD_TORCH_CHECK(grad_lse->is_cuda() && grad_lse->get_device_index() == call.device, op,
+                        ": grad_lse must be on the query's device");
         grad_lse = torch::stable::contiguous(*grad_lse);
     }
     Tensor grad_query = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.head_dim});

@@ -73,6 +73,19 @@ struct BlockParams {
 
 constexpr int64_t kBlockChunk = 64;
 
+struct BlockBackwardParams {
+    BlockParams forward;    // `attend.out` and the packed keys are not read; `attend.lse` is
+    const void* grad_out;   // [B, Hq, Tq, Dv]
+    const float* grad_lse;  // [B, Hq, Tq], contiguous, or null
+    Strides grad_out_strides;
+    void* grad_query;       // [B, Hq, Tq, D], contiguous
+    void* grad_key;         // [B, Hkv, Tk, D], contiguous
+    void* grad_value;       // [B, Hkv, Tk, Dv], contiguous
+    float* centre;          // [B, Hq, Tq] scratch: Σ P∘dP − dLSE, written by the query pass
+    const int64_t* starts;  // [B·G·blocks + 1] into tiles_of: which tiles chose a block, ascending
+    const int32_t* tiles_of;
+};
+
 struct AttendBackwardParams {
     AttendParams forward;   // `out` is not read; `lse` is
     const void* grad_out;   // [B, Hq, Tq, Dv], last dimension contiguous

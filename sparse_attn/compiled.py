@@ -50,6 +50,7 @@ CPU_WING = Wing(
             "gathered_attention_backward",
             "refine_blocks",
             "block_attention",
+            "block_attention_backward",
             "topk_attention",
             "variable_width_embedding",
             "variable_width_embedding_backward",
@@ -58,6 +59,5 @@ CPU_WING = Wing(
         )
     ),
     why_not=_cpu_why_not,
-    limits={"sharing": 1},  # heads with one selection, named by refine_blocks alone
 )
 register(CPU_WING)

@@ -4,25 +4,10 @@
 // Keys and values are packed once, chunk by chunk, as the products want them. A task takes the rows (head,
 // query) of one tile in groups of kTileRows: scores of a group and a chunk, their exponentials, and the
 // weighted values are small enough for the first-level cache.
-#include "gemm_tile.h"
-#include "kernels.h"
+#include "block_tile.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 namespace {
-
-constexpr int64_t kChunk = kBlockChunk;
-static_assert(kChunk % kTileCols == 0);
-
-// The keys of a chunk: its first, and how many exist in its block and among all.
-struct Chunk {
-    int64_t first, count;
-};
-SPARSE_ATTN_INLINE Chunk chunk_of(const BlockParams& p, int64_t chunk) {
-    const int64_t block = chunk / p.chunks_per_block, within = chunk % p.chunks_per_block * kChunk;
-    const int64_t first = block * p.block_size + within;
-    int64_t count = minimum(kChunk, p.block_size - within);
-    return {first, maximum<int64_t>(0, minimum(count, p.attend.key_length - first))};
-}
 
 template <class T>
 void pack_chunks(const BlockParams& p, int64_t b, int64_t kv_head, Range chunks) {

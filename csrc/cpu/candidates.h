@@ -43,7 +43,9 @@ SPARSE_ATTN_INLINE int32_t count_ge(const int32_t* keys, int32_t n, int32_t boun
 }
 
 // Cuts the buffer to its best `keep` scores (NaN counts as best, ties go to the smaller index), keeping the
-// order. Returns the new threshold. `keys` is scratch of the buffer's length.
+// order; with kRough to those and at most a quarter more, in fewer steps. Returns the new threshold. `keys`
+// is scratch of the buffer's length.
+template <bool kRough>
 inline float keep_best(Candidates& c, int32_t* keys) {
     if (c.keep == 0) {
         c.count = 0;
@@ -59,9 +61,10 @@ inline float keep_best(Candidates& c, int32_t* keys) {
         low = minimum(low, keys[i]);
         high = maximum(high, keys[i]);
     }
-    // Bisection over the order keys, until exactly `keep` are at or above `low` or one value remains.
+    // Bisection over the order keys, until few enough are at or above `low` or one value remains.
+    const int32_t most = kRough ? c.keep + c.keep / 4 : c.keep;
     int32_t at_least = c.count;  // how many are >= low
-    while (at_least != c.keep && low != high) {
+    while (at_least > most && low != high) {
         uint32_t distance = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
         int32_t middle = static_cast<int32_t>(static_cast<uint32_t>(low) + distance / 2 + (distance & 1));
         int32_t n = count_ge(keys, padded, middle);
@@ -73,7 +76,7 @@ inline float keep_best(Candidates& c, int32_t* keys) {
         }
     }
     // Of those equal to `low`, too many by `excess`: the last ones go.
-    int32_t excess = at_least - c.keep;
+    const int32_t excess = at_least > most ? at_least - c.keep : 0;
     int32_t equal_left = INT32_MAX;
     if (excess > 0) {
         int32_t equal = 0;

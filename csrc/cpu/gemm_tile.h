@@ -67,24 +67,24 @@ SPARSE_ATTN_INLINE void pack_cols(float* to, const T* from, int64_t depth, int64
     pack_panels(to, kTileCols, from, cols, col_stride, depth, depth_stride);
 }
 
-// C[r][j] (+)= Σ_k A(r, k) · B(k, j) for one tile: A(r, k) at a[r·kRowStride + k·kDepthStride] (packed A: 1
-// and kTileRows), B(k, j) at b[k·kTileCols + j], C(r, j) at c[r·ldc + j]. Not inlined: the accumulators need
-// all registers.
-template <int kRowStride, int kDepthStride, bool kAdd>
-__attribute__((noinline)) void gemm_tile(float* c, int64_t ldc, const float* a, const float* b,
-                                         int64_t depth) {
+// C[r][j] (+)= Σ_k A(r, k) · B(k, j) for one tile: A(r, k) at a[r·a_row + k·a_depth] (packed A: 1 and
+// kTileRows), B(k, j) at b[k·ldb + j], C(r, j) at c[r·ldc + j]. To be inlined into a function that is not:
+// the accumulators need all registers.
+template <bool kAdd>
+SPARSE_ATTN_INLINE void multiply_tile(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_depth,
+                                      const float* b, int64_t ldb, int64_t depth) {
     constexpr int W = Vec::W;
     Vec acc[kTileRows][kTileVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < kTileVecs; ++v) acc[r][v] = zero();
-    for (int64_t k = 0; k < depth; ++k, a += kDepthStride, b += kTileCols) {
+    for (int64_t k = 0; k < depth; ++k, a += a_depth, b += ldb) {
 #pragma GCC unroll 16
         for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < kTileVecs; ++v)
-                acc[r][v] = fma(broadcast(a[r * kRowStride]), load(b + v * W), acc[r][v]);
+                acc[r][v] = fma(broadcast(a[r * a_row]), load(b + v * W), acc[r][v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
@@ -93,6 +93,13 @@ __attribute__((noinline)) void gemm_tile(float* c, int64_t ldc, const float* a, 
             float* to = c + r * ldc + v * W;
             store(to, kAdd ? load(to) + acc[r][v] : acc[r][v]);
         }
+}
+
+// With strides of A that are known at compile time, and packed B.
+template <int kRowStride, int kDepthStride, bool kAdd>
+__attribute__((noinline)) void gemm_tile(float* c, int64_t ldc, const float* a, const float* b,
+                                         int64_t depth) {
+    multiply_tile<kAdd>(c, ldc, a, kRowStride, kDepthStride, b, kTileCols, depth);
 }
 
 // C [rows, cols] (+)= A · B from packed operands. C has room for whole tiles: rows and cols rounded up.

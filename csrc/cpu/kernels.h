@@ -50,6 +50,14 @@ struct KernelTable {
     int64_t (*block_scratch_bytes)(const BlockParams&);
     void (*block_attend)(const BlockParams&, int64_t b, Range heads, int64_t tile, void* scratch);
 
+    // Its backward: dQ of one tile of such heads, then dK and dV of one chunk of keys.
+    int64_t (*block_backward_query_scratch_bytes)(const BlockBackwardParams&);
+    void (*block_backward_query)(const BlockBackwardParams&, int64_t b, Range heads, int64_t tile,
+                                 void* scratch);
+    int64_t (*block_backward_key_scratch_bytes)(const BlockBackwardParams&);
+    void (*block_backward_key)(const BlockBackwardParams&, int64_t b, int64_t kv_head, int64_t chunk,
+                               void* scratch);
+
     // Backward: P, dS and dQ for a block of queries, then dK and dV for a block of keys.
     int64_t (*backward_query_scratch_bytes)(const AttendBackwardParams&);
     void (*backward_query)(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);

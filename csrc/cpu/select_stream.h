@@ -122,6 +122,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
     alignas(64) float tile[MR * NR];
     uint32_t beats[MR];
     bool scored[kBlockRows];
+    uint32_t scored_rows[kRowGroups] = {};  // a bit per row; a NaN beats even the others' thresholds
     // Per row group: where any scored row needs tiles, and where all lanes of all its rows count.
     Range needed[kRowGroups], inner[kRowGroups];
 
@@ -140,6 +141,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
             scored[i] = candidates[i].keep > 0 && v.end > v.sink_end &&
                         (v.mask || p.blocks || v.end - v.sink_end > candidates[i].keep);
             if (!scored[i]) continue;
+            scored_rows[g] |= 1u << r;
             threshold[i] = open_threshold();
             needed[g] = {minimum(needed[g].begin, v.sink_end), maximum(needed[g].end, v.end)};
             inner[g] = {maximum(inner[g].begin, v.sink_end), minimum(inner[g].end, v.end)};
@@ -165,12 +167,12 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
                                     ~low_bits(clamp<int64_t>(keys_of.begin - base, 0, NR));
             for (int g = 0; g < kRowGroups; ++g) {
                 if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
-                uint32_t beaten = scorer.score(g, n, tile, threshold + g * MR, beats);
+                uint32_t beaten = scorer.score(g, n, tile, threshold + g * MR, beats) & scored_rows[g];
                 const bool all_lanes = base >= inner[g].begin && base + NR <= inner[g].end;
                 for (; beaten; beaten &= beaten - 1) {
                     const int r = __builtin_ctz(beaten), i = g * MR + r;
                     uint32_t bits = beats[r] & inside;
-                    if (!all_lanes) bits &= scored[i] ? candidate_bits(visible[i], base, NR) : 0u;
+                    if (!all_lanes) bits &= candidate_bits(visible[i], base, NR);
                     if (!bits) continue;
                     Candidates& c = candidates[i];
                     int32_t count = c.count;
@@ -187,7 +189,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
                                        load(tile + r * NR + v * W), static_cast<int32_t>(base + v * W));
                     }
                     c.count = count;
-                    if (count > full) threshold[i] = keep_best(c, keys);
+                    if (count > full) threshold[i] = keep_best<true>(c, keys);
                 }
             }
         }
@@ -198,7 +200,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
         Candidates& c = candidates[i];
         Visible& v = visible[i];
         if (scored[i]) {
-            keep_best(c, keys);
+            keep_best<false>(c, keys);
         } else if (c.keep > 0) {
             for (int64_t j = v.sink_end; j < v.end; ++j) c.indices[c.count++] = static_cast<int32_t>(j);
         }

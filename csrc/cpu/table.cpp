@@ -21,6 +21,10 @@ int64_t block_packed_value(const BlockParams&);
 void block_pack(const BlockParams&, int64_t b, int64_t kv_head, Range chunks);
 int64_t block_scratch_bytes(const BlockParams&);
 void block_attend(const BlockParams&, int64_t b, Range heads, int64_t tile, void* scratch);
+int64_t block_backward_query_scratch_bytes(const BlockBackwardParams&);
+void block_backward_query(const BlockBackwardParams&, int64_t b, Range heads, int64_t tile, void* scratch);
+int64_t block_backward_key_scratch_bytes(const BlockBackwardParams&);
+void block_backward_key(const BlockBackwardParams&, int64_t b, int64_t kv_head, int64_t chunk, void* scratch);
 int64_t backward_query_scratch_bytes(const AttendBackwardParams&);
 void backward_query(const AttendBackwardParams&, int64_t b, Range heads, Range queries, void* scratch);
 int64_t backward_key_scratch_bytes(const AttendBackwardParams&, int64_t block_keys);
@@ -54,6 +58,10 @@ const KernelTable table = {
     block_pack,
     block_scratch_bytes,
     block_attend,
+    block_backward_query_scratch_bytes,
+    block_backward_query,
+    block_backward_key_scratch_bytes,
+    block_backward_key,
     backward_query_scratch_bytes,
     backward_query,
     backward_key_scratch_bytes,

@@ -20,21 +20,21 @@ def fake(query, key, value, blocks, *options) -> tuple[Tensor, Tensor]:
     return fake_attention(query, key, value, blocks, 1.0)
 
 
-def fake_backward(grad_out, grad_lse, query, key, value, *options):
+def fake_backward(grad_out, grad_lse, lse, query, key, value, *options):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 define("block_attention", f"({_PROBLEM}) -> (Tensor out, Tensor lse)", fake)
 define(
     "block_attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, {_PROBLEM}) -> "
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor lse, {_PROBLEM}) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake_backward,
 )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(output[1], *inputs[:5])
     ctx.options = inputs[5:]
     ctx.shape = output[0].shape
     ctx.set_materialize_grads(False)
@@ -46,9 +46,8 @@ def _backward_of(wing: str):
             return (None,) * 10
         saved = ctx.saved_tensors
         if grad_out is None:
-            grad_out = saved[0].new_zeros(ctx.shape)
-        # One formula for all wings: it is matrix products throughout.
-        grads = overload("block_attention_backward", "reference")(grad_out, grad_lse, *saved, *ctx.options)
+            grad_out = saved[1].new_zeros(ctx.shape)
+        grads = overload("block_attention_backward", wing)(grad_out, grad_lse, *saved, *ctx.options)
         return *grads, *(None,) * 7
 
     return backward

@@ -46,9 +46,8 @@ def refine_blocks(
 ) -> Tensor:
     """Selects for each query the `top_k` best keys by q·k among those of its tile's blocks: indices of tokens.
 
-    It is :func:`topk_select` under a mask of the blocks, without the mask. Nothing is differentiated. With a selection
-    per query head the CPU wing scores the blocks' keys alone; where heads share one, the reference runs, which scores
-    all pairs.
+    It is :func:`topk_select` under a mask of the blocks, without the mask: heads that share a selection rank keys by
+    their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
         query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, backend: as in :func:`topk_select`.
@@ -97,6 +96,6 @@ def refine_blocks(
         sinks,
         groups,
     )
-    wing = choose("refine_blocks", query, backend, **sizes_of(query), sharing=query.shape[1] // groups)
+    wing = choose("refine_blocks", query, backend, **sizes_of(query))
     blocks = blocks.repeat_interleave(groups // blocks.shape[1], dim=1)
     return overload("refine_blocks", wing)(query, key, blocks, *options)

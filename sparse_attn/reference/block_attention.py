@@ -145,6 +145,7 @@ def block_attention(
 def block_attention_backward(
     grad_out: Tensor,  # [B, Hq, Tq, Dv]
     grad_lse: Tensor | None,  # [B, Hq, Tq]
+    lse: Tensor,  # [B, Hq, Tq]; other wings need it, this one recomputes
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -76,7 +76,12 @@ def run(wing: str, dtype: torch.dtype, sizes, top_k: int, at_end: bool, guard) -
             shape = {"query_tile": tile, "block_size": block}
             out = sparse_attn.block_attention(*inputs, guard(rows, at_end), backend=wing, **shape, **causal)
             out.sum().backward()
-            sparse_attn.refine_blocks(*inputs[:2], rows, top_k, backend=wing, **shape, **causal)
+            for share in ("none", "kv", "all")[
+                : 1 if groups == heads > kv_heads else 3 if groups == 1 else 2
+            ]:
+                sparse_attn.refine_blocks(
+                    *inputs[:2], rows, top_k, share=share, backend=wing, **shape, **causal
+                )
     for groups in (1, kv_heads, heads):
         for garbage in (False, True):
             indices = guard(index_rows((batch, groups, queries, top_k), keys, garbage=garbage), at_end)

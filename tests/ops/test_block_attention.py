@@ -110,6 +110,49 @@ def test_what_a_query_does_not_see_does_not_matter(wing, dtype, value, place):
         assert bool(out[:, :, 37:].isnan().all())
 
 
+@pytest.mark.parametrize("place", ["key", "value", "query", "grad_out"])
+def test_the_gradient_of_what_a_query_does_not_see(wing, dtype, place):
+    """NaN in one position spoils the gradients of what meets it, and no others of the CPU wing's tiles."""
+    if wing.name != "cpu":
+        pytest.skip("the other wings spoil the whole tile")
+    query, key, values = qkv(1, 2, 2, 64, 64, 16, dtype=dtype)
+    broken = {"query": query, "key": key, "value": values, "grad_out": normal(1, 2, 64, 16, dtype=dtype)}
+    blocks = torch.arange(4, dtype=torch.int32).view(1, 1, 1, 4)
+    options = {"block_size": 16, "query_tile": 64, "is_causal": True}
+
+    def gradients():
+        leaves = [broken[n].clone().requires_grad_() for n in ("query", "key", "value")]
+        out = wing.block_attention(*leaves, blocks, **options)
+        return torch.autograd.grad(out, leaves, broken["grad_out"])
+
+    clean = gradients()
+    broken[place] = broken[place].clone()
+    broken[place][:, :, 37, 3] = math.nan
+    dquery, dkey, dvalue = gradients()
+    if place in ("key", "value"):  # queries from 37 on see it
+        assert torch.equal(dquery[:, :, :37], clean[0][:, :, :37])
+        assert bool(dquery[:, :, 37:].isnan().all())
+    else:  # keys up to 37 are seen by it
+        assert torch.equal(dquery[:, :, :37], clean[0][:, :, :37])
+        assert torch.equal(dquery[:, :, 38:], clean[0][:, :, 38:])
+        for got, want in ((dkey, clean[1]), (dvalue, clean[2])):
+            assert torch.equal(got[:, :, 38:], want[:, :, 38:])
+        assert bool(dkey[:, :, :38].isnan().all())
+
+
+@pytest.mark.parametrize("place", ["key", "value"])
+def test_what_lies_past_the_lengths_has_no_gradient(wing, dtype, place):
+    inputs, blocks, options = make("lengths", dtype)
+    broken = dict(zip(("query", "key", "value"), inputs, strict=True))
+    broken[place][1, :, 37:] = math.nan
+    leaves = [t.requires_grad_() for t in broken.values()]
+    out = wing.block_attention(*leaves, blocks, **options)
+    dquery, dkey, dvalue = torch.autograd.grad(out.sum(), leaves)
+    assert all(bool(t.isfinite().all()) for t in (out, dquery, dkey, dvalue))
+    assert not dkey[1, :, 37:].any()
+    assert not dvalue[1, :, 37:].any()
+
+
 @pytest.mark.parametrize(
     "sizes", [(0, 2, 1, 5, 7, 4, 4), (2, 2, 1, 0, 7, 4, 4), (2, 2, 1, 5, 0, 4, 4)], ids=str
 )

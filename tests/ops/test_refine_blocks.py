@@ -55,14 +55,33 @@ def test_normal_scores(wing, dtype, top_k):
         assert_best(indices, query, key, top_k, attn_mask=seen, **options)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("share", ["kv", "all"])
-def test_shared(share):
-    query, key = normal(1, 4, 40, 8), normal(1, 2, 60, 8, seed=1)
-    blocks = index_rows((1, 1, 5, 3), 8)
-    options = {"is_causal": True, "causal_offset": 20, "share": share}
-    seen = mask_of(blocks, 8, 8, 40, 60, **options)
-    indices = sparse_attn.refine_blocks(query, key, blocks, 7, block_size=8, query_tile=8, **options)
-    assert_best(indices, query, key, 7, attn_mask=seen, **options)
+@pytest.mark.parametrize("name", CASES)
+def test_shared(wing, dtype, name, share, groups):
+    """Ranked by the mass among the keys of the blocks and those always kept."""
+    if share == "all" and groups == 2:
+        pytest.skip("one selection has one row of blocks")
+    queries, keys, block, tile, options = CASES[name]
+    query, key = normal(2, 4, queries, 9, dtype=dtype), normal(2, 2, keys, 9, dtype=dtype, seed=1)
+    if options.get("is_causal"):
+        options = options | {"window": 3, "sinks": 2}
+    blocks = index_rows((2, groups, -(-queries // tile), 3), -(-keys // block), seed=groups)
+    seen = mask_of(blocks, tile, block, queries, keys, **options).repeat_interleave(4 // groups, dim=1)
+    for top_k in (6, 40):
+        indices = run(wing, query, key, blocks, top_k, block, tile, share=share, **options)
+        assert_best(indices, query, key, top_k, attn_mask=seen, share=share, **options)
+
+
+@pytest.mark.parametrize("top_k", [5, 70])
+def test_shared_in_many_blocks(wing, dtype, top_k):
+    query, key = normal(1, 6, 150, 32, dtype=dtype), normal(1, 3, 700, 32, dtype=dtype, seed=1)
+    options = {"is_causal": True, "causal_offset": 550, "window": 4, "sinks": 1}
+    for share, (block, tile) in zip(("kv", "all", "all"), ((64, 64), (50, 128), (16, 100)), strict=True):
+        blocks = index_rows((1, 1, -(-150 // tile), 5), -(-700 // block))
+        seen = mask_of(blocks, tile, block, 150, 700, **options)
+        indices = run(wing, query, key, blocks, top_k, block, tile, share=share, **options)
+        assert_best(indices, query, key, top_k, attn_mask=seen, share=share, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,5 +137,3 @@ def test_errors():
     blocks = torch.zeros(1, 4, 1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="share='all' makes 1 selections, got 4 rows of blocks"):
         sparse_attn.refine_blocks(query, key, blocks, 3, share="all")
-    with pytest.raises(ValueError, match="it takes sharing up to 1, got 4"):
-        sparse_attn.refine_blocks(query, key, blocks[:, :1], 3, share="all", backend="cpu")

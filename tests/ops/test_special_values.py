@@ -100,6 +100,20 @@ def test_nan_in_many_keys(wing, dtype):
     assert bool(key[0, 1, indices[0, 1, 40].long()].isnan().all())
 
 
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("where", ["key", "query"])
+def test_nan_where_a_row_keeps_all_that_it_sees(wing, dtype, where, share):
+    """Rows that need no scores stand beside rows that do: a NaN is chosen once."""
+    query, key, value = qkv(1, 2, 1, 70, 70, 8, dtype=dtype)
+    if where == "key":
+        key[0, 0, 3] = math.nan
+    else:
+        query[0, :, 37] = math.nan
+    indices = run(wing, (query, key, value), 40, share=share, **CAUSAL)[2]
+    everything = torch.where(torch.ones(40, 40, dtype=torch.bool).tril(), torch.arange(40), -1)
+    assert torch.equal(indices[0, :, :40].long(), everything.expand(indices.shape[1], -1, -1))
+
+
 def test_forced_keys_leave_no_slot_for_a_nan(wing, dtype):
     """Where window and sinks are the whole budget, a NaN key reaches only the rows whose window holds it."""
     query, key, value = qkv(1, 2, 2, 30, 30, 8, dtype=dtype)
