@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import sparse_attn
 from benchmarks.studies import results
+from benchmarks.timing import interleave
 from sparse_attn.analysis import (
     Cost,
     Rates,
@@ -71,10 +72,14 @@ def execute(arguments: argparse.Namespace) -> int:
         found.about["setting"] = f"B1 H{HEADS} D{WIDTH} causal float32, K={TOP_K}, {BLOCKS} blocks of 64"
     rates = Rates(**found.about["rates"])
     for length in lengths:
-        for method, (_, longest) in COUNTS.items():
-            if length <= longest and found.row(method=method, length=length) is None:
-                found.add(measure(method, length))
-                results.say(f"T={length} {method}: {found.rows[-1]['seconds'] * 1e3:.2f} ms")
+        missing = [
+            method
+            for method, (_, longest) in COUNTS.items()
+            if length <= longest and found.row(method=method, length=length) is None
+        ]
+        for row in measure(missing, length) if missing else ():
+            found.add(row)
+            results.say(f"T={length} {row['method']}: {row['seconds'] * 1e3:.2f} ms")
     if not arguments.quick and "sampling" not in found.about:
         whole = found.row(method="dense", length=CHECKED)
         if whole is not None:
@@ -166,17 +171,6 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def typical(call: Callable[[], object]) -> tuple[float, int]:
-    """(median seconds, rounds): as many rounds as fit two seconds, 3 to 15, one where a call takes longer than that."""
-    first = timed(call)
-    if first > 2:
-        return first, 1
-    repeats = max(1, math.ceil(0.003 / first))
-    rounds = max(3, min(15, int(2 / (first * repeats))))
-    samples = sorted(timed(lambda: [call() for _ in range(repeats)]) / repeats for _ in range(rounds))
-    return samples[rounds // 2], rounds
-
-
 def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Normal numbers, [1, H, T, D] each."""
     generator = torch.Generator().manual_seed(length)
@@ -184,14 +178,26 @@ def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure(method: str, length: int) -> dict:
+def measure(methods: list[str], length: int) -> list[dict]:
+    """Median seconds of each method, by turns; sequences that take long get one round."""
     query, key, value = inputs(length)
-    sampled = method == "dense" and length > DENSE_WHOLE
-    if sampled:
-        seconds, rounds = dense_by_samples(query, key, value), 1
-    else:
-        seconds, rounds = typical(call_of(method, query, key, value))
-    return {"method": method, "length": length, "seconds": seconds, "rounds": rounds, "sampled": sampled}
+    sampled = length > DENSE_WHOLE
+    whole = [m for m in methods if m != "dense" or not sampled]
+    calls = {method: call_of(method, query, key, value) for method in whole}
+    times = interleave(calls, budget=10.0, least=1 if sampled else 3)
+    found = {m: (t.median, len(t.samples)) for m, t in times.items()}
+    if len(whole) < len(methods):
+        found["dense"] = dense_by_samples(query, key, value), 1
+    return [
+        {
+            "method": method,
+            "length": length,
+            "seconds": found[method][0],
+            "rounds": found[method][1],
+            "sampled": sampled and method == "dense",
+        }
+        for method in methods
+    ]
 
 
 def call_of(method: str, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:

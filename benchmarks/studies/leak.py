@@ -277,7 +277,7 @@ def execute(arguments: argparse.Namespace, sizes: Sizes | None = None) -> int:
     for size in STEPS:
         for seed in range(sizes.scaling_seeds):
             if found.row(test="scaling", corpus=size, seed=seed) is None:
-                found.rows.append(scaling_row(size, seed))
+                found.add(scaling_row(size, seed))
         found.save()
         results.say(f"scaling test, corpus of {size}: {sizes.scaling_seeds} seeds")
     for kind in ("plain", "bands"):

@@ -69,6 +69,8 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     given = {name: getattr(arguments, name) for name in ("steps", "seeds") if getattr(arguments, name)}
     settings = Settings(**{**vars(settings), **given})
     found = results.start("widths", arguments)
+    if arguments.text:
+        found.command += f" --text *{arguments.text[0].suffix}"  # how many they are is among the settings
     corpus = load(arguments.text, settings.vocabulary)
     shapes = arms(corpus.counts, settings)
     about = describe(corpus, shapes, settings)
