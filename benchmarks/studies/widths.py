@@ -47,13 +47,13 @@ class Settings:
     context: int = 128
     batch: int = 8
     steps: int = 400
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     seeds: int = 5
     shares: tuple[int, ...] = (2, 4, 8)
     windows: int = 800  # held-out windows, half of them for the choice of the rate
 
 
-QUICK = Settings(vocabulary=2048, context=64, steps=120, rates=(3e-3,), seeds=1, shares=(4,), windows=128)
+QUICK = Settings(vocabulary=2048, context=64, steps=120, rates=(1e-2,), seeds=1, shares=(4,), windows=128)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
