@@ -401,9 +401,11 @@ def draw(found: results.Results, rates: Rates) -> None:
     right.axhline(1, color="black", linewidth=1)
     left.set(title="Forward pass (dotted: counted work at this machine's peak rates)", ylabel="seconds")
     right.set(title="Times as fast as dense attention (above 1: faster)", ylabel="dense time over its time")
+    ticks = sorted({r["length"] for r in found.rows} | {131072})
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", xlabel="sequence length T")
-        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(f"What attention costs ({found.about['setting']})")
