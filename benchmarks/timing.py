@@ -34,29 +34,34 @@ class Times:
 
 
 def interleave(
-    calls: dict[str, Callable[[], object]], *, budget: float, rounds: int = 15, least: int = 3
+    calls: dict[str, Callable[[], object]],
+    *,
+    budget: float,
+    rounds: int = 15,
+    least: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Times of each call over `least` to `rounds` rounds, fewer where `budget` seconds are over."""
     repeats, cost = {}, 0.0
     for name, call in calls.items():
-        once = _timed(call, 1)  # the warm-up: allocations, code pages, thread pools
+        once = _timed(call, 1, clock)  # the warm-up: allocations, code pages, thread pools
         if once < 0.2:
-            once = _timed(call, 1)
+            once = _timed(call, 1, clock)
         repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / once))
         cost += once * repeats[name]
     count = max(least, min(rounds, int(budget / cost)))
     times = {name: Times() for name in calls}
     for _ in range(count):
         for name, call in calls.items():
-            times[name].samples.append(_timed(call, repeats[name]) / repeats[name])
+            times[name].samples.append(_timed(call, repeats[name], clock) / repeats[name])
     return times
 
 
-def _timed(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
+def _timed(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(repeats):
         call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def bound(forward: Forward, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object]:

@@ -5,8 +5,9 @@
 
 Three tables: the published figures beside the formulas that give them; the same models with the choice of keys, the
 causal half and all heads counted; and measured seconds per forward pass beside the counts over this machine's peak
-rates. Dense attention is measured whole where that takes seconds, and beyond on sampled blocks of queries against
-their full context (marked ~). Lengths already in the results file are kept.
+rates. Dense attention is measured whole where that takes seconds, and beyond on sampled blocks of queries against their
+full context (marked ~). With --threads 1 the seconds are processor time, which a busy machine disturbs little. Lengths
+already in the results file are kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 import sparse_attn
 from benchmarks.studies import results
+from benchmarks.timing import interleave
 from sparse_attn.analysis import (
     Cost,
     Rates,
@@ -47,8 +49,8 @@ CHECKED = 16384  # where the sampled time stands beside the whole one
 # What each is counted as, and the longest sequence it is run on.
 COUNTS: dict[str, tuple[Callable[[Shape], Cost], int]] = {
     "dense": (dense, 2**20),
-    "top-k, exact": (lambda s: topk(s, TOP_K), 131072),
-    "top-k, indexer": (lambda s: indexer(s, TOP_K, heads=INDEXER_HEADS, dim=INDEXER_WIDTH), 131072),
+    "top-k, exact": (lambda s: topk(s, TOP_K), 65536),
+    "top-k, indexer": (lambda s: indexer(s, TOP_K, heads=INDEXER_HEADS, dim=INDEXER_WIDTH), 65536),
     "blocks": (lambda s: block(s, BLOCKS), 131072),
     "small networks": (lambda s: mlp(s, 8, selector_hidden=128, approximator_hidden=128), 8192),
     "keys given": (lambda s: topk(s, TOP_K, indices_given=True), 131072),
@@ -71,10 +73,14 @@ def execute(arguments: argparse.Namespace) -> int:
         found.about["setting"] = f"B1 H{HEADS} D{WIDTH} causal float32, K={TOP_K}, {BLOCKS} blocks of 64"
     rates = Rates(**found.about["rates"])
     for length in lengths:
-        for method, (_, longest) in COUNTS.items():
-            if length <= longest and found.row(method=method, length=length) is None:
-                found.add(measure(method, length))
-                results.say(f"T={length} {method}: {found.rows[-1]['seconds'] * 1e3:.2f} ms")
+        missing = [
+            method
+            for method, (_, longest) in COUNTS.items()
+            if length <= longest and found.row(method=method, length=length) is None
+        ]
+        for row in measure(missing, length) if missing else ():
+            found.add(row)
+            results.say(f"T={length} {row['method']}: {row['seconds'] * 1e3:.2f} ms")
     if not arguments.quick and "sampling" not in found.about:
         whole = found.row(method="dense", length=CHECKED)
         if whole is not None:
@@ -160,21 +166,15 @@ def best(call: Callable[[], object], rounds: int = 7) -> float:
     return min(timed(call) for _ in range(rounds))
 
 
+def clock() -> float:
+    """With one thread the processor's own time, so that what else the machine does counts for little."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
-
-
-def typical(call: Callable[[], object]) -> tuple[float, int]:
-    """(median seconds, rounds): as many rounds as fit two seconds, 3 to 15, one where a call takes longer than that."""
-    first = timed(call)
-    if first > 2:
-        return first, 1
-    repeats = max(1, math.ceil(0.003 / first))
-    rounds = max(3, min(15, int(2 / (first * repeats))))
-    samples = sorted(timed(lambda: [call() for _ in range(repeats)]) / repeats for _ in range(rounds))
-    return samples[rounds // 2], rounds
+    return clock() - start
 
 
 def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,14 +184,26 @@ def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure(method: str, length: int) -> dict:
+def measure(methods: list[str], length: int) -> list[dict]:
+    """Median seconds of each method, by turns; sequences that take long get one round."""
     query, key, value = inputs(length)
-    sampled = method == "dense" and length > DENSE_WHOLE
-    if sampled:
-        seconds, rounds = dense_by_samples(query, key, value), 1
-    else:
-        seconds, rounds = typical(call_of(method, query, key, value))
-    return {"method": method, "length": length, "seconds": seconds, "rounds": rounds, "sampled": sampled}
+    sampled = length > DENSE_WHOLE
+    whole = [m for m in methods if m != "dense" or not sampled]
+    calls = {method: call_of(method, query, key, value) for method in whole}
+    times = interleave(calls, budget=10.0, least=1 if sampled else 3, clock=clock)
+    found = {m: (t.median, len(t.samples)) for m, t in times.items()}
+    if len(whole) < len(methods):
+        found["dense"] = dense_by_samples(query, key, value), 1
+    return [
+        {
+            "method": method,
+            "length": length,
+            "seconds": found[method][0],
+            "rounds": found[method][1],
+            "sampled": sampled and method == "dense",
+        }
+        for method in methods
+    ]
 
 
 def call_of(method: str, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
@@ -395,9 +407,11 @@ def draw(found: results.Results, rates: Rates) -> None:
     right.axhline(1, color="black", linewidth=1)
     left.set(title="Forward pass (dotted: counted work at this machine's peak rates)", ylabel="seconds")
     right.set(title="Times as fast as dense attention (above 1: faster)", ylabel="dense time over its time")
+    ticks = sorted({r["length"] for r in found.rows} | {131072})
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", xlabel="sequence length T")
-        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(f"What attention costs ({found.about['setting']})")

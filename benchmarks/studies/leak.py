@@ -277,7 +277,7 @@ def execute(arguments: argparse.Namespace, sizes: Sizes | None = None) -> int:
     for size in STEPS:
         for seed in range(sizes.scaling_seeds):
             if found.row(test="scaling", corpus=size, seed=seed) is None:
-                found.rows.append(scaling_row(size, seed))
+                found.add(scaling_row(size, seed))
         found.save()
         results.say(f"scaling test, corpus of {size}: {sizes.scaling_seeds} seeds")
     for kind in ("plain", "bands"):
@@ -351,7 +351,7 @@ def show(found: results.Results) -> None:
             )
     source = found.about["entropy_mask"]
     results.show(
-        f"2. Next token of an independent sequence: entropy {source:.4f} nats, a {CONTEXT}th of it "
+        f"2. Next token of an independent sequence: entropy {source:.4f} nats, over {CONTEXT} "
         f"{source / CONTEXT:.4f}; published {PUBLISHED_LOSS}",
         ["model", "loss", "places that see the next token", "last place", "parameters"],
         table,

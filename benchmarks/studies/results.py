@@ -28,10 +28,13 @@ def start(name: str, arguments: argparse.Namespace) -> Results:
     if arguments.quick and arguments.full:
         raise SystemExit("--quick and --full exclude each other")
     torch.set_num_threads(arguments.threads)
+    _shown.clear()
     form = "--quick" if arguments.quick else "--full"
     suffix = "_quick" if arguments.quick else ""
     return Results(
-        arguments.out / f"study_{name}{suffix}.json", f"sparse-attn study {name} {form}", arguments.threads
+        arguments.out / f"study_{name}{suffix}.json",
+        f"sparse-attn study {name} {form} --threads {arguments.threads}",
+        arguments.threads,
     )
 
 
@@ -43,6 +46,8 @@ class Results:
         found = json.loads(file.read_text("utf-8")) if file.exists() else {}
         self.rows: list[dict] = found.get("rows", [])
         self.about: dict = found.get("about", {})
+        self.tables: list[dict] = found.get("tables", [])
+        self.machine: dict | None = found.get("machine")
 
     def row(self, **key) -> dict | None:
         """The first row with these values."""
@@ -54,11 +59,13 @@ class Results:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
+        self.machine = None  # the date is that of the last row, not of the last look at them
         self.save()
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        result = {"format": 1, "machine": machine.describe(self.threads, self.command), "about": self.about}
+        self.machine = self.machine or machine.describe(self.threads, self.command)
+        result = {"format": 1, "machine": self.machine, "about": self.about, "tables": self.tables}
         # Written beside and moved, so that a run that is killed leaves a whole file.
         beside = self.file.with_suffix(".part")
         beside.write_text(json.dumps({**result, "rows": self.rows}, indent=1) + "\n", "utf-8")
@@ -69,11 +76,16 @@ class Results:
         return self.file.with_suffix(".png")
 
     def wrote(self) -> None:
+        self.tables = list(_shown)
+        self.save()
         print(f"wrote {self.file.name} and {self.picture.name} to {self.file.parent}")
 
 
+_shown: list[dict] = []  # the tables of the study that runs, for docs/findings.md
+
+
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table for the eye; the first column to the left, the others to the right."""
+    """A table for the eye, kept for the results file; the first column to the left, the others to the right."""
     from rich.console import Console
     from rich.table import Table
 
@@ -83,6 +95,7 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=110).print(table)
+    _shown.append({"title": title, "columns": columns, "rows": rows})
 
 
 def say(text: str) -> None:

@@ -47,13 +47,13 @@ class Settings:
     context: int = 128
     batch: int = 8
     steps: int = 400
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     seeds: int = 5
     shares: tuple[int, ...] = (2, 4, 8)
     windows: int = 800  # held-out windows, half of them for the choice of the rate
 
 
-QUICK = Settings(vocabulary=2048, context=64, steps=120, rates=(3e-3,), seeds=1, shares=(4,), windows=128)
+QUICK = Settings(vocabulary=2048, context=64, steps=120, rates=(1e-2,), seeds=1, shares=(4,), windows=128)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +62,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", type=Path, help="UTF-8 texts, one document each")
     parser.add_argument("--steps", type=int, help="training steps of a run (default: 400)")
     parser.add_argument("--seeds", type=int, help="seeds per arm (default: 5)")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: tables and picture of the runs that are there"
+    )
 
 
 def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> int:
@@ -69,6 +72,8 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     given = {name: getattr(arguments, name) for name in ("steps", "seeds") if getattr(arguments, name)}
     settings = Settings(**{**vars(settings), **given})
     found = results.start("widths", arguments)
+    if arguments.text:
+        found.command += f" --text *{arguments.text[0].suffix}"  # how many they are is among the settings
     corpus = load(arguments.text, settings.vocabulary)
     shapes = arms(corpus.counts, settings)
     about = describe(corpus, shapes, settings)
@@ -76,6 +81,9 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     if found.rows and {**found.about["settings"], "seeds": 0} != {**about["settings"], "seeds": 0}:
         raise SystemExit(f"{found.file} holds runs with other settings; choose another --out")
     found.about = about
+    if arguments.report:
+        report(found, {arm: shape for arm, shape in shapes.items() if found.row(arm=arm)}, settings)
+        return 0
     for row_of in (tuning_runs(shapes, settings), main_runs(found, shapes, settings)):
         for arm, rate, seed in row_of:
             if found.row(arm=arm, rate=rate, seed=seed) is None:
@@ -222,7 +230,8 @@ def deciles(counts: Tensor) -> Tensor:
 
 def pairs(shapes: dict[str, Shape]) -> list[tuple[str, str]]:
     """The comparisons: planned against uniform of the same size, and all against the full table."""
-    same_size = [(name, name.replace("planned", "uniform")) for name in shapes if name.startswith("planned")]
+    planned_arms = [name for name in shapes if name.startswith("planned")]
+    same_size = [(name, name.replace("planned", "uniform")) for name in planned_arms]
     return same_size + [(name, "full table") for name in shapes if name != "full table"]
 
 
@@ -247,6 +256,7 @@ def show(found: results.Results, shapes: dict[str, Shape], settings: Settings) -
                 f"{shape.parameters():,}",
                 "/".join(map(str, shape.widths)),
                 f"{best_rate(found, arm):g}",
+                str(len(rows)),
                 str(interval([r["loss"] for r in rows])),
                 f"{statistics.median(r['step_ms'] for r in rows):.0f}",
                 f"{statistics.median(r['step_peak_mb'] for r in rows):.0f}",
@@ -258,7 +268,7 @@ def show(found: results.Results, shapes: dict[str, Shape], settings: Settings) -
     results.show(
         f"Held-out loss, {text['vocabulary']:,} byte-pair tokens, model width {WIDTH}, "
         f"{settings.steps * settings.batch * settings.context:,} tokens seen",
-        ["table", "numbers in it", "widths", "rate", "nats per token [95 %]", "step ms", "step MB"],
+        ["table", "numbers in it", "widths", "rate", "seeds", "nats per token [95 %]", "step ms", "step MB"],
         table,
     )
     results.show(
@@ -291,7 +301,8 @@ def draw(found: results.Results, shapes: dict[str, Shape], settings: Settings) -
         "full table": ["full table"],
         "published three bands": ["three bands"],
     }
-    for i, (label, members) in enumerate(families.items()):
+    for i, (label, arms_of_it) in enumerate(families.items()):
+        members = [a for a in arms_of_it if a in shapes]
         sizes = [shapes[a].parameters() for a in members]
         gaps = [interval([r["loss"] for r in of_seeds(found, a, settings).values()]) for a in members]
         error = [[g.mean - (g.low or g.mean) for g in gaps], [(g.high or g.mean) - g.mean for g in gaps]]
@@ -306,7 +317,9 @@ def draw(found: results.Results, shapes: dict[str, Shape], settings: Settings) -
     )
     left.legend()
     left.grid(alpha=0.3)
-    for one, other in pairs(shapes)[: len(settings.shares)]:
+    for one, other in pairs(shapes):
+        if other == "full table":
+            continue
         first, second = of_seeds(found, one, settings), of_seeds(found, other, settings)
         seeds = [s for s in first if s in second]
         gaps = [

@@ -26,7 +26,7 @@ def test_quick(tmp_path, capsys):
         (m, n) for m in cost.COUNTS for n in (64, 128)
     }
     assert all(r["seconds"] > 0 for r in result["rows"])
-    assert result["machine"]["command"] == "sparse-attn study cost --quick"
+    assert result["machine"]["command"] == "sparse-attn study cost --quick --threads 1"
     assert file.with_suffix(".png").stat().st_size > 10_000
     assert main(command) == 0  # all rows are there: nothing is measured again
     assert json.loads(file.read_text())["rows"] == result["rows"]

@@ -38,6 +38,11 @@ def test_in_miniature(tmp_path, capsys):
     assert file.with_suffix(".png").stat().st_size > 10_000
     assert widths.execute(arguments, TINY) == 0  # all rows are there: nothing is trained again
     assert json.loads(file.read_text())["rows"] == result["rows"]
+    result["rows"] = [r for r in result["rows"] if r["seed"] == 0 and r["arm"] != "three bands"]
+    file.write_text(json.dumps(result))
+    arguments.report = True  # of what is there, and nothing is trained
+    assert widths.execute(arguments, TINY) == 0
+    assert json.loads(file.read_text())["rows"] == result["rows"]
     arguments.steps = 5
     with pytest.raises(SystemExit, match="other settings"):
         widths.execute(arguments, TINY)

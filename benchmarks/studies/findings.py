@@ -1,0 +1,56 @@
+"""The tables of docs/findings.md, from the results files.
+
+    python -m benchmarks.studies.findings            says whether the page is what the results give
+    python -m benchmarks.studies.findings --write    writes it
+
+What stands between `<!-- study NAME: begin -->` and `<!-- study NAME: end -->` is made from
+`benchmarks/results/study_NAME.json`; the rest of the page is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.machine import in_words
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE, RESULTS = ROOT / "docs" / "findings.md", ROOT / "benchmarks" / "results"
+PART = re.compile(r"<!-- study (\w+): begin -->\n.*?<!-- study \1: end -->", re.DOTALL)
+
+
+def page() -> str:
+    """The page as the results files give it."""
+    return PART.sub(lambda part: _part(part[1]), PAGE.read_text("utf-8"))
+
+
+def _part(name: str) -> str:
+    result = json.loads((RESULTS / f"study_{name}.json").read_text("utf-8"))
+    lines = [f"<!-- study {name}: begin -->", ""]
+    for table in result["tables"]:
+        lines += [f"**{table['title']}**", "", _row(table["columns"])]
+        lines += [_row([" --- ", *[" ---: "] * (len(table["columns"]) - 1)]), *map(_row, table["rows"]), ""]
+    machine = result["machine"]
+    lines += [f"![{name}](../benchmarks/results/study_{name}.png)", ""]
+    lines += [f"`{machine['command']}`, {in_words(machine)}.", f"<!-- study {name}: end -->"]
+    return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.strip() for cell in cells) + " |"
+
+
+def main() -> int:
+    made = page()
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(made, "utf-8")
+        return 0
+    fits = made == PAGE.read_text("utf-8")
+    print("docs/findings.md is what the results give" if fits else "docs/findings.md needs --write")
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
