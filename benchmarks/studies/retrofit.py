@@ -5,7 +5,7 @@
     sparse-attn study retrofit --model DIR --gguf NAME --text FILE … --calibrate TRAIN … --indexers indexers.safetensors
 
 For each selection and budget: the cross-entropy of the last half of each window of real text, how much of the dense
-model's attention mass the selected keys hold (on the dense model's own queries and keys, queries of the last half),
+model's attention mass the selected keys hold (on the dense model's own queries and keys, the last 512 queries),
 peak memory of the forward pass, and, at one budget, its time: all selections and dense attention in turns, the least
 of two rounds. What is already in the results file is kept, so an interrupted run goes on.
 """
@@ -13,8 +13,6 @@ of two rounds. What is already in the results file is kept, so an interrupted ru
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -22,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import machine
 from benchmarks.memory import peak_of
+from benchmarks.studies import results
 from sparse_attn import (
     block_attention,
     block_select,
@@ -54,13 +52,14 @@ ARMS: dict[str, dict] = {
     "exact, share kv, residual": {"share": "kv", "residual": True},
 }
 RANK, CALIBRATION_LENGTH, CALIBRATION_WINDOWS = 16, 1024, 8
+WEIGHED = 512  # last queries of a window, whose attention mass is counted
 TIMED, ROUNDS = 256, 2  # budget whose rows are timed
 LEAST_BLOCKS = 3 * BLOCK  # the first, the queries' own, and one that is chosen
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    results.add_options(parser)
     parser.add_argument("--model", required=True, help="folder or name of a causal language model")
     parser.add_argument("--gguf", help="name of a GGUF file in that folder")
     parser.add_argument("--text", required=True, nargs="+", type=Path, help="texts, a window from each")
@@ -79,33 +78,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--windows", type=int, default=4, help="windows per length at most (default 4; of 8192: 1)"
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these selections")
-    parser.add_argument(
-        "--quick", action="store_true", help="one window of 512, budgets 64 and 192: a smoke test"
-    )
-    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="torch threads")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON and PNG"
-    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         arguments.lengths, arguments.budgets, arguments.windows = [512], [64, 192], 1
-    torch.set_num_threads(arguments.threads)
-    study = Study(arguments)
+    study = Study(arguments, results.start("retrofit", arguments))
     study.run()
     study.draw()
-    print(f"wrote {study.file.name} and {study.file.with_suffix('.png').name} to {study.file.parent}")
+    study.found.wrote()
     return 0
 
 
 class Study:
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, found: results.Results) -> None:
         import transformers
 
         import sparse_attn.integrations.transformers as sparse_transformers
 
-        self.arguments, self.lib = arguments, sparse_transformers
+        self.arguments, self.lib, self.found = arguments, sparse_transformers, found
         transformers.utils.logging.disable_progress_bar()
         more = {"gguf_file": arguments.gguf} if arguments.gguf else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, **more)
@@ -126,8 +117,8 @@ class Study:
             sparse_transformers.fit_low_rank(self.model, batches, rank=RANK)
         lacking = {"indexer": not arguments.indexers, "low_rank": not arguments.calibrate}
         self.arms = [a for a in arguments.arms or ARMS if not lacking.get(ARMS[a].get("selector"))]
-        self.file = arguments.out / ("retrofit_quick.json" if arguments.quick else "retrofit.json")
-        self.rows = json.loads(self.file.read_text())["rows"] if self.file.exists() else []
+        self.name = arguments.gguf or Path(arguments.model).name
+        found.about |= {"model": self.name, "texts": [f.name for f in arguments.text]}
 
     def windows(self, length: int) -> list[Tensor]:
         """Token ids [1, length + 1], one per text that is long enough."""
@@ -149,7 +140,7 @@ class Study:
                         self.measure(arm, budget, windows)
             self.add_mass(windows)
             self.add_times(windows)
-            self.print(length)
+            self.print(length, len(windows))
 
     def budgets(self, arm: str, length: int) -> list[int]:
         """Those that the arm can have: all keys are no selection, and blocks come whole."""
@@ -161,8 +152,7 @@ class Study:
         ]
 
     def row(self, arm: str, budget: int | None, length: int, windows: int) -> dict | None:
-        same = {"arm": arm, "budget": budget, "length": length, "windows": windows}
-        return next((r for r in self.rows if all(r[k] == v for k, v in same.items())), None)
+        return self.found.row(arm=arm, budget=budget, length=length, windows=windows)
 
     def set(self, arm: str, budget: int | None) -> None:
         if arm == "dense":
@@ -194,9 +184,8 @@ class Study:
             "cross_entropy": float(torch.cat(losses).mean()),
             "peak_mb": max(peaks) / 1e6,
         }
-        self.rows.append(row)
-        self.save()
-        _say(f"T={length} {arm} {budget or ''}: {row['cross_entropy']:.4f} nats")
+        self.found.add(row)
+        results.say(f"T={length} {arm} {budget or ''}: {row['cross_entropy']:.4f} nats")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [1, T + 1] → hidden states [T, C]: without the head, which is the same for all."""
@@ -207,11 +196,8 @@ class Study:
         length = windows[0].shape[1] - 1
         wanted = [
             r
-            for r in self.rows
-            if r["length"] == length
-            and r["windows"] == len(windows)
-            and r["arm"] in self.arms
-            and "mass" not in r
+            for r in self.found.having(length=length, windows=len(windows))
+            if r["arm"] in self.arms and "mass" not in r
         ]
         if not wanted:
             return
@@ -222,7 +208,7 @@ class Study:
         for i, row in enumerate(wanted):
             row["mass"] = sum(held[i]) / len(held[i])
             row["least_mass"] = min(held[i])  # of any layer
-        self.save()
+        self.found.save()
 
     @torch.no_grad()
     def add_times(self, windows: list[Tensor]) -> None:
@@ -244,50 +230,38 @@ class Study:
                 taken[row["arm"]] = min(seconds, taken.get(row["arm"], seconds))
         for row in rows:
             row["seconds"] = taken[row["arm"]]
-        self.save()
+        self.found.save()
 
     def weigh(self, wanted: list[dict], held: dict, given: Given) -> None:
-        half = given.query.shape[2] // 2
-        full = dense_lse(given.query, given.key, given.scale)
+        last = given._replace(query=given.query[:, :, -WEIGHED:])
+        full = dense_lse(last.query, last.key, last.scale)
         for i, row in enumerate(wanted):
-            some = selected_lse(dict(ARMS[row["arm"]]), row["budget"], given)
-            held[i].append(float((some - full)[:, :, half:].exp().mean()))
+            some = selected_lse(dict(ARMS[row["arm"]]), row["budget"], last)
+            held[i].append(float((some - full).exp().mean()))
 
-    def print(self, length: int) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        dense = next(r for r in self.rows if r["arm"] == "dense" and r["length"] == length)
-        title = (
-            f"{Path(self.arguments.model).name}, windows of {length}: dense {dense['cross_entropy']:.4f} nats"
-        )
-        table = Table(title=f"{title}, {dense['seconds']:.2f} s, {dense['peak_mb']:,.0f} MB")
-        for column in ("selection", "budget", "nats over dense", "mass held", "seconds", "peak MB"):
-            table.add_column(column, justify="left" if column == "selection" else "right")
+    def print(self, length: int, windows: int) -> None:
+        dense = self.row("dense", None, length, windows)
+        table = []
         for arm in self.arms:
             for budget in self.arguments.budgets:
-                row = self.row(arm, budget, length, dense["windows"])
+                row = self.row(arm, budget, length, windows)
                 if row is not None:
-                    table.add_row(
-                        arm,
-                        str(budget),
-                        f"{row['cross_entropy'] - dense['cross_entropy']:+.4f}",
-                        f"{row['mass']:.1%}",
-                        f"{row['seconds']:.2f}" if "seconds" in row else "",
-                        f"{row['peak_mb']:,.0f}",
+                    table.append(
+                        [
+                            arm,
+                            str(budget),
+                            f"{row['cross_entropy'] - dense['cross_entropy']:+.4f}",
+                            f"{row['mass']:.1%}",
+                            f"{row['peak_mb']:,.0f}",
+                            f"{row['seconds']:.2f}" if "seconds" in row else "",
+                        ]
                     )
-        Console(width=100).print(table)
-
-    def save(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "format": 1,
-            "machine": machine.describe(self.arguments.threads, "sparse-attn study retrofit"),
-            "model": self.arguments.gguf or Path(self.arguments.model).name,
-            "texts": [f.name for f in self.arguments.text],
-            "rows": self.rows,
-        }
-        self.file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        results.show(
+            f"{self.name}, {windows} windows of {length:,} tokens: dense {dense['cross_entropy']:.4f} nats, "
+            f"{dense['seconds']:.2f} s, {dense['peak_mb']:,.0f} MB",
+            ["selection", "keys", "nats over dense", "mass held", "peak MB", "seconds"],
+            table,
+        )
 
     def draw(self) -> None:
         import matplotlib
@@ -300,9 +274,9 @@ class Study:
             1, len(lengths), figsize=(8 * len(lengths), 6), squeeze=False, layout="constrained"
         )
         for axis, length in zip(axes[0], lengths, strict=True):
-            dense = next(r for r in self.rows if r["arm"] == "dense" and r["length"] == length)
+            dense = self.found.row(arm="dense", length=length)
             for arm in self.arms:
-                rows = [r for r in self.rows if r["arm"] == arm and r["length"] == length]
+                rows = self.found.having(arm=arm, length=length)
                 rows.sort(key=lambda r: r["budget"])
                 over = [max(1e-4, r["cross_entropy"] - dense["cross_entropy"]) for r in rows]
                 axis.plot([r["budget"] for r in rows], over, marker="o", label=arm)
@@ -316,26 +290,28 @@ class Study:
             axis.set_xticks(self.arguments.budgets, [str(b) for b in self.arguments.budgets])
             axis.grid(alpha=0.3)
             axis.legend()
-        name = self.arguments.gguf or Path(self.arguments.model).name
-        figure.suptitle(f"{name}: sparse attention without retraining")
-        figure.savefig(self.file.with_suffix(".png"), dpi=110)
+        figure.suptitle(f"{self.name}: sparse attention without retraining")
+        figure.savefig(self.found.picture, dpi=110)
         plt.close(figure)
 
 
 def selected_lse(options: dict, budget: int, given: Given) -> Tensor:
-    """Log-sum-exp over the keys that the arm selects from a layer's tensors, [B, Hq, T]."""
+    """Log-sum-exp over the keys that the arm selects for a layer's last queries, [B, Hq, t]."""
     module, hidden, rope, query, key, value, scale = given
+    count = query.shape[2]
     selector = options.pop("selector", "exact")
     options.pop("residual", None)
     if options.get("window") == "rest":
         options["window"] = budget - SINKS
-    rule = {"is_causal": True, "scale": scale}
+    rule = {"is_causal": True, "causal_offset": key.shape[2] - count, "scale": scale}
     sizes = {"block_size": BLOCK, "query_tile": BLOCK}
     if selector == "blocks":
         blocks = block_select(query, key, budget // BLOCK, **rule, **sizes, **options)
         return block_attention(query, key, value, blocks, **rule, **sizes, return_lse=True)[1]
     if selector == "indexer":
-        indices = module.sparse_attn_indexer.select(hidden, budget, rope=rope)
+        indexer = module.sparse_attn_indexer
+        last_rope = None if rope is None else tuple(t[:, -count:] for t in rope)
+        indices = indexer.select(hidden[:, -count:], budget, keys=indexer.keys(hidden, rope), rope=last_rope)
     elif selector == "refined_blocks":
         blocks = block_select(query, key, 4 * budget // BLOCK, **rule, **sizes, **options)
         indices = refine_blocks(query, key, blocks, budget, **rule, **sizes, **options)
@@ -351,19 +327,16 @@ def selected_lse(options: dict, budget: int, given: Given) -> Tensor:
 
 
 def dense_lse(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Log-sum-exp over all visible keys, float32 [B, Hq, T], in blocks of queries."""
+    """Log-sum-exp over all visible keys for the last queries, float32 [B, Hq, t], in blocks of them."""
+    offset = key.shape[2] - query.shape[2]
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2)
     parts = []
     for first in range(0, query.shape[2], 256):
         last = min(first + 256, query.shape[2])
-        scores = (query[:, :, first:last] @ key[..., :last]) * scale
-        seen = torch.ones(last - first, last, dtype=torch.bool).tril(first)
+        scores = (query[:, :, first:last] @ key[..., : offset + last]) * scale
+        seen = torch.ones(last - first, offset + last, dtype=torch.bool).tril(offset + first)
         parts.append(scores.masked_fill_(~seen, -torch.inf).logsumexp(-1))
     return torch.cat(parts, 2)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
