@@ -7,7 +7,7 @@
 For each selection and budget: the cross-entropy of the last half of each window of real text, how much of the dense
 model's attention mass the selected keys hold (on the dense model's own queries and keys, the last 512 queries),
 peak memory of the forward pass, and, at one budget, its time: all selections and dense attention in turns, the least
-of two rounds. What is already in the results file is kept, so an interrupted run goes on.
+of two rounds (of one from 8,192 tokens on). What is already in the results file is kept, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ARMS: dict[str, dict] = {
 }
 RANK, CALIBRATION_LENGTH, CALIBRATION_WINDOWS = 16, 1024, 8
 WEIGHED = 512  # last queries of a window, whose attention mass is counted
-TIMED, ROUNDS = 256, 2  # budget whose rows are timed
+TIMED = 256  # budget whose rows are timed
 LEAST_BLOCKS = 3 * BLOCK  # the first, the queries' own, and one that is chosen
 
 
@@ -221,7 +221,7 @@ class Study:
         if all("seconds" in row for row in rows):
             return
         taken: dict[str, float] = {}
-        for _ in range(ROUNDS):
+        for _ in range(2 if length < 8192 else 1):
             for row in rows:
                 self.set(row["arm"], row["budget"])
                 start = time.perf_counter()
