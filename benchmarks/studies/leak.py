@@ -351,8 +351,8 @@ def show(found: results.Results) -> None:
             )
     source = found.about["entropy_mask"]
     results.show(
-        f"2. Next token of an independent sequence: entropy {source:.4f} nats, over {CONTEXT} "
-        f"{source / CONTEXT:.4f}; published {PUBLISHED_LOSS}",
+        f"2. Next token of an independent sequence: entropy {source:.4f} nats "
+        f"(over {CONTEXT}: {source / CONTEXT:.4f}); published {PUBLISHED_LOSS}",
         ["model", "loss", "places that see the next token", "last place", "parameters"],
         table,
     )
