@@ -76,7 +76,7 @@ def run(
     steps: int = 400,
     selector_steps: int = 400,
     approximator_steps: int = 200,
-    budgets: Sequence[int] = (8, 16, 32, 64),
+    budgets: Sequence[int] = (8, 32, 64, 128),
     context: int = 256,
     batch: int = 8,
     hidden: int = 64,
