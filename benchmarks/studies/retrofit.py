@@ -257,7 +257,7 @@ class Study:
                         ]
                     )
         results.show(
-            f"{self.name}, {windows} windows of {length:,} tokens: dense {dense['cross_entropy']:.4f} nats, "
+            f"{self.name}, windows of {length:,} tokens ({windows}): dense {dense['cross_entropy']:.4f} nats, "
             f"{dense['seconds']:.2f} s, {dense['peak_mb']:,.0f} MB",
             ["selection", "keys", "nats over dense", "mass held", "peak MB", "seconds"],
             table,
@@ -275,11 +275,12 @@ class Study:
         )
         for axis, length in zip(axes[0], lengths, strict=True):
             dense = self.found.row(arm="dense", length=length)
-            for arm in self.arms:
+            for i, arm in enumerate(self.arms):
                 rows = self.found.having(arm=arm, length=length)
                 rows.sort(key=lambda r: r["budget"])
                 over = [max(1e-4, r["cross_entropy"] - dense["cross_entropy"]) for r in rows]
-                axis.plot([r["budget"] for r in rows], over, marker="o", label=arm)
+                style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": "os"[i // 10]}
+                axis.plot([r["budget"] for r in rows], over, label=arm, **style)
             axis.set(
                 xscale="log",
                 yscale="log",
@@ -288,8 +289,9 @@ class Study:
                 title=f"windows of {length} tokens (dense: {dense['cross_entropy']:.3f} nats)",
             )
             axis.set_xticks(self.arguments.budgets, [str(b) for b in self.arguments.budgets])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
-            axis.legend()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
         figure.suptitle(f"{self.name}: sparse attention without retraining")
         figure.savefig(self.found.picture, dpi=110)
         plt.close(figure)

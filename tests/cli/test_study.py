@@ -59,7 +59,7 @@ def test_retrofit(tmp_path, model, capsys):
     options += ["--indexers", str(tmp_path / "indexers.safetensors"), "--calibrate", str(text)]
     command = ["study", "retrofit", "--model", str(model), "--text", str(text), *options]
     assert main(command) == 0
-    assert "windows of 200 tokens" in capsys.readouterr().out
+    assert "windows of 200 tokens (1)" in capsys.readouterr().out
     file = tmp_path / "out" / "study_retrofit.json"
     result = json.loads(file.read_text())
     rows = {(row["arm"], row["budget"]): row for row in result["rows"]}
