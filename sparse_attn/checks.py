@@ -28,6 +28,21 @@ def describe(value: object) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
+def token_batch(what: str, tokens: Tensor, vocabulary: int | None = None) -> None:
+    """That `tokens` is int [B, T] with at least one token and, where it is known, ids below `vocabulary`."""
+    whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64) and tokens.dim() == 2
+    if not whole:
+        raise TypeError(f"{what} token ids, int64 [B, T], got {describe(tokens)}")
+    if tokens.numel() == 0:
+        raise ValueError(f"{what} at least one token, got shape {list(tokens.shape)}")
+    if vocabulary is not None:
+        low, high = (int(n) for n in tokens.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise IndexError(
+                f"{what} ids in 0 … {vocabulary - 1}, the model's vocabulary, got {low if low < 0 else high}"
+            )
+
+
 def integer(name: str, value: object, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
     """An int (or a symbolic one), not a bool; numpy integers are taken too."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -61,9 +61,10 @@ def train_indexers(
         indexers[name] = Indexer(layer.embed_dim, num_heads, head_dim, groups=groups, device=where)
     parameters = [p for indexer in indexers.values() for p in indexer.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    total = length_of(stream)
+    total, steps = length_of(stream), 0
     with reporting("train indexers", total, progress) as advance:
         for step, ids in enumerate(stream):
+            checks.token_batch("stream must hold", ids)
             if total:
                 optimizer.param_groups[0]["lr"] = learning_rate * (1.0 - 0.9 * step / total)
             optimizer.zero_grad()
@@ -73,5 +74,8 @@ def train_indexers(
                 loss.backward()
                 losses.append(loss.item())
             optimizer.step()
+            steps += 1
             advance(f"loss {sum(losses) / len(losses):.3f}")
+    if not steps:
+        raise ValueError("stream must have at least one batch, got none")
     return indexers

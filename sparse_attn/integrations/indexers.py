@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_attn import checks
 from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
 
@@ -49,6 +50,19 @@ def attention_layers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     return found
 
 
+def chosen_layers(found: dict[int, torch.nn.Module], layers: Iterable[int] | None) -> list[int]:
+    """The numbers in `layers`, all of them those of layers in `found`; None is all."""
+    if layers is None:
+        return list(found)
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be numbers of layers or None, got {checks.describe(layers)}")
+    numbers = list(layers)
+    for number in numbers:
+        if number not in found:
+            raise ValueError(f"layers must be among 0 … {max(found)}, got {number!r}")
+    return numbers
+
+
 def add_indexers(
     model: torch.nn.Module,
     *,
@@ -74,9 +88,7 @@ def add_indexers(
     if share not in ("all", "kv"):
         raise ValueError(f"share must be 'all' or 'kv' for indexers, got {share!r}")
     found = attention_layers(model)
-    for number in found if layers is None else layers:
-        if number not in found:
-            raise ValueError(f"layers must be among 0 … {max(found)}, got {number!r}")
+    for number in chosen_layers(found, layers):
         module = found[number]
         groups = 1 if share == "all" else module.config.num_key_value_heads
         _set(module, Indexer(module.config.hidden_size, num_heads, head_dim, groups=groups))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.integrations.indexers import attention_layers
+from sparse_attn.integrations.indexers import attention_layers, chosen_layers
 from sparse_attn.integrations.watching import Given, watching
 from sparse_attn.nn import LowRankScorer
 
@@ -54,9 +54,7 @@ def fit_low_rank(
     """
     rank = checks.integer("rank", rank, 1)
     found = attention_layers(model)
-    chosen = set(found) if layers is None else set(layers)
-    if not chosen <= set(found):
-        raise ValueError(f"layers must be among 0 … {max(found)}, got {sorted(chosen)}")
+    chosen = chosen_layers(found, layers)
     scorers: dict[int, LowRankScorer] = {}
 
     def look(given: Given) -> None:

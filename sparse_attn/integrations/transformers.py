@@ -143,6 +143,8 @@ def configure(
     if selector not in SELECTORS:
         raise ValueError(f"selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}")
     if layers is not None:
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers must be numbers of layers or None, got {checks.describe(layers)}")
         layers = [checks.integer("layers", layer, 0) for layer in layers]
     if checks.boolean("residual", residual) and selector != "exact":
         raise ValueError(f"residual=True needs selector='exact', got {selector!r}")

@@ -63,8 +63,7 @@ def watching(model: torch.nn.Module, look: Callable[[Given], None], modules: Ite
         return seen.dense_attention(query, key, value, scaling).transpose(1, 2), None
 
     def run(tokens: Tensor) -> None:
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
-            raise TypeError(f"batches must hold token ids, int64 [B, T], got {checks.describe(tokens)}")
+        checks.token_batch("batches must hold", tokens, model.get_input_embeddings().num_embeddings)
         base = getattr(model, model.base_model_prefix, model)
         with torch.no_grad():
             base(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)

@@ -412,8 +412,19 @@ class TestLowRank:
             sparse_transformers.fit_low_rank(llama(), [])
         with pytest.raises(TypeError, match="batches must hold token ids"):
             sparse_transformers.fit_low_rank(llama(), [torch.randn(2, 3)])
-        with pytest.raises(ValueError, match="layers must be among 0 … 1, got"):
+        with pytest.raises(ValueError, match="layers must be among 0 … 1, got 2"):
             sparse_transformers.fit_low_rank(llama(), [ids()], layers=[2])
+        for call in (
+            lambda: sparse_transformers.fit_low_rank(llama(), [ids()], layers=1),
+            lambda: sparse_transformers.add_indexers(llama(), layers=1),
+            lambda: sparse_transformers.configure(llama(), top_k=4, layers=1),
+        ):
+            with pytest.raises(TypeError, match=r"layers must be numbers of layers or None, got 1 \(int\)"):
+                call()
+        with pytest.raises(IndexError, match=r"ids in 0 … 63, the model's vocabulary, got 1002"):
+            sparse_transformers.fit_low_rank(llama(), [torch.tensor([[5, 1002]])])
+        with pytest.raises(ValueError, match=r"batches must hold at least one token, got shape \[2, 0\]"):
+            sparse_transformers.fit_low_rank(llama(), [ids(2, 0)])
         with pytest.raises(ValueError, match="rank"):
             sparse_transformers.fit_low_rank(llama(), [ids()], rank=9)
 
