@@ -47,7 +47,7 @@ class Settings:
     context: int = 128
     batch: int = 8
     steps: int = 400
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     seeds: int = 5
     shares: tuple[int, ...] = (2, 4, 8)
     windows: int = 800  # held-out windows, half of them for the choice of the rate
