@@ -6,7 +6,8 @@
 Every arm sees the same windows in the same order and starts from the same numbers. Once all arms train for equally many
 steps; once for as many as fit into the time of the dense arm's, by step times measured in turns beforehand. The indexer
 arm attends densely for its first fifth, while its indexers learn the attention over all keys, then to what they select.
-Rows already in the results file are kept, so that an interrupted run goes on; a run with other options needs another
+The learning rate is the dense arm's best of a small grid by the loss on one half of the held-out windows, at each length;
+all losses reported are of the other half. Rows already in the results file are kept, so that an interrupted run goes on; a run with other options needs another
 --out.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,12 +25,12 @@ from torch import Tensor
 
 from benchmarks.studies import results
 from benchmarks.studies.statistics import interval
-from benchmarks.studies.widths_model import GPT, WIDTH, Corpus, full, load
+from benchmarks.studies.widths_model import GPT, WIDTH, Corpus, Shape, full, load
 from sparse_attn import gathered_attention
 from sparse_attn.cli.demo_model import HEADS
 from sparse_attn.nn import Indexer, TopKAttention
 
-DENSE, STEPS, TIME = "dense", "equal steps", "equal time"
+DENSE, STEPS, TIME, TUNING = "dense", "equal steps", "equal time", "tuning"
 WARM_UP, DENSE_SHARE, TIMED_STEPS = 20, 0.2, 12
 
 
@@ -40,14 +42,21 @@ class Settings:
     lengths: tuple[int, ...] = (512, 2048)
     budgets: tuple[int, ...] = (16, 64)
     tokens: int = 4096  # of a step
-    steps: int = 300  # of the dense arm
-    rate: float = 3e-3
+    steps: int = 200  # of the dense arm
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     seeds: int = 3
     held_out: int = 65536  # tokens
 
 
 QUICK = Settings(
-    vocabulary=2048, lengths=(256,), budgets=(16,), tokens=1024, steps=60, seeds=1, held_out=8192
+    vocabulary=2048,
+    lengths=(256,),
+    budgets=(16,),
+    tokens=1024,
+    steps=60,
+    rates=(1e-2,),
+    seeds=1,
+    held_out=16384,
 )
 
 
@@ -76,9 +85,9 @@ class IndexedAttention(TopKAttention):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-def build(arm: str, corpus: Corpus, length: int, seed: int) -> GPT:
-    """`arm` is "dense", "top-k K" or "indexer K"."""
-    model = GPT(full(corpus.counts), length, seed)
+def build(arm: str, shape: Shape, length: int, seed: int) -> GPT:
+    """`arm` is "dense", "top-k K" or "indexer K"; `shape` is that of the embedding."""
+    model = GPT(shape, length, seed)
     if arm == DENSE:
         return model
     for block in model.blocks:
@@ -104,10 +113,20 @@ class Training:
     """One model on its way: `step` is one update."""
 
     def __init__(
-        self, arm: str, corpus: Corpus, length: int, seed: int, steps: int, settings: Settings
+        self,
+        arm: str,
+        corpus: Corpus,
+        length: int,
+        *,
+        seed: int,
+        steps: int,
+        tokens: int,
+        rate: float,
+        shape: Shape | None = None,
     ) -> None:
+        """`tokens` of a step; without a `shape` the embedding is a full table."""
         self.arm, self.corpus, self.length, self.steps = arm, corpus, length, steps
-        self.model = build(arm, corpus, length, seed).train()
+        self.model = build(arm, shape or full(corpus.counts), length, seed).train()
         indexers = {id(p) for m in self.model.modules() if isinstance(m, Indexer) for p in m.parameters()}
         self.optimizers = [
             torch.optim.Muon(
@@ -118,7 +137,7 @@ class Training:
             torch.optim.AdamW(
                 [p for n, p in self.model.named_parameters() if not (n.startswith("blocks") and p.dim() == 2)]
                 + [p for p in self.model.parameters() if id(p) in indexers and p.dim() == 2],
-                lr=settings.rate,
+                lr=rate,
                 betas=(0.9, 0.95),
                 weight_decay=0.0,
             ),
@@ -126,9 +145,7 @@ class Training:
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
         order = torch.Generator().manual_seed(seed)
         # All windows of the longest run: a longer run goes on where a shorter one ends.
-        self.starts = torch.randint(
-            len(corpus.train) - length, (steps, settings.tokens // length), generator=order
-        )
+        self.starts = torch.randint(len(corpus.train) - length, (steps, tokens // length), generator=order)
 
     def step(self, i: int) -> float:
         """Update i; its seconds."""
@@ -154,14 +171,14 @@ class Training:
         return [b.attention for b in self.model.blocks if isinstance(b.attention, IndexedAttention)]
 
     @torch.no_grad()
-    def held_out_loss(self, tokens: int) -> float:
-        """Nats per token over windows spread over the held-out text."""
+    def held_out_losses(self, tokens: int) -> tuple[float, float]:
+        """Nats per token over windows spread over the held-out text: (of the even windows, of the odd ones)."""
         self.model.eval()
-        count = max(1, tokens // self.length)
+        count = max(2, tokens // self.length)
         starts = torch.linspace(0, len(self.corpus.held_out) - self.length - 1, count).long()
         losses = [self.model.loss(windows(self.corpus.held_out, s, self.length)) for s in starts.split(1)]
         self.model.train()
-        return float(torch.stack(losses).mean())
+        return float(torch.stack(losses[0::2]).mean()), float(torch.stack(losses[1::2]).mean())
 
 
 def windows(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
@@ -173,7 +190,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     results.add_options(parser)
     parser.add_argument("--text", nargs="+", type=Path, help="UTF-8 texts, one document each")
-    parser.add_argument("--steps", type=int, help="training steps of the dense arm (default: 300)")
+    parser.add_argument("--steps", type=int, help="training steps of the dense arm (default: 200)")
     parser.add_argument("--seeds", type=int, help="seeds per arm (default: 3)")
 
 
@@ -189,24 +206,50 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     found.about["settings"] = kept
     found.about["tokens"] = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
     step_ms = found.about.setdefault("step_ms", {})
-    for length in settings.lengths:
-        if str(length) not in step_ms:
-            step_ms[str(length)] = step_times(corpus, length, settings)
-            found.save()
-    for seed in range(settings.seeds):
-        for length in settings.lengths:
-            for arm in arms(settings):
-                for rule in (STEPS, TIME):
-                    run(found, corpus, settings, arm=arm, length=length, rule=rule, seed=seed)
+    runs = list(all_runs(settings))
+    with results.bar("runs", len(runs)) as advance:
+        for key in runs:
+            if str(key["length"]) not in step_ms:
+                step_ms[str(key["length"])] = step_times(corpus, key["length"], settings)
+                found.save()
+            if found.row(**key) is None:
+                found.add({**key, **run(found, corpus, settings, **key)})
+                last = found.rows[-1]
+                results.say(
+                    f"T={last['length']} {last['arm']}, {last['rule']}, seed {last['seed']}: "
+                    f"{last['loss']:.4f} nats, {last['steps']} steps, {last['seconds']:.0f} s"
+                )
+            advance()
     show(found, settings)
     draw(found, settings)
     found.wrote()
     return 0
 
 
+def all_runs(settings: Settings) -> Iterator[dict]:
+    """The keys of all rows: seed by seed, so that a part of them is of use."""
+    for length in settings.lengths:
+        for rate in settings.rates:
+            yield {"arm": DENSE, "length": length, "rule": TUNING, "seed": 0, "rate": rate}
+    for seed in range(settings.seeds):
+        for length in settings.lengths:
+            for arm in arms(settings):
+                for rule in (STEPS,) if arm == DENSE else (STEPS, TIME):
+                    yield {"arm": arm, "length": length, "rule": rule, "seed": seed}
+
+
+def best_rate(found: results.Results, length: int) -> float:
+    return min(found.having(length=length, rule=TUNING), key=lambda r: r["tuning_loss"])["rate"]
+
+
 def step_times(corpus: Corpus, length: int, settings: Settings) -> dict[str, float]:
     """Milliseconds of a step of each arm, in turns; of the indexer arm after and before it turns sparse, weighed."""
-    trainings = {arm: Training(arm, corpus, length, 0, 100, settings) for arm in arms(settings)}
+    trainings = {
+        arm: Training(
+            arm, corpus, length, seed=0, steps=100, tokens=settings.tokens, rate=min(settings.rates)
+        )
+        for arm in arms(settings)
+    }
     taken: dict[tuple[str, bool], list[float]] = {}
     for i in range(TIMED_STEPS):
         for arm, training in trainings.items():
@@ -221,21 +264,25 @@ def step_times(corpus: Corpus, length: int, settings: Settings) -> dict[str, flo
     }
 
 
-def run(found: results.Results, corpus: Corpus, settings: Settings, *, arm, length, rule, seed) -> None:
-    key = {"arm": arm, "length": length, "rule": rule, "seed": seed}
-    if (arm == DENSE and rule == TIME) or found.row(**key) is not None:
-        return
+def run(
+    found: results.Results, corpus: Corpus, settings: Settings, *, arm, length, rule, seed, rate=None
+) -> dict:
     times = found.about["step_ms"][str(length)]
-    steps = settings.steps if rule == STEPS else round(settings.steps * times[DENSE] / times[arm])
+    steps = round(settings.steps * times[DENSE] / times[arm]) if rule == TIME else settings.steps
     began = time.perf_counter()
-    training = Training(arm, corpus, length, seed, steps, settings)
+    training = Training(
+        arm,
+        corpus,
+        length,
+        seed=seed,
+        steps=steps,
+        tokens=settings.tokens,
+        rate=rate or best_rate(found, length),
+    )
     for i in range(steps):
         training.step(i)
-    loss = training.held_out_loss(settings.held_out)
-    found.add({**key, "steps": steps, "loss": loss, "seconds": time.perf_counter() - began})
-    results.say(
-        f"T={length} {arm}, {rule}, seed {seed}: {loss:.4f} nats, {steps} steps, {found.rows[-1]['seconds']:.0f} s"
-    )
+    tuning, loss = training.held_out_losses(settings.held_out)
+    return {"steps": steps, "loss": loss, "tuning_loss": tuning, "seconds": time.perf_counter() - began}
 
 
 # --- what it says --------------------------------------------------------------------------------------------------
@@ -261,8 +308,8 @@ def show(found: results.Results, settings: Settings) -> None:
                 cells.append(f"{gap}{verdict}")
             table.append(cells)
         results.show(
-            f"Windows of {length} tokens, {settings.steps} steps of {settings.tokens} tokens: dense "
-            f"{statistics.mean(dense):.4f} nats, {times[DENSE]:.0f} ms per step",
+            f"Windows of {length} tokens, {settings.steps} steps of {settings.tokens} tokens, rate "
+            f"{best_rate(found, length):g}: dense {statistics.mean(dense):.4f} nats, {times[DENSE]:.0f} ms per step",
             ["attention", "step ms", "as fast", "nats over dense, equal steps [95 %]", "equal time [95 %]"],
             table,
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine
+from sparse_attn.distillation.progress import reporting
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +34,12 @@ def start(name: str, arguments: argparse.Namespace) -> Results:
     _shown.clear()
     form = "--quick" if arguments.quick else "--full"
     suffix = "_quick" if arguments.quick else ""
-    return Results(
-        arguments.out / f"study_{name}{suffix}.json",
-        f"sparse-attn study {name} {form} --threads {arguments.threads}",
-        arguments.threads,
-    )
+    command = f"sparse-attn study {name} {form} --threads {arguments.threads}"
+    texts = getattr(arguments, "text", None)
+    if texts:  # folders are left out: they are this machine's
+        texts = [texts] if isinstance(texts, str) else texts
+        command += f" --text {Path(texts[0]).name}" + " …" * (len(texts) > 1)
+    return Results(arguments.out / f"study_{name}{suffix}.json", command, arguments.threads)
 
 
 class Results:
@@ -96,6 +100,11 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     Console(width=110).print(table)
     _shown.append({"title": title, "columns": columns, "rows": rows})
+
+
+def bar(name: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+    """A progress bar on standard error: yields `advance(note="")`, for each of `total` steps; `say` writes above it."""
+    return reporting(name, total, True)
 
 
 def say(text: str) -> None:

@@ -72,8 +72,6 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     given = {name: getattr(arguments, name) for name in ("steps", "seeds") if getattr(arguments, name)}
     settings = Settings(**{**vars(settings), **given})
     found = results.start("widths", arguments)
-    if arguments.text:
-        found.command += f" --text *{arguments.text[0].suffix}"  # how many they are is among the settings
     corpus = load(arguments.text, settings.vocabulary)
     shapes = arms(corpus.counts, settings)
     about = describe(corpus, shapes, settings)
@@ -84,22 +82,17 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     if arguments.report:
         report(found, {arm: shape for arm, shape in shapes.items() if found.row(arm=arm)}, settings)
         return 0
-    for row_of in (tuning_runs(shapes, settings), main_runs(found, shapes, settings)):
-        for arm, rate, seed in row_of:
-            if found.row(arm=arm, rate=rate, seed=seed) is None:
-                found.add(
-                    {
-                        "arm": arm,
-                        "rate": rate,
-                        "seed": seed,
-                        **train(corpus, shapes[arm], rate, seed, settings),
-                    }
-                )
-                last = found.rows[-1]
-                results.say(
-                    f"{len(found.rows)} runs: {arm}, rate {rate:g}, seed {seed}: "
-                    f"{last['loss']:.4f} nats, {last['seconds']:.0f} s"
-                )
+    for name, runs in (("tuning", tuning_runs), ("seeds", main_runs)):
+        keys = list(runs(found, shapes, settings))
+        with results.bar(name, len(keys)) as advance:
+            for arm, rate, seed in keys:
+                if found.row(arm=arm, rate=rate, seed=seed) is None:
+                    taken = train(corpus, shapes[arm], rate, seed, settings)
+                    found.add({"arm": arm, "rate": rate, "seed": seed, **taken})
+                    results.say(
+                        f"{arm}, rate {rate:g}, seed {seed}: {taken['loss']:.4f} nats, {taken['seconds']:.0f} s"
+                    )
+                advance()
     report(found, shapes, settings)
     return 0
 
@@ -141,7 +134,7 @@ def describe(corpus: Corpus, shapes: dict[str, Shape], settings: Settings) -> di
     }
 
 
-def tuning_runs(shapes: dict[str, Shape], settings: Settings):
+def tuning_runs(found: results.Results, shapes: dict[str, Shape], settings: Settings):
     """(arm, rate, seed) of the grid, with the first seed."""
     return ((arm, rate, 0) for arm in shapes for rate in settings.rates)
 

@@ -15,7 +15,14 @@ for package in ("matplotlib", "rich", "scipy", "tokenizers"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 TINY = attention.Settings(
-    vocabulary=400, lengths=(32,), budgets=(4, 8), tokens=64, steps=6, seeds=2, held_out=128
+    vocabulary=400,
+    lengths=(32,),
+    budgets=(4, 8),
+    tokens=64,
+    steps=6,
+    rates=(1e-3, 1e-2),
+    seeds=2,
+    held_out=128,
 )
 
 
@@ -33,7 +40,8 @@ def test_in_miniature(tmp_path, capsys):
         assert arm in printed
     file = tmp_path / "out" / "study_attention_quick.json"
     result = json.loads(file.read_text())
-    assert len(result["rows"]) == 2 * (4 + 3)  # two seeds; equal steps, and for all but dense equal time
+    # Two rates of the dense arm; two seeds of equal steps, and for all but dense equal time.
+    assert len(result["rows"]) == 2 + 2 * (4 + 3)
     assert {r["steps"] for r in result["rows"] if r["rule"] == "equal steps"} == {6}
     assert file.with_suffix(".png").stat().st_size > 10_000
     assert attention.execute(arguments, TINY) == 0  # all rows are there: nothing is trained again
