@@ -6,9 +6,9 @@
 Every arm sees the same windows in the same order and starts from the same numbers. Once all arms train for equally many
 steps; once for as many as fit into the time of the dense arm's, by step times measured in turns beforehand. The indexer
 arm attends densely for its first fifth, while its indexers learn the attention over all keys, then to what they select.
-The learning rate is the dense arm's best of a small grid by the loss on one half of the held-out windows, at each length;
-all losses reported are of the other half. Rows already in the results file are kept, so that an interrupted run goes on; a run with other options needs another
---out.
+The learning rate is the dense arm's best of a small grid by the loss on one half of the held-out windows, at each
+length; all losses reported are of the other half. Rows already in the results file are kept, so that an interrupted run
+goes on; a run with other options needs another --out.
 """
 
 from __future__ import annotations
@@ -200,10 +200,7 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     settings = replace(settings, **given)
     found = results.start("attention", arguments)
     corpus = load(arguments.text, settings.vocabulary)
-    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
-    if found.rows and {**found.about["settings"], "seeds": 0} != {**kept, "seeds": 0}:
-        raise SystemExit(f"{found.file} holds runs with other settings; choose another --out")
-    found.about["settings"] = kept
+    results.keep_settings(found, asdict(settings))
     found.about["tokens"] = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
     step_ms = found.about.setdefault("step_ms", {})
     runs = list(all_runs(settings))

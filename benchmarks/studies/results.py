@@ -102,6 +102,16 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     _shown.append({"title": title, "columns": columns, "rows": rows})
 
 
+def keep_settings(found: Results, settings: dict) -> None:
+    """More seeds may be added to a file; a run with other settings may not."""
+    settings = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
+    }  # as they are read back
+    if found.rows and {**found.about["settings"], "seeds": 0} != {**settings, "seeds": 0}:
+        raise SystemExit(f"{found.file} holds runs with other settings; choose another --out")
+    found.about["settings"] = settings
+
+
 def bar(name: str, total: int) -> AbstractContextManager[Callable[..., None]]:
     """A progress bar on standard error: yields `advance(note="")`, for each of `total` steps; `say` writes above it."""
     return reporting(name, total, True)

@@ -18,6 +18,7 @@ asks and what it needs; all have a --quick form.
 
 HELPS = {
     "attention": "models trained from scratch with exact top-k and with an indexer, against dense attention",
+    "combined": "both ideas in one model, against neither and each: do speed-ups multiply, do losses add?",
     "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",
     "hybrid": "heads approximated by small networks beside indexers and exact selection, on real text",
     "leak": "two published tests of token widths run again, then with their faults removed",
