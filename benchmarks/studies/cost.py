@@ -72,15 +72,17 @@ def execute(arguments: argparse.Namespace) -> int:
         found.about["rates"] = peak_rates(arguments.quick)
         found.about["setting"] = f"B1 H{HEADS} D{WIDTH} causal float32, K={TOP_K}, {BLOCKS} blocks of 64"
     rates = Rates(**found.about["rates"])
-    for length in lengths:
-        missing = [
-            method
-            for method, (_, longest) in COUNTS.items()
-            if length <= longest and found.row(method=method, length=length) is None
-        ]
-        for row in measure(missing, length) if missing else ():
-            found.add(row)
-            results.say(f"T={length} {row['method']}: {row['seconds'] * 1e3:.2f} ms")
+    with results.bar("lengths", len(lengths)) as advance:
+        for length in lengths:
+            missing = [
+                method
+                for method, (_, longest) in COUNTS.items()
+                if length <= longest and found.row(method=method, length=length) is None
+            ]
+            for row in measure(missing, length) if missing else ():
+                found.add(row)
+                results.say(f"T={length} {row['method']}: {row['seconds'] * 1e3:.2f} ms")
+            advance()
     if not arguments.quick and "sampling" not in found.about:
         whole = found.row(method="dense", length=CHECKED)
         if whole is not None:

@@ -274,34 +274,35 @@ def execute(arguments: argparse.Namespace, sizes: Sizes | None = None) -> int:
         "entropy_scaling": entropy(zipf(TYPES, EXPONENT)),
         "entropy_mask": entropy(zipf(VOCABULARY, SLOPE)),
     }
-    for size in STEPS:
-        for seed in range(sizes.scaling_seeds):
-            if found.row(test="scaling", corpus=size, seed=seed) is None:
-                found.add(scaling_row(size, seed))
-        found.save()
-        results.say(f"scaling test, corpus of {size}: {sizes.scaling_seeds} seeds")
-    for kind in ("plain", "bands"):
-        for seed in range(sizes.longer_seeds):
-            if found.row(test="longer", kind=kind, seed=seed) is None:
-                found.add(longer_row(kind, seed))
-                results.say(f"scaling test for longer, {kind}, seed {seed}: {found.rows[-1]['loss']:.3f}")
-    for seed in range(sizes.mask_seeds):
-        for kind in sizes.mask_kinds:
-            for causal in (False, True):
-                key = {
-                    "test": "mask",
-                    "kind": kind,
-                    "causal": causal,
-                    "seed": seed,
-                    "steps": sizes.mask_steps,
-                }
-                if found.row(**key) is None:
-                    found.add(mask_row(kind, causal, seed, sizes.mask_steps))
-                    results.say(f"{key}: {found.rows[-1]['loss']:.3f} nats")
+    runs = list(all_runs(sizes))
+    with results.bar("runs", len(runs)) as advance:
+        for key in runs:
+            if found.row(**key) is None:
+                test, *values = key.values()
+                found.add(ROW_OF[test](*values))
+            advance()
     show(found)
     draw(found)
     found.wrote()
     return 0
+
+
+def all_runs(sizes: Sizes) -> Iterator[dict]:
+    """The keys of all rows, their values in the order of the functions' parameters."""
+    for size in STEPS:
+        for seed in range(sizes.scaling_seeds):
+            yield {"test": "scaling", "corpus": size, "seed": seed}
+    for kind in ("plain", "bands"):
+        for seed in range(sizes.longer_seeds):
+            yield {"test": "longer", "kind": kind, "seed": seed}
+    for seed in range(sizes.mask_seeds):
+        for kind in sizes.mask_kinds:
+            for causal in (False, True):
+                steps = sizes.mask_steps
+                yield {"test": "mask", "kind": kind, "causal": causal, "seed": seed, "steps": steps}
+
+
+ROW_OF = {"scaling": scaling_row, "longer": longer_row, "mask": mask_row}
 
 
 def kinds_of(found: results.Results) -> list[str]:

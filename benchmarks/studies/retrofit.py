@@ -134,10 +134,12 @@ class Study:
             dense = self.row("dense", None, length, len(windows))
             if dense is None:
                 dense = self.measure("dense", None, windows)
-            for arm in self.arms:
-                for budget in self.budgets(arm, length):
+            rows = [(arm, budget) for arm in self.arms for budget in self.budgets(arm, length)]
+            with results.bar(f"T={length}", len(rows)) as advance:
+                for arm, budget in rows:
                     if self.row(arm, budget, length, len(windows)) is None:
                         self.measure(arm, budget, windows)
+                    advance()
             self.add_mass(windows)
             self.add_times(windows)
             self.print(length, len(windows))
