@@ -244,8 +244,12 @@ def draw(found: results.Results, settings: Settings) -> None:
     for i, arm in enumerate(ARMS[1:]):
         left.bar([p + 0.27 * (i - 1) for p in places], medians[arm], 0.25, color=f"C{i}", label=arm)
     products = [a * b for a, b in zip(medians[SPARSE], medians[NARROW], strict=True)]
-    left.plot(
-        [p + 0.27 for p in places], products, "_", color="black", markersize=28, label="product of the two"
+    left.hlines(
+        products,
+        [p + 0.15 for p in places],
+        [p + 0.39 for p in places],
+        color="black",
+        label="product of the two",
     )
     left.axhline(1, color="black", linewidth=1)
     left.set_xticks(places, [f"T = {length:,}" for length in settings.lengths])
@@ -257,7 +261,7 @@ def draw(found: results.Results, settings: Settings) -> None:
     ]
     means = [g.mean for g in found_gaps]
     right.bar(ARMS[1:], means, 0.6, yerr=error, capsize=5, color=["C0", "C1", "C2"])
-    right.plot([2], [means[0] + means[1]], "_", color="black", markersize=60, label="sum of the two")
+    right.hlines(means[0] + means[1], 1.75, 2.25, color="black", label="sum of the two")
     right.axhline(0, color="black", linewidth=1)
     right.set(
         ylabel="held-out loss over that of neither (nats)",
