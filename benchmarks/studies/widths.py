@@ -74,11 +74,8 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     found = results.start("widths", arguments)
     corpus = load(arguments.text, settings.vocabulary)
     shapes = arms(corpus.counts, settings)
-    about = describe(corpus, shapes, settings)
-    # More seeds may be added to a file; nothing else may differ.
-    if found.rows and {**found.about["settings"], "seeds": 0} != {**about["settings"], "seeds": 0}:
-        raise SystemExit(f"{found.file} holds runs with other settings; choose another --out")
-    found.about = about
+    results.keep_settings(found, vars(settings))
+    found.about |= describe(corpus, shapes)
     if arguments.report:
         report(found, {arm: shape for arm, shape in shapes.items() if found.row(arm=arm)}, settings)
         return 0
@@ -117,9 +114,8 @@ def arms(counts: Tensor, settings: Settings) -> dict[str, Shape]:
     return shapes
 
 
-def describe(corpus: Corpus, shapes: dict[str, Shape], settings: Settings) -> dict:
+def describe(corpus: Corpus, shapes: dict[str, Shape]) -> dict:
     return {
-        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(settings).items()},
         "text": {
             "documents": corpus.documents,
             "characters": corpus.characters,
