@@ -191,10 +191,17 @@ def _before_attention(module: torch.nn.Module, arguments: tuple, named: dict) ->
     hidden = hidden.detach().to(indexer.key.weight.dtype)
     query, weights = indexer.queries(hidden, rope)
     key = indexer.keys(hidden, rope)
-    past = named.get("past_key_values")
+    past = _cache_among((*arguments, *named.values()))
     if past is not None:
         key = _cached(past, module.layer_idx, key)
     setattr(module, _STATE, Index(query, weights, key))
+
+
+def _cache_among(given: Iterable[object]):
+    """The key/value cache of a call, by its type: the argument's name is another since transformers 5.24."""
+    from transformers.cache_utils import Cache
+
+    return next((value for value in given if isinstance(value, Cache)), None)
 
 
 def _cached(past, layer: int, key: Tensor) -> Tensor:

@@ -317,6 +317,11 @@ def _attend(
     top_k, selector, backend = options["top_k"], options["selector"], options["backend"]
     budget = {name: options[name] for name in ("window", "sinks")}
     if isinstance(scorer, Index):
+        if seen.is_causal and scorer.key.shape[2] < min(key.shape[2], query.shape[2] + seen.offset):
+            raise ValueError(
+                f"selector='indexer' has {scorer.key.shape[2]} index keys for {key.shape[2]} keys: this layer's keys "
+                "come from a cache that is no transformers.Cache"
+            )
         # A static cache holds more keys than the indexer has seen; no query sees those.
         rule = seen.of_first_keys(scorer.key.shape[2]).arguments()
         indices = indexer_select(

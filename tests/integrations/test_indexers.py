@@ -10,7 +10,7 @@ import sparse_attn
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from sparse_attn.distillation import distill_indexers  # noqa: E402
 from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
-from tests.integrations.test_transformers import LENGTH, close, ids, llama, padding  # noqa: E402
+from tests.integrations.test_transformers import LENGTH, cached, close, ids, llama, padding  # noqa: E402
 
 
 def indexed(top_k=6, share="all", seed=0, **options):
@@ -71,7 +71,7 @@ def test_decoding_equals_prefill_token_by_token(cache, side, options):
                 input_ids=tokens[:, step],
                 attention_mask=mask[:, : step.stop],
                 position_ids=positions[:, step],
-                past_key_values=past,
+                **cached(past),
             ).logits
             for step in steps
         ]
@@ -102,9 +102,9 @@ def test_a_cropped_cache_goes_on():
     model = indexed()
     past = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids(), past_key_values=past)
+        model(input_ids=ids(), **cached(past))
         past.crop(-12)
-        again = model(input_ids=ids()[:, 12:], past_key_values=past).logits
+        again = model(input_ids=ids()[:, 12:], **cached(past)).logits
         whole = model(input_ids=ids()).logits
     close(again, whole[:, 12:])
 
@@ -114,10 +114,25 @@ def test_a_cache_filled_without_the_indexers_is_refused():
     past = transformers.DynamicCache(config=model.config)
     model.config.sparse_attn_selector = "exact"
     with torch.no_grad():
-        model(input_ids=ids(), past_key_values=past)
+        model(input_ids=ids(), **cached(past))
         model.config.sparse_attn_selector = "indexer"
         with pytest.raises(ValueError, match="24 keys of layer 0 but only 0 index keys"):
-            model(input_ids=ids()[:, :1], past_key_values=past)
+            model(input_ids=ids()[:, :1], **cached(past))
+
+
+def test_a_cache_of_another_type_is_refused():
+    class Keys:  # not one of transformers' caches, so the indexer cannot follow it
+        def __init__(self):
+            self.cache = transformers.DynamicCache()
+
+        def __getattr__(self, name):
+            return getattr(self.cache, name)
+
+    model, past = indexed(), Keys()
+    with torch.no_grad():
+        model(input_ids=ids(), **cached(past))
+        with pytest.raises(ValueError, match=r"has 1 index keys for 25 keys: .* no transformers\.Cache"):
+            model(input_ids=ids()[:, :1], **cached(past))
 
 
 def test_int8_selection_is_near_exact_selection():
