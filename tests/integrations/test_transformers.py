@@ -253,8 +253,8 @@ def test_gpt2(no_shortcut):
 
 
 @pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18),
-    reason="before 5.18 transformers' DeepSeek reads the mask as a tensor",
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17),
+    reason="before 5.17 transformers' DeepSeek reads the mask as a tensor",
 )
 def test_a_selection_that_the_model_brings_itself():
     """DeepSeek's models choose the keys with an indexer of their own."""
