@@ -55,10 +55,14 @@ def in_words(machine: dict) -> str:
     """One line: the CPU, the threads, the versions, the day."""
     flags = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in machine["cpu_flags"]][:2]
     return (
-        f"{machine['cpu']} ({', '.join(flags) or machine['system']}), {machine['threads']} threads, "
+        f"{machine['cpu']} ({', '.join(flags) or machine['system']}), {_threads(machine['threads'])}, "
         f"torch {machine['torch']}, sparse_attn {machine['sparse_attn']} ({machine['wing']} wing), "
         f"{machine['date']}"
     )
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number != 1)}"
 
 
 def _field(cpuinfo: str, name: str) -> str:

@@ -17,8 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -188,18 +187,14 @@ def windows(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
-    results.add_options(parser)
-    parser.add_argument("--text", nargs="+", type=Path, help="UTF-8 texts, one document each")
-    parser.add_argument("--steps", type=int, help="training steps of the dense arm (default: 200)")
-    parser.add_argument("--seeds", type=int, help="seeds per arm (default: 3)")
+    results.add_training_options(parser, Settings())
 
 
 def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> int:
-    settings = settings or (QUICK if arguments.quick else Settings())
-    given = {name: getattr(arguments, name) for name in ("steps", "seeds") if getattr(arguments, name)}
-    settings = replace(settings, **given)
+    settings = results.asked(arguments, settings or (QUICK if arguments.quick else Settings()))
     found = results.start("attention", arguments)
-    corpus = load(arguments.text, settings.vocabulary)
+    longest = max(settings.lengths)
+    corpus = load(arguments.text, settings.vocabulary, train=longest, held_out=longest)
     results.keep_settings(found, asdict(settings))
     found.about["tokens"] = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
     step_ms = found.about.setdefault("step_ms", {})

@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 from benchmarks.memory import peak_of
 from benchmarks.studies import results
@@ -74,18 +73,14 @@ def training(arm: str, corpus: Corpus, length: int, seed: int, steps: int, setti
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
-    results.add_options(parser)
-    parser.add_argument("--text", nargs="+", type=Path, help="UTF-8 texts, one document each")
-    parser.add_argument("--steps", type=int, help="training steps of a run (default: 200)")
-    parser.add_argument("--seeds", type=int, help="seeds per arm (default: 5)")
+    results.add_training_options(parser, Settings())
 
 
 def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> int:
-    settings = settings or (QUICK if arguments.quick else Settings())
-    given = {name: getattr(arguments, name) for name in ("steps", "seeds") if getattr(arguments, name)}
-    settings = replace(settings, **given)
+    settings = results.asked(arguments, settings or (QUICK if arguments.quick else Settings()))
     found = results.start("combined", arguments)
-    corpus = load(arguments.text, settings.vocabulary)
+    longest = max(*settings.lengths, settings.length)
+    corpus = load(arguments.text, settings.vocabulary, train=longest, held_out=settings.length)
     results.keep_settings(found, asdict(settings))
     keys = [(seed, arm) for seed in range(settings.seeds) for arm in ARMS]
     with results.bar("timings and runs", len(settings.lengths) + len(keys)) as advance:

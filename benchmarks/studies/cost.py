@@ -37,6 +37,7 @@ from sparse_attn.analysis import (
     published,
     topk,
 )
+from sparse_attn.cli.console import count
 from sparse_attn.nn import HeadApproximator, KeySelector
 
 HEADS, WIDTH = 8, 64
@@ -61,7 +62,7 @@ COUNTS: dict[str, tuple[Callable[[Shape], Cost], int]] = {
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     results.add_options(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", help="sequence lengths")
+    parser.add_argument("--lengths", type=count(1), nargs="+", help="sequence lengths")
 
 
 def execute(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.studies import results
 from sparse_attn.cli import demo_text
+from sparse_attn.cli.console import count
 from sparse_attn.cli.demo_model import HEADS, LAYERS, WIDTH
 from sparse_attn.cli.demo_train import Arm, Settings, train
 from sparse_attn.distillation import (
@@ -53,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", help="a UTF-8 text (default: the State of the Union addresses of the package)"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--seeds", type=count(1), default=3, help="how many (default: 3)")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
 
 

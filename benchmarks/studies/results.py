@@ -7,11 +7,13 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine
+from sparse_attn.cli.console import UsageError, count
 from sparse_attn.distillation.progress import reporting
 
 
@@ -20,16 +22,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="a smaller form, under three minutes")
     parser.add_argument("--full", action="store_true", help="the full form, the default")
-    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="torch threads")
+    parser.add_argument(
+        "--threads", type=count(1), default=min(2, torch.get_num_threads()), help="torch threads"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON and PNG"
     )
 
 
+def add_training_options(parser: argparse.ArgumentParser, settings) -> None:
+    """The options of studies that train models on a text: `asked` takes them into their settings."""
+    add_options(parser)
+    parser.add_argument("--text", nargs="+", type=Path, help="UTF-8 texts, one document each")
+    for name, what in (("steps", "training steps of a run"), ("seeds", "seeds per arm")):
+        default = getattr(settings, name)
+        parser.add_argument(
+            f"--{name}", type=count(1), help=f"{what} (default: {default}; fewer with --quick)"
+        )
+
+
+def asked(arguments: argparse.Namespace, settings):
+    """The settings with what the options say instead."""
+    names = [name for name in ("steps", "seeds") if getattr(arguments, name) is not None]
+    return replace(settings, **{name: getattr(arguments, name) for name in names})
+
+
 def start(name: str, arguments: argparse.Namespace) -> Results:
     """Opens the results of study `name`; a quick run has a file of its own."""
     if arguments.quick and arguments.full:
-        raise SystemExit("--quick and --full exclude each other")
+        raise UsageError("--quick and --full exclude each other")
     torch.set_num_threads(arguments.threads)
     _shown.clear()
     form = "--quick" if arguments.quick else "--full"
@@ -38,7 +59,7 @@ def start(name: str, arguments: argparse.Namespace) -> Results:
     texts = getattr(arguments, "text", None)
     if texts:  # folders are left out: they are this machine's
         texts = [texts] if isinstance(texts, str) else texts
-        command += f" --text {Path(texts[0]).name}" + " …" * (len(texts) > 1)
+        command += f" --text {Path(texts[0]).name}" + f" … ({len(texts)} files)" * (len(texts) > 1)
     return Results(arguments.out / f"study_{name}{suffix}.json", command, arguments.threads)
 
 
@@ -108,7 +129,7 @@ def keep_settings(found: Results, settings: dict) -> None:
         k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
     }  # as they are read back
     if found.rows and {**found.about["settings"], "seeds": 0} != {**settings, "seeds": 0}:
-        raise SystemExit(f"{found.file} holds runs with other settings; choose another --out")
+        raise UsageError(f"{found.file} holds runs with other settings; choose another --out")
     found.about["settings"] = settings
 
 

@@ -30,6 +30,8 @@ from sparse_attn import (
     refine_blocks,
     topk_select,
 )
+from sparse_attn.cli.console import UsageError, count
+from sparse_attn.cli.demo_text import read
 from sparse_attn.integrations.indexers import attention_layers
 from sparse_attn.integrations.transformers import BLOCK
 from sparse_attn.integrations.watching import Given, watching
@@ -71,11 +73,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="other texts, that low-rank scorers are fitted on (without: those rows are left out)",
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[2048, 8192], help="windows (default: 2048 8192)"
+        "--lengths", type=count(1), nargs="+", default=[2048, 8192], help="windows (default: 2048 8192)"
     )
-    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512], help="keys per query")
     parser.add_argument(
-        "--windows", type=int, default=4, help="windows per length at most (default 4; of 8192: 1)"
+        "--budgets", type=count(1), nargs="+", default=[64, 128, 256, 512], help="keys per query"
+    )
+    parser.add_argument(
+        "--windows", type=count(1), default=4, help="windows per length at most (default 4; of 8192: 1)"
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these selections")
 
@@ -103,14 +107,12 @@ class Study:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=torch.float32, **more
         ).eval()
-        self.texts = [
-            tokenizer(f.read_text("utf-8", "replace"), return_tensors="pt").input_ids for f in arguments.text
-        ]
+        self.texts = [tokenizer(read(f), return_tensors="pt").input_ids for f in arguments.text]
         if arguments.indexers:
             sparse_transformers.load_indexers(self.model, arguments.indexers)
         if arguments.calibrate:
             windows = (
-                tokenizer(f.read_text("utf-8", "replace"), return_tensors="pt").input_ids
+                tokenizer(read(f, "--calibrate"), return_tensors="pt").input_ids
                 for f in arguments.calibrate[:CALIBRATION_WINDOWS]
             )
             batches = [t[:, :CALIBRATION_LENGTH] for t in windows]
@@ -125,7 +127,7 @@ class Study:
         limit = self.arguments.windows if length < 8192 else 1
         found = [t[:, : length + 1] for t in self.texts if t.shape[1] > length][:limit]
         if not found:
-            raise SystemExit(f"no --text has more than {length} tokens")
+            raise UsageError(f"no --text has more than {length} tokens, which --lengths asks for")
         return found
 
     def run(self) -> None:
@@ -341,9 +343,3 @@ def dense_lse(query: Tensor, key: Tensor, scale: float) -> Tensor:
         seen = torch.ones(last - first, offset + last, dtype=torch.bool).tril(offset + first)
         parts.append(scores.masked_fill_(~seen, -torch.inf).logsumexp(-1))
     return torch.cat(parts, 2)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    configure(parser)
-    raise SystemExit(execute(parser.parse_args()))

@@ -16,7 +16,6 @@ import argparse
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -58,21 +57,16 @@ QUICK = Settings(vocabulary=2048, context=64, steps=120, rates=(1e-2,), seeds=1,
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
-    results.add_options(parser)
-    parser.add_argument("--text", nargs="+", type=Path, help="UTF-8 texts, one document each")
-    parser.add_argument("--steps", type=int, help="training steps of a run (default: 400)")
-    parser.add_argument("--seeds", type=int, help="seeds per arm (default: 5)")
+    results.add_training_options(parser, Settings())
     parser.add_argument(
         "--report", action="store_true", help="train nothing: tables and picture of the runs that are there"
     )
 
 
 def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> int:
-    settings = settings or (QUICK if arguments.quick else Settings())
-    given = {name: getattr(arguments, name) for name in ("steps", "seeds") if getattr(arguments, name)}
-    settings = Settings(**{**vars(settings), **given})
+    settings = results.asked(arguments, settings or (QUICK if arguments.quick else Settings()))
     found = results.start("widths", arguments)
-    corpus = load(arguments.text, settings.vocabulary)
+    corpus = load(arguments.text, settings.vocabulary, train=settings.context, held_out=settings.context)
     shapes = arms(corpus.counts, settings)
     results.keep_settings(found, vars(settings))
     found.about |= describe(corpus, shapes)

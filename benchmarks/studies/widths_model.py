@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn import variable_width_cross_entropy, variable_width_embedding
+from sparse_attn.cli import demo_text
+from sparse_attn.cli.console import UsageError
 from sparse_attn.cli.demo_model import WIDTH, Block
 from sparse_attn.planner import WidthPlan, plan_widths
 
@@ -29,31 +31,36 @@ class Corpus:
     characters: int
 
 
-def load(files: Sequence[Path] | None, vocabulary: int) -> Corpus:
+def load(files: Sequence[Path] | None, vocabulary: int, *, train: int, held_out: int) -> Corpus:
     """Byte-pair tokens of the files, or of the package's State of the Union addresses; the merges are learned from the
-    training part alone."""
+    training part alone. `train` and `held_out` are the longest windows of either part."""
     from tokenizers import ByteLevelBPETokenizer
 
     if files:
-        texts = [f.read_text("utf-8", "replace") for f in sorted(files, key=lambda f: f.name)]
+        texts = [demo_text.read(f) for f in sorted(files, key=lambda f: f.name)]
     else:
         texts = [(resources.files("sparse_attn") / "data" / "state_of_the_union.txt").read_text("utf-8")]
     if len(texts) >= HELD_OUT:
-        held_out = texts[HELD_OUT - 1 :: HELD_OUT]
-        train = [t for i, t in enumerate(texts) if i % HELD_OUT != HELD_OUT - 1]
+        tested = texts[HELD_OUT - 1 :: HELD_OUT]
+        trained = [t for i, t in enumerate(texts) if i % HELD_OUT != HELD_OUT - 1]
     else:
         joined = "\n".join(texts)
         cut = len(joined) - len(joined) // HELD_OUT
-        train, held_out = [joined[:cut]], [joined[cut:]]
+        trained, tested = [joined[:cut]], [joined[cut:]]
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(train, vocab_size=vocabulary, min_frequency=2, show_progress=False)
+    tokenizer.train_from_iterator(trained, vocab_size=vocabulary, min_frequency=2, show_progress=False)
 
     def encode(parts: list[str]) -> Tensor:
         return torch.tensor([i for part in parts for i in tokenizer.encode(part).ids])
 
-    ids = encode(train)
-    counts = torch.bincount(ids, minlength=tokenizer.get_vocab_size())
-    return Corpus(ids, encode(held_out), counts, len(texts), sum(map(len, texts)))
+    corpus = encode(trained), encode(tested)
+    for what, tokens, window in zip(("train on", "hold out"), corpus, (train, held_out), strict=True):
+        if len(tokens) <= window + 1:
+            raise UsageError(
+                f"--text has {len(tokens)} tokens to {what}; a window of this study takes {window + 1}"
+            )
+    counts = torch.bincount(corpus[0], minlength=tokenizer.get_vocab_size())
+    return Corpus(*corpus, counts, len(texts), sum(map(len, texts)))
 
 
 @dataclass(frozen=True)

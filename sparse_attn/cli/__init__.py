@@ -76,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return arguments.run(arguments)
+    except SystemExit as leaving:  # argparse again, for the options of a study
+        if isinstance(leaving.code, int):
+            return leaving.code
+        raise
     except UsageError as error:
         print(f"sparse-attn {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -11,6 +12,21 @@ import torch
 
 class UsageError(Exception):
     """A bad option or a missing package; the program prints it as one sentence and exits with 2."""
+
+
+def count(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return parse
 
 
 def require(name: str) -> ModuleType:

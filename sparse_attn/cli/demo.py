@@ -6,14 +6,13 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from sparse_attn import backends
 from sparse_attn.cli import demo_text, demo_timing
-from sparse_attn.cli.console import UsageError, available_devices, device_of, require
+from sparse_attn.cli.console import UsageError, available_devices, count, device_of, require
 from sparse_attn.cli.demo_keys import chosen_keys
 from sparse_attn.cli.demo_plots import draw
 from sparse_attn.cli.demo_report import Report, as_json, print_report, print_start
@@ -50,32 +49,19 @@ The same seed gives the same losses again on the CPU.
 SAMPLE_LENGTH, PROMPT_LENGTH = 320, 60
 
 
-def _count(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
-        return number
-
-    return parse
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add = parser.add_argument
     number = functools.partial(add, metavar="N")
-    number("--steps", type=_count(1), default=300, help="training steps of each arm (default %(default)s)")
-    number("--top-k", type=_count(1), default=16, help="keys per query (default %(default)s)")
-    number("--window", type=_count(0), help="how many of them are always the latest (default: a quarter)")
-    number("--context", type=_count(2), default=256, help="characters in a window (default %(default)s)")
-    number("--batch", type=_count(1), default=8, help="windows in a training step (default %(default)s)")
-    number("--seed", type=_count(0), default=0, help="of weights, data order and sample (default 0)")
+    number("--steps", type=count(1), default=300, help="training steps of each arm (default %(default)s)")
+    number("--top-k", type=count(1), default=16, help="keys per query (default %(default)s)")
+    number("--window", type=count(0), help="how many of them are always the latest (default: a quarter)")
+    number("--context", type=count(2), default=256, help="characters in a window (default %(default)s)")
+    number("--batch", type=count(1), default=8, help="windows in a training step (default %(default)s)")
+    number("--seed", type=count(0), default=0, help="of weights, data order and sample (default 0)")
     number(
         "--lengths",
-        type=_count(1),
+        type=count(1),
         nargs="*",
         default=[1024, 2048, 4096, 8192],
         help="sequence lengths to time (default 1024 2048 4096 8192)",

@@ -54,7 +54,7 @@ def load(path: str | None, context: int) -> Corpus:
         name = "State of the Union, 1790–1990"
         text = (resources.files("sparse_attn") / "data" / "state_of_the_union.txt").read_text("utf-8")
     else:
-        name, text = Path(path).name, _read(path)
+        name, text = Path(path).name, read(path)
     needed = int((context + 1) / HELD_OUT) + 1
     if len(text) < needed:
         subject = "the text" if path is None else f"--text {path}"
@@ -76,10 +76,11 @@ def opening(corpus: Corpus, longest: int) -> str:
     return line[:longest].rpartition(" ")[0] or text[:longest]
 
 
-def _read(path: str) -> str:
+def read(path: str | Path, option: str = "--text") -> str:
+    """The UTF-8 text that an option of the command line names."""
     try:
         return Path(path).read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {path} is not UTF-8 text (byte {error.start} is not)") from None
+        raise UsageError(f"{option} {path} is not UTF-8 text (byte {error.start} is not)") from None
     except OSError as error:
-        raise UsageError(f"--text {path} cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{option} {path} cannot be read: {error.strerror or error}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy
 
-from sparse_attn.cli.console import UsageError, require
+from sparse_attn.cli.console import UsageError, count, require
 from sparse_attn.planner import WidthPlan, count_tokens, plan_widths
 from sparse_attn.planner.plan_widths import RULES
 
@@ -49,12 +49,6 @@ def number_of_parameters(text: str) -> int:
     return number
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add = parser.add_argument
@@ -62,8 +56,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--counts", metavar="FILE", help="how often each token occurs: .npy, .txt or .json")
     source.add_argument("--tokens", metavar="FILE", help="a raw file of token ids, which are counted")
     add("--dtype", choices=("uint16", "uint32"), default="uint16", help="of --tokens (default uint16)")
-    add("--vocab-size", type=_count, metavar="V", help="rows of the table (default: the largest id + 1)")
-    add("--dim", type=_count, required=True, metavar="D", help="the model's width")
+    add("--vocab-size", type=count(1), metavar="V", help="rows of the table (default: the largest id + 1)")
+    add("--dim", type=count(1), required=True, metavar="D", help="the model's width")
     limit = parser.add_mutually_exclusive_group(required=True)
     limit.add_argument(
         "--budget", type=number_of_parameters, metavar="N", help="the most parameters: 10M, 1.5K, 250000"
@@ -71,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     limit.add_argument(
         "--ratio", type=float, metavar="R", help="the same as a share of the full table, 0 to 1"
     )
-    add("--bands", type=_count, default=4, metavar="N", help="the most bands (default %(default)s)")
+    add("--bands", type=count(1), default=4, metavar="N", help="the most bands (default %(default)s)")
     add(
         "--rule",
         choices=RULES,
@@ -79,7 +73,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="where bands end and how wide they are (default lagrange)",
     )
     add(
-        "--multiple-of", type=_count, default=8, metavar="M", help="of which widths are multiples (default 8)"
+        "--multiple-of",
+        type=count(1),
+        default=8,
+        metavar="M",
+        help="of which widths are multiples (default 8)",
     )
     add("--out", metavar="FILE", help="write the plan as JSON")
     add("--plot", metavar="FILE", help="draw width and counts over the tokens' ranks (.png)")

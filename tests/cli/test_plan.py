@@ -134,7 +134,7 @@ def test_not_numbers_of_parameters(text):
         (["--dim", "64"], "--budget --ratio is required"),
         (["--dim", "64", "--budget", "10X"], "such as 10M or 1.5K, got '10X'"),
         (["--dim", "64", "--budget", "1M", "--ratio", "1"], "not allowed with"),
-        (["--dim", "0", "--budget", "1M"], "at least 1, got '0'"),
+        (["--dim", "0", "--budget", "1M"], "--dim: must be at least 1, got 0"),
         (["--dim", "64", "--budget", "1K"], "at least 24,512 parameters"),
         (["--dim", "64", "--ratio", "4"], "give ratio=1/4"),
         (["--dim", "64", "--ratio", "1", "--rule", "best"], "invalid choice: 'best'"),

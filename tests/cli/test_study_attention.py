@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import pytest
 import torch
 
 from benchmarks.studies import attention
 from sparse_attn.nn import TopKAttention
+from tests.helpers.studies import in_miniature, refuses_other_settings, words
 
 for package in ("matplotlib", "rich", "scipy", "tokenizers"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -28,27 +26,14 @@ TINY = attention.Settings(
 
 @pytest.mark.torch_defaults
 def test_in_miniature(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    attention.configure(parser)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"word{(j * j) % 97}" for j in range(3000)))
-    command = ["--quick", "--threads", "1", "--out", str(tmp_path / "out"), "--text", str(text)]
-    arguments = parser.parse_args(command)
-    assert attention.execute(arguments, TINY) == 0
+    result, arguments = in_miniature(attention, TINY, tmp_path, "--text", *words(tmp_path))
     printed = capsys.readouterr().out
     for arm in ("top-k 4", "top-k 8", "indexer 8"):
         assert arm in printed
-    file = tmp_path / "out" / "study_attention_quick.json"
-    result = json.loads(file.read_text())
     # Two rates of the dense arm; two seeds of equal steps, and for all but dense equal time.
     assert len(result["rows"]) == 2 + 2 * (4 + 3)
     assert {r["steps"] for r in result["rows"] if r["rule"] == "equal steps"} == {6}
-    assert file.with_suffix(".png").stat().st_size > 10_000
-    assert attention.execute(arguments, TINY) == 0  # all rows are there: nothing is trained again
-    assert json.loads(file.read_text())["rows"] == result["rows"]
-    arguments.steps = 7
-    with pytest.raises(SystemExit, match="other settings"):
-        attention.execute(arguments, TINY)
+    refuses_other_settings(attention, TINY, arguments)
 
 
 def test_indexed_attention():

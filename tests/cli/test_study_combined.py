@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import pytest
 
 from benchmarks.studies import combined, results
+from tests.helpers.studies import in_miniature, refuses_other_settings, words
 
 for package in ("matplotlib", "rich", "scipy", "tokenizers"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -19,18 +17,10 @@ TINY = combined.Settings(
 
 @pytest.mark.torch_defaults
 def test_in_miniature(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    combined.configure(parser)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"word{(j * j) % 97}" for j in range(3000)))
-    command = ["--quick", "--threads", "1", "--out", str(tmp_path / "out"), "--text", str(text)]
-    arguments = parser.parse_args(command)
-    assert combined.execute(arguments, TINY) == 0
+    result, arguments = in_miniature(combined, TINY, tmp_path, "--text", *words(tmp_path))
     printed = capsys.readouterr().out
     for arm in combined.ARMS:
         assert arm in printed
-    file = tmp_path / "out" / "study_combined_quick.json"
-    result = json.loads(file.read_text())
     steps = [r for r in result["rows"] if r["test"] == "step"]
     assert len(steps) == 2 * 4
     assert len(result["rows"]) == len(steps) + 2 * 4
@@ -39,13 +29,8 @@ def test_in_miniature(tmp_path, capsys):
     assert table["both"] == table["planned widths"]
     losses = {(r["arm"], r["seed"]): r["loss"] for r in result["rows"] if r["test"] == "loss"}
     assert len(set(losses.values())) == 8  # every arm is another model
-    assert result["machine"]["command"].endswith("--text text.txt")
-    assert file.with_suffix(".png").stat().st_size > 10_000
-    assert combined.execute(arguments, TINY) == 0  # all rows are there: nothing is trained again
-    assert json.loads(file.read_text())["rows"] == result["rows"]
-    arguments.steps = 7
-    with pytest.raises(SystemExit, match="other settings"):
-        combined.execute(arguments, TINY)
+    assert result["machine"]["command"].endswith("--text 0.txt")
+    refuses_other_settings(combined, TINY, arguments)
 
 
 def test_arithmetic(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from benchmarks.studies import leak
 from benchmarks.studies.statistics import interval
+from tests.helpers.studies import in_miniature
 
 for package in ("matplotlib", "rich", "scipy"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -19,19 +18,11 @@ for package in ("matplotlib", "rich", "scipy"):
 def test_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(leak, "LONGER", 3)
     monkeypatch.setattr(leak, "TESTED", 50)
-    parser = argparse.ArgumentParser()
-    leak.configure(parser)
-    arguments = parser.parse_args(["--quick", "--threads", "1", "--out", str(tmp_path)])
     sizes = leak.Sizes(scaling_seeds=2, longer_seeds=2, mask_seeds=1, mask_steps=2)
-    assert leak.execute(arguments, sizes) == 0
+    result, _ = in_miniature(leak, sizes, tmp_path)
     assert "causal mask, bands" in capsys.readouterr().out
-    file = tmp_path / "study_leak_quick.json"
-    result = json.loads(file.read_text())
     assert len(result["rows"]) == 4 * 2 + 2 * 2 + 4
     assert result["about"]["entropy_mask"] == pytest.approx(4.2275, abs=1e-4)
-    assert file.with_suffix(".png").stat().st_size > 10_000
-    assert leak.execute(arguments, sizes) == 0  # all rows are there: nothing is trained again
-    assert json.loads(file.read_text())["rows"] == result["rows"]
 
 
 def test_bands_have_their_widths_and_all_tokens():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 
 from benchmarks.studies import widths
 from benchmarks.studies import widths_model as models
+from sparse_attn.cli import main
+from tests.helpers.studies import in_miniature, refuses_other_settings, words
 
 for package in ("matplotlib", "rich", "scipy", "tokenizers"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -21,31 +22,36 @@ TINY = widths.Settings(
 
 
 def test_in_miniature(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    widths.configure(parser)
-    texts = []
-    for i in range(10):
-        texts.append(tmp_path / f"{i}.txt")
-        texts[-1].write_text(" ".join(f"word{(i * 7 + j * j) % 50}" for j in range(300)))
-    command = ["--quick", "--threads", "1", "--out", str(tmp_path / "out"), "--text", *map(str, texts)]
-    arguments = parser.parse_args(command)
-    assert widths.execute(arguments, TINY) == 0
+    result, arguments = in_miniature(widths, TINY, tmp_path, "--text", *words(tmp_path, documents=10))
     assert "planned 1/2 − uniform 1/2" in capsys.readouterr().out
     file = tmp_path / "out" / "study_widths_quick.json"
-    result = json.loads(file.read_text())
     assert len(result["rows"]) == 4 * 2 + 4  # four arms at two rates, then the second seed at the better one
     assert result["about"]["text"]["documents"] == 10
-    assert file.with_suffix(".png").stat().st_size > 10_000
-    assert widths.execute(arguments, TINY) == 0  # all rows are there: nothing is trained again
-    assert json.loads(file.read_text())["rows"] == result["rows"]
     result["rows"] = [r for r in result["rows"] if r["seed"] == 0 and r["arm"] != "three bands"]
     file.write_text(json.dumps(result))
     arguments.report = True  # of what is there, and nothing is trained
     assert widths.execute(arguments, TINY) == 0
     assert json.loads(file.read_text())["rows"] == result["rows"]
-    arguments.steps = 5
-    with pytest.raises(SystemExit, match="other settings"):
-        widths.execute(arguments, TINY)
+    refuses_other_settings(widths, TINY, arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--seeds", "few"], "--seeds: must be a whole number, got 'few'"),
+        (["--threads", "-1"], "--threads: must be at least 1, got -1"),
+        (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read: No such file or directory"),
+        (["--text", "short.txt"], "--text has 1 tokens to train on; a window of this study takes 65"),
+        (["--full"], "--quick and --full exclude each other"),
+    ],
+)
+def test_bad_options(tmp_path, monkeypatch, capsys, options, message):
+    (tmp_path / "short.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparse_attn.cli.study.checkout", lambda: tmp_path)
+    assert main(["study", "widths", "--quick", "--out", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_arms_of_one_size():
