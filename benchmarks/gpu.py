@@ -106,7 +106,7 @@ def describe(dry: bool) -> dict:
     import torch
 
     import sparse_attn
-    from sparse_attn import compiled
+    from sparse_attn.wings import extension
 
     facts = {"device": "dry run" if dry else torch.cuda.get_device_name()}
     if not dry:
@@ -123,7 +123,7 @@ def describe(dry: bool) -> dict:
     return {
         **facts,
         "sparse_attn": sparse_attn.__version__,
-        "extension": compiled.extension.build_info() if compiled.extension else compiled.load_error,
+        "extension": extension.module.build_info() if extension.module else extension.load_error,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_attn.backends import reasons
+from sparse_attn.wings.base import reasons
 
 FLUSH_BYTES = 256 << 20  # more than any second-level cache
 

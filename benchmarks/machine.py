@@ -12,7 +12,7 @@ import torch
 
 import sparse_attn
 from benchmarks import inputs
-from sparse_attn import compiled
+from sparse_attn.wings import extension
 
 # The instruction sets that decide which kernel runs.
 FLAGS = (
@@ -39,7 +39,7 @@ def describe(threads: int, command: str) -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "sparse_attn": sparse_attn.__version__,
         "wing": wing(),
-        "extension": compiled.extension.build_info() if compiled.extension else None,
+        "extension": extension.module.build_info() if extension.module else None,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
     }

@@ -1,7 +1,6 @@
 """Top-k gathered sparse attention for PyTorch: `sparse_attn.topk_attention(q, k, v, top_k=…)`."""
 
 from sparse_attn import nn
-from sparse_attn.backends import use_backend
 from sparse_attn.ops import (
     block_attention,
     block_select,
@@ -18,6 +17,7 @@ from sparse_attn.ops import (
 )
 from sparse_attn.ops.topk_attention import explain
 from sparse_attn.planner import WidthPlan, plan_widths
+from sparse_attn.wings.base import use_backend
 
 __version__ = "0.1.0"
 __all__ = [

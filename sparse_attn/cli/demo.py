@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from sparse_attn import backends
 from sparse_attn.cli import demo_text, demo_timing
 from sparse_attn.cli.console import UsageError, available_devices, count, device_of, require
 from sparse_attn.cli.demo_keys import chosen_keys
 from sparse_attn.cli.demo_plots import draw
 from sparse_attn.cli.demo_report import Report, as_json, print_report, print_start
 from sparse_attn.cli.demo_train import Settings, arms_of, train
+from sparse_attn.wings import base
 
 HELP = "train a small GPT on real text, dense and top-k side by side, and time attention at long lengths"
 
@@ -191,7 +191,7 @@ def _progress(console, hidden: bool):
 def _preferred_device() -> str:
     """An accelerator on which top-k attention is more than the plain PyTorch reference, else the CPU."""
     for name in available_devices()[1:]:
-        reasons = backends.reasons("topk_attention", name, torch.float32)
+        reasons = base.reasons("topk_attention", name, torch.float32)
         if any(reason is None for wing, reason in reasons.items() if wing != "reference"):
             return name
     return "cpu"

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import sparse_attn
-from sparse_attn import backends, compiled
 from sparse_attn.cli.console import available_devices, table
 from sparse_attn.cli.selfcheck import self_check
+from sparse_attn.wings import base, extension
 
 HELP = "what runs on this machine, what does not and why, with a self-check of each backend"
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def examine() -> dict:
     """Everything that the doctor reports, as plain data."""
-    wings = [_wing(wing, device) for device in available_devices() for wing in backends.wings()]
+    wings = [_wing(wing, device) for device in available_devices() for wing in base.wings()]
     return {
         "versions": _versions(),
         "extension": _extension(),
@@ -107,9 +107,9 @@ def _cuda_driver() -> str | None:
 
 
 def _extension() -> dict:
-    if compiled.extension is None:
-        return {"loaded": False, "why_not": compiled.load_error}
-    return {"loaded": True, **compiled.extension.build_info()}
+    if extension.module is None:
+        return {"loaded": False, "why_not": extension.load_error}
+    return {"loaded": True, **extension.module.build_info()}
 
 
 def _cpu() -> dict:
@@ -123,7 +123,7 @@ def _cpu() -> dict:
                 model = value.strip()
     except OSError:
         pass  # not Linux: only what `platform` knows
-    isa = getattr(compiled.extension, "cpu_isa", None)
+    isa = getattr(extension.module, "cpu_isa", None)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": model,
@@ -143,7 +143,7 @@ def _device(name: str) -> dict:
     return {"type": name, "names": []}
 
 
-def _wing(wing: backends.Wing, device: str) -> dict:
+def _wing(wing: base.Wing, device: str) -> dict:
     reason = wing.why_not("topk_attention", device, torch.float32)
     check = self_check(wing.name, device) if reason is None else None
     return {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn import TopKAttention
-from sparse_attn.reference.chunks import query_chunks
+from sparse_attn.wings.reference.chunks import query_chunks
 
 
 @dataclass(frozen=True)

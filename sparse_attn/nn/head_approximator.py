@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.per_head import PerHeadLinear
-from sparse_attn.reference.chunks import query_chunks
+from sparse_attn.wings.reference.chunks import query_chunks
 
 
 class HeadApproximator(torch.nn.Module):

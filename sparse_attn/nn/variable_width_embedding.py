@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.checks_embedding import padding_of
+from sparse_attn.checks.embedding import padding_of
 from sparse_attn.ops import variable_width_embedding
 from sparse_attn.planner import WidthPlan
 from sparse_attn.planner.low_rank import FactorizationReport, factorize

@@ -1,8 +1,7 @@
 """The ops: public function, schema, fake and gradient, one file each."""
 
-# The wings register themselves on import; the first is the most preferred. They must stand before the ops,
-# which define one overload per wing.
-from sparse_attn import compiled, cuda_wing, triton_wing, reference  # noqa: F401  isort: skip
+# The wings must stand before the ops, which define one overload per wing.
+from sparse_attn import wings  # noqa: F401  isort: skip
 
 from sparse_attn.ops import fill_indices  # noqa: F401
 from sparse_attn.ops.block_attention import block_attention

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.backends import choose, overload
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.gathered_attention import fake as fake_attention
 from sparse_attn.ops.registry import define, differentiate
+from sparse_attn.wings.base import choose, overload
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor? key_lengths, SymInt block_size, "

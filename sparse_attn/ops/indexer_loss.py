@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.reference.chunks import query_chunks
-from sparse_attn.reference.indexer_select import indexer_scores
-from sparse_attn.reference.topk_select import Visibility, products
+from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.indexer_select import indexer_scores
+from sparse_attn.wings.reference.topk_select import Visibility, products
 
 _INTERMEDIATES = 8  # of a block's size [B, heads, t, keys] that live at once
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.backends import choose, overload
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.registry import define
+from sparse_attn.wings.base import choose, overload
 
 
 def fake(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.backends import choose, overload
 from sparse_attn.ops.arguments import autocast, selection, sizes_of
 from sparse_attn.ops.registry import define
 from sparse_attn.ops.topk_select import SELECTION_SCHEMA, fake
+from sparse_attn.wings.base import choose, overload
 
 define("quantized_select", f"(Tensor query, Tensor key, {SELECTION_SCHEMA}) -> Tensor", fake)
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_attn import checks
-from sparse_attn.backends import choose, overload
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.block_select import ascending
 from sparse_attn.ops.registry import define
+from sparse_attn.wings.base import choose, overload
 
 
 def fake(query, key, blocks, key_lengths, top_k, *options) -> Tensor:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from sparse_attn import backends
+from sparse_attn.wings import base
 
-library = torch.library.Library(backends.NAMESPACE, "DEF")
+library = torch.library.Library(base.NAMESPACE, "DEF")
 
 _AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
 _WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -22,13 +22,13 @@ for _key in _AUTOCAST_KEYS[1:]:
 
 def define(op: str, schema: str, fake: Callable) -> None:
     """Defines `op.<wing>` for every wing that has the op. `schema` is `(arguments) -> results`."""
-    for wing in backends.wings():
+    for wing in base.wings():
         if op not in wing.implementations:
             continue
         library.define(f"{op}.{wing.name}{schema}")
         if wing.implementations[op] is not None:
             library.impl(f"{op}.{wing.name}", wing.implementations[op], wing.dispatch_key)
-        torch.library.register_fake(f"{backends.NAMESPACE}::{op}.{wing.name}", fake, lib=library)
+        torch.library.register_fake(f"{base.NAMESPACE}::{op}.{wing.name}", fake, lib=library)
         for key in _AUTOCAST_KEYS:
             library.impl(f"{op}.{wing.name}", _without_autocast(op, wing.name), key)
 
@@ -38,17 +38,17 @@ def _without_autocast(op: str, wing: str) -> Callable:
 
     def kernel(*arguments):
         with torch._C._ExcludeDispatchKeyGuard(_WITHOUT_AUTOCAST):
-            return backends.overload(op, wing)(*arguments)
+            return base.overload(op, wing)(*arguments)
 
     return kernel
 
 
 def differentiate(op: str, setup_context: Callable, backward_of: Callable[[str], Callable]) -> None:
     """Registers the gradient of every wing's `op`; `backward_of(wing name)` makes the formula that calls that wing."""
-    for wing in backends.wings():
+    for wing in base.wings():
         if op in wing.implementations:
             torch.library.register_autograd(
-                f"{backends.NAMESPACE}::{op}.{wing.name}",
+                f"{base.NAMESPACE}::{op}.{wing.name}",
                 backward_of(wing.name),
                 setup_context=setup_context,
                 lib=library,

@@ -10,8 +10,8 @@ from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.topk_attention import topk_attention
-from sparse_attn.reference.chunks import query_chunks
-from sparse_attn.reference.topk_select import products
+from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.topk_select import products
 
 
 @torch.no_grad()

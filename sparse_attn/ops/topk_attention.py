@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.backends import choose, overload, reasons
 from sparse_attn.ops.arguments import autocast, selection, sizes_of
 from sparse_attn.ops.gathered_attention import attention_gradients
 from sparse_attn.ops.gathered_attention import fake as fake_attention
 from sparse_attn.ops.registry import define, differentiate
 from sparse_attn.ops.topk_select import SELECTION_SCHEMA
 from sparse_attn.ops.topk_select import fake as fake_selection
+from sparse_attn.wings.base import choose, overload, reasons
 
 
 def fake(query, key, value, *selection_arguments) -> tuple[Tensor, Tensor, Tensor]:

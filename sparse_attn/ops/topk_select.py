@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.backends import choose, overload
 from sparse_attn.ops.arguments import autocast, selection, sizes_of
 from sparse_attn.ops.registry import define
+from sparse_attn.wings.base import choose, overload
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
 SELECTION_SCHEMA = (

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_attn import checks_cross_entropy as checks
-from sparse_attn.backends import choose, overload
+from sparse_attn.checks import cross_entropy as checks
 from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.registry import define, differentiate
+from sparse_attn.wings.base import choose, overload
 
 
 def fake(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.backends import choose, overload
-from sparse_attn.checks_embedding import embedding_arguments
+from sparse_attn.checks.embedding import embedding_arguments
 from sparse_attn.ops.registry import define, differentiate
+from sparse_attn.wings.base import choose, overload
 
 
 def fake(ids, tables, projections, token_band, token_row, padding_idx, sparse) -> Tensor:

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from sparse_attn import backends, cli
+from sparse_attn import cli
 from sparse_attn.cli import doctor, selfcheck
+from sparse_attn.wings import base
 
 
 def json_of(capsys, expected_code=0) -> dict:
@@ -21,7 +22,7 @@ def test_json_has_everything(capsys):
     assert report["cpu"]["torch_threads"] == torch.get_num_threads()
     assert report["devices"][0]["type"] == "cpu"
     found = {(wing["wing"], wing["device"]) for wing in report["wings"]}
-    assert {(wing.name, "cpu") for wing in backends.wings()} <= found
+    assert {(wing.name, "cpu") for wing in base.wings()} <= found
     for wing in report["wings"]:
         assert wing["available"] == (wing["why_not"] is None) == (wing["check"] is not None)
 
@@ -38,13 +39,13 @@ def test_text_names_wings_and_versions(capsys):
     text = capsys.readouterr().out
     assert torch.__version__ in text
     assert "passed" in text
-    for wing in backends.wings():
+    for wing in base.wings():
         assert wing.name in text
 
 
 def test_absent_wing_is_listed_with_its_reason(monkeypatch, capsys):
-    absent = backends.Wing("absent", "CPU", {"topk_attention": None}, lambda *call: "it is not built")
-    monkeypatch.setattr(backends, "wings", lambda: (absent,))
+    absent = base.Wing("absent", "CPU", {"topk_attention": None}, lambda *call: "it is not built")
+    monkeypatch.setattr(base, "wings", lambda: (absent,))
     assert cli.main(["doctor"]) == 0
     assert "no: it is not built" in capsys.readouterr().out
 

@@ -80,7 +80,7 @@ def test_exact_selection_holds_most(teacher):
 def test_selection_does_not_depend_on_blocks(teacher, monkeypatch):
     choosers = {"exact": baselines.exact, "recent": baselines.recent}
     whole = selection_quality(teacher, choosers, batches(2), budgets=[3])
-    monkeypatch.setattr("sparse_attn.reference.chunks._ELEMENTS", 7 * 2 * 4 * LENGTH)
+    monkeypatch.setattr("sparse_attn.wings.reference.chunks._ELEMENTS", 7 * 2 * 4 * LENGTH)
     parts = selection_quality(teacher, choosers, batches(2), budgets=[3])
     for name in choosers:
         assert parts[name]["top1"] == whole[name]["top1"]

@@ -83,7 +83,7 @@ def test_train_approximator():
 def test_losses_of_blocks_are_those_of_the_whole(monkeypatch):
     teacher = Teacher()
     whole = train_selector(teacher, student_of(teacher), batches(3))
-    monkeypatch.setattr("sparse_attn.reference.chunks._ELEMENTS", 7 * 2 * 4 * LENGTH)
+    monkeypatch.setattr("sparse_attn.wings.reference.chunks._ELEMENTS", 7 * 2 * 4 * LENGTH)
     parts = train_selector(teacher, student_of(teacher), batches(3))
     for name in NAMES:
         assert parts[name] == pytest.approx(whole[name], rel=1e-4)

@@ -46,7 +46,7 @@ def test_scores_of_a_block_are_those_of_the_whole():
 
 def test_blocks_cover_the_queries(monkeypatch):
     heads = observe(Teacher(), batches(1)[0]).layers[NAMES[0]]
-    monkeypatch.setattr("sparse_attn.reference.chunks._ELEMENTS", 7 * BATCH * 4 * LENGTH)
+    monkeypatch.setattr("sparse_attn.wings.reference.chunks._ELEMENTS", 7 * BATCH * 4 * LENGTH)
     blocks = list(heads.blocks())
     assert [(rows.start, rows.stop) for rows in blocks] == [(0, 7), (7, 14), (14, 21), (21, 24)]
 

@@ -10,7 +10,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import sparse_attn
-from sparse_attn import backends, triton_wing
+from sparse_attn.wings import base
+from sparse_attn.wings import triton as triton_wing
 
 OPS = ("topk_select", "gathered_attention", "topk_attention")
 NEEDS = {"topk_attention_with_residual": "topk_attention"}  # functions that are no ops themselves
@@ -36,11 +37,11 @@ class WingUnderTest:
 
     def refuses(self, op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> str | None:
         """None where the wing takes such a call of the op, else why not."""
-        return backends.reasons(op, self.device, dtype, **sizes)[self.name]
+        return base.reasons(op, self.device, dtype, **sizes)[self.name]
 
     def _run(self, op: str, *args, **kwargs):
         needs = NEEDS.get(op, op)
-        if all(needs not in w.implementations for w in backends.wings() if w.name == self.name):
+        if all(needs not in w.implementations for w in base.wings() if w.name == self.name):
             pytest.skip(f"the {self.name} wing has no {op}")
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), (args, kwargs))
         results = getattr(sparse_attn, op)(*args, backend=self.name, **kwargs)
@@ -94,7 +95,7 @@ def wings_under_test() -> list[WingUnderTest]:
     In a session with TRITON_INTERPRET=1 the Triton wing alone: the others have been tested without.
     """
     found = []
-    for wing in backends.wings():
+    for wing in base.wings():
         if triton_wing.interpreted and wing.name != "triton":
             continue
         entries, reasons = [], []

@@ -72,7 +72,7 @@ def test_the_order_of_the_indices_does_not_matter():
 def test_blocks_of_queries_change_nothing(monkeypatch):
     approximator, value, indices = make(), values(), chosen()
     whole = approximator(value, indices)
-    monkeypatch.setattr("sparse_attn.reference.chunks._ELEMENTS", 5 * B * H * K * D)
+    monkeypatch.setattr("sparse_attn.wings.reference.chunks._ELEMENTS", 5 * B * H * K * D)
     torch.testing.assert_close(approximator(value, indices), whole)
 
 

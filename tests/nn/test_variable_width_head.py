@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_attn import compiled
 from sparse_attn.nn import VariableWidthEmbedding, VariableWidthHead
 from sparse_attn.planner import WidthPlan
+from sparse_attn.wings import extension
 
 D, V = 24, 90
-NATIVE = pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+NATIVE = pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 WINGS = pytest.mark.parametrize("name", [pytest.param("cpu", marks=NATIVE), "reference"])
 
 

@@ -11,7 +11,7 @@ from helpers import oracle
 from helpers.inputs import index_rows, mask, normal
 
 import sparse_attn
-import sparse_attn.reference.chunks
+import sparse_attn.wings.reference.chunks
 from ops.test_memory import MIB, peak_beyond
 
 SIZES = [  # B, G, Hi, Hq, Hkv, Tq, Tk
@@ -65,7 +65,7 @@ def options_of(kind, sizes):
 def test_value_and_gradients(monkeypatch, sizes, kind, block):
     """In one block, and in blocks of a row or two."""
     if block:
-        monkeypatch.setattr(sparse_attn.reference.chunks, "_ELEMENTS", block * 40)
+        monkeypatch.setattr(sparse_attn.wings.reference.chunks, "_ELEMENTS", block * 40)
     inputs = make(*sizes)
     batch, groups, _, _, _, queries, keys = sizes
     leaves = [t.requires_grad_() for t in inputs[:3]]
@@ -126,7 +126,7 @@ def test_rows_that_see_nothing():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("selected", [False, True])
 def test_memory_grows_with_the_length(monkeypatch, selected):
-    monkeypatch.setattr(sparse_attn.reference.chunks, "_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(sparse_attn.wings.reference.chunks, "_ELEMENTS", 1 << 18)
 
     def peak(length: int) -> int:
         inputs = make(1, 1, 4, 4, 2, length, length, dtype=torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_attn import compiled
+from sparse_attn.wings import extension
 
 FILES = (
     "test_topk_select.py",
@@ -26,14 +26,14 @@ FILES = (
     "test_variable_width_embedding_errors.py",
     "test_variable_width_cross_entropy.py",
 )
-BUILT = () if compiled.extension is None else tuple(compiled.extension.build_info()["isas"])
+BUILT = () if extension.module is None else tuple(extension.module.build_info()["isas"])
 
 
 def lower_than_this_machines() -> tuple[str, ...]:
-    return BUILT[: BUILT.index(compiled.extension.cpu_isa())] if BUILT else ()
+    return BUILT[: BUILT.index(extension.module.cpu_isa())] if BUILT else ()
 
 
-@pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+@pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 @pytest.mark.parametrize("isa", lower_than_this_machines())
 def test_the_ops_pass_their_tests(isa):
     here = Path(__file__).parent
@@ -58,9 +58,9 @@ def test_the_ops_pass_their_tests(isa):
     assert " passed" in run.stdout
 
 
-@pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+@pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 def test_an_unknown_instruction_set_is_refused():
-    code = "from sparse_attn.compiled import extension; extension.cpu_isa()"
+    code = "from sparse_attn.wings.extension import extension; extension.cpu_isa()"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "SPARSE_ATTN_CPU_ISA": "avx1024"},
@@ -71,10 +71,10 @@ def test_an_unknown_instruction_set_is_refused():
     assert "SPARSE_ATTN_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, got avx1024" in run.stderr
 
 
-@pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+@pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 @pytest.mark.parametrize("isa", BUILT)
 def test_the_cap_is_obeyed(isa):
-    code = "from sparse_attn.compiled import extension; print(extension.cpu_isa())"
+    code = "from sparse_attn.wings.extension import extension; print(extension.cpu_isa())"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "SPARSE_ATTN_CPU_ISA": isa},
@@ -82,5 +82,5 @@ def test_the_cap_is_obeyed(isa):
         text=True,
         check=True,
     )
-    best = BUILT.index(compiled.extension.cpu_isa())
+    best = BUILT.index(extension.module.cpu_isa())
     assert run.stdout.strip() == BUILT[min(BUILT.index(isa), best)]

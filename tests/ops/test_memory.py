@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.inputs import qkv
 
-import sparse_attn.reference.chunks
+import sparse_attn.wings.reference.chunks
 
 MIB = 2**20
 PEAK = Path("/proc/self/clear_refs")
@@ -37,7 +37,7 @@ def resident(field: str) -> int:
 @pytest.fixture
 def _chunked_reference(monkeypatch):
     """Small chunks of the reference, so that its bound shows at lengths that a test can afford."""
-    monkeypatch.setattr(sparse_attn.reference.chunks, "_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(sparse_attn.wings.reference.chunks, "_ELEMENTS", 1 << 18)
 
 
 @pytest.mark.skipif(not PEAK.exists(), reason="the peak of a process is read from Linux's /proc")

@@ -16,11 +16,11 @@ from helpers.wings import wings_under_test
 from torch.utils._pytree import tree_map_only
 
 import sparse_attn
-import sparse_attn.reference.chunks
-from sparse_attn import compiled
-from sparse_attn.backends import overload
+import sparse_attn.wings.reference.chunks
+from sparse_attn.wings import extension
+from sparse_attn.wings.base import overload
 
-NATIVE = pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+NATIVE = pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 # name → (backend, device)
 PLACES = {
     str(w): (w.name, w.device)
@@ -178,7 +178,7 @@ def test_reference_in_float64():
 def test_reference_in_chunks(monkeypatch):
     hidden, targets, bands = problem("three", 20)
     whole = value_and_gradients(lambda h, b: run(h, targets, b, "reference"), hidden, bands)
-    monkeypatch.setattr(sparse_attn.reference.chunks, "_ELEMENTS", 300)
+    monkeypatch.setattr(sparse_attn.wings.reference.chunks, "_ELEMENTS", 300)
     chunked = value_and_gradients(lambda h, b: run(h, targets, b, "reference"), hidden, bands)
     torch.testing.assert_close(chunked, whole)
 

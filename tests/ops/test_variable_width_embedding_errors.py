@@ -7,7 +7,7 @@ import torch
 from helpers.embeddings import make_tables
 
 import sparse_attn
-from sparse_attn import compiled
+from sparse_attn.wings import extension
 
 
 def only_cpu(wing):
@@ -28,7 +28,7 @@ def test_ids_out_of_range(wing, bad):
         lookup(wing, ids, make_tables())
 
 
-@pytest.mark.skipif(compiled.load_error is not None, reason=str(compiled.load_error))
+@pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 def test_the_kernel_reads_nothing_out_of_range():
     """A direct call of the op skips the checks in Python."""
     e = make_tables()

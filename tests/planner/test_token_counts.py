@@ -4,16 +4,16 @@ import numpy
 import pytest
 import torch
 
-from sparse_attn import compiled
 from sparse_attn.planner import count_tokens, token_counts
+from sparse_attn.wings import extension
 
 
 @pytest.fixture(params=["native", "numpy"])
 def way(request, monkeypatch):
     if request.param == "numpy":
         monkeypatch.setattr(token_counts, "_native", lambda: None)
-    elif compiled.extension is None:
-        pytest.skip(compiled.load_error)
+    elif extension.module is None:
+        pytest.skip(extension.load_error)
     return request.param
 
 
@@ -123,9 +123,9 @@ def test_a_bar_on_a_terminal(way, write, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.skipif(compiled.extension is None, reason="needs the compiled extension")
+@pytest.mark.skipif(extension.module is None, reason="needs the compiled extension")
 def test_the_extension_refuses_what_it_cannot_read():
-    count, counts = compiled.extension.count_tokens, numpy.zeros(4, dtype=numpy.int64)
+    count, counts = extension.module.count_tokens, numpy.zeros(4, dtype=numpy.int64)
     ids = numpy.zeros(8, dtype=numpy.uint16)
     for tokens, into, error in (
         (ids.astype(numpy.int64), counts, TypeError),
@@ -138,5 +138,5 @@ def test_the_extension_refuses_what_it_cannot_read():
         with pytest.raises(error):
             count(tokens, into)
     assert count(ids[:0], counts) == -1
-    assert compiled.extension.largest_token(ids[:0]) == -1
+    assert extension.module.largest_token(ids[:0]) == -1
     assert counts.sum() == 0

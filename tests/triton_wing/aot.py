@@ -124,7 +124,7 @@ class Resources:
 
 def old_compiler() -> bool:
     """Whether Triton is older than 3.7, which spills where later ones do not: the table shows it."""
-    from sparse_attn import triton_wing
+    from sparse_attn.wings import triton as triton_wing
 
     return (triton_wing.version or (0,)) < (3, 7)
 

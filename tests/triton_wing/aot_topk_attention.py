@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparse_attn import triton_wing  # noqa: F401  finds the kernels in a checkout
 from sparse_attn.triton_kernels import topk_attention
+from sparse_attn.wings import triton as triton_wing  # noqa: F401  finds the kernels in a checkout
 from triton_wing.aot import Case
 
 LENGTH, HEADS = 16384, 16

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparse_attn import triton_wing  # noqa: F401  finds the kernels in a checkout
 from sparse_attn.triton_kernels import topk_select
 from sparse_attn.triton_kernels.select_tiles import merge_pieces, select_tiles
 from sparse_attn.triton_kernels.shared_scores import log_sum_exp
+from sparse_attn.wings import triton as triton_wing  # noqa: F401  finds the kernels in a checkout
 from triton_wing.aot import Case
 
 LENGTH, HEADS = 16384, 16

@@ -1,5 +1,5 @@
 """The tests in `interpreted` mean something only where Triton interprets."""
 
-from sparse_attn import triton_wing
+from sparse_attn.wings import triton as triton_wing
 
 collect_ignore = [] if triton_wing.interpreted else ["interpreted"]

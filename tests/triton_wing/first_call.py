@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 import sparse_attn
-from sparse_attn import triton_wing
+from sparse_attn.wings import triton as triton_wing
 from triton_wing import aot
 
 POINTERS = {

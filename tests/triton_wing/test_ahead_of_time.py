@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparse_attn import triton_wing
+from sparse_attn.wings import triton as triton_wing
 from triton_wing import aot, first_call
 
 pytestmark = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_attn import triton_wing
+from sparse_attn.wings import triton as triton_wing
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"

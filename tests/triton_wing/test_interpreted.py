@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from sparse_attn import triton_wing
+from sparse_attn.wings import triton as triton_wing
 
 HERE = Path(__file__).resolve().parent
 FILES = sorted((HERE / "interpreted").glob("test_*.py"))

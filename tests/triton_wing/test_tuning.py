@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sparse_attn import triton_wing
+from sparse_attn.wings import triton as triton_wing
 
 if triton_wing.version is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

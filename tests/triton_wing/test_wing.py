@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import backends, compiled, triton_wing
+from sparse_attn.wings import base, extension
+from sparse_attn.wings import triton as triton_wing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,14 +31,14 @@ class On:
 @pytest.fixture
 def compiled_triton(monkeypatch):
     """As on a machine with Triton alone and without the interpreter, whatever this one has."""
-    monkeypatch.setattr(compiled, "load_error", "not here")
+    monkeypatch.setattr(extension, "load_error", "not here")
     monkeypatch.setattr(triton_wing, "version", (3, 6))
     monkeypatch.setattr(triton_wing, "interpreted", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def why_not(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **sizes) -> str | None:
-    return backends.reasons("topk_attention", device, dtype, **sizes)["triton"]
+    return base.reasons("topk_attention", device, dtype, **sizes)["triton"]
 
 
 def run(code: str, **variables: str) -> str:
@@ -51,13 +52,13 @@ def run(code: str, **variables: str) -> str:
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 @pytest.mark.parametrize("op", triton_wing.FILES)
 def test_it_is_chosen_on_gpus(compiled_triton, monkeypatch, device, op):
-    monkeypatch.setattr(backends._state, "forced", None)
+    monkeypatch.setattr(base._state, "forced", None)
     for dtype in triton_wing.DTYPES:
-        assert backends.choose(op, On(device, dtype), None, head_dim=256, value_dim=256) == "triton"
+        assert base.choose(op, On(device, dtype), None, head_dim=256, value_dim=256) == "triton"
 
 
 def test_it_stands_between_the_compiled_wing_and_the_reference():
-    names = [wing.name for wing in backends.wings()]
+    names = [wing.name for wing in base.wings()]
     assert names.index("cpu") < names.index("triton") < names.index("reference") == len(names) - 1
 
 
@@ -106,7 +107,7 @@ def test_every_op_has_its_function():
     """One file per op, found from a checkout, an editable install and a wheel alike."""
     code = """
 import importlib
-from sparse_attn import reference, triton_wing
+from sparse_attn.wings import reference, triton as triton_wing
 for op, file in triton_wing.FILES.items():
     module = importlib.import_module(f"{triton_wing.PACKAGE}.{file}")
     ours, theirs = (getattr(m, op).__code__ for m in (module, reference))
@@ -132,7 +133,7 @@ explanation = sparse_attn.explain(query, query, query, 2)
 doubles = sparse_attn.explain(*[query.double()] * 3, 2)
 print(json.dumps([explanation.backend, explanation.reasons["triton"], doubles.backend]))
 """
-    preferred = "reference" if backends.reasons("topk_attention", "cpu", torch.float32)["cpu"] else "cpu"
+    preferred = "reference" if base.reasons("topk_attention", "cpu", torch.float32)["cpu"] else "cpu"
     assert json.loads(run(code, TRITON_INTERPRET="1")) == [preferred, None, "reference"]
 
 

@@ -13,7 +13,7 @@ from helpers.native_functions import has_kernel, native_functions, parse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
-from sparse_attn.reference import REFERENCE_WING
+from sparse_attn.wings.reference import REFERENCE_WING
 
 RUN = REFERENCE_WING.implementations
 

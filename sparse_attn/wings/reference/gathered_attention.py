@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.reference.chunks import query_chunks
+from sparse_attn.wings.reference.chunks import query_chunks
 
 
 def _rows_of(indices: Tensor, heads: int, kv_heads: int, key_length: int) -> tuple[Tensor, Tensor]:

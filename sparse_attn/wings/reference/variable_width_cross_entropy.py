@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from sparse_attn.reference.chunks import query_chunks
+from sparse_attn.wings.reference.chunks import query_chunks
 
 
 def _classes_of(token_band: Tensor, token_row: Tensor, tables: list[Tensor]) -> Tensor:

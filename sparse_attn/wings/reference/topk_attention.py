@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_attn.reference.gathered_attention import gathered_attention
-from sparse_attn.reference.topk_select import topk_select
+from sparse_attn.wings.reference.gathered_attention import gathered_attention
+from sparse_attn.wings.reference.topk_select import topk_select
 
 
 def topk_attention(

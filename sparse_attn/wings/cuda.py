@@ -6,8 +6,8 @@ import re
 
 import torch
 
-from sparse_attn import compiled
-from sparse_attn.backends import Wing, register
+from sparse_attn.wings import extension
+from sparse_attn.wings.base import Wing, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM = (8, 0)  # compute capability: mma.sync with bfloat16, asynchronous copies
@@ -43,16 +43,16 @@ def _why_not_here() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < MINIMUM:
         return "it needs compute capability {}.{}, got {}.{}".format(*MINIMUM, *capability)
-    archs = compiled.extension.build_info()["cuda_archs"]
+    archs = extension.module.build_info()["cuda_archs"]
     if not any(serves(arch, capability) for arch in archs):
         return "it was built for {}, which a GPU of {}.{} does not run".format(", ".join(archs), *capability)
     return None
 
 
 def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    if compiled.load_error is not None:
-        return compiled.load_error
-    info = compiled.extension.build_info()
+    if extension.load_error is not None:
+        return extension.load_error
+    info = extension.module.build_info()
     if info["cuda"] is None:
         return f"the extension was built without CUDA: {info['no_cuda']}"
     if device_type != "cuda" or torch.version.hip:

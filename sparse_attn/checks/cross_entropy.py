@@ -1,4 +1,4 @@
-"""Checks of the arguments of variable_width_cross_entropy, and the wording of their errors; as in checks.py."""
+"""Checks of the arguments of variable_width_cross_entropy, and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_attn.checks import FLOAT_DTYPES, _dense, _has_values, describe, integer
-from sparse_attn.checks_embedding import projections_of, tables_of, token_maps
+from sparse_attn.checks.embedding import projections_of, tables_of, token_maps
+from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values, integer
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -28,7 +28,7 @@ def bands_of(
             f"the tables must hold one row for each of the V = {token_band.shape[0]} tokens of token_band, "
             f"got {rows} rows"
         )
-    if token_band.device.type == "cpu" and _has_values(token_band) and _has_values(token_row):
+    if token_band.device.type == "cpu" and has_values(token_band) and has_values(token_row):
         _one_row_each(token_band, token_row, [table.shape[0] for table in tables])
     return tables, projections, token_band, token_row.to(torch.int32), dim
 
@@ -61,7 +61,7 @@ def hidden_of(hidden: object, tables: list[Tensor], dim: int) -> Tensor:
         raise TypeError(f"hidden must be a tensor of shape [..., D], got {describe(hidden)}")
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"hidden must be float32, float16, bfloat16 or float64, got {describe(hidden)}")
-    _dense("hidden", hidden)
+    dense("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] != dim:
         raise ValueError(f"hidden must have shape [..., D] with D = {dim}, got {describe(hidden)}")
     if hidden.dtype != tables[0].dtype:
@@ -77,7 +77,7 @@ def targets_of(targets: object, hidden: Tensor, vocabulary: int, ignore_index: i
         raise TypeError(f"targets must be an int64 tensor of shape [...], got {describe(targets)}")
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"targets must be int64 (or int32), got {describe(targets)}")
-    _dense("targets", targets)
+    dense("targets", targets)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"targets must have the shape of hidden without its last dimension, {list(hidden.shape[:-1])}, "
@@ -86,7 +86,7 @@ def targets_of(targets: object, hidden: Tensor, vocabulary: int, ignore_index: i
     if targets.device != hidden.device:
         raise ValueError(f"targets must be on hidden's device {hidden.device}, got {targets.device}")
     # Reads values: free on the CPU; elsewhere it would wait for the device.
-    if targets.device.type == "cpu" and targets.numel() and _has_values(targets):
+    if targets.device.type == "cpu" and targets.numel() and has_values(targets):
         low, high = (int(x) for x in targets.aminmax())
         if low < 0 or high >= vocabulary:
             bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)

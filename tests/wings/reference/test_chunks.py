@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.inputs import OPTIONS, normal, options_for, qkv
 
-import sparse_attn.reference.chunks
-from sparse_attn.reference.chunks import query_chunks
+import sparse_attn.wings.reference.chunks
+from sparse_attn.wings.reference.chunks import query_chunks
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -23,7 +23,7 @@ def test_chunks_do_not_show(monkeypatch, name):
 
     whole = run()
     for elements in (1, 2000, 10000):
-        monkeypatch.setattr(sparse_attn.reference.chunks, "_ELEMENTS", elements)
+        monkeypatch.setattr(sparse_attn.wings.reference.chunks, "_ELEMENTS", elements)
         for ours, want in zip(run(), whole, strict=True):
             torch.testing.assert_close(ours, want)
 

@@ -13,7 +13,7 @@ from helpers.wings import OPS, wings_under_test
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
-from sparse_attn import backends
+from sparse_attn.wings import base, extension
 
 
 class Calls(TorchDispatchMode):
@@ -42,12 +42,12 @@ def test_the_extension_is_there_where_it_must_be():
     """CI sets SPARSE_ATTN_REQUIRE_EXT=1, so that no test of the compiled wings is skipped unnoticed."""
     missing = {w.name: w.missing for w in wings_under_test() if w.missing}
     if os.environ.get("SPARSE_ATTN_REQUIRE_EXT") == "1":
-        assert "cpu" in {w.name for w in backends.wings()}
+        assert "cpu" in {w.name for w in base.wings()}
         assert "cpu" not in missing, missing["cpu"]
 
 
 def test_every_wing_has_every_op():
-    for wing in backends.wings():
+    for wing in base.wings():
         assert {*OPS, "gathered_attention_backward"} <= set(wing.implementations), wing.name
 
 
@@ -80,14 +80,14 @@ def test_the_backward_runs_on_the_wing_of_the_forward(wing, op):
 
 def test_the_argument_wins_over_the_context(wing):
     inputs = [t.to(wing.device) for t in qkv(1, 2, 2, 4, 4, 8)]
-    for context in backends.wings():
+    for context in base.wings():
         with sparse_attn.use_backend(context.name), Calls() as calls:
             call("topk_attention", inputs, backend=wing.name)
         assert calls.names == [f"topk_attention.{wing.name}"]
 
 
 def test_contexts_nest_and_end():
-    forced = lambda: backends._state.forced  # noqa: E731
+    forced = lambda: base._state.forced  # noqa: E731
     assert forced() is None
     with sparse_attn.use_backend("reference"):
         with sparse_attn.use_backend("cpu"):
@@ -124,7 +124,7 @@ def test_the_most_preferred_wing_that_can_is_chosen(wing, dtype):
     inputs = [t.to(wing.device) for t in qkv(1, 2, 2, 4, 4, 8, dtype=dtype)]
     takers = [
         w.name
-        for w in backends.wings()
+        for w in base.wings()
         if not w.by_name_only and w.why_not("topk_attention", wing.device, dtype) is None
     ]
     with Calls() as calls, warnings.catch_warnings():
@@ -149,9 +149,8 @@ def test_a_forced_wing_that_cannot_is_an_error_not_a_fallback():
 
 def test_a_missing_extension_says_why(monkeypatch):
     """Without the compiled wing: the reference runs, and forcing or explaining says what is missing."""
-    from sparse_attn import compiled
 
-    monkeypatch.setattr(compiled, "load_error", "the compiled extension is not installed (a test)")
+    monkeypatch.setattr(extension, "load_error", "the compiled extension is not installed (a test)")
     inputs = qkv(1, 2, 2, 4, 4, 8)
     explanation = sparse_attn.explain(*inputs, 2)
     assert explanation.backend == "reference"
@@ -162,21 +161,21 @@ def test_a_missing_extension_says_why(monkeypatch):
 
 def test_a_broken_extension_says_why(monkeypatch):
     """Missing and broken are told apart, and an import error from elsewhere is not swallowed."""
-    from sparse_attn import compiled
+    from sparse_attn.wings import extension
 
     def fail_with(error):
         def load(name):
             raise error
 
-        monkeypatch.setattr(compiled, "import_module", load)
+        monkeypatch.setattr(extension, "import_module", load)
 
     fail_with(ModuleNotFoundError("No module named 'sparse_attn._C'", name="sparse_attn._C"))
-    assert "not installed" in compiled._load()[1]
+    assert "not installed" in extension._load()[1]
     fail_with(ImportError("undefined symbol: spam"))
-    assert "failed to load: undefined symbol: spam" in compiled._load()[1]
+    assert "failed to load: undefined symbol: spam" in extension._load()[1]
     fail_with(ModuleNotFoundError("No module named 'numpy'", name="numpy"))
     with pytest.raises(ModuleNotFoundError, match="numpy"):
-        compiled._load()
+        extension._load()
 
 
 class TestExplain:
@@ -185,7 +184,7 @@ class TestExplain:
         explanation = sparse_attn.explain(*doubles, 2)
         assert explanation.op == "topk_attention"
         assert explanation.backend == "reference"
-        assert set(explanation.reasons) == {w.name for w in backends.wings()}
+        assert set(explanation.reasons) == {w.name for w in base.wings()}
         assert explanation.reasons["reference"] is None
         assert explanation.reasons["cpu"]
         text = str(explanation)
@@ -223,26 +222,26 @@ class TestExplain:
         """Float32 inputs under autocast run in its dtype; that is what is explained."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
             reasons = sparse_attn.explain(*qkv(1, 2, 2, 4, 4, 8), 2).reasons
-        assert reasons == backends.reasons("topk_attention", "cpu", torch.bfloat16)
+        assert reasons == base.reasons("topk_attention", "cpu", torch.bfloat16)
 
 
 def test_the_reference_warns_once_on_an_accelerator(monkeypatch):
     """No silent fallback: once per op and device, with the reason why no faster wing runs."""
-    monkeypatch.setattr(backends._state, "warned", set())
+    monkeypatch.setattr(base._state, "warned", set())
 
     class Elsewhere:
         device, dtype = torch.device("mps"), torch.float32
 
     with pytest.warns(UserWarning, match=r"topk_select on mps in plain PyTorch \(cpu: "):
-        assert backends.choose("topk_select", Elsewhere, None) == "reference"
+        assert base.choose("topk_select", Elsewhere, None) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("topk_select", Elsewhere, None) == "reference"
+        assert base.choose("topk_select", Elsewhere, None) == "reference"
     with pytest.warns(UserWarning, match="topk_attention on mps"):
-        backends.choose("topk_attention", Elsewhere, None)
+        base.choose("topk_attention", Elsewhere, None)
     with warnings.catch_warnings():  # asked for by name, it is no surprise
         warnings.simplefilter("error")
-        backends.choose("gathered_attention", Elsewhere, "reference")
+        base.choose("gathered_attention", Elsewhere, "reference")
         sparse_attn.topk_select(*qkv(1, 2, 2, 4, 4, 8)[:2], 2, backend="reference")
 
 
@@ -253,18 +252,18 @@ def test_no_wing_at_all():
     with pytest.raises(
         ValueError, match=r"no backend runs topk_select on mps with torch.float64: .*MPS has no"
     ):
-        backends.choose("topk_select", Nowhere, None)
+        base.choose("topk_select", Nowhere, None)
 
 
 def test_a_new_wing_is_one_registration(monkeypatch):
     """A wing without an op is passed over for that op, and says so when forced."""
-    monkeypatch.setattr(backends._state, "wings", dict(backends._state.wings))
-    backends.register(backends.Wing("toy", "CPU", {"topk_select": None}, lambda op, device, dtype: None))
-    assert [w.name for w in backends.wings()][-1] == "toy"
+    monkeypatch.setattr(base._state, "wings", dict(base._state.wings))
+    base.register(base.Wing("toy", "CPU", {"topk_select": None}, lambda op, device, dtype: None))
+    assert [w.name for w in base.wings()][-1] == "toy"
     query = torch.zeros(1, 1, 1, 1)
-    assert backends.choose("topk_select", query, "toy") == "toy"
+    assert base.choose("topk_select", query, "toy") == "toy"
     with pytest.raises(
         ValueError, match="backend='toy' cannot run topk_attention here: it has no topk_attention"
     ):
-        backends.choose("topk_attention", query, "toy")
-    assert backends.reasons("topk_attention", "cpu", torch.float32)["toy"] == "it has no topk_attention"
+        base.choose("topk_attention", query, "toy")
+    assert base.reasons("topk_attention", "cpu", torch.float32)["toy"] == "it has no topk_attention"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.reference.topk_select import products, select
+from sparse_attn.wings.reference.topk_select import products, select
 
 
 def refine_blocks(

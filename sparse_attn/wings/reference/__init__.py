@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from sparse_attn.backends import Wing, register
-from sparse_attn.reference.block_attention import block_attention, block_attention_backward
-from sparse_attn.reference.gathered_attention import gathered_attention, gathered_attention_backward
-from sparse_attn.reference.indexer_select import indexer_select
-from sparse_attn.reference.quantized_select import quantized_select
-from sparse_attn.reference.refine_blocks import refine_blocks
-from sparse_attn.reference.topk_attention import topk_attention
-from sparse_attn.reference.topk_select import topk_select
-from sparse_attn.reference.variable_width_cross_entropy import (
+from sparse_attn.wings.base import Wing, register
+from sparse_attn.wings.reference.block_attention import block_attention, block_attention_backward
+from sparse_attn.wings.reference.gathered_attention import gathered_attention, gathered_attention_backward
+from sparse_attn.wings.reference.indexer_select import indexer_select
+from sparse_attn.wings.reference.quantized_select import quantized_select
+from sparse_attn.wings.reference.refine_blocks import refine_blocks
+from sparse_attn.wings.reference.topk_attention import topk_attention
+from sparse_attn.wings.reference.topk_select import topk_select
+from sparse_attn.wings.reference.variable_width_cross_entropy import (
     variable_width_cross_entropy,
     variable_width_cross_entropy_backward,
 )
-from sparse_attn.reference.variable_width_embedding import (
+from sparse_attn.wings.reference.variable_width_embedding import (
     variable_width_embedding,
     variable_width_embedding_backward,
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_attn.backends import Wing, register
+from sparse_attn.wings.base import Wing, register
 
 PACKAGE = "sparse_attn.triton_kernels"
 MINIMUM = (3, 2)  # of Triton
@@ -88,7 +88,7 @@ def _find_in_checkout() -> None:
     An install puts the folder inside; a checkout (PYTHONPATH, editable) has it at the root of the repository,
     since `triton_kernels` as a top-level name is another project's.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     init = package.parent / "triton_kernels" / "__init__.py"
     if (package / "triton_kernels").is_dir() or not init.is_file() or PACKAGE in sys.modules:
         return

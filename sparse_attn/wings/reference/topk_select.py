@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_attn.reference.chunks import query_chunks
+from sparse_attn.wings.reference.chunks import query_chunks
 
 
 def topk_select(

@@ -1,4 +1,4 @@
-"""Checks of the arguments of the variable-width embedding, and the wording of their errors; as in checks.py."""
+"""Checks of the arguments of the variable-width embedding, and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_attn.checks import FLOAT_DTYPES, _dense, _has_values, describe, integer
+from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values, integer
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -26,7 +26,7 @@ def tables_of(tables: object) -> list[Tensor]:
             raise TypeError(f"{name} must be a tensor [n, width], got {describe(table)}")
         if table.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {describe(table)}")
-        _dense(name, table)
+        dense(name, table)
         if table.dim() != 2 or table.shape[1] == 0:
             raise ValueError(
                 f"{name} must have shape [n, width] with width at least 1, got {describe(table)}"
@@ -59,7 +59,7 @@ def projections_of(projections: object, tables: list[Tensor]) -> tuple[list[Tens
         name = f"projections[{b}]"
         if not isinstance(projection, Tensor):
             raise TypeError(f"{name} must be a tensor [D, width] or None, got {describe(projection)}")
-        _dense(name, projection)
+        dense(name, projection)
         if projection.dtype != table.dtype:
             raise TypeError(f"{name} must have the tables' dtype {table.dtype}, got {describe(projection)}")
         if projection.device != table.device:
@@ -95,7 +95,7 @@ def token_maps(token_band: object, token_row: object, tables: list[Tensor]) -> t
             f"token_band and token_row must have one length V, got {token_band.shape[0]} and "
             f"{token_row.shape[0]}"
         )
-    if token_band.device.type == "cpu" and _has_values(token_band) and _has_values(token_row):
+    if token_band.device.type == "cpu" and has_values(token_band) and has_values(token_row):
         _check_map_values(token_band, token_row, tuple(len(table) for table in tables))
     if token_band.dtype != torch.int32:
         token_band = token_band.to(torch.int32)
@@ -139,11 +139,11 @@ def ids_of(ids: object, vocabulary: int, device: torch.device) -> Tensor:
         raise TypeError(f"ids must be an int32 or int64 tensor, got {describe(ids)}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be int32 or int64, got {describe(ids)}")
-    _dense("ids", ids)
+    dense("ids", ids)
     if ids.device != device:
         raise ValueError(f"ids must be on the tables' device {device}, got {ids.device}")
     # Reads values: free on the CPU; elsewhere the lookup itself asserts, as nn.Embedding's does.
-    if ids.device.type == "cpu" and ids.numel() and _has_values(ids):
+    if ids.device.type == "cpu" and ids.numel() and has_values(ids):
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= vocabulary:
             place = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_attn.reference.chunks import query_chunks
-from sparse_attn.reference.gathered_attention import _add_rows, _softmax
+from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.gathered_attention import _add_rows, _softmax
 
 
 @dataclass

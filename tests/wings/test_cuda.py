@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import gpu_code
 
-from sparse_attn import backends, compiled, cuda_wing
+from sparse_attn.wings import base, extension
+from sparse_attn.wings import cuda as cuda_wing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def built(monkeypatch):
     """As with an extension that has the kernels, and a GPU of capability 9.0."""
     info = {"cuda": "13.0", "no_cuda": "", "cuda_archs": ["80", "90a"]}
-    monkeypatch.setattr(compiled, "load_error", None)
-    monkeypatch.setattr(compiled, "extension", SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(extension, "load_error", None)
+    monkeypatch.setattr(extension, "module", SimpleNamespace(build_info=lambda: info))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -28,14 +29,14 @@ def built(monkeypatch):
 
 
 def why_not(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **sizes) -> str | None:
-    return backends.reasons("gathered_attention", device, dtype, **sizes)["cuda"]
+    return base.reasons("gathered_attention", device, dtype, **sizes)["cuda"]
 
 
 def test_it_is_preferred_on_nvidia_gpus(built, monkeypatch):
-    monkeypatch.setattr(backends._state, "forced", None)
+    monkeypatch.setattr(base._state, "forced", None)
     tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     for op in cuda_wing.OPS:
-        assert backends.choose(op, tensor, None, head_dim=256, value_dim=256) == "cuda"
+        assert base.choose(op, tensor, None, head_dim=256, value_dim=256) == "cuda"
 
 
 def test_it_says_why_not(built, monkeypatch):
@@ -43,7 +44,7 @@ def test_it_says_why_not(built, monkeypatch):
     assert why_not("cpu") == "it takes cuda tensors, got cpu"
     assert why_not(dtype=torch.float64) == "it takes float32, float16 and bfloat16, got torch.float64"
     assert why_not(head_dim=257) == "it takes head_dim up to 256, got 257"
-    assert backends.reasons("nothing", "cuda", torch.float32)["cuda"] == "it has no nothing"
+    assert base.reasons("nothing", "cuda", torch.float32)["cuda"] == "it has no nothing"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert why_not() == "it needs compute capability 8.0, got 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 3))
@@ -52,7 +53,7 @@ def test_it_says_why_not(built, monkeypatch):
     assert why_not() == "it takes cuda tensors, got ROCm ones"
     built.update(cuda=None, no_cuda="no nvcc was found")
     assert why_not() == "the extension was built without CUDA: no nvcc was found"
-    monkeypatch.setattr(compiled, "load_error", "it is not there")
+    monkeypatch.setattr(extension, "load_error", "it is not there")
     assert why_not() == "it is not there"
 
 
@@ -81,25 +82,25 @@ def test_the_table_and_the_limits_are_those_of_the_sources():
     assert cuda_wing.LIMITS["bands"] == most["MostBands"]
 
 
-@pytest.mark.skipif(compiled.extension is None, reason="no extension")
+@pytest.mark.skipif(extension.module is None, reason="no extension")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_its_ops_are_bound_where_it_was_built():
     """Called without a GPU, an op of C++ says so; one that is not bound has no kernel at all."""
-    if compiled.extension.build_info()["cuda"] is None:
+    if extension.module.build_info()["cuda"] is None:
         pytest.skip("built without CUDA")
     for op in cuda_wing.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_attn::{op}.cuda", "CUDA")
 
 
-@pytest.mark.skipif(compiled.extension is None, reason="no extension")
+@pytest.mark.skipif(extension.module is None, reason="no extension")
 def test_no_kernel_spills_and_each_has_eight_warps():
     """Registers and local memory of every kernel for every GPU that it was built for."""
-    if compiled.extension.build_info()["cuda"] is None:
+    if extension.module.build_info()["cuda"] is None:
         pytest.skip("built without CUDA")
     if gpu_code.find_cuobjdump() is None:
         pytest.skip("cuobjdump is not here (CUDA toolkit, or Triton's copy)")
-    found = gpu_code.usages(compiled.extension.__file__)
-    archs = {a for a in compiled.extension.build_info()["cuda_archs"] if not a.endswith("-virtual")}
+    found = gpu_code.usages(extension.module.__file__)
+    archs = {a for a in extension.module.build_info()["cuda_archs"] if not a.endswith("-virtual")}
     assert {u.arch for u in found} == archs
     assert any("attend_tiles_kernel" in u.kernel for u in found)
     assert not [u for u in found if u.stack or u.local], "these use local memory"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.reference.chunks import query_chunks
-from sparse_attn.reference.quantized_select import rounded
-from sparse_attn.reference.topk_select import Visibility, best_of
+from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.quantized_select import rounded
+from sparse_attn.wings.reference.topk_select import Visibility, best_of
 
 
 def indexer_scores(

@@ -1,0 +1,132 @@
+"""Checks of the tensors of attention, and of the selections that it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe
+
+
+def _attention_tensor(name: str, value: object, axes: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {axes}, got {describe(value)}")
+    if value.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions {axes}, got {describe(value)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {describe(value)}")
+    dense(name, value)
+    if value.shape[3] == 0:
+        raise ValueError(f"{name} must have a last dimension of at least 1, got {describe(value)}")
+
+
+def query_key(query: Tensor, key: Tensor) -> None:
+    """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
+    _attention_tensor("query", query, "[B, Hq, Tq, D]")
+    _attention_tensor("key", key, "[B, Hkv, Tk, D]")
+    if key.dtype != query.dtype:
+        raise TypeError(f"query and key must have one dtype, got query {query.dtype} and key {key.dtype}")
+    if key.device != query.device:
+        raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"query and key must have one batch size, got query {list(query.shape)} and key {list(key.shape)}"
+        )
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(
+            "query and key must have one head dimension D (the last), "
+            f"got query {list(query.shape)} and key {list(key.shape)}"
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads != 0 or heads == 0:
+        raise ValueError(
+            f"the number of query heads must be a positive multiple of the number of key heads, "
+            f"got {heads} query heads and {kv_heads} key heads"
+        )
+
+
+def value_of(key: Tensor, value: Tensor) -> None:
+    """value [B, Hkv, Tk, Dv] beside key [B, Hkv, Tk, D]."""
+    _attention_tensor("value", value, "[B, Hkv, Tk, Dv]")
+    if value.dtype != key.dtype:
+        raise TypeError(f"key and value must have one dtype, got key {key.dtype} and value {value.dtype}")
+    if value.device != key.device:
+        raise ValueError(f"key and value must be on one device, got {key.device} and {value.device}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "key and value must agree in batch, heads and length (the first three dimensions), "
+            f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+
+
+def indexer_weights(weights: object, query: Tensor) -> Tensor:
+    """weights [B, G·Hi, Tq] beside the indexer's query [B, G·Hi, Tq, D], as float32 (float64 for float64)."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor of shape [B, G·Hi, Tq], got {describe(weights)}")
+    if weights.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"weights must be float32, float16, bfloat16 or float64, got {describe(weights)}")
+    dense("weights", weights)
+    if weights.shape != query.shape[:3]:
+        raise ValueError(
+            "weights must have the shape of query's first three dimensions, "
+            f"[B, G·Hi, Tq] = {list(query.shape[:3])}, got {describe(weights)}"
+        )
+    if weights.device != query.device:
+        raise ValueError(f"weights must be on the query's device {query.device}, got {weights.device}")
+    return weights.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def indices_of(indices: object, query: Tensor, key: Tensor) -> Tensor:
+    """indices as int32 [B, G, Tq, K]."""
+    batch, heads, query_length = query.shape[:3]
+    kv_heads, key_length = key.shape[1], key.shape[2]
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be an int32 tensor of shape [B, G, Tq, K], got {describe(indices)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 (or int64), got {describe(indices)}")
+    dense("indices", indices)
+    if indices.device != query.device:
+        raise ValueError(f"indices must be on the query's device {query.device}, got {indices.device}")
+    if indices.dim() == 3:
+        indices = indices.unsqueeze(1)
+    if (
+        indices.dim() != 4
+        or indices.shape[0] != batch
+        or indices.shape[1] not in (1, kv_heads, heads)
+        or indices.shape[2] != query_length
+    ):
+        raise ValueError(
+            "indices must have shape [B, G, Tq, K] with G one of 1, Hkv, Hq, or [B, Tq, K]; "
+            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, Tq={query_length}, got {describe(indices)}"
+        )
+    if indices.dtype == torch.int64:
+        # An index past 2^31 must not wrap around into range.
+        indices = torch.where((indices >= 0) & (indices < key_length), indices, -1).to(torch.int32)
+    return indices
+
+
+def blocks_of(blocks: object, query: Tensor, key: Tensor, query_tile: int) -> Tensor:
+    """blocks as int32 [B, G, N, M], N = ⌈Tq / query_tile⌉."""
+    batch, heads, query_length = query.shape[:3]
+    kv_heads, tiles = key.shape[1], -(-query_length // query_tile)
+    if not isinstance(blocks, Tensor):
+        raise TypeError(f"blocks must be an int32 tensor of shape [B, G, N, M], got {describe(blocks)}")
+    if blocks.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"blocks must be int32 (or int64), got {describe(blocks)}")
+    dense("blocks", blocks)
+    if blocks.device != query.device:
+        raise ValueError(f"blocks must be on the query's device {query.device}, got {blocks.device}")
+    if (
+        blocks.dim() != 4
+        or blocks.shape[0] != batch
+        or blocks.shape[1] not in (1, kv_heads, heads)
+        or blocks.shape[2] != tiles
+    ):
+        raise ValueError(
+            "blocks must have shape [B, G, N, M] with G one of 1, Hkv, Hq and N = ⌈Tq / query_tile⌉; "
+            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, N={tiles}, got {describe(blocks)}"
+        )
+    if blocks.dtype == torch.int64:
+        # A number past 2^31 must not wrap around into range.
+        blocks = torch.where((blocks >= 0) & (blocks <= key.shape[2]), blocks, -1).to(torch.int32)
+    return blocks

@@ -1,0 +1,142 @@
+"""Checks of the rule: who may see whom, what is always kept, who shares a selection."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from sparse_attn.checks.values import dense, describe, has_values, integer
+
+SHARES = ("none", "kv", "all")
+
+
+def groups_of(share: object, heads: int, kv_heads: int) -> int:
+    """G, the number of selections per batch entry."""
+    if share == "none":
+        return heads
+    if share == "kv":
+        return kv_heads
+    if share == "all":
+        return 1
+    raise ValueError(f"share must be one of {', '.join(map(repr, SHARES))}, got {describe(share)}")
+
+
+def budget(top_k: object, window: object, sinks: object, is_causal: bool) -> tuple[int, int, int]:
+    """(top_k, window, sinks), where top_k is the whole budget of keys per query."""
+    top_k = integer("top_k", top_k, 1, 2**63 - 1)
+    window = integer("window", window, 0)
+    sinks = integer("sinks", sinks, 0)
+    if window > 0 and not is_causal:
+        raise ValueError(f"window needs is_causal=True, got window={window} without it")
+    if window + sinks > top_k:
+        raise ValueError(
+            f"top_k is the whole budget and must be at least window + sinks, "
+            f"got top_k={top_k}, window={window}, sinks={sinks}"
+        )
+    return top_k, window, sinks
+
+
+def causal_offset_of(is_causal: bool, causal_offset: object, query_length: int, key_length: int) -> int:
+    """The offset of the causal diagonal: query i sees keys 0 … i + offset."""
+    if not is_causal:
+        if causal_offset is not None:
+            raise ValueError(
+                f"causal_offset needs is_causal=True, got causal_offset={causal_offset!r} without it"
+            )
+        return 0
+    if causal_offset is not None:
+        return integer("causal_offset", causal_offset)
+    if query_length != key_length:
+        raise ValueError(
+            f"is_causal with {query_length} queries and {key_length} keys needs causal_offset (query i sees keys "
+            f"0 … i + causal_offset): {key_length - query_length} if the queries are the last ones, 0 if the first"
+        )
+    return 0
+
+
+def softmax_scale(scale: object, head_dim: int) -> float:
+    """The factor of q·k; None is the standard 1/√D."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a float or None, got {describe(scale)}")
+    try:
+        scale = float(scale)
+    except OverflowError:
+        raise ValueError("scale must be finite, got an int beyond the range of floats") from None
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale
+
+
+def mask_of(
+    attn_mask: object, query: Tensor, key: Tensor, groups: int, *, per_group: bool = False
+) -> Tensor | None:
+    """The mask as bool [B, G, Tq, Tk], a view wherever possible; None stays None.
+
+    `per_group`: it is given per group, not per query head.
+    """
+    if attn_mask is None:
+        return None
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a boolean tensor or None, got {describe(attn_mask)}")
+    if attn_mask.dtype != torch.bool:
+        raise TypeError(
+            f"attn_mask must be boolean (True = may attend), got {describe(attn_mask)}; "
+            "an additive mask of 0 and -inf is `attn_mask == 0`"
+        )
+    dense("attn_mask", attn_mask)
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the query's device {query.device}, got {attn_mask.device}")
+    batch, heads, query_length = query.shape[:3]
+    heads, axes = (groups, "[B, G, Tq, Tk]") if per_group else (heads, "[B, Hq, Tq, Tk]")
+    shape = (batch, heads, query_length, key.shape[2])
+    given = attn_mask.shape
+    if len(given) > 4 or any(n not in (1, want) for n, want in zip(given[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"attn_mask must broadcast to {axes} = {list(shape)}, got {describe(attn_mask)}")
+    while attn_mask.dim() < 4:
+        attn_mask = attn_mask.unsqueeze(0)
+    if attn_mask.shape[1] == 1 or groups == heads:
+        return attn_mask.expand(batch, groups, query_length, shape[3])
+    # A mask per head where heads share one selection: it must be the same for all that share.
+    heads_of = attn_mask.unflatten(1, (groups, heads // groups))
+    first = heads_of[:, :, :1]
+    if (
+        heads_of.stride(2) != 0
+        and has_values(heads_of)
+        and not torch.equal(heads_of, first.expand_as(heads_of))
+    ):
+        raise ValueError(
+            "attn_mask must not differ among query heads that share one selection "
+            f"({heads // groups} heads share here), got different masks"
+        )
+    return first[:, :, 0].expand(batch, groups, query_length, shape[3])
+
+
+def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
+    """key_lengths as int32/int64 [B] on the key's device."""
+    if key_lengths is None:
+        return None
+    batch, length = key.shape[0], key.shape[2]
+    if not isinstance(key_lengths, Tensor):
+        raise TypeError(
+            f"key_lengths must be an int32 or int64 tensor of shape [B], got {describe(key_lengths)}"
+        )
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths must be int32 or int64, got {describe(key_lengths)}")
+    if key_lengths.shape != (batch,):
+        raise ValueError(f"key_lengths must have shape [B] = [{batch}], got {describe(key_lengths)}")
+    dense("key_lengths", key_lengths)
+    if key_lengths.device != key.device:
+        raise ValueError(f"key_lengths must be on the key's device {key.device}, got {key_lengths.device}")
+    # Reads values: free on the CPU; elsewhere every wing clamps to [0, Tk] instead of synchronising.
+    if key.device.type == "cpu" and batch and has_values(key_lengths):
+        low, high = (int(x) for x in key_lengths.aminmax())
+        if low < 0 or high > length:
+            raise ValueError(
+                f"key_lengths must lie in [0, Tk] = [0, {length}], got values from {low} to {high}"
+            )
+    return key_lengths

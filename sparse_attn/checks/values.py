@@ -1,0 +1,64 @@
+"""Checks of single values, and the words for what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Positions up to here can be added to each other and to a tensor's size within int64, in every wing.
+_LARGEST = 2**62 - 1
+
+
+def describe(value: object) -> str:
+    """What came, in a few words: `a float32 tensor of shape [2, 3]`, or `'abc' (str)`."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{'an' if dtype[0] == 'i' else 'a'} {dtype} tensor of shape {list(value.shape)}"
+    text = " ".join(repr(value).split())
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def integer(name: str, value: object, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
+    """An int (or a symbolic one), not a bool; numpy integers are taken too."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an int, got {describe(value)}")
+        value = value.__index__()
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
+def dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its elements can be read: a compiler, a fake tensor and the meta device have none."""
+    return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
+
+
+def token_batch(what: str, tokens: Tensor, vocabulary: int | None = None) -> None:
+    """That `tokens` is int [B, T] with at least one token and, where it is known, ids below `vocabulary`."""
+    whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64) and tokens.dim() == 2
+    if not whole:
+        raise TypeError(f"{what} token ids, int64 [B, T], got {describe(tokens)}")
+    if tokens.numel() == 0:
+        raise ValueError(f"{what} at least one token, got shape {list(tokens.shape)}")
+    if vocabulary is not None:
+        low, high = (int(n) for n in tokens.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise IndexError(
+                f"{what} ids in 0 … {vocabulary - 1}, the model's vocabulary, got {low if low < 0 else high}"
+            )

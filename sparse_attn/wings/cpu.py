@@ -1,0 +1,45 @@
+"""The wing of csrc/cpu: kernels compiled into `sparse_attn._C`, for the instruction set that the CPU has."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_attn.wings import extension
+from sparse_attn.wings.base import Wing, register
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if extension.load_error is not None:
+        return extension.load_error
+    if device_type != "cpu":
+        return f"it takes cpu tensors, got {device_type}"
+    if dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}"
+    return None
+
+
+CPU_WING = Wing(
+    name="cpu",
+    dispatch_key="CPU",
+    implementations=dict.fromkeys(
+        (
+            "topk_select",
+            "quantized_select",
+            "indexer_select",
+            "gathered_attention",
+            "gathered_attention_backward",
+            "refine_blocks",
+            "block_attention",
+            "block_attention_backward",
+            "topk_attention",
+            "variable_width_embedding",
+            "variable_width_embedding_backward",
+            "variable_width_cross_entropy",
+            "variable_width_cross_entropy_backward",
+        )
+    ),
+    why_not=_why_not,
+)
+register(CPU_WING)

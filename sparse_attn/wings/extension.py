@@ -1,0 +1,25 @@
+"""The compiled extension `sparse_attn._C`, and why it is absent where it is."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import torch  # noqa: F401  the extension finds torch's libraries because they are loaded
+
+
+def _load() -> tuple[object | None, str | None]:
+    try:
+        return import_module("sparse_attn._C"), None
+    except ModuleNotFoundError as error:
+        if error.name != "sparse_attn._C":
+            raise
+        # Left in the package by an install that could not compile.
+        note = Path(__file__).resolve().parents[1] / "_no_extension.txt"
+        why = note.read_text().strip().splitlines()[0] if note.exists() else "it was never built"
+        return None, f"the compiled extension sparse_attn._C is not installed: {why}"
+    except ImportError as error:
+        return None, f"the compiled extension sparse_attn._C failed to load: {error}"
+
+
+module, load_error = _load()
