@@ -1,10 +1,14 @@
-"""The part of the build that pyproject.toml cannot say: the extension `sparse_attn._C` and the packages.
+"""The part of the build that pyproject.toml cannot say: the extension and the packages.
+
+The extension is two files in the package, `_C` and the library that it is linked to (tools/native.py says why).
 
 Environment variables:
   SPARSE_ATTN_REQUIRE_EXT=1   fail when the extension cannot be built (else: install pure Python)
   SPARSE_ATTN_PURE=1          do not build it
   SPARSE_ATTN_CUDA=0          leave out the CUDA kernels even where nvcc is found
-  SPARSE_ATTN_CUDA_ARCHS=90a  build them for these GPUs only ("80,90a"; PTX: "120-virtual")
+  SPARSE_ATTN_CUDA_ARCHS=90a  build them for these GPUs ("80,90a"; PTX: "120-virtual"), "all" or "native", those of this
+                              machine. Default: all for a wheel, native for an editable or in-place build
+  SPARSE_ATTN_PROGRESS=file   append a line to it for each thing that was compiled
   MAX_JOBS=4                  parallel compile jobs (default: the number of usable cores)
   CXX, CUDA_HOME              which compiler, which CUDA toolkit
 """
@@ -25,10 +29,11 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import native  # noqa: E402
-from toolchain import Unavailable, env_flag  # noqa: E402
+from toolchain import Unavailable, env_flag, find_gpus  # noqa: E402
 
-# Every csrc/cpu/*.cpp is compiled once per row, with -DSPARSE_ATTN_ISA=<name>; the CPU at run time decides
-# which copy is called. Rising order; a row whose flags the compiler does not know is left out.
+# Every csrc/cpu/kernels/*.cpp is compiled once per row, with -DSPARSE_ATTN_ISA=<name>; the CPU at run time decides
+# which copy is called (csrc/cpu/isa.cpp asks it). Rising order; a row whose flags the compiler does not know is left
+# out.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 ISAS = {
@@ -45,31 +50,63 @@ CUDA_ARCHS = ["80", "86", "89", "90a", "90-virtual", "100a", "120", "120-virtual
 NOTE = "_no_extension.txt"  # in the installed package: why there is no _C
 
 
-def cuda_archs() -> list[str]:
-    asked = re.split(r"[,; ]+", os.environ.get("SPARSE_ATTN_CUDA_ARCHS", "").strip())
-    return [a.removeprefix("sm_").replace(".", "") for a in asked if a] or CUDA_ARCHS
+def cuda_archs(default: str) -> list[str]:
+    asked = os.environ.get("SPARSE_ATTN_CUDA_ARCHS", "").strip() or default
+    found = []
+    for arch in filter(None, re.split(r"[,; ]+", asked)):
+        named = {"all": lambda: CUDA_ARCHS, "native": native_archs}.get(arch)
+        found += named() if named else [arch.removeprefix("sm_").replace(".", "")]
+    return list(dict.fromkeys(found))
+
+
+def native_archs() -> list[str]:
+    """For each GPU of this machine code, or the newest PTX that it takes; none for one older than the first row."""
+    found = []
+    for gpu in find_gpus():
+        code = [arch for arch in CUDA_ARCHS if arch in (gpu, gpu + "a")]
+        virtual = [arch for arch in CUDA_ARCHS if arch.endswith("-virtual") and int(arch.split("-")[0]) <= int(gpu)]
+        found += code or virtual[-1:]
+    return found
 
 
 class build_ext(_build_ext):
     problem: str | None = None
+    default_archs = "all"
 
     def run(self) -> None:
+        # A wheel goes to other machines; an editable install stays on this one.
+        self.default_archs = "native" if self.inplace else "all"
         super().run()
         # pip hides what a successful build prints, so the package itself keeps the reason (doctor shows it).
         package = ROOT / "sparse_attn" if self.inplace else Path(self.build_lib) / "sparse_attn"
         (package / NOTE).unlink(missing_ok=True)
         if self.problem:
-            (package / Path(self.get_ext_filename("sparse_attn._C")).name).unlink(missing_ok=True)
+            for name in self.files():
+                (package / name).unlink(missing_ok=True)
             package.mkdir(parents=True, exist_ok=True)
             (package / NOTE).write_text(self.problem + "\n")
 
+    def files(self) -> list[str]:
+        return [native.LIBRARY, Path(self.get_ext_filename("sparse_attn._C")).name]
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(Path(self.build_lib, "sparse_attn", native.LIBRARY))]
+
+    def copy_extensions_to_source(self) -> None:
+        # setuptools would write over a module that some process is loading, and knows nothing of the library.
+        for name in self.files():
+            built = Path(self.build_lib, "sparse_attn", name)
+            if built.exists():
+                native.replace(built, ROOT / "sparse_attn" / name)
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        target.unlink(missing_ok=True)
+        for name in self.files():
+            target.with_name(name).unlink(missing_ok=True)
         try:
             if env_flag("SPARSE_ATTN_PURE"):
                 raise Unavailable("SPARSE_ATTN_PURE=1 was set")
-            plan = native.make_plan(ISAS, cuda_archs())
+            plan = native.make_plan(ISAS, cuda_archs(self.default_archs))
             try:
                 native.build(plan, target)
             except Unavailable as error:
@@ -120,7 +157,7 @@ setup(
     ext_modules=[
         Extension(
             "sparse_attn._C",
-            sources=listed("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"),
+            sources=listed("csrc/**/*.cpp", "csrc/**/*.cu"),
             depends=listed("csrc/**/*.h", "csrc/**/*.cuh"),
             optional=True,  # build_ext above decides what a failure means
         )

@@ -1,4 +1,8 @@
-"""Writes the build.ninja of `sparse_attn._C` and runs it. The tables (CPU, GPU targets) are in setup.py."""
+"""Writes the build.ninja of the extension and runs it. The tables (CPU, GPU targets) are in setup.py.
+
+Two shared objects, side by side: `libsparse_attn` has the kernels and registers the ops with torch, and loads into a
+program without Python; `sparse_attn._C` is the Python module, linked to it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,14 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain import Nvcc, Torch, Unavailable, accepts, find_cxx, find_nvcc, find_torch
+from toolchain import Nvcc, Torch, Unavailable, accepts, env_flag, find_cxx, find_nvcc, find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 TARGET = "0x020a000000000000"  # torch 2.10: the oldest torch that the extension must load into
+LIBRARY = "libsparse_attn.dylib" if sys.platform == "darwin" else "libsparse_attn.so"
+
+NO_GPU = "no NVIDIA GPU answers on this machine (SPARSE_ATTN_CUDA_ARCHS=all compiles for every GPU)"
 
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Kernels rely on NaN, infinities and signed zeros, so no -ffast-math; these two only free the vectorizer.
@@ -54,35 +61,64 @@ def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
         raise Unavailable(f"{shlex.join(cxx)} does not compile C++20; use gcc>=11 or clang>=14")
     usable = {name: flags for name, flags in isas.items() if not flags or (X86 and accepts(cxx, flags))}
     wanted = os.environ.get("SPARSE_ATTN_CUDA", "1") != "0"
-    nvcc = find_nvcc() if wanted else None
-    no_cuda = "" if nvcc else "no nvcc was found" if wanted else "SPARSE_ATTN_CUDA=0 was set"
+    nvcc = find_nvcc() if wanted and archs else None
+    no_cuda = "" if nvcc else "no nvcc was found" if archs else NO_GPU
+    no_cuda = no_cuda if wanted else "SPARSE_ATTN_CUDA=0 was set"
     build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = int(os.environ.get("MAX_JOBS") or cores)
     known = [a for a in archs if nvcc and nvcc.knows(a.removesuffix("-virtual"))]
     if nvcc and not known:
-        raise Unavailable(f"nvcc {nvcc.version} knows none of the GPUs asked for: {', '.join(archs)}")
+        no_cuda = f"nvcc {nvcc.version} knows none of the GPUs asked for: {', '.join(archs)}"
+        nvcc = None
+        if env_flag("SPARSE_ATTN_REQUIRE_EXT"):
+            raise Unavailable(no_cuda)
     return Plan(cxx, torch, usable, nvcc, no_cuda, known, build_dir, jobs)
 
 
 def build(plan: Plan, target: Path) -> None:
-    """Compiles what changed and puts the extension at `target`; Unavailable has the compiler's own words."""
+    """Compiles what changed; the module goes to `target`, the library beside it.
+
+    Unavailable has the compiler's own words.
+    """
     plan.build_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(plan.build_dir / ".lock"):
         _write_if_changed(plan.build_dir / "build_config.h", _config_header(plan))
+        _write_if_changed(plan.build_dir / "compiled_isas.h", _isas_header(plan))
         (plan.build_dir / "build.ninja").write_text(_ninja_file(plan))
         command = [_ninja(), "-C", str(plan.build_dir), "-j", str(plan.jobs)]
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if run.returncode:
-            raise Unavailable("compiling the native kernels failed:\n" + run.stdout[-8000:])
-        sys.stdout.write(run.stdout)
+        status, output = _run_and_report(command)
+        if status:
+            raise Unavailable("compiling the native kernels failed:\n" + output[-8000:])
+        sys.stdout.write(output)
         # Objects of sources that are gone go too.
         subprocess.run([*command[:3], "-t", "cleandead"], stdout=subprocess.DEVNULL)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced in one step: a process that loads it meanwhile gets the old one or the new one, whole.
-        fresh = target.with_suffix(".new")
-        shutil.copy2(plan.build_dir / "_C.so", fresh)
-        fresh.replace(target)
+        replace(plan.build_dir / LIBRARY, target.with_name(LIBRARY))
+        replace(plan.build_dir / "_C.so", target)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Copies in one step: a process that loads it meanwhile gets the old file or the new one, whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(target.name + ".new")
+    shutil.copy2(source, fresh)
+    fresh.replace(target)
+
+
+def _run_and_report(command: list[str]) -> tuple[int, str]:
+    """Exit status and output. Ninja's "[3/60] …" also go to the file that SPARSE_ATTN_PROGRESS names, as they come:
+    pip shows nothing of a build before it has failed."""
+    lines = []
+    with (
+        open(os.environ.get("SPARSE_ATTN_PROGRESS", os.devnull), "a") as progress,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("["):
+                progress.write(line)
+                progress.flush()
+    return process.returncode, "".join(lines)
 
 
 def _ninja() -> str:
@@ -113,10 +149,18 @@ def _includes(plan: Plan) -> list[str]:
     return [f"-I{plan.build_dir}", *(flag for folder in folders for flag in ("-isystem", str(folder)))]
 
 
+def _isas_header(plan: Plan) -> str:
+    calls = " ".join(f"X({name}, __VA_ARGS__)" for name in plan.isas)
+    return (
+        "// Written by the build: the instruction sets that the CPU kernels are compiled for, in rising order.\n"
+        f"#pragma once\n#define SPARSE_ATTN_EACH_ISA(X, ...) {calls}\n"
+    )
+
+
 def _config_header(plan: Plan) -> str:
     cuda = plan.nvcc.version if plan.nvcc else ""
     return (
-        "// Written by the build: what bindings.cpp reports in build_info().\n#pragma once\n"
+        "// Written by the build: what module.cpp reports in build_info().\n#pragma once\n"
         f'#define SPARSE_ATTN_BUILD_ISAS "{",".join(plan.isas)}"\n'
         f'#define SPARSE_ATTN_BUILD_CUDA "{cuda}"\n'
         f'#define SPARSE_ATTN_BUILD_NO_CUDA "{plan.no_cuda}"\n'
@@ -126,10 +170,8 @@ def _config_header(plan: Plan) -> str:
 
 def _ninja_file(plan: Plan) -> str:
     # File names in messages are relative to the checkout or to torch, not to the machine's root.
-    common = [*COMMON, f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={plan.torch.root.parent}/="]
-    host = [f"-DTORCH_TARGET_VERSION={TARGET}", *(f"-DSPARSE_ATTN_HAVE_{n.upper()}=1" for n in plan.isas)]
-    host += ["-DSPARSE_ATTN_HAVE_X86=1"] if X86 else []
-    host += ["-DSPARSE_ATTN_HAVE_CUDA=1"] if plan.nvcc else []
+    sources = f"-I{ROOT / 'csrc'}"
+    common = [*COMMON, sources, f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={plan.torch.root.parent}/="]
     # nvcc compiles several archs at once; the pool keeps files × archs within the job count.
     threads = max(1, min(plan.jobs, len(plan.archs)))
     lines = [
@@ -138,34 +180,38 @@ def _ninja_file(plan: Plan) -> str:
         "rule cxx\n"
         f"  command = {_text([*plan.cxx, *common])} $flags -MD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = C++ $out",
-        f"host = {_text([*host, *_includes(plan)])}",
+        f"host = {_text([f'-DTORCH_TARGET_VERSION={TARGET}', *_includes(plan)])}",
     ]
-    objects = []
+    objects = []  # of the library
 
     def compile_(source: Path, out: str, rule: str, flags: str) -> None:
         objects.append(out)
         lines.append(f"build {_path(out)}: {rule} {_path(source)}\n  flags = {flags}")
 
-    for source in _sources("csrc/*.cpp"):
-        compile_(source, f"host/{source.stem}.o", "cxx", "$host")
+    for device in ("cpu", "cuda") if plan.nvcc else ("cpu",):
+        for source in _sources(f"csrc/{device}/*.cpp"):
+            compile_(source, f"host/{device}/{source.stem}.o", "cxx", "$host")
     # The order matters. When two objects hold the same inline function (say, of the standard library), the
     # linker keeps the first: host and generic code come first, so that a CPU without AVX never runs a copy
     # compiled for AVX.
     for isa, isa_flags in plan.isas.items():
         flags = _text([*KERNEL, *isa_flags, f"-DSPARSE_ATTN_ISA={isa}"])
-        for source in _sources("csrc/cpu/*.cpp"):
+        for source in _sources("csrc/cpu/kernels/*.cpp"):
             compile_(source, f"{isa}/{source.stem}.o", "cxx", flags)
     if plan.nvcc:
-        nvcc = [plan.nvcc.path, "-ccbin", plan.cxx[0], *CUDA, f"--threads={threads}"]
+        nvcc = [plan.nvcc.path, "-ccbin", plan.cxx[0], *CUDA, sources, f"--threads={threads}"]
         lines.append(
             f"rule nvcc\n  command = {_text(nvcc)} $flags -MD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  pool = nvcc\n  description = CUDA $out"
         )
-        for source in _sources("csrc/cuda/*.cu"):
+        for source in _sources("csrc/cuda/kernels/*.cu"):
             compile_(source, f"cuda/{source.stem}.cu.o", "nvcc", _text(_gencode(plan.archs)))
-    link = f"{_text(plan.cxx)} $in -o $out {_text(_link_flags(plan))}"
-    lines.append(f"rule link\n  command = {link}\n  description = link $out")
-    lines.append("build _C.so: link " + " ".join(_path(o) for o in objects))
+    lines.append(f"rule link\n  command = {_text(plan.cxx)} $in -o $out $flags\n  description = link $out")
+    inputs = " ".join(_path(o) for o in objects)
+    lines.append(f"build {LIBRARY}: link {inputs}\n  flags = {_text(_library_flags(plan))}")
+    module = _path(ROOT / "csrc/module.cpp")
+    lines.append(f"build host/module.o: cxx {module}\n  flags = $host")
+    lines.append(f"build _C.so: link host/module.o | {LIBRARY}\n  flags = {_text(_module_flags(plan))}")
     return "\n".join(lines) + "\n"
 
 
@@ -178,17 +224,19 @@ def _gencode(archs: list[str]) -> list[str]:
     return flags
 
 
-def _link_flags(plan: Plan) -> list[str]:
+def _library_flags(plan: Plan) -> list[str]:
     # Only libtorch_cpu, where the stable C functions live: it is in every torch, CUDA or not, and is loaded
-    # before _C (sparse_attn imports torch first), so the loader finds it by name and needs no rpath.
-    # libstdc++ and libgcc stay shared: exceptions cross between torch and _C, and two copies break that.
+    # before (sparse_attn imports torch first), so the loader finds it by name and needs no rpath.
+    # libstdc++ and libgcc stay shared: exceptions cross between torch and here, and two copies break that.
     torch = [f"-L{plan.torch.root / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup", *torch]
+        return ["-dynamiclib", f"-Wl,-install_name,@rpath/{LIBRARY}", *torch]
     # The CUDA runtime goes in whole and its symbols stay hidden: torch's own may be of another version.
     cuda = [f"-L{plan.nvcc.library_dir}", "-lcudart_static"] if plan.nvcc else []
     return [
         "-shared",
+        f"-Wl,-soname,{LIBRARY}",
+        "-Wl,-z,defs",  # a kernel table that no kernel file fills is an error here, not when it is loaded
         "-Wl,--as-needed",
         "-Wl,--exclude-libs,ALL",
         *torch,
@@ -197,6 +245,13 @@ def _link_flags(plan: Plan) -> list[str]:
         "-ldl",
         "-lpthread",
     ]
+
+
+def _module_flags(plan: Plan) -> list[str]:
+    library = [f"-L{plan.build_dir}", "-lsparse_attn"]
+    if sys.platform == "darwin":
+        return ["-bundle", "-undefined", "dynamic_lookup", *library, "-Wl,-rpath,@loader_path"]
+    return ["-shared", *library, "-Wl,-rpath,$ORIGIN"]
 
 
 def _sources(pattern: str) -> list[Path]:

@@ -85,6 +85,17 @@ class Nvcc:
         return arch.rstrip("af") in self.code
 
 
+def find_gpus() -> list[str]:
+    """The compute capabilities of the NVIDIA GPUs that answer: ["90"]."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = re.findall(r"^(\d+)\.(\d)\s*$", answer.stdout, flags=re.MULTILINE) if not answer.returncode else []
+    return sorted({major + minor for major, minor in found}, key=int)
+
+
 def find_nvcc() -> Nvcc | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None

@@ -1,196 +1,195 @@
-// block_attention, forward: a tile of queries over whole blocks of keys, as matrix products with a running
-// softmax.
-//
-// Keys and values are packed once, chunk by chunk, as the products want them. A task takes the rows (head,
-// query) of one tile in groups of kTileRows: scores of a group and a chunk, their exponentials, and the
-// weighted values are small enough for the first-level cache.
-#include "block_tile.h"
+// block_attention on the CPU, forward and backward, from torch's tensors to the kernels.
+#include "cpu/kernels/block_attention.h"
 
-namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "cpu/selection.h"
+
+SPARSE_ATTN_FIND_KERNELS(block_attention, BlockKernels)
+SPARSE_ATTN_FIND_KERNELS(block_attention_backward, BlockBackwardKernels)
+
+namespace sparse_attn {
 namespace {
 
-template <class T>
-void pack_chunks(const BlockParams& p, int64_t b, int64_t kv_head, Range chunks) {
-    const AttendParams& a = p.attend;
-    const Strides &sk = a.key_strides, &sv = a.value_strides;
-    const int64_t head = (b * a.kv_heads + kv_head) * p.block_count * p.chunks_per_block;
-    const T* key = static_cast<const T*>(a.key) + b * sk.b + kv_head * sk.h;
-    const T* value = static_cast<const T*>(a.value) + b * sv.b + kv_head * sv.h;
-    for (int64_t n = chunks.begin; n < chunks.end; ++n) {
-        const Chunk c = chunk_of(p, n);
-        if (c.count == 0) continue;
-        pack_cols(p.packed_key + (head + n) * packed_cols_size(a.head_dim, kChunk), key + c.first * sk.t,
-                  a.head_dim, sk.d, c.count, sk.t);
-        pack_cols(p.packed_value + (head + n) * packed_cols_size(kChunk, a.value_dim), value + c.first * sv.t,
-                  c.count, sv.t, a.value_dim, sv.d);
-        float unusual = 0.0f;
-        for (int64_t j = 0; j < c.count; ++j)
-            for (int64_t d = 0; d < a.value_dim; ++d) {
-                const float x = to_float(value[(c.first + j) * sv.t + d * sv.d]);
-                unusual += x - x;  // NaN from an infinity or a NaN, else 0
-            }
-        p.special[head + n] = unusual != 0.0f;
-    }
+// All but the results and the packed keys; `blocks_of` and `lengths` must outlive them.
+BlockParams block_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                         Tensor& blocks_of, const std::vector<int64_t>& lengths, int64_t block_size,
+                         int64_t query_tile, bool is_causal, int64_t causal_offset, double scale) {
+    STD_TORCH_CHECK(block_size >= 1 && query_tile >= 1, op,
+                    ": block_size and query_tile must be at least 1; got ", block_size, " and ", query_tile);
+    BlockParams p{};
+    AttendParams& a = p.attend;
+    a = attend_params(op, query, key, value, scale);
+    // Longer ones change nothing, and sums of them still fit.
+    p.block_size = std::min(block_size, std::max<int64_t>(1, a.key_length));
+    p.query_tile = std::min(query_tile, std::max<int64_t>(1, a.query_length));
+    p.tiles = blocks(a.query_length, p.query_tile);
+    p.block_count = blocks(a.key_length, p.block_size);
+    p.chunks_per_block = blocks(p.block_size, kBlockChunk);
+    constexpr int64_t kFar = int64_t{1} << 40;
+    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
+    p.is_causal = is_causal;
+    const int64_t groups = blocks_of.dim() == 4 ? blocks_of.size(1) : 0;
+    STD_TORCH_CHECK(
+        blocks_of.scalar_type() == ScalarType::Int && blocks_of.dim() == 4 && blocks_of.size(0) == a.batch &&
+            (groups == 1 || groups == a.kv_heads || groups == a.heads) && blocks_of.size(2) == p.tiles,
+        op, ": blocks must be int32 [B, G, N, M], G one of 1, Hkv, Hq, N tiles of queries; got ",
+        shape_of(blocks_of));
+    blocks_of = with_contiguous_rows(blocks_of);
+    a.indices = static_cast<const int32_t*>(blocks_of.const_data_ptr());
+    a.indices_strides = strides_of(blocks_of);
+    a.groups = groups;
+    a.slots = blocks_of.size(3);
+    p.lengths = lengths.empty() ? nullptr : lengths.data();
+    return p;
 }
 
-// One group of rows between chunks: the largest score so far, the sum of the exponentials beside it, and the
-// values weighted by them.
-struct RowState {
-    float peak[kTileRows], total[kTileRows];
-    float* out;  // [kTileRows, stride]
-    int64_t stride;
+bool block_worth_threads(const BlockParams& p) {
+    const AttendParams& a = p.attend;
+    const double pairs = static_cast<double>(a.batch * a.heads) * a.query_length * a.slots * p.block_size;
+    return worth_threads(pairs * (a.head_dim + a.value_dim));
+}
+
+// Calls run({b, heads, tile}, scratch) for each tile of the heads that share a key head and a row of blocks:
+// they are rows of one product. The last tiles first: with a causal limit they have the most to do.
+template <class F>
+void for_each_tile(const BlockParams& p, int64_t scratch_bytes, bool parallel, const F& run) {
+    const AttendParams& a = p.attend;
+    const int64_t units = std::max(a.kv_heads, a.groups), sharing = a.heads / units;
+    for_each_task(a.batch * units * p.tiles, scratch_bytes, parallel, [&](int64_t i, char* scratch) {
+        const int64_t unit = i / p.tiles % units;
+        run(
+            cpu::TileTask{
+                i / p.tiles / units, {unit * sharing, (unit + 1) * sharing}, p.tiles - 1 - i % p.tiles},
+            scratch);
+    });
+}
+
+// For each (b, g, block) the tiles that chose it, ascending; one that is named twice stands there twice.
+struct TilesOf {
+    std::vector<int64_t> starts;
+    std::vector<int32_t> tiles;
 };
-
-// scores [kTileRows, kChunk] → exponentials; columns from limit[r] on become 0. Rescales what is there
-// already.
-SPARSE_ATTN_INLINE void softmax_chunk(RowState& state, float* scores, int64_t count, const int64_t* limit) {
-    const float nothing = -__builtin_inff();
-    for (int r = 0; r < kTileRows; ++r) {
-        float* row = scores + r * kChunk;
-        Vec top = broadcast(nothing);
-        for (int64_t j = 0; j < count; j += Vec::W) {
-            Vec s = load(row + j);
-            if (limit[r] < j + Vec::W) {
-                s = where(low_bits(clamp<int64_t>(limit[r] - j, 0, Vec::W)), s, broadcast(nothing));
-                store(row + j, s);
-            }
-            top = max(s, top);  // skips NaN
-        }
-        const float peak = maximum(max_lane(top), state.peak[r]);
-        Vec sum_of = zero();
-        for (int64_t j = 0; j < count; j += Vec::W) {
-            const Vec s = load(row + j);
-            // With peak −inf every score is −inf or NaN, and −inf − −inf must not become NaN.
-            const Vec e = peak == nothing ? where(is_nan(s), s, zero()) : exp(s - broadcast(peak));
-            store(row + j, e);
-            sum_of = sum_of + e;
-        }
-        if (peak > state.peak[r]) {
-            // From −inf, where nothing has any weight yet, the factor is 0.
-            const float factor = max_lane(exp(broadcast(state.peak[r] - peak)));
-            state.total[r] *= factor;
-            float* out = state.out + r * state.stride;
-            for (int64_t d = 0; d < state.stride; d += Vec::W)
-                store(out + d, load(out + d) * broadcast(factor));
-            state.peak[r] = peak;
-        }
-        state.total[r] += sum(sum_of);
-    }
-}
-
-// out += weights · values, with the rows' own keys alone: 0 · NaN of a key that a row does not see is no part
-// of it.
-inline void add_visible(RowState& state, const float* weights, const float* packed, int64_t count,
-                        const int64_t* limit, int64_t value_dim) {
-    for (int r = 0; r < kTileRows; ++r)
-        for (int64_t j = 0; j < minimum(count, limit[r]); ++j)
-            for (int64_t d = 0; d < value_dim; ++d)
-                state.out[r * state.stride + d] +=
-                    weights[r * kChunk + j] *
-                    packed[d / kTileCols * kTileCols * count + j * kTileCols + d % kTileCols];
-}
-
-template <class T>
-void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, void* memory) {
+TilesOf tiles_of_blocks(const BlockParams& p) {
     const AttendParams& a = p.attend;
-    Scratch scratch{static_cast<char*>(memory)};
-    const int64_t begin = tile * p.query_tile, length = minimum(p.query_tile, a.query_length - begin);
-    const int64_t rows = (heads.end - heads.begin) * length, stride = round_up(a.value_dim, kTileCols);
-    const int64_t kv_head = heads.begin / (a.heads / a.kv_heads), group = heads.begin / (a.heads / a.groups);
-    const int64_t keys = p.lengths ? p.lengths[b] : a.key_length;
-    const int64_t first_chunk = (b * a.kv_heads + kv_head) * p.block_count * p.chunks_per_block;
-    const int64_t key_size = packed_cols_size(a.head_dim, kChunk);
-    const int64_t value_size = packed_cols_size(kChunk, a.value_dim);
-    const int32_t* blocks =
-        a.indices + b * a.indices_strides.b + group * a.indices_strides.h + tile * a.indices_strides.t;
-    float* queries = scratch.take<float>(kTileRows * a.head_dim);
-    float* scores = scratch.take<float>(kTileRows * kChunk);
-    RowState state;
-    state.out = scratch.take<float>(kTileRows * stride);
-    state.stride = stride;
-
-    for (int64_t start = 0; start < rows; start += kTileRows) {
-        int64_t end[kTileRows];  // keys before it are visible
-        int64_t most = 0, least = keys;
-        for (int r = 0; r < kTileRows; ++r) {
-            const int64_t row = start + r, h = heads.begin + row / length, i = begin + row % length;
-            state.peak[r] = -__builtin_inff();
-            state.total[r] = 0.0f;
-            end[r] = 0;
-            if (row < rows) {
-                end[r] = p.is_causal ? clamp<int64_t>(i + p.causal_offset + 1, 0, keys) : keys;
-                most = maximum(most, end[r]);
-                least = minimum(least, end[r]);
-                const Strides& s = a.query_strides;
-                const T* query = static_cast<const T*>(a.query) + b * s.b + h * s.h + i * s.t;
-                for (int64_t d = 0; d < a.head_dim; ++d)
-                    queries[d * kTileRows + r] = to_float(query[d * s.d]) * a.scale;
-            } else {
-                least = 0;
-                for (int64_t d = 0; d < a.head_dim; ++d) queries[d * kTileRows + r] = 0.0f;
+    TilesOf result;
+    result.starts.assign(a.batch * a.groups * p.block_count + 1, 0);
+    auto visit = [&](auto&& with) {
+        for (int64_t list = 0; list < a.batch * a.groups; ++list)
+            for (int64_t t = 0; t < p.tiles; ++t) {
+                const Strides& s = a.indices_strides;
+                const int32_t* row = a.indices + list / a.groups * s.b + list % a.groups * s.h + t * s.t;
+                for (int64_t m = 0; m < a.slots; ++m)
+                    if (row[m] >= 0 && row[m] < p.block_count) with(list * p.block_count + row[m], t);
             }
-        }
-        for (int64_t d = 0; d < kTileRows * stride; ++d) state.out[d] = 0.0f;
+    };
+    visit([&](int64_t i, int64_t) { ++result.starts[i + 1]; });
+    for (size_t i = 1; i < result.starts.size(); ++i) result.starts[i] += result.starts[i - 1];
+    result.tiles.resize(result.starts.back());
+    std::vector<int64_t> next = result.starts;
+    visit([&](int64_t i, int64_t t) { result.tiles[next[i]++] = static_cast<int32_t>(t); });
+    return result;
+}
 
-        for (int64_t m = 0; m < a.slots; ++m) {
-            const int64_t block = blocks[m];
-            if (block < 0 || block >= p.block_count) continue;
-            for (int64_t part = 0; part < p.chunks_per_block; ++part) {
-                const int64_t n = block * p.chunks_per_block + part;
-                const Chunk c = chunk_of(p, n);
-                if (c.count == 0 || c.first >= most) break;
-                int64_t limit[kTileRows];
-                for (int r = 0; r < kTileRows; ++r) limit[r] = clamp<int64_t>(end[r] - c.first, 0, c.count);
-                const float* key = p.packed_key + (first_chunk + n) * key_size;
-                const float* value = p.packed_value + (first_chunk + n) * value_size;
-                for (int64_t j = 0; j < c.count; j += kTileCols)
-                    gemm_tile<1, kTileRows, false>(scores + j, kChunk, queries, key + j * a.head_dim,
-                                                   a.head_dim);
-                softmax_chunk(state, scores, c.count, limit);
-                if (p.special[first_chunk + n] && least < c.first + c.count) {
-                    add_visible(state, scores, value, c.count, limit, a.value_dim);
-                    continue;
-                }
-                for (int64_t d = 0; d < stride; d += kTileCols)
-                    gemm_tile<kChunk, 1, true>(state.out + d, stride, scores, value + d * c.count, c.count);
-            }
-        }
+std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor blocks_of,
+                                               std::optional<Tensor> key_lengths, int64_t block_size,
+                                               int64_t query_tile, bool is_causal, int64_t causal_offset,
+                                               double scale) {
+    const char* op = "block_attention.cpu";
+    check_qkv(op, query, key, &value);
+    const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query.size(0), key.size(2));
+    BlockParams p = block_params(op, query, key, value, blocks_of, lengths, block_size, query_tile, is_causal,
+                                 causal_offset, scale);
+    AttendParams& a = p.attend;
+    Tensor out = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.value_dim});
+    Tensor lse = new_lse(query);
+    if (out.numel() == 0) return {out, lse};
+    a.out = out.mutable_data_ptr();
+    a.lse = static_cast<float*>(lse.mutable_data_ptr());
 
-        for (int64_t r = 0; r < minimum<int64_t>(kTileRows, rows - start); ++r) {
-            const int64_t row = start + r, h = heads.begin + row / length, i = begin + row % length;
-            const int64_t at = (b * a.heads + h) * a.query_length + i;
-            const float total = state.total[r], inverse = total == 0.0f ? 0.0f : 1.0f / total;
-            T* out = static_cast<T*>(a.out) + at * a.value_dim;
-            for (int64_t d = 0; d < a.value_dim; ++d)
-                convert(total == 0.0f ? 0.0f : state.out[r * stride + d] * inverse, out + d);
-            a.lse[at] = total == 0.0f ? -__builtin_inff() : state.peak[r] + __builtin_logf(total);
-        }
-    }
+    const cpu::BlockKernels& k = cpu::block_attention_kernels();
+    const int64_t chunks = p.block_count * p.chunks_per_block, key_heads = a.batch * a.kv_heads;
+    Memory packed_key = allocate(key_heads * chunks * k.packed_key(p) * 4);
+    Memory packed_value = allocate(key_heads * chunks * k.packed_value(p) * 4);
+    Memory special = allocate(key_heads * chunks);
+    p.packed_key = reinterpret_cast<float*>(packed_key.get());
+    p.packed_value = reinterpret_cast<float*>(packed_value.get());
+    p.special = reinterpret_cast<uint8_t*>(special.get());
+    const bool parallel = block_worth_threads(p);
+    constexpr int64_t kPack = 16;
+    const int64_t packs = blocks(chunks, kPack);
+    for_each_task(key_heads * packs, 64, parallel, [&](int64_t i, char*) {
+        const int64_t head = i / packs, c = i % packs * kPack;
+        k.pack(p, head / a.kv_heads, head % a.kv_heads, {c, std::min(chunks, c + kPack)});
+    });
+    for_each_tile(p, k.attend.scratch_bytes(p), parallel,
+                  [&](cpu::TileTask task, char* scratch) { k.attend.run(p, task, scratch); });
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor lse, Tensor query, Tensor key, Tensor value,
+    Tensor blocks_of, std::optional<Tensor> key_lengths, int64_t block_size, int64_t query_tile,
+    bool is_causal, int64_t causal_offset, double scale) {
+    const char* op = "block_attention_backward.cpu";
+    check_qkv(op, query, key, &value);
+    lse = torch::stable::contiguous(lse);
+    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+    const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query.size(0), key.size(2));
+    BlockBackwardParams p{};
+    BlockParams& f = p.forward;
+    f = block_params(op, query, key, value, blocks_of, lengths, block_size, query_tile, is_causal,
+                     causal_offset, scale);
+    AttendParams& a = f.attend;
+    check_gradients(op, a, grad_out, grad_lse, lse);
+    Tensor grad_query = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.head_dim});
+    Tensor grad_key = torch::stable::new_empty(key, {a.batch, a.kv_heads, a.key_length, a.head_dim});
+    Tensor grad_value = torch::stable::new_empty(value, {a.batch, a.kv_heads, a.key_length, a.value_dim});
+    a.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.grad_out = grad_out.const_data_ptr();
+    p.grad_out_strides = strides_of(grad_out);
+    p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+    p.grad_query = grad_query.mutable_data_ptr();
+    p.grad_key = grad_key.mutable_data_ptr();
+    p.grad_value = grad_value.mutable_data_ptr();
+    Memory centre = allocate(a.batch * a.heads * a.query_length * 4);
+    p.centre = reinterpret_cast<float*>(centre.get());
+    const TilesOf chosen = tiles_of_blocks(f);
+    p.starts = chosen.starts.data();
+    p.tiles_of = chosen.tiles.data();
+
+    const cpu::BlockBackwardKernels& k = cpu::block_attention_backward_kernels();
+    const bool parallel = block_worth_threads(f);
+    for_each_tile(f, k.query.scratch_bytes(p), parallel,
+                  [&](cpu::TileTask task, char* scratch) { k.query.run(p, task, scratch); });
+    // The first blocks of all heads first: every tile chooses them.
+    const int64_t key_heads = a.batch * a.kv_heads;
+    for_each_task(key_heads * f.block_count * f.chunks_per_block, k.key_scratch_bytes(p), parallel,
+                  [&](int64_t i, char* scratch) {
+                      const int64_t head = i % key_heads;
+                      k.key(p, head / a.kv_heads, head % a.kv_heads, i / key_heads, scratch);
+                  });
+    return {grad_query, grad_key, grad_value};
 }
 
 }  // namespace
+}  // namespace sparse_attn
 
-int64_t block_packed_key(const BlockParams& p) {
-    return packed_cols_size(p.attend.head_dim, kChunk);
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
+    m.def(
+        "block_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor? key_lengths, "
+        "SymInt block_size, SymInt query_tile, bool is_causal, SymInt causal_offset, float scale) "
+        "-> (Tensor out, Tensor lse)");
+    m.def(
+        "block_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor lse, Tensor query, Tensor "
+        "key, "
+        "Tensor value, Tensor blocks, Tensor? key_lengths, SymInt block_size, SymInt query_tile, "
+        "bool is_causal, SymInt causal_offset, float scale) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
-int64_t block_packed_value(const BlockParams& p) {
-    return packed_cols_size(kChunk, p.attend.value_dim);
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+    m.impl("block_attention.cpu", TORCH_BOX(&sparse_attn::block_attention_cpu));
+    m.impl("block_attention_backward.cpu", TORCH_BOX(&sparse_attn::block_attention_backward_cpu));
 }
-
-void block_pack(const BlockParams& p, int64_t b, int64_t kv_head, Range chunks) {
-    if (p.attend.dtype == DType::kFloat32) pack_chunks<float>(p, b, kv_head, chunks);
-    if (p.attend.dtype == DType::kBFloat16) pack_chunks<bfloat16>(p, b, kv_head, chunks);
-    if (p.attend.dtype == DType::kFloat16) pack_chunks<float16>(p, b, kv_head, chunks);
-}
-
-int64_t block_scratch_bytes(const BlockParams& p) {
-    return 4 * kTileRows * (p.attend.head_dim + kChunk + round_up(p.attend.value_dim, kTileCols)) + 256;
-}
-
-void block_attend(const BlockParams& p, int64_t b, Range heads, int64_t tile, void* scratch) {
-    if (p.attend.dtype == DType::kFloat32) attend_tile<float>(p, b, heads, tile, scratch);
-    if (p.attend.dtype == DType::kBFloat16) attend_tile<bfloat16>(p, b, heads, tile, scratch);
-    if (p.attend.dtype == DType::kFloat16) attend_tile<float16>(p, b, heads, tile, scratch);
-}
-
-}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

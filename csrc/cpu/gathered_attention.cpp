@@ -1,75 +1,121 @@
-// gathered_attention, forward: one query at a time over the keys that its index row names.
-#include "kernels.h"
-#include "rows.h"
-#include "scratch.h"
-#include "simd.h"
+// gathered_attention on the CPU, forward and backward, from torch's tensors to the kernels.
+#include "cpu/kernels/gathered_attention.h"
 
-namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+#include <torch/csrc/stable/library.h>
 
-int64_t attend_scratch_bytes(const AttendParams& p) {
-    return 4 * (round_up(p.head_dim, 16) + round_up(p.value_dim, 16) + 3 * (p.slots + 32)) + 512;
+#include "cpu/selection.h"
+
+SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
+SPARSE_ATTN_FIND_KERNELS(gathered_attention_backward, AttendBackwardKernels)
+
+namespace sparse_attn {
+namespace {
+
+// Query heads that one task works on: those of a key head, which share its rows in cache.
+constexpr int64_t kAttendQueries = 64;
+
+bool attend_worth_threads(const AttendParams& p) {
+    return worth_threads(static_cast<double>(p.batch * p.heads) * p.query_length * p.slots *
+                         (p.head_dim + p.value_dim));
 }
 
-// Probabilities of n scores in place (unnormalised) and their sum; returns the largest score, −inf for none.
-inline float softmax_terms(float* scores, int64_t n, float* total) {
-    const float nothing = -__builtin_inff();
-    for (int64_t i = n; i < round_up(n, Vec::W); ++i) scores[i] = nothing;
-    Vec top = broadcast(nothing);
-    for (int64_t i = 0; i < n; i += Vec::W) top = max(load(scores + i), top);  // skips NaN
-    const float peak = max_lane(top);
-    Vec acc = zero();
-    for (int64_t i = 0; i < n; i += Vec::W) {
-        Vec s = load(scores + i);
-        // With peak −inf every score is −inf or NaN, and −inf − −inf must not become NaN.
-        Vec e = peak == nothing ? where(is_nan(s), s, zero()) : exp(s - broadcast(peak));
-        store(scores + i, e);
-        acc = acc + e;
-    }
-    *total = sum(acc);
-    return peak;
+std::tuple<Tensor, Tensor> gathered_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor indices,
+                                                  double scale) {
+    const char* op = "gathered_attention.cpu";
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    indices = with_contiguous_rows(indices);
+    AttendParams p = attend_params(op, query, key, value, scale);
+    set_indices(p, op, indices);
+    Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.value_dim});
+    Tensor lse = new_lse(query);
+    if (out.numel() == 0) return {out, lse};
+    p.out = out.mutable_data_ptr();
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    const cpu::AttendKernel& k = cpu::gathered_attention_kernels();
+    const int64_t per_kv = p.heads / p.kv_heads, per_head = blocks(p.query_length, kAttendQueries);
+    for_each_task(p.batch * p.kv_heads * per_head, k.scratch_bytes(p), attend_worth_threads(p),
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, p.kv_heads, per_head, kAttendQueries, p.query_length);
+                      k.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
+                  });
+    return {out, lse};
 }
 
-template <class T, int D, int Dv>
-void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, void* memory) {
-    Scratch scratch{static_cast<char*>(memory)};
-    float* query = scratch.take<float>(p.head_dim + 16);
-    float* result = scratch.take<float>(p.value_dim + 16);
-    float* scores = scratch.take<float>(p.slots + 16);
-    int32_t* keys = scratch.take<int32_t>(p.slots + 16);
-    int32_t* slot_of = scratch.take<int32_t>(p.slots + 16);
-    const int64_t per_kv_head = p.heads / p.kv_heads, per_group = p.heads / p.groups;
+std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(Tensor grad_out,
+                                                                   std::optional<Tensor> grad_lse,
+                                                                   Tensor query, Tensor key, Tensor value,
+                                                                   Tensor indices, Tensor out, Tensor lse,
+                                                                   double scale, bool /* atomics */) {
+    const char* op = "gathered_attention_backward.cpu";
+    (void)out;  // Σ P∘dP is taken over the slots: more exact than dO·out where out is a half type
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    indices = with_contiguous_rows(indices);
+    lse = torch::stable::contiguous(lse);
+    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+    AttendBackwardParams p{};
+    AttendParams& f = p.forward;
+    f = attend_params(op, query, key, value, scale);
+    set_indices(f, op, indices);
+    check_gradients(op, f, grad_out, grad_lse, lse);
+    Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
+    Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
+    Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
+    if (f.batch == 0) return {grad_query, grad_key, grad_value};
 
-    // Heads inside queries: heads that share keys find them in cache.
-    for (int64_t i = queries.begin; i < queries.end; ++i) {
-        int64_t filled = 0;
-        for (int64_t h = heads.begin; h < heads.end; ++h) {
-            const int64_t kv = h / per_kv_head, row = (b * p.heads + h) * p.query_length + i;
-            const Strides &sq = p.query_strides, &sk = p.key_strides, &sv = p.value_strides,
-                          &si = p.indices_strides;
-            const Rows<T, D> key_rows{static_cast<const T*>(p.key) + b * sk.b + kv * sk.h, sk.t, p.head_dim};
-            const Rows<T, Dv> value_rows{static_cast<const T*>(p.value) + b * sv.b + kv * sv.h, sv.t,
-                                         p.value_dim};
-            if (h == heads.begin || h % per_group == 0)
-                filled = filled_slots(p.indices + b * si.b + h / per_group * si.h + i * si.t, p.slots, 0,
-                                      p.key_length, keys, slot_of);
-            load_padded(query, static_cast<const T*>(p.query) + b * sq.b + h * sq.h + i * sq.t, p.head_dim,
-                        sq.d);
-            key_rows.dots(query, keys, filled, p.scale, scores);
-            float total = 0.0f;
-            const float peak = softmax_terms(scores, filled, &total);
-            T* out = static_cast<T*>(p.out) + row * p.value_dim;
-            value_rows.weighted_sum(scores, keys, filled, result);
-            const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-            for (int64_t d = 0; d < p.value_dim; ++d)
-                convert(total == 0.0f ? 0.0f : result[d] * inverse, out + d);
-            p.lse[row] = total == 0.0f ? -__builtin_inff() : peak + __builtin_logf(total);
-        }
-    }
+    f.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.grad_out = grad_out.const_data_ptr();
+    p.grad_out_strides = strides_of(grad_out);
+    p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+    p.grad_query = grad_query.mutable_data_ptr();
+    p.grad_key = grad_key.mutable_data_ptr();
+    p.grad_value = grad_value.mutable_data_ptr();
+    const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
+    Memory probability = allocate(slots * 4), grad_score = allocate(slots * 4);
+    p.probability = reinterpret_cast<float*>(probability.get());
+    p.grad_score = reinterpret_cast<float*>(grad_score.get());
+
+    const cpu::AttendBackwardKernels& k = cpu::gathered_attention_backward_kernels();
+    const bool parallel = attend_worth_threads(f);
+    const int64_t per_kv = f.heads / f.kv_heads, per_head = blocks(f.query_length, kAttendQueries);
+    for_each_task(f.batch * f.kv_heads * per_head, k.query.scratch_bytes(p), parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, f.kv_heads, per_head, kAttendQueries, f.query_length);
+                      k.query.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
+                  });
+
+    // A block's float32 gradients stay in L2; the size changes no result, since each key sums in query order.
+    const int64_t row_bytes = 4 * (f.head_dim + f.value_dim),
+                  threads = parallel ? torch::stable::get_num_threads() : 1;
+    int64_t block = std::max<int64_t>(64, (int64_t{1} << 19) / row_bytes);
+    const int64_t wanted =
+        blocks(4 * threads, f.batch * f.kv_heads);  // blocks per head that keep all threads busy
+    block = std::clamp<int64_t>(blocks(f.key_length, wanted), 1, block);
+    const int64_t key_blocks = blocks(f.key_length, block);
+    for_each_task(f.batch * f.kv_heads * key_blocks, k.key_scratch_bytes(p, block), parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, f.kv_heads, key_blocks, block, f.key_length);
+                      k.key(p, t.b, t.group, t.queries, scratch);
+                  });
+    return {grad_query, grad_key, grad_value};
 }
 
-void attend(const AttendParams& p, int64_t b, Range heads, Range queries, void* scratch) {
-    dispatch(p.dtype, p.head_dim, p.value_dim,
-             [&]<class T, int D, int Dv>() { attend_rows<T, D, Dv>(p, b, heads, queries, scratch); });
-}
+}  // namespace
+}  // namespace sparse_attn
 
-}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
+    m.def(
+        "gathered_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor indices, float scale) "
+        "-> (Tensor out, Tensor lse)");
+    m.def(
+        "gathered_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+        "Tensor value, Tensor indices, Tensor out, Tensor lse, float scale, bool atomics=False) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+}
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+    m.impl("gathered_attention.cpu", TORCH_BOX(&sparse_attn::gathered_attention_cpu));
+    m.impl("gathered_attention_backward.cpu", TORCH_BOX(&sparse_attn::gathered_attention_backward_cpu));
+}

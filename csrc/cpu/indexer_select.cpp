@@ -1,101 +1,54 @@
-// indexer_select: Σ_h w_h · max(0, q_h·k) in tiles, streamed into each query's candidates as in topk_select.
-#include "select_stream.h"
+// indexer_select on the CPU, from torch's tensors to the kernels.
+#include "cpu/kernels/indexer_select.h"
 
-namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/selection.h"
+
+SPARSE_ATTN_FIND_KERNELS(indexer_select, IndexerKernels)
+
+namespace sparse_attn {
 namespace {
 
-// The tile of one head's dot products is turned into its part of the score and added before the next head's.
-// `queries` and `weights` hold one tile per head; scales of rounded queries are in the weights, those of
-// rounded keys come last. Not inlined: the accumulators need all registers.
-template <class Tile>
-__attribute__((noinline)) uint32_t indexer_tile(float* tile, const float* queries, const float* weights,
-                                                int64_t heads, int64_t column, const float* panel,
-                                                int64_t word_count, const float* threshold, uint32_t* beats) {
-    Vec acc[MR][NV];
-    for (int64_t h = 0; h < heads; ++h) {
-        accumulate<Tile>(acc, queries + h * MR * column, panel, word_count);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) {
-            const Vec weight = broadcast(weights[h * MR + r]);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-                float* to = tile + r * NR + v * W;
-                const Vec part = max(zero(), acc[r][v]);  // keeps NaN
-                acc[r][v] = h == 0 ? part * weight : fma(part, weight, load(to));
-                if (Tile::kExtra > 0 && h + 1 == heads)
-                    acc[r][v] = acc[r][v] * load(panel + word_count * NR + v * W);
-                store(to, acc[r][v]);
-            }
-        }
-        if (h + 1 == heads) return compare(acc, threshold, beats);
-    }
-    return 0;
+Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, std::optional<Tensor> attn_mask,
+                          std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                          int64_t causal_offset, int64_t window, int64_t sinks, bool int8) {
+    const char* op = "indexer_select.cpu";
+    check_qkv(op, query, key, nullptr);
+    Selection s;
+    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, 1.0, window,
+                      sinks, key.size(1), int8);
+    STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.dim() == 3 &&
+                        weights.size(0) == query.size(0) && weights.size(1) == query.size(1) &&
+                        weights.size(2) == query.size(2),
+                    op, ": weights must be float32 [B, G·Hi, Tq]; got ", shape_of(weights));
+    SelectParams& p = s.params;
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    if (indices.numel() == 0) return indices;
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    const cpu::IndexerKernels& k = cpu::indexer_select_kernels();
+    pack_keys(s, k.block_queries);
+    const IndexerParams indexer{p, static_cast<const float*>(weights.const_data_ptr()), weights.stride(0),
+                                weights.stride(1), weights.stride(2)};
+    for_each_task(p.batch * p.groups * s.per_head, k.select.scratch_bytes(indexer), s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
+                      k.select.run(indexer, {t.b, t.group, t.queries, s.packed.get()}, scratch);
+                  });
+    return indices;
 }
-
-template <class T, class Tile>
-struct IndexerScorer {
-    const IndexerParams& indexer;
-    const T* query;        // [Hi, Tq, D] of the group
-    const float* weights;  // [Hi, Tq] of the group
-    const float* packed;   // the group's panels
-    float* tile_queries;   // [kRowGroups][Hi] tiles
-    float* tile_weights;   // [kRowGroups][Hi][MR]
-    int64_t heads;         // Hi
-
-    void prepare(int g, int64_t first, int64_t rows) {
-        const SelectParams& p = indexer.select;
-        const Strides& s = p.query_strides;
-        const int64_t column = column_words<Tile>(p);
-        for (int64_t h = 0; h < heads; ++h) {
-            pack<Tile, true>(p, tile_queries + (g * heads + h) * MR * column, MR,
-                             query + h * s.h + first * s.t, rows, s.t, s.d, 1.0f);
-            float* to = tile_weights + (g * heads + h) * MR;
-            const float* scale = tile_queries + (g * heads + h) * MR * column + words<Tile>(p) * MR;
-            for (int64_t r = 0; r < MR; ++r) {
-                to[r] = r < rows ? weights[h * indexer.weight_h + (first + r) * indexer.weight_t] : 0.0f;
-                if (Tile::kExtra > 0) to[r] = to[r] * scale[r];
-            }
-        }
-    }
-    SPARSE_ATTN_INLINE uint32_t score(int g, int64_t panel, float* tile, const float* threshold,
-                                      uint32_t* beats) {
-        const SelectParams& p = indexer.select;
-        const int64_t column = column_words<Tile>(p);
-        return indexer_tile<Tile>(tile, tile_queries + g * heads * MR * column, tile_weights + g * heads * MR,
-                                  heads, column, packed + panel * column * NR, words<Tile>(p), threshold,
-                                  beats);
-    }
-};
 
 }  // namespace
+}  // namespace sparse_attn
 
-int64_t indexer_block_queries() {
-    return kBlockRows;
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
+    m.def(
+        "indexer_select.cpu(Tensor query, Tensor key, Tensor weights, Tensor? attn_mask, Tensor? "
+        "key_lengths, "
+        "SymInt top_k, bool is_causal, SymInt causal_offset, SymInt window, SymInt sinks, bool int8) -> "
+        "Tensor");
 }
-
-int64_t indexer_scratch_bytes(const IndexerParams& indexer) {
-    const SelectParams& p = indexer.select;
-    int64_t column = 0;
-    with_tile(p, [&]<class T, class Tile>() { column = column_words<Tile>(p); });
-    return stream_scratch_bytes(p) + kBlockRows * p.heads / p.groups * (column + 1) * 4 + 1024;
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+    m.impl("indexer_select.cpu", TORCH_BOX(&sparse_attn::indexer_select_cpu));
 }
-
-void indexer_select(const IndexerParams& indexer, int64_t b, int64_t group, Range queries, const void* packed,
-                    void* memory) {
-    const SelectParams& p = indexer.select;
-    with_tile(p, [&]<class T, class Tile>() {
-        Scratch scratch{static_cast<char*>(memory)};
-        const int64_t heads = p.heads / p.groups, column = column_words<Tile>(p);
-        IndexerScorer<T, Tile> scorer{
-            indexer,
-            static_cast<const T*>(p.query) + b * p.query_strides.b + group * heads * p.query_strides.h,
-            indexer.weights + b * indexer.weight_b + group * heads * indexer.weight_h,
-            static_cast<const float*>(packed) + (b * p.groups + group) * panel_count(p) * column * NR,
-            scratch.take<float>(kBlockRows * heads * column),
-            scratch.take<float>(kBlockRows * heads),
-            heads};
-        stream_rows(p, b, group, queries, scratch, scorer);
-    });
-}
-
-}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,95 +1,112 @@
-// topk_select: scores in tiles, compared with each query's running threshold while they are hot.
-//
-// Where the heads have their own selections (R = 1) a tile never leaves the first-level cache: what beats the
-// threshold goes to the query's candidates. Where R heads share one, see select_shared.h.
-#include "select_shared.h"
-#include "select_stream.h"
+// topk_select and its relatives on the CPU, from torch's tensors to the kernels. Arguments are validated in
+// Python first, with better words; the checks here keep a direct call of an op from reading or writing out of
+// bounds.
+#include <torch/csrc/stable/library.h>
 
-namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+#include "cpu/selection.h"
 
-// ---- packed keys
-// ------------------------------------------------------------------------------------------------
+namespace sparse_attn {
+namespace {
 
-int64_t panel_count(const SelectParams& p) {
-    return (p.key_length + NR - 1) / NR;
-}
-int64_t packed_head_bytes(const SelectParams& p) {
-    int64_t bytes = 0;
-    with_tile(p, [&]<class T, class Tile>() { bytes = panel_count(p) * column_words<Tile>(p) * NR * 4; });
-    return bytes;
-}
-
-void pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range panels, void* packed_head) {
-    float* packed = static_cast<float*>(packed_head);
-    const Strides& s = p.key_strides;
-    with_tile(p, [&]<class T, class Tile>() {
-        const T* key = static_cast<const T*>(p.key) + b * s.b + kv_head * s.h;
-        for (int64_t n = panels.begin; n < panels.end; ++n) {
-            int64_t first = n * NR;
-            pack<Tile, false>(p, packed + n * column_words<Tile>(p) * NR, NR, key + first * s.t,
-                              minimum<int64_t>(NR, p.key_length - first), s.t, s.d, 1.0f);
-        }
-    });
+Tensor select(const char* op, const Tensor& query, const Tensor& key, const std::optional<Tensor>& attn_mask,
+              const std::optional<Tensor>& key_lengths, int64_t top_k, bool is_causal, int64_t causal_offset,
+              double scale, int64_t window, int64_t sinks, int64_t groups, bool rounded) {
+    check_qkv(op, query, key, nullptr);
+    Selection s;
+    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
+                      window, sinks, groups, rounded);
+    SelectParams& p = s.params;
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    if (indices.numel() == 0) return indices;
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    const cpu::SelectKernels& k = cpu::topk_select_kernels();
+    pack_keys(s, k.block_queries(p));
+    for_each_task(p.batch * p.groups * s.per_head, k.select.scratch_bytes(p), s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
+                      k.select.run(p, {t.b, t.group, t.queries, s.packed.get()}, scratch);
+                  });
+    return indices;
 }
 
-// ---- a selection per head
-// ---------------------------------------------------------------------------------------
-
-int64_t select_block_queries(const SelectParams& p) {
-    const int64_t most = shared_heads(p) == 1 ? kBlockRows : shared_queries(p);
-    if (!p.blocks) return most;
-    const int64_t parts = (p.query_tile + most - 1) / most;  // of a tile
-    return (p.query_tile + parts - 1) / parts;
+Tensor topk_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                       std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                       int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    return select("topk_select.cpu", query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                  scale, window, sinks, groups, false);
 }
 
-int64_t select_scratch_bytes(const SelectParams& p) {
-    int64_t column = 0;
-    with_tile(p, [&]<class T, class Tile>() { column = column_words<Tile>(p); });
-    if (shared_heads(p) == 1) return stream_scratch_bytes(p) + kBlockRows * column * 4 + 1024;
-    return shared_scratch_bytes(p, column);
+Tensor quantized_select_cpu(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                            std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                            int64_t causal_offset, double scale, int64_t window, int64_t sinks,
+                            int64_t groups) {
+    return select("quantized_select.cpu", query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
+                  scale, window, sinks, groups, true);
 }
 
-template <class T, class Tile>
-struct HeadScorer {
-    const SelectParams& p;
-    const T* query;       // [Tq, D] of the head
-    const float* packed;  // its key head's panels
-    float* tile_queries;  // [kRowGroups] tiles
-
-    void prepare(int g, int64_t first, int64_t rows) {
-        const Strides& s = p.query_strides;
-        pack<Tile, true>(p, tile_queries + g * MR * column_words<Tile>(p), MR, query + first * s.t, rows, s.t,
-                         s.d, sign_of(p.scale));
-    }
-    SPARSE_ATTN_INLINE uint32_t score(int g, int64_t panel, float* tile, const float* threshold,
-                                      uint32_t* beats) {
-        const int64_t column = column_words<Tile>(p);
-        return score_tile<Tile, true>(tile, tile_queries + g * MR * column, packed + panel * column * NR,
-                                      words<Tile>(p), threshold, beats);
-    }
-};
-
-template <class T, class Tile>
-void select_rows(const SelectParams& p, int64_t b, int64_t head, Range queries, const float* packed,
-                 void* memory) {
-    Scratch scratch{static_cast<char*>(memory)};
-    const int64_t kv_head = head / (p.heads / p.kv_heads);
-    HeadScorer<T, Tile> scorer{
-        p, static_cast<const T*>(p.query) + b * p.query_strides.b + head * p.query_strides.h,
-        packed + (b * p.kv_heads + kv_head) * panel_count(p) * column_words<Tile>(p) * NR,
-        scratch.take<float>(kBlockRows * column_words<Tile>(p))};
-    stream_rows(p, b, head, queries, scratch, scorer);
+Tensor refine_blocks_cpu(Tensor query, Tensor key, Tensor blocks_of, std::optional<Tensor> key_lengths,
+                         int64_t top_k, int64_t block_size, int64_t query_tile, bool is_causal,
+                         int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    const char* op = "refine_blocks.cpu";
+    check_qkv(op, query, key, nullptr);
+    Selection s;
+    prepare_selection(s, op, query, key, std::nullopt, key_lengths, top_k, is_causal, causal_offset, scale,
+                      window, sinks, groups);
+    SelectParams& p = s.params;
+    STD_TORCH_CHECK(block_size >= 1 && query_tile >= 1, op,
+                    ": block_size and query_tile must be at least 1; got ", block_size, " and ", query_tile);
+    // Longer ones change nothing, and sums of them still fit.
+    p.block_size = std::min(block_size, std::max<int64_t>(1, p.key_length));
+    p.query_tile = std::min(query_tile, std::max<int64_t>(1, p.query_length));
+    const int64_t tiles = blocks(p.query_length, p.query_tile);
+    STD_TORCH_CHECK(blocks_of.scalar_type() == ScalarType::Int && blocks_of.dim() == 4 &&
+                        blocks_of.size(0) == p.batch && blocks_of.size(1) == groups &&
+                        blocks_of.size(2) == tiles,
+                    op, ": blocks must be int32 [B, G, N, M], N tiles of queries; got ", shape_of(blocks_of));
+    blocks_of = with_contiguous_rows(blocks_of);
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    if (indices.numel() == 0) return indices;
+    static constexpr int32_t kNone = -1;
+    p.block_slots = blocks_of.size(3);
+    p.blocks = p.block_slots ? static_cast<const int32_t*>(blocks_of.const_data_ptr()) : &kNone;
+    p.blocks_strides = strides_of(blocks_of);
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    const cpu::SelectKernels& k = cpu::topk_select_kernels();
+    const int64_t step = k.block_queries(p), parts = blocks(p.query_tile, step);
+    pack_keys(s, step);
+    for_each_task(p.batch * groups * tiles * parts, k.select.scratch_bytes(p), s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      const int64_t head = i / (tiles * parts), n = i / parts % tiles;
+                      const int64_t begin = n * p.query_tile + i % parts * step;
+                      const int64_t end = std::min({begin + step, (n + 1) * p.query_tile, p.query_length});
+                      if (begin < end)
+                          k.select.run(p, {head / groups, head % groups, {begin, end}, s.packed.get()},
+                                       scratch);
+                  });
+    return indices;
 }
 
-void select(const SelectParams& p, int64_t b, int64_t group, Range queries, const void* packed,
-            void* scratch) {
-    const float* keys = static_cast<const float*>(packed);
-    with_tile(p, [&]<class T, class Tile>() {
-        if (shared_heads(p) > 1)
-            select_shared<T, Tile>(p, b, group, queries, keys, scratch);
-        else
-            select_rows<T, Tile>(p, b, group, queries, keys, scratch);
-    });
-}
+}  // namespace
+}  // namespace sparse_attn
 
-}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
+    m.def(
+        "topk_select.cpu(Tensor query, Tensor key, Tensor? attn_mask, Tensor? key_lengths, SymInt top_k, "
+        "bool is_causal, SymInt causal_offset, "
+        "float scale, SymInt window, SymInt sinks, SymInt groups) -> Tensor");
+    m.def(
+        "quantized_select.cpu(Tensor query, Tensor key, Tensor? attn_mask, Tensor? key_lengths, SymInt "
+        "top_k, bool is_causal, SymInt causal_offset, "
+        "float scale, SymInt window, SymInt sinks, SymInt groups) -> Tensor");
+    m.def(
+        "refine_blocks.cpu(Tensor query, Tensor key, Tensor blocks, Tensor? key_lengths, SymInt top_k, "
+        "SymInt block_size, SymInt query_tile, bool is_causal, SymInt causal_offset, float scale, "
+        "SymInt window, SymInt sinks, SymInt groups) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+    m.impl("topk_select.cpu", TORCH_BOX(&sparse_attn::topk_select_cpu));
+    m.impl("quantized_select.cpu", TORCH_BOX(&sparse_attn::quantized_select_cpu));
+    m.impl("refine_blocks.cpu", TORCH_BOX(&sparse_attn::refine_blocks_cpu));
+}

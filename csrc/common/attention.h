@@ -1,0 +1,126 @@
+// The attention ops' tensors, checked and as the kernels' parameters: the same for every device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+#include "common/tensors.h"
+
+namespace sparse_attn {
+
+inline void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value) {
+    bool ok = query.dim() == 4 && key.dim() == 4 && query.size(0) == key.size(0) &&
+              query.size(3) == key.size(3) && key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
+              query.scalar_type() == key.scalar_type() &&
+              key.size(2) <= std::numeric_limits<int32_t>::max() - 64;
+    if (ok && value != nullptr)
+        ok = value->dim() == 4 && value->size(0) == key.size(0) && value->size(1) == key.size(1) &&
+             value->size(2) == key.size(2) && value->scalar_type() == key.scalar_type();
+    STD_TORCH_CHECK(ok, op,
+                    ": query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] must agree; got ",
+                    shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());
+}
+
+// Rows whose last dimension is contiguous: the kernels read them whole.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+    return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+inline AttendParams attend_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                                  double scale) {
+    AttendParams p{};
+    p.query = query.const_data_ptr();
+    p.key = key.const_data_ptr();
+    p.value = value.const_data_ptr();
+    p.query_strides = strides_of(query);
+    p.key_strides = strides_of(key);
+    p.value_strides = strides_of(value);
+    p.batch = query.size(0), p.heads = query.size(1), p.kv_heads = key.size(1);
+    p.query_length = query.size(2), p.key_length = key.size(2), p.head_dim = query.size(3),
+    p.value_dim = value.size(3);
+    p.scale = static_cast<float>(scale);
+    p.dtype = dtype_of(op, query);
+    return p;
+}
+
+inline void set_indices(AttendParams& p, const char* op, const Tensor& indices) {
+    const int64_t groups = indices.dim() == 4 ? indices.size(1) : 0;
+    STD_TORCH_CHECK(
+        indices.scalar_type() == ScalarType::Int && indices.dim() == 4 && indices.size(0) == p.batch &&
+            (groups == 1 || groups == p.kv_heads || groups == p.heads) && indices.size(2) == p.query_length,
+        op, ": indices must be int32 [B, G, Tq, K] with G one of 1, Hkv, Hq; got ", shape_of(indices));
+    p.indices = static_cast<const int32_t*>(indices.const_data_ptr());
+    p.indices_strides = strides_of(indices);
+    p.groups = groups;
+    p.slots = indices.size(3);
+}
+
+inline Tensor new_lse(const Tensor& query) {
+    return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+}
+
+// Throws unless grad_out [B, Hq, Tq, Dv], grad_lse and lse [B, Hq, Tq] fit the forward.
+inline void check_gradients(const char* op, const AttendParams& f, const Tensor& grad_out,
+                            const std::optional<Tensor>& grad_lse, const Tensor& lse) {
+    const int64_t rows = f.batch * f.heads * f.query_length;
+    STD_TORCH_CHECK(lse.numel() == rows && lse.scalar_type() == ScalarType::Float, op,
+                    ": lse must be float32 [B, Hq, Tq]; got ", shape_of(lse));
+    STD_TORCH_CHECK(grad_out.dim() == 4 && dtype_of(op, grad_out) == f.dtype && grad_out.size(0) == f.batch &&
+                        grad_out.size(1) == f.heads && grad_out.size(2) == f.query_length &&
+                        grad_out.size(3) == f.value_dim,
+                    op, ": grad_out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(grad_out));
+    STD_TORCH_CHECK(!grad_lse || (grad_lse->numel() == rows && grad_lse->scalar_type() == ScalarType::Float),
+                    op, ": grad_lse must be float32 [B, Hq, Tq]; got ",
+                    grad_lse ? shape_of(*grad_lse) : std::string());
+}
+
+inline void check_key_lengths(const char* op, const Tensor& n, int64_t batch) {
+    STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
+                        (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),
+                    op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
+}
+
+// Everything but `lengths` and `indices`; key_lengths is checked.
+inline SelectParams select_params(const char* op, const Tensor& query, const Tensor& key,
+                                  const std::optional<Tensor>& attn_mask,
+                                  const std::optional<Tensor>& key_lengths, int64_t top_k, bool is_causal,
+                                  int64_t causal_offset, double scale, int64_t window, int64_t sinks,
+                                  int64_t groups) {
+    const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
+    const int64_t query_length = query.size(2), key_length = key.size(2);
+    STD_TORCH_CHECK(groups == heads || groups == kv_heads || groups == 1, op,
+                    ": groups must be Hq, Hkv or 1; got ", groups);
+    STD_TORCH_CHECK(top_k >= 1 && window >= 0 && sinks >= 0 && window + sinks <= top_k, op,
+                    ": top_k must be at least 1 and at least window + sinks; got top_k=", top_k,
+                    ", window=", window, ", sinks=", sinks);
+    SelectParams p{};
+    p.query = query.const_data_ptr();
+    p.key = key.const_data_ptr();
+    p.query_strides = strides_of(query);
+    p.key_strides = strides_of(key);
+    if (attn_mask) {
+        const Tensor& m = *attn_mask;
+        STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&
+                            m.size(1) == groups && m.size(2) == query_length && m.size(3) == key_length,
+                        op, ": attn_mask must be bool [B, G, Tq, Tk]; got ", shape_of(m));
+        p.mask = static_cast<const uint8_t*>(m.const_data_ptr());
+        p.mask_strides = strides_of(m);
+    }
+    if (key_lengths) check_key_lengths(op, *key_lengths, batch);
+    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
+    p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
+    p.top_k = std::min(top_k, key_length);
+    // Far beyond any sequence, and sums of them still fit.
+    constexpr int64_t kFar = int64_t{1} << 40;
+    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
+    p.window = std::min(window, kFar), p.sinks = std::min(sinks, key_length);
+    p.scale = static_cast<float>(scale);
+    p.is_causal = is_causal;
+    p.dtype = dtype_of(op, query);
+    return p;
+}
+
+}  // namespace sparse_attn

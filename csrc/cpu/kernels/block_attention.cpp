@@ -1,0 +1,204 @@
+// block_attention, forward: a tile of queries over whole blocks of keys, as matrix products with a running
+// softmax.
+//
+// Keys and values are packed once, chunk by chunk, as the products want them. A task takes the rows (head,
+// query) of one tile in groups of kTileRows: scores of a group and a chunk, their exponentials, and the
+// weighted values are small enough for the first-level cache.
+#include "lib/block_tile.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+namespace {
+
+template <class T>
+void pack_chunks(const BlockParams& p, int64_t b, int64_t kv_head, Range chunks) {
+    const AttendParams& a = p.attend;
+    const Strides &sk = a.key_strides, &sv = a.value_strides;
+    const int64_t head = (b * a.kv_heads + kv_head) * p.block_count * p.chunks_per_block;
+    const T* key = static_cast<const T*>(a.key) + b * sk.b + kv_head * sk.h;
+    const T* value = static_cast<const T*>(a.value) + b * sv.b + kv_head * sv.h;
+    for (int64_t n = chunks.begin; n < chunks.end; ++n) {
+        const Chunk c = chunk_of(p, n);
+        if (c.count == 0) continue;
+        pack_cols(p.packed_key + (head + n) * packed_cols_size(a.head_dim, kChunk), key + c.first * sk.t,
+                  a.head_dim, sk.d, c.count, sk.t);
+        pack_cols(p.packed_value + (head + n) * packed_cols_size(kChunk, a.value_dim), value + c.first * sv.t,
+                  c.count, sv.t, a.value_dim, sv.d);
+        float unusual = 0.0f;
+        for (int64_t j = 0; j < c.count; ++j)
+            for (int64_t d = 0; d < a.value_dim; ++d) {
+                const float x = to_float(value[(c.first + j) * sv.t + d * sv.d]);
+                unusual += x - x;  // NaN from an infinity or a NaN, else 0
+            }
+        p.special[head + n] = unusual != 0.0f;
+    }
+}
+
+// One group of rows between chunks: the largest score so far, the sum of the exponentials beside it, and the
+// values weighted by them.
+struct RowState {
+    float peak[kTileRows], total[kTileRows];
+    float* out;  // [kTileRows, stride]
+    int64_t stride;
+};
+
+// scores [kTileRows, kChunk] → exponentials; columns from limit[r] on become 0. Rescales what is there
+// already.
+SPARSE_ATTN_INLINE void softmax_chunk(RowState& state, float* scores, int64_t count, const int64_t* limit) {
+    const float nothing = -__builtin_inff();
+    for (int r = 0; r < kTileRows; ++r) {
+        float* row = scores + r * kChunk;
+        Vec top = broadcast(nothing);
+        for (int64_t j = 0; j < count; j += Vec::W) {
+            Vec s = load(row + j);
+            if (limit[r] < j + Vec::W) {
+                s = where(low_bits(clamp<int64_t>(limit[r] - j, 0, Vec::W)), s, broadcast(nothing));
+                store(row + j, s);
+            }
+            top = max(s, top);  // skips NaN
+        }
+        const float peak = maximum(max_lane(top), state.peak[r]);
+        Vec sum_of = zero();
+        for (int64_t j = 0; j < count; j += Vec::W) {
+            const Vec s = load(row + j);
+            // With peak −inf every score is −inf or NaN, and −inf − −inf must not become NaN.
+            const Vec e = peak == nothing ? where(is_nan(s), s, zero()) : exp(s - broadcast(peak));
+            store(row + j, e);
+            sum_of = sum_of + e;
+        }
+        if (peak > state.peak[r]) {
+            // From −inf, where nothing has any weight yet, the factor is 0.
+            const float factor = max_lane(exp(broadcast(state.peak[r] - peak)));
+            state.total[r] *= factor;
+            float* out = state.out + r * state.stride;
+            for (int64_t d = 0; d < state.stride; d += Vec::W)
+                store(out + d, load(out + d) * broadcast(factor));
+            state.peak[r] = peak;
+        }
+        state.total[r] += sum(sum_of);
+    }
+}
+
+// out += weights · values, with the rows' own keys alone: 0 · NaN of a key that a row does not see is no part
+// of it.
+inline void add_visible(RowState& state, const float* weights, const float* packed, int64_t count,
+                        const int64_t* limit, int64_t value_dim) {
+    for (int r = 0; r < kTileRows; ++r)
+        for (int64_t j = 0; j < minimum(count, limit[r]); ++j)
+            for (int64_t d = 0; d < value_dim; ++d)
+                state.out[r * state.stride + d] +=
+                    weights[r * kChunk + j] *
+                    packed[d / kTileCols * kTileCols * count + j * kTileCols + d % kTileCols];
+}
+
+template <class T>
+void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, void* memory) {
+    const AttendParams& a = p.attend;
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t begin = tile * p.query_tile, length = minimum(p.query_tile, a.query_length - begin);
+    const int64_t rows = (heads.end - heads.begin) * length, stride = round_up(a.value_dim, kTileCols);
+    const int64_t kv_head = heads.begin / (a.heads / a.kv_heads), group = heads.begin / (a.heads / a.groups);
+    const int64_t keys = p.lengths ? p.lengths[b] : a.key_length;
+    const int64_t first_chunk = (b * a.kv_heads + kv_head) * p.block_count * p.chunks_per_block;
+    const int64_t key_size = packed_cols_size(a.head_dim, kChunk);
+    const int64_t value_size = packed_cols_size(kChunk, a.value_dim);
+    const int32_t* blocks =
+        a.indices + b * a.indices_strides.b + group * a.indices_strides.h + tile * a.indices_strides.t;
+    float* queries = scratch.take<float>(kTileRows * a.head_dim);
+    float* scores = scratch.take<float>(kTileRows * kChunk);
+    RowState state;
+    state.out = scratch.take<float>(kTileRows * stride);
+    state.stride = stride;
+
+    for (int64_t start = 0; start < rows; start += kTileRows) {
+        int64_t end[kTileRows];  // keys before it are visible
+        int64_t most = 0, least = keys;
+        for (int r = 0; r < kTileRows; ++r) {
+            const int64_t row = start + r, h = heads.begin + row / length, i = begin + row % length;
+            state.peak[r] = -__builtin_inff();
+            state.total[r] = 0.0f;
+            end[r] = 0;
+            if (row < rows) {
+                end[r] = p.is_causal ? clamp<int64_t>(i + p.causal_offset + 1, 0, keys) : keys;
+                most = maximum(most, end[r]);
+                least = minimum(least, end[r]);
+                const Strides& s = a.query_strides;
+                const T* query = static_cast<const T*>(a.query) + b * s.b + h * s.h + i * s.t;
+                for (int64_t d = 0; d < a.head_dim; ++d)
+                    queries[d * kTileRows + r] = to_float(query[d * s.d]) * a.scale;
+            } else {
+                least = 0;
+                for (int64_t d = 0; d < a.head_dim; ++d) queries[d * kTileRows + r] = 0.0f;
+            }
+        }
+        for (int64_t d = 0; d < kTileRows * stride; ++d) state.out[d] = 0.0f;
+
+        for (int64_t m = 0; m < a.slots; ++m) {
+            const int64_t block = blocks[m];
+            if (block < 0 || block >= p.block_count) continue;
+            for (int64_t part = 0; part < p.chunks_per_block; ++part) {
+                const int64_t n = block * p.chunks_per_block + part;
+                const Chunk c = chunk_of(p, n);
+                if (c.count == 0 || c.first >= most) break;
+                int64_t limit[kTileRows];
+                for (int r = 0; r < kTileRows; ++r) limit[r] = clamp<int64_t>(end[r] - c.first, 0, c.count);
+                const float* key = p.packed_key + (first_chunk + n) * key_size;
+                const float* value = p.packed_value + (first_chunk + n) * value_size;
+                for (int64_t j = 0; j < c.count; j += kTileCols)
+                    gemm_tile<1, kTileRows, false>(scores + j, kChunk, queries, key + j * a.head_dim,
+                                                   a.head_dim);
+                softmax_chunk(state, scores, c.count, limit);
+                if (p.special[first_chunk + n] && least < c.first + c.count) {
+                    add_visible(state, scores, value, c.count, limit, a.value_dim);
+                    continue;
+                }
+                for (int64_t d = 0; d < stride; d += kTileCols)
+                    gemm_tile<kChunk, 1, true>(state.out + d, stride, scores, value + d * c.count, c.count);
+            }
+        }
+
+        for (int64_t r = 0; r < minimum<int64_t>(kTileRows, rows - start); ++r) {
+            const int64_t row = start + r, h = heads.begin + row / length, i = begin + row % length;
+            const int64_t at = (b * a.heads + h) * a.query_length + i;
+            const float total = state.total[r], inverse = total == 0.0f ? 0.0f : 1.0f / total;
+            T* out = static_cast<T*>(a.out) + at * a.value_dim;
+            for (int64_t d = 0; d < a.value_dim; ++d)
+                convert(total == 0.0f ? 0.0f : state.out[r * stride + d] * inverse, out + d);
+            a.lse[at] = total == 0.0f ? -__builtin_inff() : state.peak[r] + __builtin_logf(total);
+        }
+    }
+}
+
+}  // namespace
+
+int64_t block_packed_key(const BlockParams& p) {
+    return packed_cols_size(p.attend.head_dim, kChunk);
+}
+int64_t block_packed_value(const BlockParams& p) {
+    return packed_cols_size(kChunk, p.attend.value_dim);
+}
+
+void block_pack(const BlockParams& p, int64_t b, int64_t kv_head, Range chunks) {
+    if (p.attend.dtype == DType::kFloat32) pack_chunks<float>(p, b, kv_head, chunks);
+    if (p.attend.dtype == DType::kBFloat16) pack_chunks<bfloat16>(p, b, kv_head, chunks);
+    if (p.attend.dtype == DType::kFloat16) pack_chunks<float16>(p, b, kv_head, chunks);
+}
+
+int64_t block_scratch_bytes(const BlockParams& p) {
+    return 4 * kTileRows * (p.attend.head_dim + kChunk + round_up(p.attend.value_dim, kTileCols)) + 256;
+}
+
+void block_attend(const BlockParams& p, TileTask task, void* scratch) {
+    const auto [b, heads, tile] = task;
+    if (p.attend.dtype == DType::kFloat32) attend_tile<float>(p, b, heads, tile, scratch);
+    if (p.attend.dtype == DType::kBFloat16) attend_tile<bfloat16>(p, b, heads, tile, scratch);
+    if (p.attend.dtype == DType::kFloat16) attend_tile<float16>(p, b, heads, tile, scratch);
+}
+
+SPARSE_ATTN_KERNELS(block_attention, BlockKernels) = {
+    .packed_key = block_packed_key,
+    .packed_value = block_packed_value,
+    .pack = block_pack,
+    .attend = {.scratch_bytes = block_scratch_bytes, .run = block_attend},
+};
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

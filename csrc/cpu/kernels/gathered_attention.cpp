@@ -1,0 +1,78 @@
+// gathered_attention, forward: one query at a time over the keys that its index row names.
+#include "gathered_attention.h"
+#include "lib/rows.h"
+#include "lib/scratch.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+int64_t attend_scratch_bytes(const AttendParams& p) {
+    return 4 * (round_up(p.head_dim, 16) + round_up(p.value_dim, 16) + 3 * (p.slots + 32)) + 512;
+}
+
+// Probabilities of n scores in place (unnormalised) and their sum; returns the largest score, −inf for none.
+inline float softmax_terms(float* scores, int64_t n, float* total) {
+    const float nothing = -__builtin_inff();
+    for (int64_t i = n; i < round_up(n, Vec::W); ++i) scores[i] = nothing;
+    Vec top = broadcast(nothing);
+    for (int64_t i = 0; i < n; i += Vec::W) top = max(load(scores + i), top);  // skips NaN
+    const float peak = max_lane(top);
+    Vec acc = zero();
+    for (int64_t i = 0; i < n; i += Vec::W) {
+        Vec s = load(scores + i);
+        // With peak −inf every score is −inf or NaN, and −inf − −inf must not become NaN.
+        Vec e = peak == nothing ? where(is_nan(s), s, zero()) : exp(s - broadcast(peak));
+        store(scores + i, e);
+        acc = acc + e;
+    }
+    *total = sum(acc);
+    return peak;
+}
+
+template <class T, int D, int Dv>
+void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, void* memory) {
+    Scratch scratch{static_cast<char*>(memory)};
+    float* query = scratch.take<float>(p.head_dim + 16);
+    float* result = scratch.take<float>(p.value_dim + 16);
+    float* scores = scratch.take<float>(p.slots + 16);
+    int32_t* keys = scratch.take<int32_t>(p.slots + 16);
+    int32_t* slot_of = scratch.take<int32_t>(p.slots + 16);
+    const int64_t per_kv_head = p.heads / p.kv_heads, per_group = p.heads / p.groups;
+
+    // Heads inside queries: heads that share keys find them in cache.
+    for (int64_t i = queries.begin; i < queries.end; ++i) {
+        int64_t filled = 0;
+        for (int64_t h = heads.begin; h < heads.end; ++h) {
+            const int64_t kv = h / per_kv_head, row = (b * p.heads + h) * p.query_length + i;
+            const Strides &sq = p.query_strides, &sk = p.key_strides, &sv = p.value_strides,
+                          &si = p.indices_strides;
+            const Rows<T, D> key_rows{static_cast<const T*>(p.key) + b * sk.b + kv * sk.h, sk.t, p.head_dim};
+            const Rows<T, Dv> value_rows{static_cast<const T*>(p.value) + b * sv.b + kv * sv.h, sv.t,
+                                         p.value_dim};
+            if (h == heads.begin || h % per_group == 0)
+                filled = filled_slots(p.indices + b * si.b + h / per_group * si.h + i * si.t, p.slots, 0,
+                                      p.key_length, keys, slot_of);
+            load_padded(query, static_cast<const T*>(p.query) + b * sq.b + h * sq.h + i * sq.t, p.head_dim,
+                        sq.d);
+            key_rows.dots(query, keys, filled, p.scale, scores);
+            float total = 0.0f;
+            const float peak = softmax_terms(scores, filled, &total);
+            T* out = static_cast<T*>(p.out) + row * p.value_dim;
+            value_rows.weighted_sum(scores, keys, filled, result);
+            const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+            for (int64_t d = 0; d < p.value_dim; ++d)
+                convert(total == 0.0f ? 0.0f : result[d] * inverse, out + d);
+            p.lse[row] = total == 0.0f ? -__builtin_inff() : peak + __builtin_logf(total);
+        }
+    }
+}
+
+void attend(const AttendParams& p, AttendTask task, void* scratch) {
+    dispatch(p.dtype, p.head_dim, p.value_dim, [&]<class T, int D, int Dv>() {
+        attend_rows<T, D, Dv>(p, task.b, task.heads, task.queries, scratch);
+    });
+}
+
+SPARSE_ATTN_KERNELS(gathered_attention, AttendKernel) = {.scratch_bytes = attend_scratch_bytes,
+                                                         .run = attend};
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,0 +1,38 @@
+// Between cpu/gathered_attention.cpp and the kernels of gathered_attention. No torch headers.
+#pragma once
+
+#include "cpu/kernels/lib/kernel.h"
+
+namespace sparse_attn {
+
+struct AttendBackwardParams {
+    AttendParams forward;   // `out` is not read; `lse` is
+    const void* grad_out;   // [B, Hq, Tq, Dv], last dimension contiguous
+    const float* grad_lse;  // [B, Hq, Tq], contiguous, or null
+    Strides grad_out_strides;
+    void* grad_query;    // [B, Hq, Tq, D], contiguous
+    void* grad_key;      // [B, Hkv, Tk, D], contiguous
+    void* grad_value;    // [B, Hkv, Tk, Dv], contiguous
+    float* probability;  // [B, Hq, Tq, K] scratch: P, written by the query pass, read by the key pass
+    float* grad_score;   // [B, Hq, Tq, K] scratch: scale · dS, likewise
+};
+
+namespace cpu {
+
+// A block of queries of some query heads.
+struct AttendTask {
+    int64_t b;
+    Range heads, queries;
+};
+using AttendKernel = Kernel<AttendParams, AttendTask>;
+
+struct AttendBackwardKernels {
+    Kernel<AttendBackwardParams, AttendTask> query;  // P, dS and dQ
+    // dK and dV of a block of keys.
+    int64_t (*key_scratch_bytes)(const AttendBackwardParams&, int64_t block_keys);
+    void (*key)(const AttendBackwardParams&, int64_t b, int64_t kv_head, Range keys, void* scratch);
+};
+
+}  // namespace cpu
+
+}  // namespace sparse_attn

@@ -1,0 +1,151 @@
+// Matrix products of float32 tiles held in registers: kTileRows × kTileCols accumulators, fed by broadcasts
+// from A and vector loads from B. Everything a kernel multiplies is first packed to float32: A in groups of
+// kTileRows rows, B in panels of kTileCols columns, both padded with zeros, so that no tile has an edge.
+//
+//   packed A  [M / kTileRows groups][K][kTileRows]
+//   packed B  [N / kTileCols panels][K][kTileCols]
+#pragma once
+
+#include "scratch.h"
+#include "simd.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12, kTileVecs = 2;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16
+#else
+constexpr int kTileRows = 4, kTileVecs = 2;
+#endif
+constexpr int kTileCols = kTileVecs * Vec::W;
+
+// Columns of packed B, and of a result that has room for whole tiles.
+SPARSE_ATTN_INLINE int64_t padded_cols(int64_t cols) {
+    return round_up(cols, kTileCols);
+}
+
+// Elements of packed A and packed B.
+SPARSE_ATTN_INLINE int64_t packed_rows_size(int64_t rows, int64_t depth) {
+    return round_up(rows, kTileRows) * depth;
+}
+SPARSE_ATTN_INLINE int64_t packed_cols_size(int64_t depth, int64_t cols) {
+    return round_up(cols, kTileCols) * depth;
+}
+
+// to[g][k][r] = from(g·width + r, k), element (i, k) of `from` at i·stride + k·depth_stride: panels of
+// `width` rows (or columns: the roles are the same), zeros behind the last.
+template <class T>
+inline void pack_panels(float* to, int64_t width, const T* from, int64_t count, int64_t stride, int64_t depth,
+                        int64_t depth_stride) {
+    for (int64_t first = 0; first < count; first += width, to += width * depth) {
+        const T* panel = from + first * stride;
+        const int64_t n = minimum(width, count - first);
+        if (stride == 1) {
+            for (int64_t k = 0; k < depth; ++k) {
+                load_row(to + k * width, panel + k * depth_stride, n);
+                for (int64_t j = n; j < width; ++j) to[k * width + j] = 0.0f;
+            }
+            continue;
+        }
+        // Blocks of depth, so that the lines written stay in the first-level cache.
+        for (int64_t block = 0; block < depth; block += 64) {
+            const int64_t end = minimum(depth, block + 64);
+            for (int64_t j = 0; j < n; ++j)
+                for (int64_t k = block; k < end; ++k)
+                    to[k * width + j] = to_float(panel[j * stride + k * depth_stride]);
+            for (int64_t k = block; k < end; ++k)
+                for (int64_t j = n; j < width; ++j) to[k * width + j] = 0.0f;
+        }
+    }
+}
+// A: rows × depth, element (i, k) at i·row_stride + k·depth_stride.
+template <class T>
+SPARSE_ATTN_INLINE void pack_rows(float* to, const T* from, int64_t rows, int64_t row_stride, int64_t depth,
+                                  int64_t depth_stride) {
+    pack_panels(to, kTileRows, from, rows, row_stride, depth, depth_stride);
+}
+// B: depth × cols, element (k, j) at k·depth_stride + j·col_stride.
+template <class T>
+SPARSE_ATTN_INLINE void pack_cols(float* to, const T* from, int64_t depth, int64_t depth_stride, int64_t cols,
+                                  int64_t col_stride) {
+    pack_panels(to, kTileCols, from, cols, col_stride, depth, depth_stride);
+}
+
+// C[r][j] (+)= Σ_k A(r, k) · B(k, j) for one tile: A(r, k) at a[r·a_row + k·a_depth] (packed A: 1 and
+// kTileRows), B(k, j) at b[k·ldb + j], C(r, j) at c[r·ldc + j]. To be inlined into a function that is not:
+// the accumulators need all registers.
+template <bool kAdd>
+SPARSE_ATTN_INLINE void multiply_tile(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_depth,
+                                      const float* b, int64_t ldb, int64_t depth) {
+    constexpr int W = Vec::W;
+    Vec acc[kTileRows][kTileVecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) acc[r][v] = zero();
+    for (int64_t k = 0; k < depth; ++k, a += a_depth, b += ldb) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < kTileVecs; ++v)
+                acc[r][v] = fma(broadcast(a[r * a_row]), load(b + v * W), acc[r][v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVecs; ++v) {
+            float* to = c + r * ldc + v * W;
+            store(to, kAdd ? load(to) + acc[r][v] : acc[r][v]);
+        }
+}
+
+// With strides of A that are known at compile time, and packed B.
+template <int kRowStride, int kDepthStride, bool kAdd>
+__attribute__((noinline)) void gemm_tile(float* c, int64_t ldc, const float* a, const float* b,
+                                         int64_t depth) {
+    multiply_tile<kAdd>(c, ldc, a, kRowStride, kDepthStride, b, kTileCols, depth);
+}
+
+// C [rows, cols] (+)= A · B from packed operands. C has room for whole tiles: rows and cols rounded up.
+template <bool kAdd>
+inline void gemm_packed(float* c, int64_t ldc, const float* a, const float* b, int64_t rows, int64_t cols,
+                        int64_t depth) {
+    for (int64_t j = 0; j < cols; j += kTileCols)
+        for (int64_t i = 0; i < rows; i += kTileRows)
+            gemm_tile<1, kTileRows, kAdd>(c + i * ldc + j, ldc, a + i * depth, b + j * depth, depth);
+}
+
+// ---- a whole product of a block, for sizes where packing is a small part of it
+
+constexpr int64_t kGemmDepth = 256;  // packed at a time
+
+SPARSE_ATTN_INLINE int64_t gemm_scratch_bytes(int64_t rows, int64_t cols, int64_t depth) {
+    const int64_t d = minimum(depth, kGemmDepth);
+    return 4 * (packed_rows_size(rows, d) + packed_cols_size(d, cols)) + 128;
+}
+
+// C [rows, cols] = A [rows, depth] · B [depth, cols] in float32, any strides of A and B (in elements). C has
+// room for whole tiles: rows rounded up to kTileRows, ldc >= cols rounded up to kTileCols. The order of the
+// sum over `depth` is fixed.
+template <class TA, class TB>
+inline void gemm(float* c, int64_t ldc, int64_t rows, int64_t cols, int64_t depth, const TA* a, int64_t a_row,
+                 int64_t a_depth, const TB* b, int64_t b_depth, int64_t b_col, Scratch scratch) {
+    const int64_t most = minimum(depth, kGemmDepth);
+    float* packed_a = scratch.take<float>(packed_rows_size(rows, most));
+    float* packed_b = scratch.take<float>(packed_cols_size(most, cols));
+    if (depth == 0)
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < cols; ++j) c[i * ldc + j] = 0.0f;
+    for (int64_t k = 0; k < depth; k += kGemmDepth) {
+        const int64_t d = minimum(kGemmDepth, depth - k);
+        pack_rows(packed_a, a + k * a_depth, rows, a_row, d, a_depth);
+        pack_cols(packed_b, b + k * b_depth, d, b_depth, cols, b_col);
+        if (k == 0)
+            gemm_packed<false>(c, ldc, packed_a, packed_b, rows, cols, d);
+        else
+            gemm_packed<true>(c, ldc, packed_a, packed_b, rows, cols, d);
+    }
+}
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,0 +1,207 @@
+// Gradients of variable_width_cross_entropy. A tile of classes goes through all blocks of tokens: its logits
+// are recomputed, turned into d loss / d logit where they stand, and multiplied twice: with the projected
+// hidden states (the tile's own rows of the table's gradient, summed in scratch) and with the tile's rows
+// (the gradient of the projected hidden states, to which the tiles of a band add one after another).
+#include "lib/cross_entropy_tile.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+struct BackwardScratch {
+    float* logits;      // [kTokenBlock, kLogitStride]
+    float* rows;        // the tile's rows as columns of B: depth is the width
+    float* rows_deep;   // and again: depth is the class
+    float* grad_table;  // [classes padded, width padded]
+};
+SPARSE_ATTN_INLINE BackwardScratch backward_scratch(const CrossEntropyParams& p, void* memory) {
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t most = most_elements(p);
+    BackwardScratch s;
+    s.logits = scratch.take<float>(kTokenBlock * kLogitStride);
+    s.rows = scratch.take<float>(most);
+    s.rows_deep = scratch.take<float>(most);
+    s.grad_table = scratch.take<float>(most);
+    return s;
+}
+int64_t cross_entropy_backward_scratch_bytes(const CrossEntropyParams& p) {
+    return 4 * (kTokenBlock * kLogitStride + 3 * most_elements(p)) + 256;
+}
+
+template <class T>
+void begin_of(const CrossEntropyParams& p, ClassTile tile, const BackwardScratch& s) {
+    const int64_t width = p.bands[tile.band].width, classes = tile.end - tile.begin;
+    pack_cols(s.rows, table_rows<T>(p, tile), width, int64_t{1}, classes, width);
+    pack_cols(s.rows_deep, table_rows<T>(p, tile), classes, width, width, int64_t{1});
+}
+
+void cross_entropy_backward_begin(const CrossEntropyParams& p, ClassTile tile, void* scratch) {
+    const BackwardScratch s = backward_scratch(p, scratch);
+    if (p.dtype == DType::kFloat32) begin_of<float>(p, tile, s);
+    if (p.dtype == DType::kBFloat16) begin_of<bfloat16>(p, tile, s);
+    if (p.dtype == DType::kFloat16) begin_of<float16>(p, tile, s);
+}
+
+// logits → d loss / d logit, in place. What stands behind the tile's tokens and classes reaches no result.
+inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t block, float* logits,
+                          int64_t begin, int64_t end) {
+    constexpr int W = Vec::W;
+    const int64_t classes = tile.end - tile.begin, first = p.bands[tile.band].first + tile.begin;
+    for (int64_t i = begin; i < end; ++i) {
+        float* row = logits + i * kLogitStride;
+        const int64_t n = block * kTokenBlock + i, target = p.target[n] - first;
+        const Vec lse = broadcast(p.lse[n]), scale = broadcast(p.softmax_scale[n]);
+        close_row(row, classes);
+        for (int64_t j = 0; j < classes; j += W) store(row + j, exp(load(row + j) - lse) * scale);
+        if (p.smooth_scale[n] != 0.0f) {
+            const Vec smooth = broadcast(-p.smooth_scale[n]);
+            for (int64_t j = 0; j < classes; j += W)
+                store(row + j, fma(load(p.class_weight + first + j), smooth, load(row + j)));
+        }
+        if (target >= 0 && target < classes) row[target] -= p.target_scale[n];
+    }
+}
+
+template <bool kAdd>
+inline void add_table_gradient(float* grad, const float* logits, const float* projected, int64_t classes,
+                               int64_t padded, int64_t tokens) {
+    for (int64_t j = 0; j < padded; j += kTileCols)
+        for (int64_t v = 0; v < classes; v += kTileRows)
+            gemm_tile<1, kLogitStride, kAdd>(grad + v * padded + j, padded, logits + v,
+                                             projected + j * tokens, tokens);
+}
+
+void cross_entropy_backward_scores(const CrossEntropyParams& p, ClassTile tile, int64_t block,
+                                   void* scratch) {
+    const BackwardScratch s = backward_scratch(p, scratch);
+    const CrossEntropyBand& band = p.bands[tile.band];
+    const int64_t padded = round_up(band.width, kTileCols), classes = tile.end - tile.begin;
+    tile_logits(p, tile, block, s.rows, s.logits,
+                [&](int64_t begin, int64_t end) { differentiate(p, tile, block, s.logits, begin, end); });
+    const float* projected = band.projected_cols + block * kTokenBlock * padded;
+    if (block == 0)
+        add_table_gradient<false>(s.grad_table, s.logits, projected, classes, padded, block_rows(p, block));
+    else
+        add_table_gradient<true>(s.grad_table, s.logits, projected, classes, padded, block_rows(p, block));
+}
+
+void cross_entropy_backward_hidden(const CrossEntropyParams& p, ClassTile tile, int64_t block,
+                                   void* scratch) {
+    const BackwardScratch s = backward_scratch(p, scratch);
+    const CrossEntropyBand& band = p.bands[tile.band];
+    const int64_t padded = round_up(band.width, kTileCols), classes = tile.end - tile.begin;
+    float* grad = band.grad_projected + block * kTokenBlock * padded;
+    for (int64_t j = 0; j < padded; j += kTileCols)
+        for (int64_t i = 0; i < block_rows(p, block); i += kTileRows) {
+            float* to = grad + i * padded + j;
+            const float *from = s.logits + i * kLogitStride, *panel = s.rows_deep + j * classes;
+            if (tile.begin == 0)
+                gemm_tile<kLogitStride, 1, false>(to, padded, from, panel, classes);
+            else
+                gemm_tile<kLogitStride, 1, true>(to, padded, from, panel, classes);
+        }
+}
+
+template <class T>
+void end_of(const CrossEntropyParams& p, ClassTile tile, const float* grad) {
+    const CrossEntropyBand& band = p.bands[tile.band];
+    const int64_t padded = round_up(band.width, kTileCols);
+    for (int64_t v = tile.begin; v < tile.end; ++v)
+        store_row(static_cast<T*>(band.grad_table) + v * band.width, grad + (v - tile.begin) * padded,
+                  band.width);
+}
+
+void cross_entropy_backward_end(const CrossEntropyParams& p, ClassTile tile, void* scratch) {
+    const float* grad = backward_scratch(p, scratch).grad_table;
+    if (p.dtype == DType::kFloat32) end_of<float>(p, tile, grad);
+    if (p.dtype == DType::kBFloat16) end_of<bfloat16>(p, tile, grad);
+    if (p.dtype == DType::kFloat16) end_of<float16>(p, tile, grad);
+}
+
+// ---- from the projected hidden states back
+
+int64_t cross_entropy_unproject_scratch_bytes(const CrossEntropyParams& p) {
+    const int64_t dim = round_up(p.embedding_dim, kTileCols), width = round_up(widest(p), kTileCols);
+    const int64_t hidden = 4 * 2 * kTokenBlock * dim + gemm_scratch_bytes(kTokenBlock, dim, width);
+    const int64_t projection = 4 * (3 * kTokenBlock * kTokenBlock + 2 * kTokenBlock * width);
+    return maximum(hidden, projection) + 512;
+}
+
+// Rows of one block: Σ over the bands of grad_projected · projectionᵀ.
+template <class T>
+void grad_hidden_of(const CrossEntropyParams& p, int64_t block, void* memory) {
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t dim = p.embedding_dim, padded_dim = round_up(dim, kTileCols), tokens = block_rows(p, block);
+    float* total = scratch.take<float>(kTokenBlock * padded_dim);
+    float* product = scratch.take<float>(kTokenBlock * padded_dim);
+    for (int64_t i = 0; i < kTokenBlock * padded_dim; ++i) total[i] = 0.0f;
+    for (int64_t b = 0; b < p.band_count; ++b) {
+        const CrossEntropyBand& band = p.bands[b];
+        if (band.rows == 0) continue;
+        const int64_t padded = round_up(band.width, kTileCols);
+        const float* grad = band.grad_projected + block * kTokenBlock * padded;
+        int64_t stride = padded;
+        if (band.projection) {
+            gemm(product, padded_dim, tokens, dim, band.width, grad, padded, int64_t{1},
+                 static_cast<const T*>(band.projection), int64_t{1}, band.width, scratch);
+            grad = product, stride = padded_dim;
+        }
+        for (int64_t i = 0; i < tokens; ++i)
+            for (int64_t d = 0; d < dim; ++d) total[i * padded_dim + d] += grad[i * stride + d];
+    }
+    for (int64_t i = 0; i < tokens; ++i)
+        store_row(static_cast<T*>(p.grad_hidden) + p.token[block * kTokenBlock + i] * dim,
+                  total + i * padded_dim, dim);
+}
+
+// Rows [begin, end) of hiddenᵀ · grad_projected; at most kTokenBlock of them.
+template <class T>
+void grad_projection_of(const CrossEntropyParams& p, int64_t b, int64_t begin, int64_t end, void* memory) {
+    Scratch scratch{static_cast<char*>(memory)};
+    const CrossEntropyBand& band = p.bands[b];
+    const int64_t count = end - begin, padded = round_up(band.width, kTileCols);
+    float* total = scratch.take<float>(kTokenBlock * padded);
+    float* hidden = scratch.take<float>(kTokenBlock * kTokenBlock);
+    float* packed_hidden = scratch.take<float>(kTokenBlock * kTokenBlock);
+    float* packed_grad = scratch.take<float>(kTokenBlock * padded);
+    for (int64_t i = 0; i < kTokenBlock * padded; ++i) total[i] = 0.0f;
+    for (int64_t block = 0; block * kTokenBlock < p.tokens && band.rows > 0; ++block) {
+        const int64_t tokens = block_rows(p, block);
+        for (int64_t i = 0; i < tokens; ++i)
+            load_row(
+                hidden + i * count,
+                static_cast<const T*>(p.hidden) + p.token[block * kTokenBlock + i] * p.embedding_dim + begin,
+                count);
+        pack_rows(packed_hidden, hidden, count, int64_t{1}, tokens, count);
+        pack_cols(packed_grad, band.grad_projected + block * kTokenBlock * padded, tokens, padded, band.width,
+                  int64_t{1});
+        gemm_packed<true>(total, padded, packed_hidden, packed_grad, count, band.width, tokens);
+    }
+    for (int64_t d = begin; d < end; ++d)
+        store_row(static_cast<T*>(band.grad_projection) + d * band.width, total + (d - begin) * padded,
+                  band.width);
+}
+
+void cross_entropy_grad_hidden(const CrossEntropyParams& p, int64_t block, void* scratch) {
+    if (p.dtype == DType::kFloat32) grad_hidden_of<float>(p, block, scratch);
+    if (p.dtype == DType::kBFloat16) grad_hidden_of<bfloat16>(p, block, scratch);
+    if (p.dtype == DType::kFloat16) grad_hidden_of<float16>(p, block, scratch);
+}
+
+void cross_entropy_grad_projection(const CrossEntropyParams& p, int64_t band, int64_t begin, int64_t end,
+                                   void* scratch) {
+    if (p.dtype == DType::kFloat32) grad_projection_of<float>(p, band, begin, end, scratch);
+    if (p.dtype == DType::kBFloat16) grad_projection_of<bfloat16>(p, band, begin, end, scratch);
+    if (p.dtype == DType::kFloat16) grad_projection_of<float16>(p, band, begin, end, scratch);
+}
+
+SPARSE_ATTN_KERNELS(variable_width_cross_entropy_backward, CrossEntropyBackwardKernels) = {
+    .scratch_bytes = cross_entropy_backward_scratch_bytes,
+    .begin = cross_entropy_backward_begin,
+    .scores = cross_entropy_backward_scores,
+    .hidden = cross_entropy_backward_hidden,
+    .end = cross_entropy_backward_end,
+    .unproject_scratch_bytes = cross_entropy_unproject_scratch_bytes,
+    .grad_hidden = cross_entropy_grad_hidden,
+    .grad_projection = cross_entropy_grad_projection,
+};
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,0 +1,49 @@
+// What the CPU ops that select share on the host: lengths within bounds, and packed keys.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/attention.h"
+#include "cpu/isa.h"
+#include "cpu/kernels/topk_select.h"
+#include "cpu/tasks.h"
+
+SPARSE_ATTN_FIND_KERNELS(topk_select, SelectKernels)
+
+namespace sparse_attn {
+
+// key_lengths as int64 [B] within [0, Tk]; empty for none.
+std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,
+                                int64_t key_length);
+
+struct Selection {
+    SelectParams params;
+    std::vector<int64_t> lengths;
+    Memory packed;
+    int64_t block, per_head;
+    bool parallel;
+};
+
+// Fills s.params, all but the result's pointer.
+void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key,
+                       const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
+                       int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
+                       int64_t sinks, int64_t groups, bool rounded = false);
+
+// Packs the keys, unless no query can see more keys than it may keep; `block` queries make one task.
+void pack_keys(Selection& s, int64_t block);
+
+// Task i of B·G·per_head: all queries of one head in turn, so that its keys stay in cache, the longest rows
+// first.
+struct Block {
+    int64_t b, group;
+    cpu::Range queries;
+};
+inline Block block_of(int64_t i, int64_t groups, int64_t per_head, int64_t block, int64_t query_length) {
+    int64_t head = i / per_head, n = per_head - 1 - i % per_head;
+    return {head / groups, head % groups, {n * block, std::min(query_length, (n + 1) * block)}};
+}
+
+}  // namespace sparse_attn

@@ -1,0 +1,56 @@
+// topk_select on CUDA, from torch's tensors to the kernels. Arguments are validated in Python first, with
+// better words; the checks here keep a direct call of an op from reading or writing out of bounds.
+#include <torch/csrc/stable/library.h>
+
+#include "common/attention.h"
+#include "cuda/call.h"
+#include "cuda/kernels/topk_select.h"
+
+namespace sparse_attn {
+
+Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
+                        std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
+                        int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+    const char* op = "topk_select.cuda";
+    check_qkv(op, query, key, nullptr);
+    const CudaCall call(op, {&query, &key});
+    for (const std::optional<Tensor>* t : {&attn_mask, &key_lengths})
+        STD_TORCH_CHECK(!*t || ((*t)->is_cuda() && (*t)->get_device_index() == call.device), op,
+                        ": attn_mask and key_lengths must be on the query's device");
+    query = with_contiguous_rows(query);
+    key = with_contiguous_rows(key);
+    cuda::SelectCall c{};
+    SelectParams& p = c.select;
+    p = select_params(op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale, window,
+                      sinks, groups);
+    STD_TORCH_CHECK(p.head_dim >= 1 && p.batch <= 65535 && p.heads <= 65535, op,
+                    ": takes D from 1 on, B and Hq up to 65535; got ", shape_of(query));
+    if (key_lengths) {
+        key_lengths = torch::stable::contiguous(*key_lengths);
+        if (key_lengths->scalar_type() == ScalarType::Int) {
+            c.narrow_lengths = static_cast<const int32_t*>(key_lengths->const_data_ptr());
+        } else {
+            p.lengths = static_cast<const int64_t*>(key_lengths->const_data_ptr());
+        }
+    }
+    Tensor lse = torch::stable::new_empty(
+        query, {p.groups < p.heads ? p.batch * p.heads * p.query_length : 0}, ScalarType::Float);
+    c.lse = static_cast<float*>(lse.mutable_data_ptr());
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    call.check(cuda::topk_select(c, call.device, call.stream), {&query, &key});
+    return indices;
+}
+
+}  // namespace sparse_attn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
+    m.def(
+        "topk_select.cuda(Tensor query, Tensor key, Tensor? attn_mask, Tensor? key_lengths, SymInt top_k, "
+        "bool is_causal, SymInt causal_offset, "
+        "float scale, SymInt window, SymInt sinks, SymInt groups) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
+    m.impl("topk_select.cuda", TORCH_BOX(&sparse_attn::topk_select_cuda));
+}
