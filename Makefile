@@ -41,4 +41,4 @@ $(VENV)/.installed-%: $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info sparse_attn/_C*.so sparse_attn/_no_extension.txt
+	rm -rf build dist *.egg-info sparse_attn/_C*.so sparse_attn/libsparse_attn.* sparse_attn/_no_extension.txt

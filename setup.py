@@ -64,7 +64,9 @@ def native_archs() -> list[str]:
     found = []
     for gpu in find_gpus():
         code = [arch for arch in CUDA_ARCHS if arch in (gpu, gpu + "a")]
-        virtual = [arch for arch in CUDA_ARCHS if arch.endswith("-virtual") and int(arch.split("-")[0]) <= int(gpu)]
+        virtual = [
+            arch for arch in CUDA_ARCHS if arch.endswith("-virtual") and int(arch.split("-")[0]) <= int(gpu)
+        ]
         found += code or virtual[-1:]
     return found
 

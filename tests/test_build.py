@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import gpu_code
 
 SPEC = importlib.util.find_spec("sparse_attn._C")
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,15 +94,15 @@ def test_build_info_describes_this_build():
 @needs_extension
 @needs_elf
 def test_needs_only_what_every_torch_brings():
-    dynamic = dynamic_strings(Path(SPEC.origin))
-    needed = {name.split(".so")[0] for name in dynamic["NEEDED"]}
+    library, module = dynamic_strings(gpu_code.library()), dynamic_strings(Path(SPEC.origin))
     system = {"libstdc++", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread", "ld-linux-x86-64"}
     system |= {"ld-linux-aarch64"}
-    assert "libtorch_cpu" in needed
-    assert needed <= system | {"libtorch_cpu"}, (
-        f"the extension would not load with every torch: needs {needed}"
-    )
-    assert dynamic["RPATH"] == dynamic["RUNPATH"] == [], "a search path of the building machine is left in"
+    for found, own in (library, "libtorch_cpu"), (module, "libsparse_attn"):
+        needed = {name.split(".so")[0] for name in found["NEEDED"]}
+        assert own in needed
+        assert needed <= system | {own}, f"the extension would not load with every torch: needs {needed}"
+    assert library["RPATH"] == library["RUNPATH"] == [], "a search path of the building machine is left in"
+    assert module["RPATH"] + module["RUNPATH"] == ["$ORIGIN"]
 
 
 @needs_extension
@@ -129,7 +130,25 @@ def test_carries_code_for_the_declared_gpus():
     if info["cuda"] is None:
         pytest.skip(f"built without CUDA: {info['no_cuda']}")
     declared = {(a.endswith("-virtual"), int(re.match(r"\d+", a)[0])) for a in info["cuda_archs"]}
-    assert set(fatbin_targets(Path(SPEC.origin).read_bytes())) == declared
+    assert set(fatbin_targets(gpu_code.library().read_bytes())) == declared
+
+
+@needs_extension
+@needs_elf
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_program_without_python_calls_an_op(tmp_path):
+    """The library alone brings schemas and kernels, as a package compiled ahead of time needs them."""
+    torch_root, program = Path(torch.__file__).parent, tmp_path / "program"
+    include, library = torch_root / "include", torch_root / "lib"
+    # Libraries that torch itself needs (of CUDA, say) are found by Python, not here.
+    link = [f"-L{library}", "-ltorch_cpu", f"-Wl,-rpath,{library}", "-Wl,--allow-shlib-undefined", "-ldl"]
+    source = Path(__file__).with_name("without_python.cpp")
+    flags = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", include]
+    subprocess.run(["g++", *flags, source, "-o", program, *link], check=True)
+    if subprocess.run(["ldd", program], capture_output=True, text=True).stdout.count("not found"):
+        pytest.skip("libtorch_cpu needs libraries that only Python finds")
+    run = subprocess.run([program, gpu_code.library()], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @needs_extension

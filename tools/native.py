@@ -171,7 +171,12 @@ def _config_header(plan: Plan) -> str:
 def _ninja_file(plan: Plan) -> str:
     # File names in messages are relative to the checkout or to torch, not to the machine's root.
     sources = f"-I{ROOT / 'csrc'}"
-    common = [*COMMON, sources, f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={plan.torch.root.parent}/="]
+    common = [
+        *COMMON,
+        sources,
+        f"-ffile-prefix-map={ROOT}/=",
+        f"-ffile-prefix-map={plan.torch.root.parent}/=",
+    ]
     # nvcc compiles several archs at once; the pool keeps files × archs within the job count.
     threads = max(1, min(plan.jobs, len(plan.archs)))
     lines = [

@@ -92,7 +92,9 @@ def find_gpus() -> list[str]:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    found = re.findall(r"^(\d+)\.(\d)\s*$", answer.stdout, flags=re.MULTILINE) if not answer.returncode else []
+    found = (
+        re.findall(r"^(\d+)\.(\d)\s*$", answer.stdout, flags=re.MULTILINE) if not answer.returncode else []
+    )
     return sorted({major + minor for major, minor in found}, key=int)
 
 

@@ -3,7 +3,6 @@
 # The wings must stand before the ops, which define one overload per wing.
 from sparse_attn import wings  # noqa: F401  isort: skip
 
-from sparse_attn.ops import fill_indices  # noqa: F401
 from sparse_attn.ops.block_attention import block_attention
 from sparse_attn.ops.block_select import block_select
 from sparse_attn.ops.gathered_attention import gathered_attention

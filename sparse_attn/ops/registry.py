@@ -1,7 +1,7 @@
 """How an op becomes a `torch.library` op: one schema, one fake, one gradient formula, one overload per wing.
 
-Schemas are defined here alone; the compiled extension only adds kernels to them (two definitions of one
-namespace crash the process).
+The overloads of compiled wings are defined by the extension, so that a program without Python has them too; here it is
+checked that they are what Python calls. All others are defined here (nothing may be defined twice).
 """
 
 from __future__ import annotations
@@ -25,12 +25,27 @@ def define(op: str, schema: str, fake: Callable) -> None:
     for wing in base.wings():
         if op not in wing.implementations:
             continue
-        library.define(f"{op}.{wing.name}{schema}")
+        _define(op, wing.name, schema)
         if wing.implementations[op] is not None:
             library.impl(f"{op}.{wing.name}", wing.implementations[op], wing.dispatch_key)
         torch.library.register_fake(f"{base.NAMESPACE}::{op}.{wing.name}", fake, lib=library)
         for key in _AUTOCAST_KEYS:
             library.impl(f"{op}.{wing.name}", _without_autocast(op, wing.name), key)
+
+
+def _define(op: str, overload: str, schema: str) -> None:
+    name = f"{base.NAMESPACE}::{op}"
+    try:
+        compiled = torch._C._get_schema(name, overload)
+    except RuntimeError:  # there is none
+        library.define(f"{op}.{overload}{schema}")
+        return
+    expected = torch._C.parse_schema(f"{name}.{overload}{schema}")
+    if compiled != expected:
+        raise RuntimeError(
+            f"the compiled extension is of another version of sparse_attn than its Python files: it defines "
+            f"{compiled}, they call {expected}; reinstall sparse_attn"
+        )
 
 
 def _without_autocast(op: str, wing: str) -> Callable:

@@ -11,10 +11,11 @@ from sparse_attn.wings.base import Wing, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM = (8, 0)  # compute capability: mma.sync with bfloat16, asynchronous copies
-# What a warp holds in registers (kMostDim of csrc/cuda/gathered_attention.h) and a launch in its parameters (kMostBands
-# of csrc/cuda/variable_width_embedding.h); the size of a sparse gradient would have to come back from the GPU.
+# What a warp holds in registers (kMostDim of csrc/cuda/kernels/gathered_attention.h) and a launch in its parameters
+# (kMostBands of csrc/cuda/kernels/variable_width_embedding.h); the size of a sparse gradient would have to come back
+# from the GPU.
 LIMITS = {"head_dim": 256, "value_dim": 256, "bands": 16, "sparse_gradients": 0}
-# In C++ (csrc/bindings.cpp). An op that is not here goes to the next wing.
+# In C++ (csrc/cuda/<op>.cpp). An op that is not here goes to the next wing.
 OPS = (
     "topk_select",
     "topk_attention",

@@ -29,6 +29,11 @@ class Usage:
         return min(REGISTERS // (32 * -(-self.registers // 8) * 8), WARPS.get(self.arch, 48))
 
 
+def library() -> Path:
+    """The file with the kernels: beside the extension module, which is linked to it."""
+    return next(Path(importlib.util.find_spec("sparse_attn._C").origin).parent.glob("libsparse_attn.*"))
+
+
 def find_cuobjdump() -> str | None:
     found = shutil.which("cuobjdump")
     if found:
@@ -72,9 +77,7 @@ def usages(path: str | Path) -> list[Usage]:
 
 def main() -> None:
     print(f"{'GPU':>5} {'registers':>9} {'stack':>6} {'local':>6} {'warps':>6}  kernel")
-    for u in sorted(
-        usages(importlib.util.find_spec("sparse_attn._C").origin), key=lambda u: (u.kernel, u.arch)
-    ):
+    for u in sorted(usages(library()), key=lambda u: (u.kernel, u.arch)):
         print(f"{u.arch:>5} {u.registers:>9} {u.stack:>6} {u.local:>6} {u.warps:>6}  {u.kernel}")
 
 

@@ -40,10 +40,16 @@ def library() -> ctypes.CDLL:
         HERE / "runtime.cpp",
         HERE / "faulty.cu",
         HERE / "entry.cpp",
-        *sorted((CSRC / "cuda").glob("*.cu")),
+        *sorted((CSRC / "cuda/kernels").glob("*.cu")),
     ]
     sources = [s for s in sources if s.exists()]
-    inputs = [*sources, HERE / "simt.h", Path(__file__), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.*h")]
+    inputs = [
+        *sources,
+        HERE / "simt.h",
+        Path(__file__),
+        *CSRC.glob("common/*.h"),
+        *CSRC.glob("cuda/kernels/**/*.*h"),
+    ]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(inputs))).hexdigest()[:16]
     target = ROOT / "build" / "simt" / f"{digest}.so"
     if not target.exists():
@@ -104,7 +110,7 @@ class Device:
 
     Example:
         >>> gpu = Device()
-        >>> gpu.run("run_fill", gpu.empty((4,), torch.int32), 4, 7)
+        >>> gpu.run("run_faulty", gpu.put(torch.zeros(64, dtype=torch.int32)), gpu.empty((64,), torch.int32), 1, 64, 14)
     """
 
     def __init__(self, schedule: int = 0) -> None:

@@ -1,8 +1,7 @@
-// The host functions of csrc/cuda under C names, for ctypes: a device and a stream mean nothing here.
-#include "cuda/fill.h"
-#include "cuda/gathered_attention.h"
-#include "cuda/topk_select.h"
-#include "cuda/variable_width_embedding.h"
+// The host functions of csrc/cuda/kernels under C names, for ctypes: a device and a stream mean nothing here.
+#include "cuda/kernels/gathered_attention.h"
+#include "cuda/kernels/topk_select.h"
+#include "cuda/kernels/variable_width_embedding.h"
 
 using namespace sparse_attn;
 
@@ -17,10 +16,6 @@ int64_t bytes_of_select_call() {
 }
 int64_t bytes_of_embed_params() {
     return sizeof(cuda::EmbedParams);
-}
-
-const char* run_fill(void* out, int64_t count, int32_t word) {
-    return cuda::fill_words(out, count, static_cast<uint32_t>(word), 0, nullptr);
 }
 
 const char* run_gathered_attention(const AttendParams* p) {

@@ -1,5 +1,5 @@
 // Kernels with one fault each, by number, and two without: what the simulated device must find, and must not.
-#include "../../csrc/cuda/device.cuh"
+#include "cuda/kernels/lib/device.cuh"
 
 namespace sparse_attn::cuda {
 namespace {

@@ -1,4 +1,4 @@
-"""The structs of csrc/params.h and csrc/cuda/*.h for ctypes, and their values for tensors."""
+"""The structs of csrc/common and csrc/cuda/kernels/*.h for ctypes, and their values for tensors."""
 
 from __future__ import annotations
 

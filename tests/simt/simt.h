@@ -1,6 +1,6 @@
 // What the kernels of csrc/cuda use of CUDA, for a plain C++ compiler: the same source runs here thread by
-// thread. csrc/cuda/device.cuh includes this file where nvcc is not the compiler; runtime.cpp has the
-// scheduler and the checks.
+// thread. csrc/cuda/kernels/lib/device.cuh includes this file where nvcc is not the compiler; runtime.cpp has
+// the scheduler and the checks.
 //
 // Kernels are compiled with -fsanitize=thread, whose hooks runtime.cpp defines itself: every access to device
 // or shared memory is looked at, without a word in the kernels.

@@ -60,13 +60,3 @@ def test_a_fault_is_found(fault, schedule):
 def test_a_launch_that_no_gpu_takes():
     with pytest.raises(RuntimeError, match="invalid configuration: grid 2 × 1 × 1, 2048 threads"):
         run(0, 0, 2048)
-
-
-def test_fill():
-    gpu = Device()
-    out = gpu.empty((1000,), torch.int32)
-    gpu.run("run_fill", out, 1000, -1)
-    assert torch.equal(gpu.get(out), torch.full((1000,), -1, dtype=torch.int32))
-    small = gpu.empty((999,), torch.int32)
-    with pytest.raises(RuntimeError, match="out of bounds: write"):
-        gpu.run("run_fill", small, 1000, -1)
