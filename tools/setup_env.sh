@@ -16,12 +16,42 @@ CPU_TORCH=2.13.0
 what=${1:-cli}
 py=$VENV/bin/python
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+progress=$(mktemp)
+follower=""
+trap 'rm -f "$log" "$progress"; [[ -z $follower ]] || kill "$follower"' EXIT
 
 say() { echo "setup: $*"; }
 
 try() { # runs a command quietly; its output is kept for `die`
     "$@" >"$log" 2>&1
+}
+
+show_progress() { # follows the file to which the build writes what it has compiled
+    local shown="" now="" waited=0
+    while sleep 1; do
+        waited=$((waited + 1))
+        now=$(tail -n 1 "$progress")
+        [[ $now != "$shown" ]] || continue
+        if [[ -t 1 ]]; then
+            printf '\r\033[Ksetup: %s' "${now:0:100}"
+            shown=$now
+        elif ((waited >= 15)); then # a log wants fewer lines
+            say "$now"
+            shown=$now waited=0
+        fi
+    done
+}
+
+follow() { # `try`, showing how far the compiler is: pip hides what a build says
+    local status=0
+    show_progress &
+    follower=$!
+    SPARSE_ATTN_PROGRESS=$progress try "$@" || status=$?
+    kill "$follower"
+    wait "$follower" 2>/dev/null || true
+    follower=""
+    [[ ! -t 1 || ! -s $progress ]] || printf '\r\033[K'
+    return "$status"
 }
 
 die() {
@@ -71,7 +101,7 @@ install_torch
 [[ $what == --torch ]] && exit
 
 say "installing sparse_attn[$what]; the first build of the kernels takes a few minutes"
-try pip_install --editable ".[$what]" || die "pip could not install sparse_attn; its last words are above"
+follow pip_install --editable ".[$what]" || die "pip could not install sparse_attn; its last words are above"
 if [[ -f sparse_attn/_no_extension.txt ]]; then
     say "without the native kernels: $(head -n 1 sparse_attn/_no_extension.txt)"
 fi
