@@ -7,7 +7,6 @@
 
 #include <cstdio>
 #include <cstring>
-#include <vector>
 
 namespace {
 
@@ -38,13 +37,24 @@ int main(int, char** argv) {
     if (dlsym(RTLD_DEFAULT, "Py_Initialize")) return fail("Python", "is loaded");
     float query[] = {1, -1}, key[] = {3, 1, 4, 1, 5, 9, 2, 6};
     const StableIValue none = 0;
-    std::vector<StableIValue> stack = {tensor_of(query, 2), tensor_of(key, 8), none,
-                                       none};  // no mask, no lengths
-    // top_k, is_causal, causal_offset, scale, window, sinks, groups
-    for (StableIValue v : {value_of(int64_t{3}), value_of(false), value_of(int64_t{0}), value_of(1.0),
-                           value_of(int64_t{0}), value_of(int64_t{0}), value_of(int64_t{1})})
-        stack.push_back(v);
-    if (torch_call_dispatcher("sparse_attn::topk_select", "cpu", stack.data(), TORCH_ABI_VERSION) !=
+    // is_causal, causal_offset, window, sinks, groups
+    StableListHandle rule = nullptr;
+    torch_new_list_reserve_size(5, &rule);
+    for (int64_t number : {0, 0, 0, 0, 1}) torch_list_push_back(rule, value_of(number));
+    StableIValue stack[] = {
+        tensor_of(query, 2),
+        tensor_of(key, 8),
+        value_of(int64_t{3}),  // top_k
+        none,
+        none,  // attn_mask, key_lengths
+        value_of(rule),
+        value_of(1.0),  // scale
+        value_of(false),
+        none,  // rounded, blocks
+        value_of(int64_t{1}),
+        value_of(int64_t{1}),  // block_size, query_tile
+    };
+    if (torch_call_dispatcher("sparse_attn::topk_select", "cpu", stack, TORCH_ABI_VERSION) !=
         AOTI_TORCH_SUCCESS)
         return fail("topk_select", "the call failed");
     AtenTensorHandle indices = nullptr;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "common/tensors.h"
 
@@ -83,42 +84,54 @@ inline void check_key_lengths(const char* op, const Tensor& n, int64_t batch) {
                     op, ": key_lengths must be int32 or int64 [B]; got ", shape_of(n));
 }
 
-// Everything but `lengths` and `indices`; key_lengths is checked.
-inline SelectParams select_params(const char* op, const Tensor& query, const Tensor& key,
-                                  const std::optional<Tensor>& attn_mask,
-                                  const std::optional<Tensor>& key_lengths, int64_t top_k, bool is_causal,
-                                  int64_t causal_offset, double scale, int64_t window, int64_t sinks,
-                                  int64_t groups) {
+// What the schema carries of the rule.
+struct RuleArguments {
+    const std::optional<Tensor>& attn_mask;    // bool [B, G, Tq, Tk]
+    const std::optional<Tensor>& key_lengths;  // int32 or int64 [B]
+    const std::vector<int64_t>& numbers;       // read_rule() in rule.h
+    double scale;
+};
+
+// Checked, all but `lengths`: each device has its own.
+inline Rule rule_of(const char* op, const Tensor& query, const Tensor& key, const RuleArguments& given) {
+    Rule rule{};
+    STD_TORCH_CHECK(
+        read_rule(rule, given.numbers.data(), static_cast<int64_t>(given.numbers.size())), op,
+        ": rule must be [is_causal, causal_offset, last keys kept, first keys kept, groups], none of the "
+        "kept negative; got ",
+        numbers_of(given.numbers));
     const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
-    const int64_t query_length = query.size(2), key_length = key.size(2);
-    STD_TORCH_CHECK(groups == heads || groups == kv_heads || groups == 1, op,
-                    ": groups must be Hq, Hkv or 1; got ", groups);
-    STD_TORCH_CHECK(top_k >= 1 && window >= 0 && sinks >= 0 && window + sinks <= top_k, op,
-                    ": top_k must be at least 1 and at least window + sinks; got top_k=", top_k,
-                    ", window=", window, ", sinks=", sinks);
+    STD_TORCH_CHECK(rule.groups == heads || rule.groups == kv_heads || rule.groups == 1, op,
+                    ": groups must be Hq, Hkv or 1; got ", rule.groups);
+    rule.scale = static_cast<float>(given.scale);
+    if (given.attn_mask) {
+        const Tensor& m = *given.attn_mask;
+        STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&
+                            m.size(1) == rule.groups && m.size(2) == query.size(2) &&
+                            m.size(3) == key.size(2),
+                        op, ": attn_mask must be bool [B, G, Tq, Tk]; got ", shape_of(m));
+        rule.mask = static_cast<const uint8_t*>(m.const_data_ptr());
+        rule.mask_strides = strides_of(m);
+    }
+    if (given.key_lengths) check_key_lengths(op, *given.key_lengths, batch);
+    return rule;
+}
+
+// Everything but `rule.lengths`, `indices` and what blocks need.
+inline SelectParams select_params(const char* op, const Tensor& query, const Tensor& key, int64_t top_k,
+                                  const RuleArguments& given) {
     SelectParams p{};
+    p.rule = rule_of(op, query, key, given);
+    STD_TORCH_CHECK(top_k >= 1 && p.rule.kept() <= top_k, op,
+                    ": top_k must be at least 1 and hold the keys that are always kept; got top_k=", top_k,
+                    ", always kept: ", p.rule.kept());
     p.query = query.const_data_ptr();
     p.key = key.const_data_ptr();
     p.query_strides = strides_of(query);
     p.key_strides = strides_of(key);
-    if (attn_mask) {
-        const Tensor& m = *attn_mask;
-        STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&
-                            m.size(1) == groups && m.size(2) == query_length && m.size(3) == key_length,
-                        op, ": attn_mask must be bool [B, G, Tq, Tk]; got ", shape_of(m));
-        p.mask = static_cast<const uint8_t*>(m.const_data_ptr());
-        p.mask_strides = strides_of(m);
-    }
-    if (key_lengths) check_key_lengths(op, *key_lengths, batch);
-    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.groups = groups;
-    p.query_length = query_length, p.key_length = key_length, p.head_dim = query.size(3);
-    p.top_k = std::min(top_k, key_length);
-    // Far beyond any sequence, and sums of them still fit.
-    constexpr int64_t kFar = int64_t{1} << 40;
-    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
-    p.window = std::min(window, kFar), p.sinks = std::min(sinks, key_length);
-    p.scale = static_cast<float>(scale);
-    p.is_causal = is_causal;
+    p.batch = query.size(0), p.heads = query.size(1), p.kv_heads = key.size(1);
+    p.query_length = query.size(2), p.key_length = key.size(2), p.head_dim = query.size(3);
+    p.top_k = std::min(top_k, p.key_length);
     p.dtype = dtype_of(op, query);
     return p;
 }

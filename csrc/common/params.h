@@ -6,31 +6,21 @@
 // be anything.
 #pragma once
 
-#include <cstdint>
+#include "common/rule.h"
 
 namespace sparse_attn {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
-
-struct Strides {
-    int64_t b, h, t, d;
-};
-
 struct SelectParams {
-    const void* query;       // [B, Hq, Tq, D]
-    const void* key;         // [B, Hkv, Tk, D]
-    const uint8_t* mask;     // bool [B, G, Tq, Tk], 1 = may attend, or null
-    const int64_t* lengths;  // [B], each in [0, Tk], or null
-    int32_t* indices;        // [B, G, Tq, K], contiguous: the result
-    Strides query_strides, key_strides, mask_strides;
-    int64_t batch, heads, kv_heads, groups, query_length, key_length, head_dim;
+    const void* query;  // [B, Hq, Tq, D]
+    const void* key;    // [B, Hkv, Tk, D]
+    int32_t* indices;   // [B, G, Tq, K], contiguous: the result
+    Strides query_strides, key_strides;
+    Rule rule;
+    int64_t batch, heads, kv_heads, query_length, key_length, head_dim;
     int64_t top_k;  // K = min(top_k, Tk) of the call
-    int64_t window, sinks, causal_offset;
-    float scale;
-    bool is_causal;
-    bool rounded;  // scores of queries and keys rounded to 8 bits, each with its own scale
+    bool rounded;   // scores of queries and keys rounded to 8 bits, each with its own scale
     DType dtype;
-    // If not null, only the keys of a tile's blocks are candidates, R = 1: int32 [B, G, N, M], ascending, one
+    // If not null, only the keys of a tile's blocks are candidates: int32 [B, G, N, M], ascending, one
     // row for each of the N tiles of query_tile queries. A task's queries lie in one tile.
     const int32_t* blocks;
     Strides blocks_strides;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "common/params.h"
 
@@ -17,6 +18,12 @@ using torch::stable::Tensor;
 inline std::string shape_of(const Tensor& tensor) {
     std::string text = "[";
     for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+    return text + "]";
+}
+
+inline std::string numbers_of(const std::vector<int64_t>& numbers) {
+    std::string text = "[";
+    for (int64_t n : numbers) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
     return text + "]";
 }
 

@@ -15,34 +15,35 @@ namespace {
 
 // All but the results and the packed keys; `blocks_of` and `lengths` must outlive them.
 BlockParams block_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                         Tensor& blocks_of, const std::vector<int64_t>& lengths, int64_t block_size,
-                         int64_t query_tile, bool is_causal, int64_t causal_offset, double scale) {
+                         Tensor& blocks_of, int64_t block_size, int64_t query_tile,
+                         const std::vector<int64_t>& lengths, const RuleArguments& given) {
     STD_TORCH_CHECK(block_size >= 1 && query_tile >= 1, op,
                     ": block_size and query_tile must be at least 1; got ", block_size, " and ", query_tile);
     BlockParams p{};
     AttendParams& a = p.attend;
-    a = attend_params(op, query, key, value, scale);
+    a = attend_params(op, query, key, value, given.scale);
     // Longer ones change nothing, and sums of them still fit.
     p.block_size = std::min(block_size, std::max<int64_t>(1, a.key_length));
     p.query_tile = std::min(query_tile, std::max<int64_t>(1, a.query_length));
     p.tiles = blocks(a.query_length, p.query_tile);
     p.block_count = blocks(a.key_length, p.block_size);
     p.chunks_per_block = blocks(p.block_size, kBlockChunk);
-    constexpr int64_t kFar = int64_t{1} << 40;
-    p.causal_offset = std::clamp(causal_offset, -kFar, kFar);
-    p.is_causal = is_causal;
-    const int64_t groups = blocks_of.dim() == 4 ? blocks_of.size(1) : 0;
-    STD_TORCH_CHECK(
-        blocks_of.scalar_type() == ScalarType::Int && blocks_of.dim() == 4 && blocks_of.size(0) == a.batch &&
-            (groups == 1 || groups == a.kv_heads || groups == a.heads) && blocks_of.size(2) == p.tiles,
-        op, ": blocks must be int32 [B, G, N, M], G one of 1, Hkv, Hq, N tiles of queries; got ",
-        shape_of(blocks_of));
+    p.rule = rule_of(op, query, key, given);
+    STD_TORCH_CHECK(!p.rule.mask && p.rule.kept() == 0, op,
+                    ": takes no attn_mask, and no keys that are always kept; got ",
+                    numbers_of(given.numbers));
+    const int64_t groups = p.rule.groups;
+    STD_TORCH_CHECK(blocks_of.scalar_type() == ScalarType::Int && blocks_of.dim() == 4 &&
+                        blocks_of.size(0) == a.batch && blocks_of.size(1) == groups &&
+                        blocks_of.size(2) == p.tiles,
+                    op, ": blocks must be int32 [B, G, N, M], G the rule's groups, N tiles of queries; got ",
+                    shape_of(blocks_of), " with groups=", groups);
     blocks_of = with_contiguous_rows(blocks_of);
     a.indices = static_cast<const int32_t*>(blocks_of.const_data_ptr());
     a.indices_strides = strides_of(blocks_of);
     a.groups = groups;
     a.slots = blocks_of.size(3);
-    p.lengths = lengths.empty() ? nullptr : lengths.data();
+    p.rule.lengths = lengths.empty() ? nullptr : lengths.data();
     return p;
 }
 
@@ -94,14 +95,15 @@ TilesOf tiles_of_blocks(const BlockParams& p) {
 }
 
 std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor blocks_of,
-                                               std::optional<Tensor> key_lengths, int64_t block_size,
-                                               int64_t query_tile, bool is_causal, int64_t causal_offset,
+                                               int64_t block_size, int64_t query_tile,
+                                               std::optional<Tensor> attn_mask,
+                                               std::optional<Tensor> key_lengths, std::vector<int64_t> rule,
                                                double scale) {
     const char* op = "block_attention.cpu";
     check_qkv(op, query, key, &value);
     const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query.size(0), key.size(2));
-    BlockParams p = block_params(op, query, key, value, blocks_of, lengths, block_size, query_tile, is_causal,
-                                 causal_offset, scale);
+    BlockParams p = block_params(op, query, key, value, blocks_of, block_size, query_tile, lengths,
+                                 {attn_mask, key_lengths, rule, scale});
     AttendParams& a = p.attend;
     Tensor out = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.value_dim});
     Tensor lse = new_lse(query);
@@ -130,9 +132,9 @@ std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
-    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor lse, Tensor query, Tensor key, Tensor value,
-    Tensor blocks_of, std::optional<Tensor> key_lengths, int64_t block_size, int64_t query_tile,
-    bool is_causal, int64_t causal_offset, double scale) {
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor blocks_of,
+    Tensor lse, int64_t block_size, int64_t query_tile, std::optional<Tensor> attn_mask,
+    std::optional<Tensor> key_lengths, std::vector<int64_t> rule, double scale) {
     const char* op = "block_attention_backward.cpu";
     check_qkv(op, query, key, &value);
     lse = torch::stable::contiguous(lse);
@@ -140,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query.size(0), key.size(2));
     BlockBackwardParams p{};
     BlockParams& f = p.forward;
-    f = block_params(op, query, key, value, blocks_of, lengths, block_size, query_tile, is_causal,
-                     causal_offset, scale);
+    f = block_params(op, query, key, value, blocks_of, block_size, query_tile, lengths,
+                     {attn_mask, key_lengths, rule, scale});
     AttendParams& a = f.attend;
     check_gradients(op, a, grad_out, grad_lse, lse);
     Tensor grad_query = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.head_dim});
@@ -179,15 +181,15 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
-        "block_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor? key_lengths, "
-        "SymInt block_size, SymInt query_tile, bool is_causal, SymInt causal_offset, float scale) "
+        "block_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor blocks, SymInt block_size, "
+        "SymInt query_tile, Tensor? attn_mask, Tensor? key_lengths, SymInt[] rule, float scale) "
         "-> (Tensor out, Tensor lse)");
     m.def(
-        "block_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor lse, Tensor query, Tensor "
-        "key, "
-        "Tensor value, Tensor blocks, Tensor? key_lengths, SymInt block_size, SymInt query_tile, "
-        "bool is_causal, SymInt causal_offset, float scale) "
-        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+        "block_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
+        "value, "
+        "Tensor blocks, Tensor lse, SymInt block_size, SymInt query_tile, Tensor? attn_mask, Tensor? "
+        "key_lengths, "
+        "SymInt[] rule, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("block_attention.cpu", TORCH_BOX(&sparse_attn::block_attention_cpu));

@@ -18,22 +18,19 @@ std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key
     return lengths;
 }
 
-void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key,
-                       const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
-                       int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
-                       int64_t sinks, int64_t groups, bool rounded) {
-    s.params = select_params(op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
-                             window, sinks, groups);
+void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key, int64_t top_k,
+                       const RuleArguments& given, bool rounded) {
+    s.params = select_params(op, query, key, top_k, given);
     s.params.rounded = rounded;
-    s.lengths = lengths_of(op, key_lengths, s.params.batch, s.params.key_length);
-    if (!s.lengths.empty()) s.params.lengths = s.lengths.data();
+    s.lengths = lengths_of(op, given.key_lengths, s.params.batch, s.params.key_length);
+    if (!s.lengths.empty()) s.params.rule.lengths = s.lengths.data();
 }
 
 // Whether any query can see more keys than it may keep: if none can, no score is needed.
 static bool needs_scores(const SelectParams& p) {
     int64_t most = p.key_length;
-    if (p.is_causal) most = std::min(most, p.query_length + p.causal_offset);
-    return most > p.top_k || p.mask != nullptr || p.blocks != nullptr;
+    if (p.rule.is_causal) most = std::min(most, p.query_length + p.rule.causal_offset);
+    return most > p.top_k || p.rule.mask != nullptr || p.blocks != nullptr;
 }
 
 void pack_keys(Selection& s, int64_t block) {

@@ -26,11 +26,17 @@ struct Selection {
     bool parallel;
 };
 
-// Fills s.params, all but the result's pointer.
-void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key,
-                       const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
-                       int64_t top_k, bool is_causal, int64_t causal_offset, double scale, int64_t window,
-                       int64_t sinks, int64_t groups, bool rounded = false);
+// Fills s.params, all but the result's pointer and what blocks need.
+void prepare_selection(Selection& s, const char* op, const Tensor& query, const Tensor& key, int64_t top_k,
+                       const RuleArguments& given, bool rounded = false);
+
+// int32 [B, G, Tq, K], and p.indices points to it.
+inline Tensor new_indices(const Tensor& query, SelectParams& p) {
+    Tensor indices =
+        torch::stable::new_empty(query, {p.batch, p.rule.groups, p.query_length, p.top_k}, ScalarType::Int);
+    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    return indices;
+}
 
 // Packs the keys, unless no query can see more keys than it may keep; `block` queries make one task.
 void pack_keys(Selection& s, int64_t block);

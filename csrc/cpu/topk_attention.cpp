@@ -9,21 +9,18 @@ SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
 namespace sparse_attn {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, Tensor value,
+std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, Tensor value, int64_t top_k,
                                                       std::optional<Tensor> attn_mask,
-                                                      std::optional<Tensor> key_lengths, int64_t top_k,
-                                                      bool is_causal, int64_t causal_offset, double scale,
-                                                      int64_t window, int64_t sinks, int64_t groups) {
+                                                      std::optional<Tensor> key_lengths,
+                                                      std::vector<int64_t> rule, double scale) {
     const char* op = "topk_attention.cpu";
     check_qkv(op, query, key, &value);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     Selection s;
-    prepare_selection(s, op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale,
-                      window, sinks, groups);
+    prepare_selection(s, op, query, key, top_k, {attn_mask, key_lengths, rule, scale});
     SelectParams& p = s.params;
-    Tensor indices =
-        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+    Tensor indices = new_indices(query, p);
     Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, value.size(3)});
     Tensor lse = new_lse(query);
     if (out.numel() == 0) return {out, lse, indices};
@@ -31,15 +28,14 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     set_indices(a, op, indices);
     a.out = out.mutable_data_ptr();
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
-    p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
     const cpu::SelectKernels& select = cpu::topk_select_kernels();
     const cpu::AttendKernel& attend = cpu::gathered_attention_kernels();
     pack_keys(s, select.block_queries(p));
-    const int64_t sharing = p.heads / p.groups;
+    const int64_t sharing = p.heads / p.rule.groups;
     const int64_t bytes = std::max(select.select.scratch_bytes(p), attend.scratch_bytes(a));
     // One task selects and attends: the block's indices and keys are still in cache.
-    for_each_task(p.batch * p.groups * s.per_head, bytes, s.parallel, [&](int64_t i, char* scratch) {
-        Block t = block_of(i, p.groups, s.per_head, s.block, p.query_length);
+    for_each_task(p.batch * p.rule.groups * s.per_head, bytes, s.parallel, [&](int64_t i, char* scratch) {
+        Block t = block_of(i, p.rule.groups, s.per_head, s.block, p.query_length);
         select.select.run(p, {t.b, t.group, t.queries, s.packed.get()}, scratch);
         attend.run(a, {t.b, {t.group * sharing, (t.group + 1) * sharing}, t.queries}, scratch);
     });
@@ -51,10 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
-        "topk_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
-        "SymInt top_k, bool is_causal, SymInt causal_offset, "
-        "float scale, SymInt window, SymInt sinks, SymInt groups) "
-        "-> (Tensor out, Tensor lse, Tensor indices)");
+        "topk_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, Tensor? attn_mask, "
+        "Tensor? key_lengths, SymInt[] rule, float scale) -> (Tensor out, Tensor lse, Tensor indices)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));

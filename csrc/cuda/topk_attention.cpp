@@ -3,14 +3,16 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/tensors.h"
 
 namespace sparse_attn {
 
-Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
-                        std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
-                        int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups);
+Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
+                        std::optional<Tensor> key_lengths, std::vector<int64_t> rule, double scale,
+                        bool rounded, std::optional<Tensor> blocks_of, int64_t block_size,
+                        int64_t query_tile);
 std::tuple<Tensor, Tensor> gathered_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor indices,
                                                    double scale);
 
@@ -18,13 +20,12 @@ namespace {
 
 // Two launches, one after the other: what the first selects is still in the second-level cache for the
 // second.
-std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(Tensor query, Tensor key, Tensor value,
+std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(Tensor query, Tensor key, Tensor value, int64_t top_k,
                                                        std::optional<Tensor> attn_mask,
-                                                       std::optional<Tensor> key_lengths, int64_t top_k,
-                                                       bool is_causal, int64_t causal_offset, double scale,
-                                                       int64_t window, int64_t sinks, int64_t groups) {
-    Tensor indices = topk_select_cuda(query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset,
-                                      scale, window, sinks, groups);
+                                                       std::optional<Tensor> key_lengths,
+                                                       std::vector<int64_t> rule, double scale) {
+    Tensor indices =
+        topk_select_cuda(query, key, top_k, attn_mask, key_lengths, rule, scale, false, std::nullopt, 1, 1);
     auto [out, lse] = gathered_attention_cuda(query, key, value, indices, scale);
     return {out, lse, indices};
 }
@@ -34,10 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(Tensor query, Tensor key,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
-        "topk_attention.cuda(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
-        "SymInt top_k, bool is_causal, SymInt causal_offset, "
-        "float scale, SymInt window, SymInt sinks, SymInt groups) "
-        "-> (Tensor out, Tensor lse, Tensor indices)");
+        "topk_attention.cuda(Tensor query, Tensor key, Tensor value, SymInt top_k, Tensor? attn_mask, "
+        "Tensor? key_lengths, SymInt[] rule, float scale) -> (Tensor out, Tensor lse, Tensor indices)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
     m.impl("topk_attention.cuda", TORCH_BOX(&sparse_attn::topk_attention_cuda));

@@ -8,10 +8,13 @@
 
 namespace sparse_attn {
 
-Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mask,
-                        std::optional<Tensor> key_lengths, int64_t top_k, bool is_causal,
-                        int64_t causal_offset, double scale, int64_t window, int64_t sinks, int64_t groups) {
+Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
+                        std::optional<Tensor> key_lengths, std::vector<int64_t> rule, double scale,
+                        bool rounded, std::optional<Tensor> blocks_of, int64_t block_size,
+                        int64_t query_tile) {
     const char* op = "topk_select.cuda";
+    (void)block_size, (void)query_tile;  // of blocks
+    STD_TORCH_CHECK(!rounded && !blocks_of, op, ": takes neither rounded nor blocks");
     check_qkv(op, query, key, nullptr);
     const CudaCall call(op, {&query, &key});
     for (const std::optional<Tensor>* t : {&attn_mask, &key_lengths})
@@ -21,8 +24,7 @@ Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mas
     key = with_contiguous_rows(key);
     cuda::SelectCall c{};
     SelectParams& p = c.select;
-    p = select_params(op, query, key, attn_mask, key_lengths, top_k, is_causal, causal_offset, scale, window,
-                      sinks, groups);
+    p = select_params(op, query, key, top_k, {attn_mask, key_lengths, rule, scale});
     STD_TORCH_CHECK(p.head_dim >= 1 && p.batch <= 65535 && p.heads <= 65535, op,
                     ": takes D from 1 on, B and Hq up to 65535; got ", shape_of(query));
     if (key_lengths) {
@@ -30,14 +32,14 @@ Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mas
         if (key_lengths->scalar_type() == ScalarType::Int) {
             c.narrow_lengths = static_cast<const int32_t*>(key_lengths->const_data_ptr());
         } else {
-            p.lengths = static_cast<const int64_t*>(key_lengths->const_data_ptr());
+            p.rule.lengths = static_cast<const int64_t*>(key_lengths->const_data_ptr());
         }
     }
     Tensor lse = torch::stable::new_empty(
-        query, {p.groups < p.heads ? p.batch * p.heads * p.query_length : 0}, ScalarType::Float);
+        query, {p.rule.groups < p.heads ? p.batch * p.heads * p.query_length : 0}, ScalarType::Float);
     c.lse = static_cast<float*>(lse.mutable_data_ptr());
     Tensor indices =
-        torch::stable::new_empty(query, {p.batch, p.groups, p.query_length, p.top_k}, ScalarType::Int);
+        torch::stable::new_empty(query, {p.batch, p.rule.groups, p.query_length, p.top_k}, ScalarType::Int);
     p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
     call.check(cuda::topk_select(c, call.device, call.stream), {&query, &key});
     return indices;
@@ -47,9 +49,9 @@ Tensor topk_select_cuda(Tensor query, Tensor key, std::optional<Tensor> attn_mas
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
-        "topk_select.cuda(Tensor query, Tensor key, Tensor? attn_mask, Tensor? key_lengths, SymInt top_k, "
-        "bool is_causal, SymInt causal_offset, "
-        "float scale, SymInt window, SymInt sinks, SymInt groups) -> Tensor");
+        "topk_select.cuda(Tensor query, Tensor key, SymInt top_k, Tensor? attn_mask, Tensor? key_lengths, "
+        "SymInt[] rule, float scale, bool rounded, Tensor? blocks, SymInt block_size, SymInt query_tile) -> "
+        "Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
     m.impl("topk_select.cuda", TORCH_BOX(&sparse_attn::topk_select_cuda));

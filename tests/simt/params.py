@@ -67,14 +67,24 @@ def attend_params(
     )
 
 
+class Rule(Structure):
+    _fields_ = [
+        *((n, c_void_p) for n in ("mask", "lengths")),
+        ("mask_strides", Strides),
+        *((n, c_int64) for n in ("causal_offset", "window", "sinks", "groups")),
+        ("scale", c_float),
+        ("is_causal", c_bool),
+    ]
+
+
 class SelectParams(Structure):
     _fields_ = [
-        *((n, c_void_p) for n in ("query", "key", "mask", "lengths", "indices")),
-        *((f"{n}_strides", Strides) for n in ("query", "key", "mask")),
-        *((n, c_int64) for n in ("batch", "heads", "kv_heads", "groups", "query_length", "key_length")),
-        *((n, c_int64) for n in ("head_dim", "top_k", "window", "sinks", "causal_offset")),
-        ("scale", c_float),
-        *((n, c_bool) for n in ("is_causal", "rounded")),
+        *((n, c_void_p) for n in ("query", "key", "indices")),
+        *((f"{n}_strides", Strides) for n in ("query", "key")),
+        ("rule", Rule),
+        *((n, c_int64) for n in ("batch", "heads", "kv_heads", "query_length", "key_length")),
+        *((n, c_int64) for n in ("head_dim", "top_k")),
+        ("rounded", c_bool),
         ("dtype", c_int32),
         ("blocks", c_void_p),
         ("blocks_strides", Strides),
@@ -86,37 +96,39 @@ class SelectCall(Structure):
     _fields_ = [("select", SelectParams), ("narrow_lengths", c_void_p), ("lse", c_void_p)]
 
 
-def select_call(
-    gpu, query, key, mask, lengths, top_k, is_causal, causal_offset, scale, window, sinks, groups
-):
+def select_call(gpu, query, key, top_k, mask, lengths, rule, scale) -> SelectCall:
+    """Arguments as the schema of topk_select has them; `rule` is [is_causal, causal_offset, window, sinks, groups]."""
+    is_causal, causal_offset, window, sinks, groups = rule
     query, key = contiguous_rows(query), contiguous_rows(key)
     p = SelectParams(
         query=gpu.put(query),
         key=gpu.put(key),
-        mask=gpu.put(mask),
         query_strides=Strides(*query.stride()),
         key_strides=Strides(*key.stride()),
-        mask_strides=Strides(*(mask.stride() if mask is not None else (0,) * 4)),
+        rule=Rule(
+            mask=gpu.put(mask),
+            mask_strides=Strides(*(mask.stride() if mask is not None else (0,) * 4)),
+            causal_offset=causal_offset,
+            window=min(window, 1 << 40),
+            sinks=min(sinks, 1 << 40),
+            groups=groups,
+            scale=scale,
+            is_causal=is_causal,
+        ),
         batch=query.shape[0],
         heads=query.shape[1],
         kv_heads=key.shape[1],
-        groups=groups,
         query_length=query.shape[2],
         key_length=key.shape[2],
         head_dim=query.shape[3],
         top_k=min(top_k, key.shape[2]),
-        window=min(window, 1 << 40),
-        sinks=min(sinks, key.shape[2]),
-        causal_offset=causal_offset,
-        scale=scale,
-        is_causal=is_causal,
         dtype=DTYPES[query.dtype],
     )
     call = SelectCall(select=p)
     if lengths is not None and lengths.dtype == torch.int32:
         call.narrow_lengths = gpu.put(lengths.contiguous())
     elif lengths is not None:
-        call.select.lengths = gpu.put(lengths.contiguous())
+        call.select.rule.lengths = gpu.put(lengths.contiguous())
     if groups < query.shape[1]:
         call.lse = gpu.empty(query.shape[:3], torch.float32)
     return call

@@ -139,13 +139,14 @@ class SimulatedWing:
         window=0, sinks=0, share="none",
     ):  # fmt: skip
         query, key = query.detach(), key.detach()
-        arguments = selection(
+        mask, lengths, top_k, is_causal, causal_offset, scale, window, sinks, groups = selection(
             query, key, top_k, is_causal, causal_offset, attn_mask, key_lengths, scale, window, sinks, share
         )
         gpu = Device(self.schedule)
-        call = select_call(gpu, query, key, *arguments)
+        rule = [is_causal, causal_offset, window, sinks, groups]
+        call = select_call(gpu, query, key, top_k, mask, lengths, rule, scale)
         p = call.select
-        p.indices = gpu.empty((p.batch, p.groups, p.query_length, p.top_k), torch.int32)
+        p.indices = gpu.empty((p.batch, groups, p.query_length, p.top_k), torch.int32)
         gpu.run("run_topk_select", ctypes.byref(call))
         return gpu.get(p.indices)
 

@@ -97,7 +97,7 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
     const int64_t begin = tile * p.query_tile, length = minimum(p.query_tile, a.query_length - begin);
     const int64_t rows = (heads.end - heads.begin) * length, stride = round_up(a.value_dim, kTileCols);
     const int64_t kv_head = heads.begin / (a.heads / a.kv_heads), group = heads.begin / (a.heads / a.groups);
-    const int64_t keys = p.lengths ? p.lengths[b] : a.key_length;
+    const int64_t keys = p.rule.lengths ? p.rule.lengths[b] : a.key_length;
     const int64_t first_chunk = (b * a.kv_heads + kv_head) * p.block_count * p.chunks_per_block;
     const int64_t key_size = packed_cols_size(a.head_dim, kChunk);
     const int64_t value_size = packed_cols_size(kChunk, a.value_dim);
@@ -118,7 +118,7 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
             state.total[r] = 0.0f;
             end[r] = 0;
             if (row < rows) {
-                end[r] = p.is_causal ? clamp<int64_t>(i + p.causal_offset + 1, 0, keys) : keys;
+                end[r] = p.rule.is_causal ? clamp<int64_t>(i + p.rule.causal_offset + 1, 0, keys) : keys;
                 most = maximum(most, end[r]);
                 least = minimum(least, end[r]);
                 const Strides& s = a.query_strides;

@@ -10,10 +10,8 @@ namespace sparse_attn {
 // most kBlockChunk keys, each packed once.
 struct BlockParams {
     AttendParams attend;
-    const int64_t* lengths;  // [B], each in [0, Tk], or null
+    Rule rule;  // without mask, and keeps nothing always
     int64_t block_size, query_tile, tiles, block_count, chunks_per_block;
-    int64_t causal_offset;
-    bool is_causal;
     float* packed_key;    // [B, Hkv, chunks, …]
     float* packed_value;  // [B, Hkv, chunks, …]
     uint8_t* special;     // [B, Hkv, chunks]: whether the values of the chunk hold NaN or an infinity

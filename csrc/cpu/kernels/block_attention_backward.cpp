@@ -109,7 +109,7 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
     const int64_t begin = tile * f.query_tile, length = minimum(f.query_tile, a.query_length - begin);
     const int64_t owned = (heads.end - heads.begin) * length;
     const int64_t kv_head = heads.begin / (a.heads / a.kv_heads), group = heads.begin / (a.heads / a.groups);
-    const int64_t keys = f.lengths ? f.lengths[b] : a.key_length;
+    const int64_t keys = f.rule.lengths ? f.rule.lengths[b] : a.key_length;
     const int32_t* blocks =
         a.indices + b * a.indices_strides.b + group * a.indices_strides.h + tile * a.indices_strides.t;
     Rows key = take_rows(scratch, a.head_dim), value = take_rows(scratch, a.value_dim);
@@ -132,7 +132,8 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
             lse[c] = 0.0f;
             end[c] = 0;
             if (c >= cols) continue;
-            const int64_t visible = f.is_causal ? clamp<int64_t>(i + f.causal_offset + 1, 0, keys) : keys;
+            const int64_t visible =
+                f.rule.is_causal ? clamp<int64_t>(i + f.rule.causal_offset + 1, 0, keys) : keys;
             most = maximum(most, visible);
             end[c] = static_cast<int32_t>(visible);
             lse[c] = a.lse[(b * a.heads + h) * a.query_length + i];
@@ -250,7 +251,8 @@ void key_chunk(const BlockBackwardParams& p, int64_t b, int64_t kv_head, int64_t
     Scratch scratch{static_cast<char*>(memory)};
     const Chunk c = chunk_of(f, chunk);
     if (c.count == 0) return;
-    const int64_t keys = clamp<int64_t>((f.lengths ? f.lengths[b] : a.key_length) - c.first, 0, c.count);
+    const int64_t keys =
+        clamp<int64_t>((f.rule.lengths ? f.rule.lengths[b] : a.key_length) - c.first, 0, c.count);
     Passing rows{take_rows(scratch, a.head_dim), take_rows(scratch, a.value_dim), {}, {}, {}, 0};
     float* key = scratch.take<float>(kCols * a.head_dim);
     float* value = scratch.take<float>(kCols * a.value_dim);
@@ -283,7 +285,7 @@ void key_chunk(const BlockBackwardParams& p, int64_t b, int64_t kv_head, int64_t
             const int64_t begin = p.tiles_of[e] * f.query_tile;
             for (int64_t i = begin; i < minimum(begin + f.query_tile, a.query_length); ++i) {
                 const int64_t limit =
-                    f.is_causal ? clamp<int64_t>(i + f.causal_offset + 1 - c.first, 0, keys) : keys;
+                    f.rule.is_causal ? clamp<int64_t>(i + f.rule.causal_offset + 1 - c.first, 0, keys) : keys;
                 const int64_t row = (b * a.heads + h) * a.query_length + i;
                 if (limit == 0 || a.lse[row] == -__builtin_inff()) continue;
                 const int64_t r = rows.count++;

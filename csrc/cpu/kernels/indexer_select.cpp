@@ -74,7 +74,7 @@ int64_t indexer_scratch_bytes(const IndexerParams& indexer) {
     const SelectParams& p = indexer.select;
     int64_t column = 0;
     with_tile(p, [&]<class T, class Tile>() { column = column_words<Tile>(p); });
-    return stream_scratch_bytes(p) + kBlockRows * p.heads / p.groups * (column + 1) * 4 + 1024;
+    return stream_scratch_bytes(p) + kBlockRows * p.heads / p.rule.groups * (column + 1) * 4 + 1024;
 }
 
 void indexer_select(const IndexerParams& indexer, SelectTask task, void* memory) {
@@ -82,12 +82,13 @@ void indexer_select(const IndexerParams& indexer, SelectTask task, void* memory)
     const int64_t b = task.b, group = task.group;
     with_tile(p, [&]<class T, class Tile>() {
         Scratch scratch{static_cast<char*>(memory)};
-        const int64_t heads = p.heads / p.groups, column = column_words<Tile>(p);
+        const int64_t heads = p.heads / p.rule.groups, column = column_words<Tile>(p);
         IndexerScorer<T, Tile> scorer{
             indexer,
             static_cast<const T*>(p.query) + b * p.query_strides.b + group * heads * p.query_strides.h,
             indexer.weights + b * indexer.weight_b + group * heads * indexer.weight_h,
-            static_cast<const float*>(task.packed) + (b * p.groups + group) * panel_count(p) * column * NR,
+            static_cast<const float*>(task.packed) +
+                (b * p.rule.groups + group) * panel_count(p) * column * NR,
             scratch.take<float>(kBlockRows * heads * column),
             scratch.take<float>(kBlockRows * heads),
             heads};

@@ -54,7 +54,7 @@ struct HeadScorer {
     void prepare(int g, int64_t first, int64_t rows) {
         const Strides& s = p.query_strides;
         pack<Tile, true>(p, tile_queries + g * MR * column_words<Tile>(p), MR, query + first * s.t, rows, s.t,
-                         s.d, sign_of(p.scale));
+                         s.d, sign_of(p.rule.scale));
     }
     SPARSE_ATTN_INLINE uint32_t score(int g, int64_t panel, float* tile, const float* threshold,
                                       uint32_t* beats) {

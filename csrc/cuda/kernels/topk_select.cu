@@ -59,27 +59,30 @@ __device__ __forceinline__ SelectTile select_tile(const SelectCall& call) {
     tile.b = blockIdx.z, tile.group = blockIdx.y;
     tile.first = (gridDim.x - 1 - static_cast<int64_t>(blockIdx.x)) * kRows;  // the longest rows first
     int64_t length = p.key_length;
-    if (p.lengths) length = p.lengths[tile.b];
+    if (p.rule.lengths) length = p.rule.lengths[tile.b];
     if (call.narrow_lengths) length = call.narrow_lengths[tile.b];
     tile.length = length < 0 ? 0 : length < p.key_length ? length : p.key_length;
     const int64_t last = tile.first + kRows < p.query_length ? tile.first + kRows : p.query_length;
     tile.limit = tile.length;
-    if (p.is_causal && last + p.causal_offset < tile.limit) tile.limit = last + p.causal_offset;
+    if (p.rule.is_causal && last + p.rule.causal_offset < tile.limit)
+        tile.limit = last + p.rule.causal_offset;
     return tile;
 }
 
 __device__ __forceinline__ bool visible(const SelectParams& p, const SelectTile& tile, int64_t t,
                                         int64_t key) {
-    if (t >= p.query_length || key >= tile.length || (p.is_causal && key > t + p.causal_offset)) return false;
-    const Strides& s = p.mask_strides;
-    return !p.mask || p.mask[tile.b * s.b + tile.group * s.h + t * s.t + key * s.d];
+    if (t >= p.query_length || key >= tile.length || (p.rule.is_causal && key > t + p.rule.causal_offset))
+        return false;
+    const Strides& s = p.rule.mask_strides;
+    return !p.rule.mask || p.rule.mask[tile.b * s.b + tile.group * s.h + t * s.t + key * s.d];
 }
 
 // An integer that orders keys: hidden < −inf < … < +inf < NaN < forced.
 __device__ __forceinline__ uint32_t rank_of(const SelectParams& p, const SelectTile& tile, int64_t t,
                                             int64_t key, float score) {
     if (!visible(p, tile, t, key)) return kHidden;
-    if (key < p.sinks || (p.is_causal && key > t + p.causal_offset - p.window)) return kForced;
+    if (key < p.rule.sinks || (p.rule.is_causal && key > t + p.rule.causal_offset - p.rule.window))
+        return kForced;
     if (score != score) return kNan;
     const uint32_t bits = __float_as_uint(score + 0.f);  // −0 becomes 0
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -125,13 +128,13 @@ __global__ void __launch_bounds__(kGemmThreads, 4)
     const SelectParams& p = call.select;
     SelectTile tile = select_tile(call);
     const int64_t h = tile.group;
-    tile.group = h / (p.heads / p.groups);
+    tile.group = h / (p.heads / p.rule.groups);
     unsigned char* shared = dynamic_shared();
     float* scores = reinterpret_cast<float*>(shared);  // [kRows, kPitch]
     const int i = LaneKeys::row();
     float maximum = -INFINITY, total = 0.f;
     for (int64_t key = 0; key < tile.limit; key += kGemmTile) {
-        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, p.scale * kLog2E,
+        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, p.rule.scale * kLog2E,
                       [&](int row, int j, float score) { scores[row * kPitch + j] = score; });
         __syncthreads();
 #pragma unroll 4
@@ -161,9 +164,9 @@ __device__ __forceinline__ void rank_tile(const SelectCall& call, const SelectTi
                                           unsigned char* shared, bool aligned_query, bool aligned_key) {
     const SelectParams& p = call.select;
     float* scores = reinterpret_cast<float*>(shared);
-    const int64_t share = p.heads / p.groups;
+    const int64_t share = p.heads / p.rule.groups;
     if (share == 1) {
-        score_tile<T>(p, tile, tile.group, key, shared, aligned_query, aligned_key, p.scale,
+        score_tile<T>(p, tile, tile.group, key, shared, aligned_query, aligned_key, p.rule.scale,
                       [&](int i, int j, float score) { scores[i * kPitch + j] = score; });
         __syncthreads();
         return;
@@ -175,7 +178,7 @@ __device__ __forceinline__ void rank_tile(const SelectCall& call, const SelectTi
     for (int64_t h = tile.group * share; h < (tile.group + 1) * share; ++h) {
         const float* lse = call.lse + (tile.b * p.heads + h) * p.query_length;
         int number = 0;
-        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, p.scale * kLog2E,
+        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, p.rule.scale * kLog2E,
                       [&](int i, int, float score) {
                           const int64_t t = tile.first + i;
                           const float most = t < p.query_length ? lse[t] : -INFINITY;
@@ -338,7 +341,8 @@ __global__ void __launch_bounds__(kGemmThreads)
     const int rows =
         left < first_row + kWarpRows ? static_cast<int>(left) - first_row : kWarpRows;  // of the warp
     int32_t* indices =
-        p.indices + ((tile.b * p.groups + tile.group) * p.query_length + tile.first + first_row) * p.top_k;
+        p.indices +
+        ((tile.b * p.rule.groups + tile.group) * p.query_length + tile.first + first_row) * p.top_k;
     auto candidates_of = [&](int i) { return reinterpret_cast<Candidate*>(counts + i * kBinPitch + i % 2); };
 
     if (threadIdx.x < kRows) states[threadIdx.x] = RowState{0, static_cast<int32_t>(p.top_k), 0};
@@ -403,11 +407,11 @@ const char* select(const SelectCall& call, int32_t device, void* stream) {
     const unsigned tiles = static_cast<unsigned>(divide_up(p.query_length, kRows));
     const unsigned batch = static_cast<unsigned>(p.batch);
     const char* error = nullptr;
-    if (p.groups < p.heads)
+    if (p.rule.groups < p.heads)
         error = launch(score_lse_kernel<T>, dim3(tiles, static_cast<unsigned>(p.heads), batch), kGemmThreads,
                        SelectShared<T>::kTileBytes, device, stream, call, aligned_query, aligned_key);
     if (error) return error;
-    return launch(select_kernel<T>, dim3(tiles, static_cast<unsigned>(p.groups), batch), kGemmThreads,
+    return launch(select_kernel<T>, dim3(tiles, static_cast<unsigned>(p.rule.groups), batch), kGemmThreads,
                   SelectShared<T>::kSize, device, stream, call, aligned_query, aligned_key);
 }
 
@@ -415,7 +419,7 @@ const char* select(const SelectCall& call, int32_t device, void* stream) {
 
 const char* topk_select(const SelectCall& call, int32_t device, void* stream) {
     const SelectParams& p = call.select;
-    if (p.batch * p.groups * p.query_length * p.top_k == 0) return nullptr;
+    if (p.batch * p.rule.groups * p.query_length * p.top_k == 0) return nullptr;
     return with_type(p.dtype, [&](auto type) { return select<decltype(type)>(call, device, stream); });
 }
 

@@ -7,7 +7,7 @@
 namespace sparse_attn::cuda {
 
 struct SelectCall {
-    SelectParams select;            // query and key with a contiguous last dimension; `lengths` on the device
+    SelectParams select;  // query and key with a contiguous last dimension; `rule.lengths` on the device
     const int32_t* narrow_lengths;  // [B]: the lengths, where they are int32
     float* lse;                     // [B, Hq, Tq] scratch where heads share a selection
 };

@@ -11,7 +11,7 @@ SPARSE_ATTN_INLINE float sign_of(float scale) {
 }
 
 SPARSE_ATTN_INLINE int64_t shared_heads(const SelectParams& p) {
-    return p.heads / p.groups;
+    return p.heads / p.rule.groups;
 }
 
 // Queries of one stored tile when heads share: enough rows to fill the row groups.
@@ -55,8 +55,7 @@ inline Panels panels_of(const SelectParams& p, int64_t b, int64_t group, Range q
     }
     const Visible v = visible_to(p, b, group, queries.begin);  // its window is the first
     for (int64_t n = 0; n < total; ++n) {
-        const bool kept = n * NR < p.sinks || (p.window > 0 && (n + 1) * NR > v.end);
-        if (!panels.inside[n] && !kept) continue;
+        if (!panels.inside[n] && !may_keep(p, v, n * NR, (n + 1) * NR)) continue;
         panels.inside[panels.count] = panels.inside[n];
         panels.first[panels.count++] = n * NR;
     }
@@ -118,7 +117,7 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
     const int64_t length = panels.count * NR;
     float* scores = scratch.take<float>(rows * sharing * length);  // [rows, sharing, length]
 
-    const bool trivial = !p.mask && !p.blocks && limit <= p.top_k;
+    const bool trivial = !p.rule.mask && !p.blocks && limit <= p.top_k;
     alignas(64) float tile[MR * NR];
     const Strides& s = p.query_strides;
     for (int64_t k = 0; k < kv_heads && !trivial; ++k) {
@@ -133,7 +132,7 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
                                 (queries.begin + i) * s.t;
                 if (row < tile_rows)
                     Tile::template pack_column<true>(to, MR, from, s.d, p.head_dim, word_count,
-                                                     sign_of(p.scale));
+                                                     sign_of(p.rule.scale));
                 else
                     for (int64_t w = 0; w < column; ++w) to[w * MR] = 0.0f;
             }
@@ -149,7 +148,7 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
             }
     }
 
-    int32_t* out = p.indices + ((b * p.groups + group) * p.query_length + queries.begin) * p.top_k;
+    int32_t* out = p.indices + ((b * p.rule.groups + group) * p.query_length + queries.begin) * p.top_k;
     float* weight = scratch.take<float>(sharing);
     for (int64_t i = 0; i < rows; ++i, out += p.top_k) {
         const Visible v = visible_to(p, b, group, queries.begin + i);
@@ -162,7 +161,7 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
             Panels own = panels;  // up to the last that this query sees
             while (own.count > 0 && own.first[own.count - 1] >= v.limit) --own.count;
             for (int64_t h = 0; h < sharing; ++h)
-                weight[h] = exponentiate(row + h * length, own, v, __builtin_fabsf(p.scale));
+                weight[h] = exponentiate(row + h * length, own, v, __builtin_fabsf(p.rule.scale));
             float threshold = open_threshold();
             for (int64_t n = 0; n < own.count; ++n)
                 for (int64_t j = 0; j < NR; j += W) {

@@ -20,19 +20,25 @@ struct Visible {
 
 SPARSE_ATTN_INLINE Visible visible_to(const SelectParams& p, int64_t b, int64_t group, int64_t query) {
     Visible v;
-    v.limit = p.lengths ? p.lengths[b] : p.key_length;
+    v.limit = p.rule.lengths ? p.rule.lengths[b] : p.key_length;
     v.end = v.limit;
-    if (p.is_causal) {
-        int64_t causal_end = query + p.causal_offset + 1;
+    if (p.rule.is_causal) {
+        int64_t causal_end = query + p.rule.causal_offset + 1;
         v.limit = clamp<int64_t>(causal_end, 0, v.limit);
-        v.end = clamp<int64_t>(causal_end - p.window, 0, v.limit);
+        v.end = clamp<int64_t>(causal_end - p.rule.window, 0, v.limit);
     }
-    v.sink_end = minimum(p.sinks, v.limit);
+    v.sink_end = minimum(p.rule.sinks, v.limit);
     v.end = maximum(v.end, v.sink_end);
-    const Strides& s = p.mask_strides;
-    v.mask = p.mask ? p.mask + b * s.b + group * s.h + query * s.t : nullptr;
+    const Strides& s = p.rule.mask_strides;
+    v.mask = p.rule.mask ? p.rule.mask + b * s.b + group * s.h + query * s.t : nullptr;
     v.mask_stride = s.d;
     return v;
+}
+
+// Whether a query of a task may always keep one of the keys [begin, end); `first` is what the task's first
+// sees.
+SPARSE_ATTN_INLINE bool may_keep(const SelectParams& p, const Visible& first, int64_t begin, int64_t end) {
+    return begin < p.rule.sinks || (p.rule.window > 0 && end > first.end);
 }
 
 SPARSE_ATTN_INLINE bool allowed(const Visible& v, int64_t key) {
@@ -144,7 +150,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
             needed[g] = {minimum(needed[g].begin, v.sink_end), maximum(needed[g].end, v.end)};
             inner[g] = {maximum(inner[g].begin, v.sink_end), minimum(inner[g].end, v.end)};
         }
-        if (p.mask) inner[g].end = 0;
+        if (p.rule.mask) inner[g].end = 0;
     }
 
     Range panels{INT64_MAX, 0};
@@ -193,7 +199,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
         }
     }
 
-    int32_t* out = p.indices + ((b * p.groups + group) * p.query_length + queries.begin) * p.top_k;
+    int32_t* out = p.indices + ((b * p.rule.groups + group) * p.query_length + queries.begin) * p.top_k;
     for (int64_t i = 0; i < rows; ++i, out += p.top_k) {
         Candidates& c = candidates[i];
         Visible& v = visible[i];
