@@ -8,7 +8,7 @@ VENV ?= .venv
 export VENV
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py tools/*.sh triton_kernels/__init__.py) $(shell find csrc)
-FORMAT_CPP := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMAT_CPP := $(wildcard tests/*.cpp) $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 FORMAT_PY := .
 
 .NOTPARALLEL:
