@@ -1,30 +1,27 @@
 """Top-k gathered sparse attention for PyTorch: `sparse_attn.topk_attention(q, k, v, top_k=…)`."""
 
-from sparse_attn import nn
-from sparse_attn.ops import (
-    block_attention,
-    block_select,
-    gathered_attention,
-    indexer_loss,
-    indexer_select,
-    quantized_select,
-    refine_blocks,
-    topk_attention,
-    topk_attention_with_residual,
-    topk_select,
-    variable_width_cross_entropy,
-    variable_width_embedding,
-)
-from sparse_attn.ops.topk_attention import explain
+from sparse_attn import nn, selection
+from sparse_attn.ops.block_attention import block_attention
+from sparse_attn.ops.block_select import block_select
+from sparse_attn.ops.gathered_attention import gathered_attention
+from sparse_attn.ops.indexer_loss import indexer_loss
+from sparse_attn.ops.indexer_select import indexer_select
+from sparse_attn.ops.topk_attention import explain, topk_attention, topk_attention_with_residual
+from sparse_attn.ops.topk_select import quantized_select, refine_blocks, topk_select
+from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
+from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 from sparse_attn.planner import WidthPlan, plan_widths
-from sparse_attn.wings.base import use_backend
+from sparse_attn.selection import attend
+from sparse_attn.wings.base import explain_call, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
     "WidthPlan",
+    "attend",
     "block_attention",
     "block_select",
     "explain",
+    "explain_call",
     "gathered_attention",
     "indexer_loss",
     "indexer_select",
@@ -32,6 +29,7 @@ __all__ = [
     "plan_widths",
     "quantized_select",
     "refine_blocks",
+    "selection",
     "topk_attention",
     "topk_attention_with_residual",
     "topk_select",

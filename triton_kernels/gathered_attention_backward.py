@@ -29,11 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
-from ._dot import dot
-from ._tuning import run_tuned, size_class
-from .gathered_attention import gather_rows, load_rows, vector_configs
-from .gathered_attention_sums import entries_by_key, sum_configs, sum_entries, sum_queries
+from .lib.common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
+from .lib.dot import dot
+from .lib.gathered_attention_sums import entries_by_key, sum_configs, sum_entries, sum_queries
+from .lib.rows import gather_rows, load_rows, vector_configs
+from .lib.tuning import run_tuned, size_class
 
 SCRATCH_BYTES = 1 << 29  # of entries' gradients
 SORTED_ENTRIES = 1 << 25  # of one chunk: 12 bytes each, several times while they are sorted
@@ -284,7 +284,7 @@ def gathered_attention_backward(
     out: Tensor,  # [B, Hq, Tq, Dv]
     lse: Tensor,  # float32 [B, Hq, Tq]
     scale: float,
-    atomics: bool = False,
+    atomics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradients of query, key, value
     batch, heads, query_length, dim = query.shape
     kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -329,9 +329,9 @@ def _by_tiles(inputs, strides, sizes, scale, dims, atomics):
     chunk = query_length if atomics else chunk_of(query_length, largest)
     grad_query = query.new_empty(query.shape)
     grad_key, grad_value = _sums(key, value, triton.cdiv(query_length, chunk), atomics)
-    sinks = (grad_key, grad_value)
+    totals = (grad_key, grad_value)
     if not atomics:
-        sinks = tuple(
+        totals = tuple(
             query.new_empty((programs, chunk, budget, dims[n]), dtype=dtype) for n in ("DIM", "VALUE_DIM")
         )
     shape = _shape(query, shared, dims, budget, chunk * programs)
@@ -339,7 +339,7 @@ def _by_tiles(inputs, strides, sizes, scale, dims, atomics):
         size = min(chunk, query_length - first)
         _run(
             "tile", shape, configs, atomics, _tile_queries,
-            grid_of(size, programs), *inputs, grad_query, *sinks, *strides, programs, tiles, shared, kv_heads,
+            grid_of(size, programs), *inputs, grad_query, *totals, *strides, programs, tiles, shared, kv_heads,
             groups, first, query_length, key_length, budget, scale * LOG2E, scale, ATOMICS=atomics, **dims,
         )  # fmt: skip
         if atomics:
@@ -347,7 +347,7 @@ def _by_tiles(inputs, strides, sizes, scale, dims, atomics):
         order, offsets = entries_by_key(indices[:, :, first : first + size], key_length)
         _run(
             "entries", shape, sum_configs(dims["DIM"], dims["VALUE_DIM"]), first > 0,
-            sum_entries, grid_of(key_length, batch * kv_heads), *sinks, order, offsets, grad_key, grad_value,
+            sum_entries, grid_of(key_length, batch * kv_heads), *totals, order, offsets, grad_key, grad_value,
             batch * kv_heads, tiles, kv_heads, groups, size * budget, ADD=first > 0, **dims,
         )  # fmt: skip
     return grad_query, grad_key, grad_value

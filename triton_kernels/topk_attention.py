@@ -15,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LN2, LOG2E, grid_of, outer_program, rounded
-from ._tuning import run_tuned, size_class
-from .gathered_attention import gather_rows, gathered_attention, load_rows
+from sparse_attn.rule import PackedRule
+
+from .gathered_attention import gathered_attention
+from .lib.common import LN2, LOG2E, grid_of, outer_program, rounded
+from .lib.rows import gather_rows, load_rows
+from .lib.tuning import run_tuned, size_class
 from .topk_select import select
 
 # Up to this budget one program holds a row of scores.
@@ -93,35 +96,14 @@ def topk_attention(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
     value: Tensor,  # [B, Hkv, Tk, Dv]
-    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk]
-    key_lengths: Tensor | None,  # int [B]
     top_k: int,
-    is_causal: bool,
-    causal_offset: int,
-    scale: float,
-    window: int,
-    sinks: int,
-    groups: int,
+    rule: PackedRule,
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse float32 [B, Hq, Tq], int32 [B, G, Tq, K]
-    heads, key_length = query.shape[1], key.shape[2]
-    fused = groups == heads and min(top_k, key_length) <= LARGEST_BUDGET
-    indices, scores = select(
-        query,
-        key,
-        attn_mask,
-        key_lengths,
-        top_k,
-        is_causal,
-        causal_offset,
-        scale,
-        window,
-        sinks,
-        groups,
-        fused,
-    )
+    fused = rule.groups == query.shape[1] and min(top_k, key.shape[2]) <= LARGEST_BUDGET
+    indices, scores = select(query, key, top_k, rule, fused)
     if not fused:
-        return *gathered_attention(query, key, value, indices, scale), indices
-    return *weigh_values(value, indices, scores, scale, query.dtype), indices
+        return *gathered_attention(query, key, value, indices, rule.scale), indices
+    return *weigh_values(value, indices, scores, rule.scale, query.dtype), indices
 
 
 def weigh_values(

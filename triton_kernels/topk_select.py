@@ -38,10 +38,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ._dot import INTERPRETED
-from ._tuning import run_tuned, size_class
-from .select_tiles import merge_pieces, select_tiles
-from .shared_scores import log_sum_exp
+from sparse_attn.rule import PackedRule
+
+from .lib.dot import INTERPRETED
+from .lib.select_tiles import merge_pieces, select_tiles
+from .lib.shared_scores import log_sum_exp
+from .lib.tuning import run_tuned, size_class
 
 
 @dataclass(frozen=True)
@@ -136,50 +138,28 @@ def _splits(tiles: int, programs: int, key_length: int, budget: int, block_n: in
 def topk_select(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
-    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk], True = may attend
-    key_lengths: Tensor | None,  # int [B]
     top_k: int,
-    is_causal: bool,
-    causal_offset: int,
-    scale: float,
-    window: int,
-    sinks: int,
-    groups: int,  # G: 1, Hkv or Hq
+    rule: PackedRule,
+    rounded: bool,  # False, and no blocks: this wing does not have them
+    blocks: None,
+    block_size: int,
+    query_tile: int,
 ) -> Tensor:  # int32 [B, G, Tq, K]
-    return select(
-        query,
-        key,
-        attn_mask,
-        key_lengths,
-        top_k,
-        is_causal,
-        causal_offset,
-        scale,
-        window,
-        sinks,
-        groups,
-        False,
-    )[0]
+    return select(query, key, top_k, rule, with_scores=False)[0]
 
 
 def select(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
-    attn_mask: Tensor | None,  # bool [B, G, Tq, Tk]
-    key_lengths: Tensor | None,  # int [B]
     top_k: int,
-    is_causal: bool,
-    causal_offset: int,
-    scale: float,
-    window: int,
-    sinks: int,
-    groups: int,
+    rule: PackedRule,
     with_scores: bool,
 ) -> tuple[Tensor, Tensor | None]:  # indices int32 [B, G, Tq, K], scores float32 [B, G, Tq, K]
     """The selection and, if wanted, what ranked each key: sign(scale) · q·k, or its mass; −inf in an empty slot."""
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length = key.shape[1], key.shape[2]
     budget = min(top_k, key_length)
+    groups, is_causal, scale = rule.groups, rule.is_causal, rule.scale
     shape = (batch, groups, query_length, budget)
     indices = query.new_empty(shape, dtype=torch.int32)
     scores = query.new_empty(shape, dtype=torch.float32) if with_scores else None
@@ -187,10 +167,11 @@ def select(
         return indices, scores
     sharing, repeat = heads // groups, heads // kv_heads
     # Positions beyond every key are all alike; like this their sums stay within 32 bits.
-    window_offset = min(max(causal_offset - window, -query_length - 1), key_length)
-    causal_offset = min(max(causal_offset, -query_length), key_length)
-    sinks = min(sinks, key_length)
-    mask = None if attn_mask is None else attn_mask.view(torch.uint8)
+    window_offset = min(max(rule.causal_offset - rule.window, -query_length - 1), key_length)
+    causal_offset = min(max(rule.causal_offset, -query_length), key_length)
+    first_kept = rule.first_kept(key_length)
+    mask = None if rule.attn_mask is None else rule.attn_mask.view(torch.uint8)
+    key_lengths = rule.key_lengths
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     block_d = max(16, triton.next_power_of_2(head_dim))
     amd = torch.version.hip is not None
@@ -220,8 +201,8 @@ def select(
         select_tiles[(programs,)](
             query, key, mask, key_lengths, shift, slots, counts, thresholds, queue, found,
             scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides,
-            groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, sinks, scale,
-            tiles * splits, blocks, splits, split_length,
+            groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, first_kept,
+            scale, tiles * splits, blocks, splits, split_length,
             1 if sharing > 1 else (scale > 0) - (scale < 0), is_causal, sharing, repeat, splits > 1,
             c.block_m, c.block_n, block_d, c.capacity, *cut, 1 if mask is None else c.num_stages,
             num_warps=c.num_warps, num_stages=c.num_stages, **limit,
@@ -231,7 +212,7 @@ def select(
             capacity = triton.next_power_of_2(width)
             cut = _cut_shape(c, 32, capacity)
             merge_pieces[(triton.cdiv(rows, cut[0]),)](
-                found, indices, scores, rows, query_length, width, budget, window_offset, sinks,
+                found, indices, scores, rows, query_length, width, budget, window_offset, first_kept,
                 is_causal, capacity, *cut, num_warps=c.num_warps,
             )  # fmt: skip
 

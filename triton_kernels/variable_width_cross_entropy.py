@@ -18,10 +18,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ._common import near_rows
-from ._tuning import chosen, size_class
-from .matmul import product
-from .online_lse import loss_kernel, partial_lse_kernel, target_logits_kernel, targets_kernel
+from .lib.common import near_rows
+from .lib.matmul import product
+from .lib.online_lse import loss_kernel, partial_lse_kernel, target_logits_kernel, targets_kernel
+from .lib.tuning import chosen, size_class
 
 # Of one launch, where the problem has them: four for each multiprocessor of a large GPU.
 PROGRAMS = 528

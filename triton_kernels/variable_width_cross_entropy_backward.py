@@ -18,10 +18,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import logit_gradients as kernels
-from ._common import near_rows
-from ._tuning import run_tuned, size_class
-from .matmul import PROGRAMS, product
+from .lib import logit_gradients as kernels
+from .lib.common import near_rows
+from .lib.matmul import PROGRAMS, product
+from .lib.tuning import run_tuned, size_class
 from .variable_width_cross_entropy import Classes, class_splits
 
 CHUNK = 1 << 24  # numbers of a chunk's logits' gradient

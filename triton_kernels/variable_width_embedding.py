@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import near_rows
-from ._dot import dot
-from ._tuning import distinct, run_tuned, size_class
+from .lib.common import near_rows
+from .lib.dot import dot
+from .lib.tuning import distinct, run_tuned, size_class
 
 BANDS_PER_LAUNCH = 4
 # Multiply-adds, over all positions and bands, from which sorting the positions by row is the smaller cost.

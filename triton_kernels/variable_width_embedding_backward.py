@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import near_rows
-from ._dot import dot
-from ._tuning import run_tuned, size_class
-from .run_sums import power_of_2, sum_runs
+from .lib.common import near_rows
+from .lib.dot import dot
+from .lib.run_sums import power_of_2, sum_runs
+from .lib.tuning import run_tuned, size_class
 from .variable_width_embedding import row_keys
 
 

@@ -112,7 +112,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
         "-> (Tensor out, Tensor lse)");
     m.def(
         "gathered_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-        "Tensor value, Tensor indices, Tensor out, Tensor lse, float scale, bool atomics=False) "
+        "Tensor value, Tensor indices, Tensor out, Tensor lse, float scale, bool atomics) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {

@@ -333,12 +333,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "variable_width_cross_entropy.cpu(Tensor hidden, Tensor targets, Tensor[] tables, Tensor[] "
         "projections, "
-        "Tensor token_band, Tensor token_row, Tensor? weight, SymInt ignore_index, float label_smoothing) "
+        "Tensor token_band, Tensor token_row, Tensor? weight, int ignore_index, float label_smoothing) "
         "-> (Tensor loss, Tensor lse)");
     m.def(
         "variable_width_cross_entropy_backward.cpu(Tensor grad_loss, Tensor grad_lse, Tensor hidden, "
         "Tensor targets, Tensor[] tables, Tensor[] projections, Tensor token_band, Tensor token_row, "
-        "Tensor? weight, Tensor lse, SymInt ignore_index, float label_smoothing) "
+        "Tensor? weight, Tensor lse, int ignore_index, float label_smoothing) "
         "-> (Tensor grad_hidden, Tensor[] grad_tables, Tensor[] grad_projections)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {

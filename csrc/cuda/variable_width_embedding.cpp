@@ -156,10 +156,10 @@ std::tuple<Tensors, Tensors, Tensors> variable_width_embedding_backward_cuda(
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "variable_width_embedding.cuda(Tensor ids, Tensor[] tables, Tensor[] projections, Tensor token_band, "
-        "Tensor token_row, SymInt padding_idx, bool sparse) -> Tensor out");
+        "Tensor token_row, int padding_idx, bool sparse) -> Tensor out");
     m.def(
         "variable_width_embedding_backward.cuda(Tensor grad_out, Tensor ids, Tensor[] tables, "
-        "Tensor[] projections, Tensor token_band, Tensor token_row, SymInt padding_idx, bool sparse, "
+        "Tensor[] projections, Tensor token_band, Tensor token_row, int padding_idx, bool sparse, "
         "bool need_tables, bool need_projections) "
         "-> (Tensor[] grad_tables, Tensor[] grad_projections, Tensor[] rows)");
 }

@@ -10,9 +10,11 @@ from sparse_attn.checks.rule import (
     budget,
     causal_offset_of,
     groups_of,
+    kept,
     lengths_of,
     mask_of,
     softmax_scale,
+    top_k_of,
 )
 from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
 
@@ -28,10 +30,12 @@ __all__ = [
     "indexer_weights",
     "indices_of",
     "integer",
+    "kept",
     "lengths_of",
     "mask_of",
     "query_key",
     "softmax_scale",
     "token_batch",
+    "top_k_of",
     "value_of",
 ]

@@ -24,19 +24,29 @@ def groups_of(share: object, heads: int, kv_heads: int) -> int:
     raise ValueError(f"share must be one of {', '.join(map(repr, SHARES))}, got {describe(share)}")
 
 
-def budget(top_k: object, window: object, sinks: object, is_causal: bool) -> tuple[int, int, int]:
-    """(top_k, window, sinks), where top_k is the whole budget of keys per query."""
-    top_k = integer("top_k", top_k, 1, 2**63 - 1)
+def budget(top_k: object, window: object, sinks: object, is_causal: bool) -> int:
+    """top_k, the whole budget of keys per query."""
+    top_k = top_k_of(top_k)
+    kept(window, sinks, is_causal, top_k)
+    return top_k
+
+
+def top_k_of(top_k: object) -> int:
+    return integer("top_k", top_k, 1, 2**63 - 1)
+
+
+def kept(window: object, sinks: object, is_causal: bool, top_k: object = None) -> tuple[int, int]:
+    """(window, sinks): what is always kept, within top_k (checked already) where there is one."""
     window = integer("window", window, 0)
     sinks = integer("sinks", sinks, 0)
     if window > 0 and not is_causal:
         raise ValueError(f"window needs is_causal=True, got window={window} without it")
-    if window + sinks > top_k:
+    if top_k is not None and window + sinks > top_k:
         raise ValueError(
             f"top_k is the whole budget and must be at least window + sinks, "
             f"got top_k={top_k}, window={window}, sinks={sinks}"
         )
-    return top_k, window, sinks
+    return window, sinks
 
 
 def causal_offset_of(is_causal: bool, causal_offset: object, query_length: int, key_length: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_attn.distillation.progress import Progress, length_of, reporting
 from sparse_attn.distillation.teacher import Heads, attention_layers, observe
 from sparse_attn.nn import Indexer, KeySelector
-from sparse_attn.ops import topk_select
+from sparse_attn.ops.topk_select import topk_select
 from sparse_attn.wings.reference.chunks import query_chunks
 
 Chooser = Callable[[str, Heads, int], Tensor]

@@ -16,7 +16,7 @@ from sparse_attn.distillation.hybrid import pairs
 from sparse_attn.distillation.progress import Progress, length_of, reporting
 from sparse_attn.distillation.teacher import Heads, attention_layers, evaluating, logits_of, observe
 from sparse_attn.nn import TopKAttention
-from sparse_attn.ops import gathered_attention
+from sparse_attn.ops.gathered_attention import gathered_attention
 
 
 class _Error:

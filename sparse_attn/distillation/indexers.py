@@ -13,7 +13,8 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.integrations.indexers import attention_layers, indexers
 from sparse_attn.integrations.watching import Given, watching
-from sparse_attn.ops import indexer_loss, indexer_select
+from sparse_attn.ops.indexer_loss import indexer_loss
+from sparse_attn.ops.indexer_select import indexer_select
 
 
 def distill_indexers(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from os import PathLike
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
+from sparse_attn.selection import FromIndexer
 
 ATTRIBUTE = "sparse_attn_indexer"  # of an attention module: its indexer
 _STATE = "_sparse_attn_index"  # of an attention module: what its indexer made of this call's hidden states
@@ -26,14 +26,6 @@ _NEEDED = (
     "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers, or load_indexers, "
     "give it one"
 )
-
-
-class Index(NamedTuple):
-    """An indexer's tensors for one call of its layer."""
-
-    query: Tensor  # [B, G·Hi, Tq, Di]
-    weights: Tensor  # [B, G·Hi, Tq]
-    key: Tensor  # [B, G, keys so far, Di]
 
 
 def attention_layers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
@@ -173,7 +165,7 @@ def uses_indexer(module: torch.nn.Module) -> bool:
     return chosen and getattr(module.config, "sparse_attn_selector", "exact") == "indexer"
 
 
-def index_of(module: torch.nn.Module) -> Index:
+def index_of(module: torch.nn.Module) -> FromIndexer:
     """What the indexer of an attention module made of this call's hidden states."""
     if not hasattr(module, ATTRIBUTE):
         raise ValueError(_NEEDED.format(module.layer_idx))
@@ -194,7 +186,7 @@ def _before_attention(module: torch.nn.Module, arguments: tuple, named: dict) ->
     past = _cache_among((*arguments, *named.values()))
     if past is not None:
         key = _cached(past, module.layer_idx, key)
-    setattr(module, _STATE, Index(query, weights, key))
+    setattr(module, _STATE, FromIndexer(query, key, weights))
 
 
 def _cache_among(given: Iterable[object]):

@@ -15,35 +15,26 @@ calls.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.integrations.indexers import (
-    Index,
     add_indexers,
     index_of,
     indexers,
     load_indexers,
     remove_indexers,
-    require_indexers,
     save_indexers,
     uses_indexer,
 )
-from sparse_attn.integrations.low_rank import fit_low_rank, low_rank_of, require_low_rank
-from sparse_attn.integrations.visibility import CausalMask, Visibility, last_visible
-from sparse_attn.nn import LowRankScorer
-from sparse_attn.ops import (
-    block_attention,
-    block_select,
-    gathered_attention,
-    indexer_select,
-    quantized_select,
-    refine_blocks,
-    topk_attention,
-    topk_attention_with_residual,
-)
+from sparse_attn.integrations.low_rank import fit_low_rank
+from sparse_attn.integrations.selectors import SELECTORS, named, row_of, selector_of
+from sparse_attn.integrations.visibility import CausalMask, Visibility, attention_mask, last_visible
+from sparse_attn.ops.gathered_attention import gathered_attention
+from sparse_attn.selection import Blocks, FromIndexer, Refined, Selector, select_and_attend
 
 __all__ = [
     "SELECTORS",
@@ -58,8 +49,6 @@ __all__ = [
 ]
 
 NAME = "sparse_attn"
-SELECTORS = ("exact", "int8", "low_rank", "indexer", "blocks", "refined_blocks")
-BLOCK = 64  # keys per block, and queries that share a choice of blocks
 _DEFAULTS = {
     "top_k": None,
     "window": 0,
@@ -95,7 +84,7 @@ def configure(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
-    selector: str = "exact",
+    selector: str | Selector = "exact",
     residual: bool = False,
     layers: Iterable[int] | None = None,
     backend: str | None = None,
@@ -114,7 +103,8 @@ def configure(
             (:func:`add_indexers`, :func:`load_indexers`), whose own groups say who shares; "blocks" takes whole
             blocks of 64 keys for 64 queries at a time (:func:`sparse_attn.block_select`), the first and the
             queries' own among them; "refined_blocks" the top_k keys by q·k of four times as many blocks. For
-            both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence.
+            both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence. Or any object
+            that has the `select` of a :class:`sparse_attn.selection.Selector`; it is not saved with the model.
         residual: the attention mass of the keys that are left out goes to the mean of their values
             (:func:`sparse_attn.topk_attention_with_residual`): nearer to dense attention, slower than it. Inference
             with selector="exact" alone, padding at the ends of a sequence.
@@ -140,20 +130,13 @@ def configure(
         checks.budget(top_k, window, sinks, True)
     if share not in checks.SHARES:
         raise ValueError(f"share must be one of {', '.join(map(repr, checks.SHARES))}, got {share!r}")
-    if selector not in SELECTORS:
-        raise ValueError(f"selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}")
     if layers is not None:
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             raise TypeError(f"layers must be numbers of layers or None, got {checks.describe(layers)}")
         layers = [checks.integer("layers", layer, 0) for layer in layers]
     if checks.boolean("residual", residual) and selector != "exact":
-        raise ValueError(f"residual=True needs selector='exact', got {selector!r}")
-    if selector == "indexer":
-        require_indexers(model, layers)
-    if selector == "low_rank":
-        require_low_rank(model, layers)
-    if selector in ("blocks", "refined_blocks"):
-        _check_blocks(top_k, window, sinks)
+        raise ValueError(f"residual=True needs selector='exact', got {checks.describe(selector)}")
+    selector = named(model, selector, top_k, {"window": window, "sinks": sinks}, layers)
     values = (top_k, window, sinks, share, selector, residual, layers, backend)
     options = dict(zip(_DEFAULTS, values, strict=True))
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
@@ -166,55 +149,6 @@ def configure(
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     return model
-
-
-def _check_blocks(top_k: int | None, window: int, sinks: int) -> None:
-    if top_k is not None and (top_k % BLOCK or top_k < 3 * BLOCK):
-        raise ValueError(
-            f"selector='blocks' needs a top_k that is a multiple of {BLOCK}, at least {3 * BLOCK}, got {top_k}"
-        )
-    if window or sinks:
-        raise ValueError(
-            "selector='blocks' keeps the first block and the queries' own, window and sinks go without, "
-            f"got window={window}, sinks={sinks}"
-        )
-
-
-def attention_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=None,
-    attention_mask: Tensor | None = None,  # bool [B, keys seen so far], True = not padding
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **others,
-) -> Tensor | CausalMask | None:
-    """What transformers passes to every layer as `attention_mask`.
-
-    Plain causal visibility stays a number and the padding, without a [Tq, Tk] tensor; what is more (sliding windows,
-    packed sequences, prefixes, static caches) is the boolean mask of scaled_dot_product_attention.
-    """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    # A static cache counts its positions in a tensor, or has keys behind the last query.
-    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
-    grows = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    if not plain or not grows:
-        return sdpa_mask(
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            **others,
-        )
-    return CausalMask.of(attention_mask, q_length, kv_length, q_offset, kv_offset)
 
 
 def attention_forward(
@@ -242,13 +176,14 @@ def attention_forward(
             "config.sparse_attn_top_k is not set: say how many keys a query may attend to with "
             "sparse_attn.integrations.transformers.configure(model, top_k=…)"
         )
-    scorer = index_of(module) if uses_indexer(module) else None
+    index = (
+        index_of(module) if uses_indexer(module) else None
+    )  # also where the layer is dense: it is of this call
     if _is_dense(module, key, options):
         out = seen.dense_attention(query, key, value, scaling)
     else:
-        if options["selector"] == "low_rank":
-            scorer = low_rank_of(module, module.layer_idx)
-        out = _sparse(query, key, value, scorer, seen, options, scaling)
+        selector = selector_of(module, options, _kept(options), index)
+        out = _sparse(query, key, value, selector, seen, options, scaling)
     return out.transpose(1, 2), None
 
 
@@ -272,23 +207,28 @@ def _is_dense(module: torch.nn.Module, key: Tensor, options: dict) -> bool:
     return top_k is None or top_k >= key.shape[2] or (layers is not None and module.layer_idx not in layers)
 
 
+def _kept(options: dict) -> dict[str, int]:
+    """What is always kept."""
+    return {name: options[name] for name in ("window", "sinks")}
+
+
 def _sparse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scorer: Index | LowRankScorer | None,
+    selector: Selector,
     seen: Visibility,
     options: dict,
     scale: float | None,
 ) -> Tensor:
     if options["window"] and not seen.is_causal:
         seen = last_visible(seen, query)
-    maskless = options["residual"] or options["selector"] in ("blocks", "refined_blocks")
+    maskless = options["residual"] or isinstance(selector, (Blocks, Refined))
     if maskless:
         seen = seen.without_padding_behind()
     starts = seen.starts() if options["sinks"] or maskless else None
     if starts is None or not any(starts):
-        return _attend(query, key, value, scorer, seen, options, scale)
+        return _attend(query, key, value, selector, seen, options, scale, maskless)
     # Sequences that begin at different keys: sinks are the first of each, so each has a call of its own.
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
     for b, start in enumerate(starts):
@@ -296,12 +236,8 @@ def _sparse(
         one = slice(b, b + 1)
         sequence = query[one, :, first:], key[one, :, start:], value[one, :, start:]
         if row.query_length > 0 and row.key_length > 0:
-            part = scorer
-            if isinstance(scorer, Index):
-                part = Index(
-                    scorer.query[one, :, first:], scorer.weights[one, :, first:], scorer.key[one, :, start:]
-                )
-            out[one, :, first:] = _attend(*sequence, part, row, options, scale)
+            part = row_of(selector, b, first, start)
+            out[one, :, first:] = _attend(*sequence, part, row, options, scale, maskless)
     return out
 
 
@@ -309,53 +245,24 @@ def _attend(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
     value: Tensor,  # [B, Hkv, Tk, Dv]
-    scorer: Index | LowRankScorer | None,
+    selector: Selector,
     seen: Visibility,
     options: dict,
     scale: float | None,
+    maskless: bool,
 ) -> Tensor:  # [B, Hq, Tq, Dv]
-    top_k, selector, backend = options["top_k"], options["selector"], options["backend"]
-    budget = {name: options[name] for name in ("window", "sinks")}
-    if isinstance(scorer, Index):
-        if seen.is_causal and scorer.key.shape[2] < min(key.shape[2], query.shape[2] + seen.offset):
+    if isinstance(selector, FromIndexer):
+        known = selector.key.shape[2]
+        if seen.is_causal and known < min(key.shape[2], query.shape[2] + seen.offset):
             raise ValueError(
-                f"selector='indexer' has {scorer.key.shape[2]} index keys for {key.shape[2]} keys: this layer's keys "
+                f"selector='indexer' has {known} index keys for {key.shape[2]} keys: this layer's keys "
                 "come from a cache that is no transformers.Cache"
             )
         # A static cache holds more keys than the indexer has seen; no query sees those.
-        rule = seen.of_first_keys(scorer.key.shape[2]).arguments()
-        indices = indexer_select(
-            scorer.query, scorer.key, scorer.weights, top_k, **rule, **budget, backend=backend
+        seen = seen.of_first_keys(known)
+    rule = seen.rule(scale, masked=not maskless, share=options["share"], **_kept(options))
+    tail = "mean" if options["residual"] else "none"
+    with torch.no_grad() if options["residual"] else nullcontext():
+        return select_and_attend(
+            query, key, value, options["top_k"], selector, rule, tail=tail, backend=options["backend"]
         )
-        return gathered_attention(query, key, value, indices, scale=scale, backend=backend)
-    rule = {**seen.arguments(), **budget, "scale": scale, "share": options["share"], "backend": backend}
-    if options["residual"]:
-        del rule["attn_mask"]  # there is none
-        return topk_attention_with_residual(query, key, value, top_k, **rule)
-    if selector == "exact":
-        return topk_attention(query, key, value, top_k, **rule)
-    if selector in ("int8", "low_rank"):
-        choose = quantized_select if scorer is None else scorer.select
-        indices = choose(query, key, top_k, **rule)
-        return gathered_attention(query, key, value, indices, scale=scale, backend=backend)
-    if selector in ("blocks", "refined_blocks"):
-        _check_blocks(top_k, options["window"], options["sinks"])
-        return _attend_blocks(query, key, value, seen, options, scale)
-    raise ValueError(
-        f"config.sparse_attn_selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}"
-    )
-
-
-def _attend_blocks(
-    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, options: dict, scale: float | None
-) -> Tensor:
-    top_k, share, backend = options["top_k"], options["share"], options["backend"]
-    refined = options["selector"] == "refined_blocks"
-    rule = {"is_causal": True, "causal_offset": seen.offset, "scale": scale}
-    sizes = {"block_size": BLOCK, "query_tile": BLOCK if seen.query_length > 1 else 1}
-    count = top_k // BLOCK * (4 if refined else 1)
-    blocks = block_select(query, key, count, share=share, backend=backend, **rule, **sizes)
-    if not refined:
-        return block_attention(query, key, value, blocks, backend=backend, **rule, **sizes)
-    indices = refine_blocks(query, key, blocks, top_k, share=share, **rule, **sizes)
-    return gathered_attention(query, key, value, indices, scale=scale, backend=backend)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_attn.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,43 @@ class CausalMask:
         offset = query_offset - key_offset
         at_the_end = query_length in (1, key_length) and offset == key_length - query_length
         return None if padding is None and at_the_end else cls(offset, padding)
+
+
+def attention_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=None,
+    attention_mask: Tensor | None = None,  # bool [B, keys seen so far], True = not padding
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **others,
+) -> Tensor | CausalMask | None:
+    """What transformers passes to every layer as `attention_mask`.
+
+    Plain causal visibility stays a number and the padding, without a [Tq, Tk] tensor; what is more (sliding windows,
+    packed sequences, prefixes, static caches) is the boolean mask of scaled_dot_product_attention.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    # A static cache counts its positions in a tensor, or has keys behind the last query.
+    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    grows = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    if not plain or not grows:
+        return sdpa_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **others,
+        )
+    return CausalMask.of(attention_mask, q_length, kv_length, q_offset, kv_offset)
 
 
 @dataclass(frozen=True)
@@ -68,10 +108,11 @@ class Visibility:
             )
         return cls(False, 0, mask, queries, keys)
 
-    def arguments(self) -> dict:
-        """Of `topk_attention` and the selections."""
+    def rule(self, scale: float | None, *, masked: bool = True, **others: Any) -> Rule:
+        """With `others`, what is always kept and who shares; without the mask where it hides nothing."""
         offset = self.offset if self.is_causal else None
-        return {"is_causal": self.is_causal, "causal_offset": offset, "attn_mask": self.mask}
+        mask = self.mask if masked else None
+        return Rule(self.is_causal, offset, mask, scale=scale, **others)
 
     def of_first_keys(self, count: int) -> Visibility:
         """The same for the first `count` keys alone; no query sees any other."""

@@ -11,7 +11,8 @@ from sparse_attn import checks
 from sparse_attn.nn.head_approximator import HeadApproximator
 from sparse_attn.nn.key_selector import KeySelector
 from sparse_attn.nn.topk_attention import TopKAttention
-from sparse_attn.ops import gathered_attention
+from sparse_attn.ops.gathered_attention import gathered_attention
+from sparse_attn.selection import Selector
 
 
 class HybridAttention(TopKAttention):
@@ -117,6 +118,8 @@ class HybridAttention(TopKAttention):
         """
         if not isinstance(attention, TopKAttention):
             raise TypeError(f"attention must be a TopKAttention, got {checks.describe(attention)}")
+        if attention.token_selector is not None:
+            raise ValueError("attention must choose its keys by true q·k, got one with a selector")
         weight = attention.qkv.weight
         settings = {
             "top_k": attention.top_k,
@@ -140,7 +143,7 @@ class HybridAttention(TopKAttention):
         hybrid.out.load_state_dict(attention.out.state_dict())
         return hybrid.train(attention.training)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, selector: Selector | None = None) -> Tensor:
         """query [B, H, T, Dh], key and value [B, Hkv, T, Dh] → the outputs of all heads, [B, H, T, Dh]."""
         if not self.approximated_heads:
             return super().attend(query, key, value)

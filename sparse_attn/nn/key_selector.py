@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.per_head import PerHeadLinear, check_input
-from sparse_attn.ops import topk_select
+from sparse_attn.ops.topk_select import topk_select
 
 
 class KeySelector(torch.nn.Module):

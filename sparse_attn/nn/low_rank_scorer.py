@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.ops.quantized_select import quantized_select
-from sparse_attn.ops.topk_select import topk_select
+from sparse_attn.ops.topk_select import quantized_select, topk_select
 
 
 class LowRankScorer(torch.nn.Module):

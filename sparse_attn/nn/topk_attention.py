@@ -1,4 +1,4 @@
-"""A self-attention module over `topk_attention`."""
+"""A self-attention module whose queries attend to chosen keys alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.ops import topk_attention
+from sparse_attn.nn.indexer import Indexer
+from sparse_attn.selection import Exact, FromIndexer, Rule, Selector, select_and_attend
+from sparse_attn.selection.selection import check_selector
 
 
 class TopKAttention(torch.nn.Module):
@@ -25,6 +27,8 @@ class TopKAttention(torch.nn.Module):
         bias: whether the projections have biases.
         dropout: probability of zeroing an element of the output (residual dropout), in training.
         window, sinks, share, backend: as in :func:`sparse_attn.topk_attention`.
+        selector: how keys are chosen: None by true q·k, a selector of :mod:`sparse_attn.selection` or any object with
+            its `select` method, or a :class:`sparse_attn.nn.Indexer` of embed_dim, which reads the hidden states.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -48,6 +52,7 @@ class TopKAttention(torch.nn.Module):
         window: int = 0,
         sinks: int = 0,
         share: str = "none",
+        selector: Selector | Indexer | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,6 +82,15 @@ class TopKAttention(torch.nn.Module):
         self.qkv = torch.nn.Linear(self.embed_dim, width, bias=bias, device=device, dtype=dtype)
         self.out = torch.nn.Linear(self.embed_dim, self.embed_dim, bias=bias, device=device, dtype=dtype)
         self.dropout = torch.nn.Dropout(dropout)
+        if isinstance(selector, Indexer) and selector.hidden_size != self.embed_dim:
+            raise ValueError(
+                f"selector must be an Indexer of hidden_size {self.embed_dim}, got one of {selector.hidden_size}"
+            )
+        if top_k is None and selector is not None:
+            raise ValueError("selector needs a top_k, got top_k=None")
+        self.token_selector = (
+            selector if selector is None or isinstance(selector, Indexer) else check_selector(selector)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, embed_dim] → [B, T, embed_dim]."""
@@ -84,31 +98,31 @@ class TopKAttention(torch.nn.Module):
             raise ValueError(
                 f"hidden must have shape [B, T, {self.embed_dim}], got {checks.describe(hidden)}"
             )
-        attended = self.attend(*self.split_heads(self.qkv(hidden)))
+        attended = self.attend(*self.split_heads(self.qkv(hidden)), selector=self._selector_for(hidden))
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+
+    def _selector_for(self, hidden: Tensor) -> Selector | None:
+        chosen = self.token_selector
+        if not isinstance(chosen, Indexer) or self.top_k is None:
+            return chosen
+        with torch.no_grad():
+            query, weights = chosen.queries(hidden)
+            return FromIndexer(query, chosen.keys(hidden), weights, chosen.int8, chosen.backend)
 
     def split_heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `qkv` returns, [B, T, (H + 2·Hkv)·Dh] → query [B, H, T, Dh], key and value [B, Hkv, T, Dh]."""
         heads = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2·Hkv, T, Dh]
         return heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, selector: Selector | None = None) -> Tensor:
         """The outputs of the heads, before the output projection: [B, H, T, Dh], of what `split_heads` returns."""
         if self.top_k is None:
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
             )
-        return topk_attention(
-            query,
-            key,
-            value,
-            self.top_k,
-            is_causal=True,
-            window=self.window,
-            sinks=self.sinks,
-            share=self.share,
-            backend=self.backend,
-        )
+        rule = Rule(is_causal=True, window=self.window, sinks=self.sinks, share=self.share)
+        selector = Exact(self.backend) if selector is None else selector
+        return select_and_attend(query, key, value, self.top_k, selector, rule, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (

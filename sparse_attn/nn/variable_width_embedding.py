@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.embedding import padding_of
-from sparse_attn.ops import variable_width_embedding
+from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 from sparse_attn.planner import WidthPlan
 from sparse_attn.planner.low_rank import FactorizationReport, factorize
 

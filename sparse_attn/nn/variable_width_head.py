@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.variable_width_embedding import VariableWidthEmbedding
-from sparse_attn.ops import variable_width_cross_entropy
+from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
 from sparse_attn.planner import WidthPlan
 
 # Logits of one step of a prediction: 16 MiB in float32.

@@ -5,55 +5,72 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn import rule as rules
+from sparse_attn.ops import gathered_attention
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.gathered_attention import fake as fake_attention
-from sparse_attn.ops.registry import define, differentiate
-from sparse_attn.wings.base import choose, overload
+from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.rule import Rule
 
-_PROBLEM = (
-    "Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor? key_lengths, SymInt block_size, "
-    "SymInt query_tile, bool is_causal, SymInt causal_offset, float scale"
-)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor blocks"
+_SIZES = f"SymInt block_size, SymInt query_tile, {rules.SCHEMA}"
 
 
 def fake(query, key, value, blocks, *options) -> tuple[Tensor, Tensor]:
-    return fake_attention(query, key, value, blocks, 1.0)
+    return gathered_attention.fake(query, key, value, blocks, 1.0)
 
 
-def fake_backward(grad_out, grad_lse, lse, query, key, value, *options):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-define("block_attention", f"({_PROBLEM}) -> (Tensor out, Tensor lse)", fake)
-define(
+BACKWARD = Op(
     "block_attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor lse, {_PROBLEM}) -> "
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor lse, {_SIZES}) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    fake_backward,
+    gathered_attention.fake_gradients,
+    gradient_of="attention",
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output[1], *inputs[:5])
-    ctx.options = inputs[5:]
-    ctx.shape = output[0].shape
-    ctx.set_materialize_grads(False)
+def backward(call: Backward) -> dict[str, Tensor]:
+    s, grad_out = call.saved, call.grads.out
+    if grad_out is None:
+        grad_out = s.query.new_zeros((*s.query.shape[:3], s.value.shape[3]))
+    found = BACKWARD.on(call.wing)(
+        grad_out, call.grads.lse, s.query, s.key, s.value, s.blocks, s.lse, s.block_size, s.query_tile,
+        s.attn_mask, s.key_lengths, s.rule, s.scale,
+    )  # fmt: skip
+    return dict(zip(("query", "key", "value"), found, strict=True))
 
 
-def _backward_of(wing: str):
-    def backward(ctx, grad_out, grad_lse):
-        if grad_out is None and grad_lse is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = saved[1].new_zeros(ctx.shape)
-        grads = overload("block_attention_backward", wing)(grad_out, grad_lse, *saved, *ctx.options)
-        return *grads, *(None,) * 7
-
-    return backward
+OP = Op(
+    "block_attention",
+    f"({_INPUTS}, {_SIZES}) -> (Tensor out, Tensor lse)",
+    fake,
+    saved="query key value blocks lse block_size query_tile attn_mask key_lengths rule scale",
+    backward=backward,
+)
 
 
-differentiate("block_attention", _setup_context, _backward_of)
+def attend(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    blocks: Tensor,  # int32 [B, G, N, M]
+    block_size: int,
+    query_tile: int,
+    rule: Rule,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); of the rule, causality, lengths and scale."""
+    query, key, value = autocast(query, key, value)
+    checks.query_key(query, key)
+    checks.value_of(key, value)
+    block_size = checks.integer("block_size", block_size, 1)
+    query_tile = checks.integer("query_tile", query_tile, 1)
+    blocks = checks.blocks_of(blocks, query, key, query_tile)
+    packed = rule.packed(query, key)._replace(groups=blocks.shape[1])
+    if packed.attn_mask is not None or packed.keeps_any:
+        raise ValueError("attention to whole blocks takes a rule without attn_mask and always-kept keys")
+    wing = OP.choose(query, backend, **sizes_of(query, value))
+    return OP.on(wing)(query, key, value, blocks, block_size, query_tile, *packed.parts())
 
 
 def block_attention(
@@ -114,22 +131,7 @@ def block_attention(
         >>> sparse_attn.block_attention(q, k, v, blocks, is_causal=True).shape
         torch.Size([1, 2, 512, 16])
     """
-    query, key, value = autocast(query, key, value)
-    checks.query_key(query, key)
-    checks.value_of(key, value)
-    block_size = checks.integer("block_size", block_size, 1)
-    query_tile = checks.integer("query_tile", query_tile, 1)
-    blocks = checks.blocks_of(blocks, query, key, query_tile)
-    is_causal = checks.boolean("is_causal", is_causal)
     return_lse = checks.boolean("return_lse", return_lse)
-    options = (
-        checks.lengths_of(key_lengths, key),
-        block_size,
-        query_tile,
-        is_causal,
-        checks.causal_offset_of(is_causal, causal_offset, query.shape[2], key.shape[2]),
-        checks.softmax_scale(scale, query.shape[3]),
-    )
-    wing = choose("block_attention", query, backend, **sizes_of(query, value))
-    out, lse = overload("block_attention", wing)(query, key, value, blocks, *options)
+    rule = Rule(is_causal, causal_offset, key_lengths=key_lengths, scale=scale)
+    out, lse = attend(query, key, value, blocks, block_size, query_tile, rule, backend=backend)
     return (out, lse) if return_lse else out

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.topk_select import topk_select
+from sparse_attn.ops.topk_select import ascending, topk_select
 
 POOLS = ("mean", "bound")
 
@@ -124,13 +124,6 @@ def _own_blocks(tile: int, block: int, offset: int) -> int:
     if tile % block == 0 and offset % block == 0:
         return tile // block
     return (tile - 2) // block + 2
-
-
-def ascending(numbers: Tensor) -> Tensor:
-    """Rows sorted, −1 last."""
-    top = torch.iinfo(numbers.dtype).max
-    numbers = torch.where(numbers < 0, top, numbers).sort(-1).values
-    return torch.where(numbers == top, -1, numbers)
 
 
 def _split(rows: Tensor, size: int, exists: Tensor | None) -> tuple[Tensor, Tensor]:

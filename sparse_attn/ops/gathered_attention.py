@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.registry import define, differentiate
-from sparse_attn.wings.base import choose, overload
+from sparse_attn.ops.declare import Backward, Op
 
 
 def fake(query, key, value, indices, scale) -> tuple[Tensor, Tensor]:
@@ -18,28 +17,27 @@ def fake(query, key, value, indices, scale) -> tuple[Tensor, Tensor]:
     return query.new_empty((*rows, value.shape[3])), query.new_empty(rows, dtype=torch.float32)
 
 
-def fake_backward(grad_out, grad_lse, query, key, value, indices, out, lse, scale, atomics=False):
+def fake_gradients(grad_out, grad_lse, query, key, value, *others) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-define(
-    "gathered_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor indices, float scale) -> (Tensor out, Tensor lse)",
-    fake,
-)
-define(
+BACKWARD = Op(
     "gathered_attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor indices, Tensor out, "
-    "Tensor lse, float scale, bool atomics=False) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    fake_backward,
+    "Tensor lse, float scale, bool atomics) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    fake_gradients,
+    gradient_of="attention",
 )
 
 
-def attention_gradients(wing: str, saved, grad_out, grad_lse, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """The one backward, of gathered_attention and of topk_attention; saved is (q, k, v, indices, out, lse)."""
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[4])
-    return overload("gathered_attention_backward", wing)(grad_out, grad_lse, *saved, scale, uses_atomics())
+def backward(call: Backward) -> dict[str, Tensor]:
+    """Of gathered_attention and of topk_attention."""
+    s, grads = call.saved, call.grads
+    grad_out = torch.zeros_like(s.out) if grads.out is None else grads.out
+    found = BACKWARD.on(call.wing)(
+        grad_out, grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.scale, uses_atomics()
+    )
+    return dict(zip(("query", "key", "value"), found, strict=True))
 
 
 def uses_atomics() -> bool:
@@ -48,35 +46,14 @@ def uses_atomics() -> bool:
     return asked and not torch.are_deterministic_algorithms_enabled()
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, indices, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, indices, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_of(wing: str):
-    def backward(ctx, grad_out, grad_lse):
-        if grad_out is None and grad_lse is None:
-            return (None,) * 5
-        return *attention_gradients(wing, ctx.saved_tensors, grad_out, grad_lse, ctx.scale), None, None
-
-    return backward
-
-
-differentiate("gathered_attention", _setup_context, _backward_of)
-
-
-def _refuse_second_order(wing: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "sparse_attn: attention has first-order gradients only; "
-            "a second derivative (create_graph=True, then backward) was asked for"
-        )
-
-    return backward
-
-
-differentiate("gathered_attention_backward", lambda ctx, inputs, output: None, _refuse_second_order)
+SAVED = "query key value indices out lse scale"
+OP = Op(
+    "gathered_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor indices, float scale) -> (Tensor out, Tensor lse)",
+    fake,
+    saved=SAVED,
+    backward=backward,
+)
 
 
 def gathered_attention(
@@ -129,6 +106,6 @@ def gathered_attention(
     indices = checks.indices_of(indices, query, key)
     return_lse = checks.boolean("return_lse", return_lse)
     scale = checks.softmax_scale(scale, query.shape[3])
-    wing = choose("gathered_attention", query, backend, **sizes_of(query, value))
-    out, lse = overload("gathered_attention", wing)(query, key, value, indices, scale)
+    wing = OP.choose(query, backend, **sizes_of(query, value))
+    out, lse = OP.on(wing)(query, key, value, indices, scale)
     return (out, lse) if return_lse else out

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.rule import Rule
 from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.indexer_select import indexer_scores
-from sparse_attn.wings.reference.topk_select import Visibility, products
+from sparse_attn.wings.reference.rule import VisibleKeys
+from sparse_attn.wings.reference.topk_select import products
 
 _INTERMEDIATES = 8  # of a block's size [B, heads, t, keys] that live at once
 
@@ -88,21 +90,19 @@ def indexer_loss(
         checks.causal_offset_of(is_causal, causal_offset, query.shape[2], key.shape[2])
         indices = checks.indices_of(indices, index_query[:, :groups], index_key)
         indices = indices.expand(-1, groups, -1, -1)
-        rule = None
+        keys = None
     else:
-        attn_mask = checks.mask_of(attn_mask, index_query, index_key, groups, per_group=True)
-        key_lengths = checks.lengths_of(key_lengths, index_key)
-        offset = checks.causal_offset_of(is_causal, causal_offset, query.shape[2], key.shape[2])
-        rule = Visibility(index_key, attn_mask, key_lengths, is_causal, offset, 0, 0, groups)
-    problem = _Problem(query.detach(), key.detach(), indices, rule, groups, scale)
+        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths)
+        keys = VisibleKeys(index_key, rule.packed(index_query, index_key, per_group=True))
+    problem = _Divergence(query.detach(), key.detach(), indices, keys, groups, scale)
     return _Loss.apply(index_query, index_key, index_weights, problem)
 
 
-class _Problem:
+class _Divergence:
     """The constants, and the sum of the loss over a block of queries."""
 
-    def __init__(self, query, key, indices, rule, groups, scale) -> None:
-        self.query, self.key, self.indices, self.rule = query, key, indices, rule
+    def __init__(self, query, key, indices, keys, groups, scale) -> None:
+        self.query, self.key, self.indices, self.keys = query, key, indices, keys
         self.groups, self.scale = groups, scale
         self.compute = torch.promote_types(query.dtype, torch.float32)
 
@@ -120,7 +120,7 @@ class _Problem:
         attention_query = self.query[:, :, rows].to(self.compute)
         attention_key = self.key.to(self.compute)
         if self.indices is None:
-            seen = self.rule.of(rows)[0]  # [B, G, t, Tk]
+            seen = self.keys.of(rows)[0]  # [B, G, t, Tk]
             index_scores = indexer_scores(query, key, weights)
             scores = products(attention_query, attention_key)
         else:
@@ -158,7 +158,7 @@ class _Loss(torch.autograd.Function):
     """Forward takes block by block its loss and its gradients, so that nothing of a block outlives it."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, weights: Tensor, problem: _Problem) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, weights: Tensor, problem: _Divergence) -> Tensor:
         inputs = (query, key, weights)
         wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
         grads = {i: torch.zeros_like(inputs[i], dtype=problem.compute) for i in wanted}

@@ -6,24 +6,42 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn import rule as rules
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.registry import define
-from sparse_attn.wings.base import choose, overload
+from sparse_attn.ops.declare import Op
+from sparse_attn.rule import PackedRule, Rule, selection_shape
 
 
-def fake(
-    query, key, weights, attn_mask, key_lengths, top_k, is_causal, causal_offset, window, sinks, int8
-) -> Tensor:
-    batch, groups, length = key.shape[:3]
-    return query.new_empty((batch, groups, query.shape[2], torch.sym_min(top_k, length)), dtype=torch.int32)
+def fake(query, key, weights, top_k, rule: PackedRule, int8) -> Tensor:
+    return query.new_empty(selection_shape(query, key, top_k, rule), dtype=torch.int32)
 
 
-define(
+OP = Op(
     "indexer_select",
-    "(Tensor query, Tensor key, Tensor weights, Tensor? attn_mask, Tensor? key_lengths, SymInt top_k, "
-    "bool is_causal, SymInt causal_offset, SymInt window, SymInt sinks, bool int8) -> Tensor",
+    f"(Tensor query, Tensor key, Tensor weights, SymInt top_k, {rules.SCHEMA}, bool int8) -> Tensor",
     fake,
 )
+
+
+def select(
+    query: Tensor,  # [B, G·Hi, Tq, D]
+    key: Tensor,  # [B, G, Tk, D]
+    weights: Tensor,  # [B, G·Hi, Tq]
+    top_k: int,
+    rule: Rule,
+    *,
+    int8: bool = False,
+    backend: str | None = None,
+) -> Tensor:  # int32 [B, G, Tq, K]
+    """`indexer_select` by a rule, of which `share` and `scale` say nothing here."""
+    query, key = autocast(query, key)
+    checks.query_key(query, key)
+    weights = checks.indexer_weights(weights, query)
+    top_k = checks.top_k_of(top_k)
+    packed = rule.packed(query, key, top_k, per_group=True)
+    int8 = checks.boolean("int8", int8)
+    wing = OP.choose(query, backend, **sizes_of(query))
+    return OP.on(wing)(query, key, weights, top_k, *packed.parts(), int8)
 
 
 def indexer_select(
@@ -79,20 +97,5 @@ def indexer_select(
         >>> sparse_attn.indexer_select(q, k, w, 16, is_causal=True, window=4, sinks=1).shape
         torch.Size([1, 1, 128, 16])
     """
-    query, key = autocast(query, key)
-    checks.query_key(query, key)
-    weights = checks.indexer_weights(weights, query)
-    is_causal = checks.boolean("is_causal", is_causal)
-    top_k, window, sinks = checks.budget(top_k, window, sinks, is_causal)
-    arguments = (
-        checks.mask_of(attn_mask, query, key, key.shape[1], per_group=True),
-        checks.lengths_of(key_lengths, key),
-        top_k,
-        is_causal,
-        checks.causal_offset_of(is_causal, causal_offset, query.shape[2], key.shape[2]),
-        window,
-        sinks,
-        checks.boolean("int8", int8),
-    )
-    wing = choose("indexer_select", query, backend, **sizes_of(query))
-    return overload("indexer_select", wing)(query, key, weights, *arguments)
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks)
+    return select(query, key, weights, top_k, rule, int8=int8, backend=backend)

@@ -2,54 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.ops.arguments import autocast, selection, sizes_of
-from sparse_attn.ops.gathered_attention import attention_gradients
-from sparse_attn.ops.gathered_attention import fake as fake_attention
-from sparse_attn.ops.registry import define, differentiate
-from sparse_attn.ops.topk_select import SELECTION_SCHEMA
-from sparse_attn.ops.topk_select import fake as fake_selection
-from sparse_attn.wings.base import choose, overload, reasons
+from sparse_attn import rule as rules
+from sparse_attn.ops import gathered_attention, topk_select
+from sparse_attn.ops.arguments import autocast, sizes_of
+from sparse_attn.ops.declare import Op
+from sparse_attn.ops.tail import with_tail
+from sparse_attn.rule import PackedRule, Rule
+from sparse_attn.wings.base import Explanation, explain_call
 
 
-def fake(query, key, value, *selection_arguments) -> tuple[Tensor, Tensor, Tensor]:
-    indices = fake_selection(query, key, *selection_arguments)
-    return *fake_attention(query, key, value, indices, 1.0), indices
+def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
+    indices = topk_select.fake(query, key, top_k, rule)
+    return *gathered_attention.fake(query, key, value, indices, rule.scale), indices
 
 
-define(
+OP = Op(
     "topk_attention",
-    f"(Tensor query, Tensor key, Tensor value, {SELECTION_SCHEMA}) -> (Tensor out, Tensor lse, Tensor indices)",
+    f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}) -> "
+    "(Tensor out, Tensor lse, Tensor indices)",
     fake,
+    saved=gathered_attention.SAVED,
+    constant="indices",
+    backward=gathered_attention.backward,
 )
 
-_INPUTS = 12
-_SCALE = 8  # position of `scale` among the inputs
 
-
-def _setup_context(ctx, inputs, output) -> None:
-    out, lse, indices = output
-    ctx.scale = inputs[_SCALE]
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(*inputs[:3], indices, out, lse)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_of(wing: str):
-    def backward(ctx, grad_out, grad_lse, _grad_indices):
-        if grad_out is None and grad_lse is None:
-            return (None,) * _INPUTS
-        grads = attention_gradients(wing, ctx.saved_tensors, grad_out, grad_lse, ctx.scale)
-        return *grads, *(None,) * (_INPUTS - 3)
-
-    return backward
-
-
-differentiate("topk_attention", _setup_context, _backward_of)
+def attend_best(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    top_k: int,
+    rule: Rule,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices [B, G, Tq, K]) of the selection by true q·k."""
+    query, key, value = autocast(query, key, value)
+    checks.query_key(query, key)
+    checks.value_of(key, value)
+    top_k = checks.top_k_of(top_k)
+    packed = rule.packed(query, key, top_k)
+    wing = OP.choose(query, backend, **sizes_of(query, value))
+    return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 
 def topk_attention(
@@ -113,50 +111,60 @@ def topk_attention(
         >>> out = sparse_attn.topk_attention(q, k, v, top_k=32, is_causal=True, window=8, sinks=4)
         >>> out.sum().backward()
     """
-    query, key, value, arguments = _checked(
-        query,
-        key,
-        value,
-        top_k,
-        is_causal,
-        causal_offset,
-        attn_mask,
-        key_lengths,
-        scale,
-        window,
-        sinks,
-        share,
-    )
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    wing = choose("topk_attention", query, backend, **sizes_of(query, value))
-    out, lse, indices = overload("topk_attention", wing)(query, key, value, *arguments)
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+    out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     if not return_lse and not return_indices:
         return out
     return (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
 
 
-def _checked(query, key, value, *selection_arguments):
-    query, key, value = autocast(query, key, value)
-    checks.query_key(query, key)
-    checks.value_of(key, value)
-    return query, key, value, selection(query, key, *selection_arguments)
+@torch.no_grad()
+def topk_attention_with_residual(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    top_k: int,
+    *,
+    is_causal: bool = False,
+    causal_offset: int | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: int = 0,
+    share: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values. Inference only.
 
+    With p the softmax over all visible keys V_i and S_i the selection:
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which wing a call would run on, and for each other wing why not; `print` it."""
+    .. math:: \mathrm{out}_i = \sum_{j \in S_i} p_{ij} v_j + \Bigl(1 - \sum_{j \in S_i} p_{ij}\Bigr)
+              \mathop{\mathrm{mean}}_{j \in V_i \setminus S_i} v_j
 
-    op: str
-    backend: str
-    reasons: dict[str, str | None]  # None: it could take the call
+    The mean comes from prefix sums. The normaliser of p needs every score, so this is for the quality of a given
+    selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix.
 
-    def __str__(self) -> str:
-        lines = [f"{self.op} runs on the {self.backend!r} wing"]
-        for name, reason in self.reasons.items():
-            if name != self.backend:
-                lines.append(f"  {name}: {reason or 'it could, but is less preferred'}")
-        return "\n".join(lines)
+    Args:
+        query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, backend: as in
+            :func:`topk_attention`. There is no attn_mask: what a query sees must be a prefix of the keys.
+
+    Returns:
+        out [B, Hq, Tq, Dv] in the query's dtype, without a gradient.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q, k, v = (torch.randn(1, 2, 128, 16) for _ in range(3))
+        >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
+        torch.Size([1, 2, 128, 16])
+    """
+    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale)
+    out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
+    return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
 
 
 def explain(
@@ -187,21 +195,8 @@ def explain(
         >>> print(sparse_attn.explain(q, q, q, 4).backend)
         reference
     """
-    query, _, value, _ = _checked(
-        query,
-        key,
-        value,
-        top_k,
-        is_causal,
-        causal_offset,
-        attn_mask,
-        key_lengths,
-        scale,
-        window,
-        sinks,
-        share,
-    )
-    sizes = sizes_of(query, value)
-    wing = choose("topk_attention", query, backend, **sizes)
-    why_not = reasons("topk_attention", query.device.type, query.dtype, **sizes)
-    return Explanation("topk_attention", wing, why_not)
+    return explain_call(
+        topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
+        attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
+        return_lse=return_lse, return_indices=return_indices, backend=backend,
+    )  # fmt: skip

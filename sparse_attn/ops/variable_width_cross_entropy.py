@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn.checks import cross_entropy as checks
 from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.registry import define, differentiate
-from sparse_attn.wings.base import choose, overload
+from sparse_attn.ops.declare import Backward, Op
 
 
 def fake(
@@ -33,66 +33,33 @@ _ARGUMENTS = (
     "Tensor? weight"
 )
 _OPTIONS = "int ignore_index, float label_smoothing"
-define(
-    "variable_width_cross_entropy",
-    f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
-    fake,
-)
-define(
+BACKWARD = Op(
     "variable_width_cross_entropy_backward",
     f"(Tensor grad_loss, Tensor grad_lse, {_ARGUMENTS}, Tensor lse, {_OPTIONS}) -> "
     "(Tensor grad_hidden, Tensor[] grad_tables, Tensor[] grad_projections)",
     fake_backward,
+    gradient_of="variable_width_cross_entropy",
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, targets, tables, projections, band, row, weight, ctx.ignore_index, ctx.label_smoothing = inputs
-    ctx.bands = len(tables)
-    ctx.save_for_backward(hidden, targets, band, row, weight, output[1], *tables, *projections)
-    ctx.set_materialize_grads(False)
+def backward(call: Backward) -> dict[str, Any]:
+    s, grads = call.saved, call.grads
+    found = BACKWARD.on(call.wing)(
+        torch.zeros_like(s.lse) if grads.loss is None else grads.loss,
+        torch.zeros_like(s.lse) if grads.lse is None else grads.lse,
+        s.hidden, s.targets, s.tables, s.projections, s.token_band, s.token_row, s.weight, s.lse,
+        s.ignore_index, s.label_smoothing,
+    )  # fmt: skip
+    return dict(zip(("hidden", "tables", "projections"), found, strict=True))
 
 
-def _backward_of(wing: str):
-    def backward(ctx, grad_loss, grad_lse):
-        nothing = [None] * ctx.bands
-        if grad_loss is None and grad_lse is None:
-            return None, None, nothing, nothing, None, None, None, None, None
-        hidden, targets, band, row, weight, lse, *bands = ctx.saved_tensors
-        tables, projections = bands[: ctx.bands], bands[ctx.bands :]
-        grad_hidden, grad_tables, grad_projections = overload("variable_width_cross_entropy_backward", wing)(
-            torch.zeros_like(lse) if grad_loss is None else grad_loss,
-            torch.zeros_like(lse) if grad_lse is None else grad_lse,
-            hidden,
-            targets,
-            tables,
-            projections,
-            band,
-            row,
-            weight,
-            lse,
-            ctx.ignore_index,
-            ctx.label_smoothing,
-        )
-        return grad_hidden, None, grad_tables, grad_projections, None, None, None, None, None
-
-    return backward
-
-
-differentiate("variable_width_cross_entropy", _setup_context, _backward_of)
-
-
-def _refuse_second_order(wing: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "sparse_attn: variable_width_cross_entropy has first-order gradients only; "
-            "a second derivative (create_graph=True, then backward) was asked for"
-        )
-
-    return backward
-
-
-differentiate("variable_width_cross_entropy_backward", lambda ctx, inputs, output: None, _refuse_second_order)
+OP = Op(
+    "variable_width_cross_entropy",
+    f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
+    fake,
+    saved="hidden targets tables projections token_band token_row weight lse ignore_index label_smoothing",
+    backward=backward,
+)
 
 
 def variable_width_cross_entropy(
@@ -175,8 +142,8 @@ def variable_width_cross_entropy(
     z_loss = checks.factor("z_loss", z_loss)
     weight = checks.class_weight_of(weight, tables, vocabulary)
 
-    wing = choose("variable_width_cross_entropy", hidden, backend)
-    loss, lse = overload("variable_width_cross_entropy", wing)(
+    wing = OP.choose(hidden, backend)
+    loss, lse = OP.on(wing)(
         hidden.reshape(-1, dim),
         targets,
         tables,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.embedding import embedding_arguments
-from sparse_attn.ops.registry import define, differentiate
-from sparse_attn.wings.base import choose, overload
+from sparse_attn.ops.declare import Backward, Op
 
 
 def fake(ids, tables, projections, token_band, token_row, padding_idx, sparse) -> Tensor:
@@ -47,20 +47,13 @@ _ARGUMENTS = (
     "Tensor ids, Tensor[] tables, Tensor[] projections, Tensor token_band, Tensor token_row, int padding_idx, "
     "bool sparse"
 )
-define("variable_width_embedding", f"({_ARGUMENTS}) -> Tensor out", fake)
-define(
+BACKWARD = Op(
     "variable_width_embedding_backward",
     f"(Tensor grad_out, {_ARGUMENTS}, bool need_tables, bool need_projections) -> "
     "(Tensor[] grad_tables, Tensor[] grad_projections, Tensor[] rows)",
     fake_backward,
+    gradient_of="variable_width_embedding",
 )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ids, tables, projections, token_band, token_row, ctx.padding_idx, ctx.sparse = inputs
-    ctx.bands = len(tables)
-    ctx.save_for_backward(ids, token_band, token_row, *tables, *projections)
-    ctx.set_materialize_grads(False)
 
 
 def _chosen(grads: list[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -75,58 +68,30 @@ def _sparse_rows(rows: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     )
 
 
-def _backward_of(wing: str):
-    def backward(ctx, grad_out):
-        bands = ctx.bands
-        if grad_out is None:
-            return None, [None] * bands, [None] * bands, None, None, None, None
-        ids, token_band, token_row, *rest = ctx.saved_tensors
-        tables, projections = rest[:bands], rest[bands:]
-        tables_needed, projections_needed = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        grad_tables, grad_projections, rows = overload("variable_width_embedding_backward", wing)(
-            grad_out,
-            ids,
-            tables,
-            projections,
-            token_band,
-            token_row,
-            ctx.padding_idx,
-            ctx.sparse,
-            any(tables_needed),
-            any(projections_needed),
-        )
-        if ctx.sparse:
-            grad_tables = [
-                _sparse_rows(row, grad, table)
-                for row, grad, table in zip(rows, grad_tables, tables, strict=False)
-            ]
-        return (
-            None,
-            _chosen(grad_tables, tables_needed),
-            _chosen(grad_projections, projections_needed),
-            None,
-            None,
-            None,
-            None,
-        )
-
-    return backward
+def backward(call: Backward) -> dict[str, Any]:
+    s, tables, projections = call.saved, call.needs["tables"], call.needs["projections"]
+    grad_tables, grad_projections, rows = BACKWARD.on(call.wing)(
+        call.grads.out, s.ids, s.tables, s.projections, s.token_band, s.token_row, s.padding_idx, s.sparse,
+        any(tables), any(projections),
+    )  # fmt: skip
+    if s.sparse:
+        grad_tables = [
+            _sparse_rows(row, grad, table)
+            for row, grad, table in zip(rows, grad_tables, s.tables, strict=False)
+        ]
+    return {
+        "tables": _chosen(grad_tables, tables),
+        "projections": _chosen(grad_projections, projections),
+    }
 
 
-differentiate("variable_width_embedding", _setup_context, _backward_of)
-
-
-def _refuse_second_order(wing: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "sparse_attn: variable_width_embedding has first-order gradients only; "
-            "a second derivative (create_graph=True, then backward) was asked for"
-        )
-
-    return backward
-
-
-differentiate("variable_width_embedding_backward", lambda ctx, inputs, output: None, _refuse_second_order)
+OP = Op(
+    "variable_width_embedding",
+    f"({_ARGUMENTS}) -> Tensor out",
+    fake,
+    saved="ids tables projections token_band token_row padding_idx sparse",
+    backward=backward,
+)
 
 
 def variable_width_embedding(
@@ -189,5 +154,5 @@ def variable_width_embedding(
     sparse = checks.boolean("sparse", sparse)
     tables = arguments[1]
     sizes = {"bands": len(tables), "sparse_gradients": int(sparse)}
-    wing = choose("variable_width_embedding", tables[0], backend, **sizes)
-    return overload("variable_width_embedding", wing)(*arguments, sparse)
+    wing = OP.choose(tables[0], backend, **sizes)
+    return OP.on(wing)(*arguments, sparse)

@@ -8,10 +8,12 @@ gradients too.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ class Wing:
 
     `implementations` maps an op's name to its Python function, or to None where C++ registers the kernel.
     `why_not(op, device_type, dtype)` is None where the wing takes such a call, else the reason in one clause.
-    `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …).
+    `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …); of an
+    option that it does not have, 0.
     A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
@@ -39,12 +42,16 @@ class Wing:
     def refusal(self, op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
         """None where the wing takes the call, else why not in one clause."""
         if op not in self.implementations:
-            return f"it has no {op}"
+            # A wing without any op is not there, and knows why.
+            absent = None if self.implementations else self.why_not(op, device_type, dtype)
+            return absent or f"it has no {op}"
         reason = self.why_not(op, device_type, dtype)
         if reason is not None:
             return reason
         for name, limit in self.limits.items():
             if name in sizes and sizes[name] > limit:
+                if limit == 0:
+                    return f"it has no {name.replace('_', ' ')}"
                 return f"it takes {name} up to {limit}, got {sizes[name]}"
         return None
 
@@ -55,6 +62,7 @@ class _State:
     # A plain global, not a ContextVar: autograd's own threads do not see the latter.
     forced: str | None = None
     warned: set[str] = field(default_factory=set)
+    explaining: set[int] = field(default_factory=set)  # threads inside explain_call
 
 
 _state = _State()
@@ -107,25 +115,81 @@ def reasons(op: str, device_type: str, dtype: torch.dtype, **sizes: int) -> dict
     return {w.name: w.refusal(op, device_type, dtype, sizes) for w in _state.wings.values()}
 
 
-def choose(op: str, tensor: Tensor, backend: str | None, **sizes: int) -> str:
+def choose(op: str, tensor: Tensor, backend: str | None, function: str | None = None, **sizes: int) -> str:
     """The name of the wing that runs `op` on such tensors; `backend` (or `use_backend`) forces one.
 
-    `sizes` are those that some wing limits.
+    `sizes` are those that some wing limits, `function` is the name that the caller knows.
     """
     device_type, dtype = tensor.device.type, tensor.dtype
     forced = backend if backend is not None else _state.forced
+    chosen = None
     if forced is not None:
         reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes)
         if reason is not None:
-            raise ValueError(f"backend={forced!r} cannot run {op} here: {reason}")
-        return forced
-    for wing in _state.wings.values():
-        if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes) is None:
-            if wing.name == "reference" and device_type not in ("cpu", "meta"):
-                _warn_reference(op, device_type, dtype, sizes)
-            return wing.name
-    why = reasons(op, device_type, dtype, **sizes)
-    raise ValueError(f"no backend runs {op} on {device_type} with {dtype}: {why}")
+            raise ValueError(f"backend={forced!r} cannot run {function or op} here: {reason}")
+        chosen = forced
+    else:
+        for wing in _state.wings.values():
+            if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes) is None:
+                chosen = wing.name
+                break
+    if chosen is None:
+        why = reasons(op, device_type, dtype, **sizes)
+        raise ValueError(f"no backend runs {function or op} on {device_type} with {dtype}: {why}")
+    # Of this thread alone; a graph that is being compiled finds nobody asking.
+    if _state.explaining and threading.get_ident() in _state.explaining:
+        raise _Explained(Explanation(function or op, chosen, reasons(op, device_type, dtype, **sizes)))
+    if chosen == "reference" and forced is None and device_type not in ("cpu", "meta"):
+        _warn_reference(op, device_type, dtype, sizes)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which wing a call would run on, and for each other wing why not; `print` it."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str | None]  # None: it could take the call
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} runs on the {self.backend!r} wing"]
+        for name, reason in self.reasons.items():
+            if name != self.backend:
+                lines.append(f"  {name}: {reason or 'it could, but is less preferred'}")
+        return "\n".join(lines)
+
+
+class _Explained(Exception):
+    """Ends a call that was to be explained, before its first op runs."""
+
+
+def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explanation:
+    """Says which wing a call would run on, and why not on each other one; the op itself does not run.
+
+    Args:
+        function: a function of this package, such as :func:`sparse_attn.gathered_attention`; of one that calls
+            several ops, the first is explained.
+        arguments, options: what it would be called with. What it would raise is raised.
+
+    Raises:
+        TypeError: the function calls no op.
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q = torch.randn(1, 2, 8, 16, dtype=torch.float64)
+        >>> print(sparse_attn.explain_call(sparse_attn.topk_select, q, q, 4).backend)
+        reference
+    """
+    thread = threading.get_ident()
+    _state.explaining.add(thread)
+    try:
+        function(*arguments, **options)
+    except _Explained as end:
+        return end.args[0]
+    finally:
+        _state.explaining.discard(thread)
+    raise TypeError(f"explain_call takes a function that calls an op of sparse_attn, got {function!r}")
 
 
 def _warn_reference(op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> None:
@@ -136,9 +200,4 @@ def _warn_reference(op: str, device_type: str, dtype: torch.dtype, sizes: dict[s
     _state.warned.add(label)
     refusals = reasons(op, device_type, dtype, **sizes)
     why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
-    warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=4)
-
-
-def overload(op: str, wing: str) -> Callable:
-    """`torch.ops.sparse_attn.<op>.<wing>`."""
-    return getattr(getattr(torch.ops.sparse_attn, op), wing)
+    warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=5)

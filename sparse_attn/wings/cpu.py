@@ -20,26 +20,5 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-CPU_WING = Wing(
-    name="cpu",
-    dispatch_key="CPU",
-    implementations=dict.fromkeys(
-        (
-            "topk_select",
-            "quantized_select",
-            "indexer_select",
-            "gathered_attention",
-            "gathered_attention_backward",
-            "refine_blocks",
-            "block_attention",
-            "block_attention_backward",
-            "topk_attention",
-            "variable_width_embedding",
-            "variable_width_embedding_backward",
-            "variable_width_cross_entropy",
-            "variable_width_cross_entropy_backward",
-        )
-    ),
-    why_not=_why_not,
-)
+CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not)
 register(CPU_WING)

@@ -13,17 +13,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM = (8, 0)  # compute capability: mma.sync with bfloat16, asynchronous copies
 # What a warp holds in registers (kMostDim of csrc/cuda/kernels/gathered_attention.h) and a launch in its parameters
 # (kMostBands of csrc/cuda/kernels/variable_width_embedding.h); the size of a sparse gradient would have to come back
-# from the GPU.
-LIMITS = {"head_dim": 256, "value_dim": 256, "bands": 16, "sparse_gradients": 0}
-# In C++ (csrc/cuda/<op>.cpp). An op that is not here goes to the next wing.
-OPS = (
-    "topk_select",
-    "topk_attention",
-    "gathered_attention",
-    "gathered_attention_backward",
-    "variable_width_embedding",
-    "variable_width_embedding_backward",
-)
+# from the GPU. An op that csrc/cuda does not register goes to the next wing.
+LIMITS = {
+    "head_dim": 256,
+    "value_dim": 256,
+    "bands": 16,
+    "sparse_gradients": 0,
+    "rounded_scores": 0,
+    "blocks": 0,
+}
 
 
 def serves(arch: str, capability: tuple[int, int]) -> bool:
@@ -63,11 +61,5 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return _why_not_here()
 
 
-CUDA_WING = Wing(
-    name="cuda",
-    dispatch_key="CUDA",
-    implementations=dict.fromkeys(OPS),
-    why_not=_why_not,
-    limits=LIMITS,
-)
+CUDA_WING = Wing("cuda", "CUDA", extension.ops_of("cuda", "CUDA"), _why_not, limits=LIMITS)
 register(CUDA_WING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-import torch  # noqa: F401  the extension finds torch's libraries because they are loaded
+import torch
 
 
 def _load() -> tuple[object | None, str | None]:
@@ -23,3 +23,16 @@ def _load() -> tuple[object | None, str | None]:
 
 
 module, load_error = _load()
+
+
+def ops_of(wing: str, dispatch_key: str) -> dict[str, None]:
+    """The ops that the extension has registered for a wing, as a `Wing` takes them."""
+    if module is None:
+        return {}
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(dispatch_key)
+    prefix, suffix = "sparse_attn::", f".{wing}"
+    return {
+        name[len(prefix) : -len(suffix)]: None
+        for name in sorted(names)
+        if name.startswith(prefix) and name.endswith(suffix)
+    }

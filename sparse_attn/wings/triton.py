@@ -22,19 +22,7 @@ MINIMUM = (3, 2)  # of Triton
 DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs "cuda" too
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Sizes a kernel holds in registers at once. `explain` and the dispatcher read them; the ops name the sizes.
-LIMITS = {"head_dim": 256, "value_dim": 256}
-
-# op → the file of triton_kernels that has a function of that name
-FILES = {
-    "topk_select": "topk_select",
-    "gathered_attention": "gathered_attention",
-    "gathered_attention_backward": "gathered_attention_backward",
-    "topk_attention": "topk_attention",
-    "variable_width_embedding": "variable_width_embedding",
-    "variable_width_embedding_backward": "variable_width_embedding_backward",
-    "variable_width_cross_entropy": "variable_width_cross_entropy",
-    "variable_width_cross_entropy_backward": "variable_width_cross_entropy_backward",
-}
+LIMITS = {"head_dim": 256, "value_dim": 256, "rounded_scores": 0, "blocks": 0}
 
 # Its distributions, by platform.
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows")
@@ -82,17 +70,23 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return _too_old(device_type)
 
 
-def _find_in_checkout() -> None:
-    """Makes `sparse_attn.triton_kernels` of the folder beside the package, where it is no folder inside it.
+def _folder() -> Path | None:
+    """Where the kernels are: inside the package, or in a checkout (PYTHONPATH, editable) beside it.
 
-    An install puts the folder inside; a checkout (PYTHONPATH, editable) has it at the root of the repository,
-    since `triton_kernels` as a top-level name is another project's.
+    `triton_kernels` as a top-level name is another project's, so an install puts the folder inside.
     """
     package = Path(__file__).resolve().parents[1]
-    init = package.parent / "triton_kernels" / "__init__.py"
-    if (package / "triton_kernels").is_dir() or not init.is_file() or PACKAGE in sys.modules:
+    for folder in (package / "triton_kernels", package.parent / "triton_kernels"):
+        if (folder / "__init__.py").is_file():
+            return folder
+    return None
+
+
+def _import_from(folder: Path) -> None:
+    """Makes `sparse_attn.triton_kernels` of a folder that is not inside the package."""
+    if folder.parent == Path(__file__).resolve().parents[1] or PACKAGE in sys.modules:
         return
-    spec = spec_from_file_location(PACKAGE, init, submodule_search_locations=[str(init.parent)])
+    spec = spec_from_file_location(PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)])
     sys.modules[PACKAGE] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[PACKAGE])
 
@@ -103,7 +97,7 @@ def _on_first_call(op: str) -> Callable:
     def implementation(*arguments):
         nonlocal function
         if function is None:
-            function = getattr(import_module(f"{PACKAGE}.{FILES[op]}"), op)
+            function = getattr(import_module(f"{PACKAGE}.{op}"), op)
         device = arguments[0].device  # the first argument of every op is a tensor
         if device.type == "cpu":
             return function(*arguments)
@@ -114,12 +108,16 @@ def _on_first_call(op: str) -> Callable:
     return implementation
 
 
-_find_in_checkout()
+_kernels = _folder()
+# Each file is an op, and has a function of its name.
+OPS = () if _kernels is None else tuple(sorted(f.stem for f in _kernels.glob("[!_]*.py")))
+if _kernels is not None:
+    _import_from(_kernels)
 TRITON_WING = Wing(
     name="triton",
     # Not a key per device: one kernel serves CUDA, ROCm, XPU and, interpreted, the CPU.
     dispatch_key="CompositeExplicitAutograd",
-    implementations={op: _on_first_call(op) for op in FILES},
+    implementations={op: _on_first_call(op) for op in OPS},
     why_not=_why_not,
     limits=LIMITS,
     # The interpreter is thousands of times slower than any other wing: nobody gets it without a word.

@@ -14,7 +14,12 @@ from sparse_attn.wings import base
 from sparse_attn.wings import triton as triton_wing
 
 OPS = ("topk_select", "gathered_attention", "topk_attention")
-NEEDS = {"topk_attention_with_residual": "topk_attention"}  # functions that are no ops themselves
+# Functions that are no ops themselves: the op, and the option of it that a wing may lack.
+NEEDS = {
+    "topk_attention_with_residual": ("topk_attention", None),
+    "quantized_select": ("topk_select", "rounded_scores"),
+    "refine_blocks": ("topk_select", "blocks"),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -40,8 +45,9 @@ class WingUnderTest:
         return base.reasons(op, self.device, dtype, **sizes)[self.name]
 
     def _run(self, op: str, *args, **kwargs):
-        needs = NEEDS.get(op, op)
-        if all(needs not in w.implementations for w in base.wings() if w.name == self.name):
+        needs, option = NEEDS.get(op, (op, None))
+        own = next(w for w in base.wings() if w.name == self.name)
+        if needs not in own.implementations or own.limits.get(option) == 0:
             pytest.skip(f"the {self.name} wing has no {op}")
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), (args, kwargs))
         results = getattr(sparse_attn, op)(*args, backend=self.name, **kwargs)
@@ -115,3 +121,8 @@ def wings_under_test() -> list[WingUnderTest]:
             ]
         found += entries
     return found
+
+
+def overload(op: str, wing: str):
+    """The op of one wing, as torch has it."""
+    return getattr(getattr(torch.ops.sparse_attn, op), wing)

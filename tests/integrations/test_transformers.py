@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparse_attn
+from sparse_attn.selection import Selection
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
@@ -173,17 +174,47 @@ def test_padding_changes_nothing(side, share):
 def test_sparse_is_what_topk_attention_says(monkeypatch):
     calls = []
 
-    def spy(*arguments, **more):
-        calls.append(more)
-        return sparse_attn.topk_attention(*arguments, **more)
+    def spy(query, key, value, top_k, selector, rule, **more):
+        calls.append(rule)
+        indices = sparse_attn.topk_select(query, key, top_k, **rule.arguments())
+        return sparse_attn.gathered_attention(query, key, value, indices, scale=rule.scale)
 
-    monkeypatch.setattr(sparse_transformers, "topk_attention", spy)
+    monkeypatch.setattr(sparse_transformers, "select_and_attend", spy)
     dense, sparse = pair(top_k=8, window=3, sinks=2, share="kv", layers=[1])
     assert not torch.allclose(logits(sparse, ids()), logits(dense, ids()), atol=1e-4)
-    (call,) = calls  # layer 0 is dense
-    assert (call["window"], call["sinks"]) == (3, 2)
-    assert call["share"] == "kv"
-    assert call["attn_mask"] is None
+    (rule,) = calls  # layer 0 is dense
+    assert (rule.window, rule.sinks) == (3, 2)
+    assert rule.share == "kv"
+    assert rule.attn_mask is None
+
+
+class LastKeys:
+    """A user's own selector: the latest keys."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def select(self, query, key, top_k, rule):
+        self.calls += 1
+        last = torch.arange(query.shape[2]).view(1, 1, -1, 1) + (rule.causal_offset or 0)
+        indices = last - torch.arange(top_k - 1, -1, -1)
+        return Selection(torch.where(indices >= 0, indices, -1).int().expand(query.shape[0], 1, -1, -1))
+
+
+def test_a_selector_of_the_users_own(tmp_path):
+    """An object chooses as a name does; it is not saved, and without it there is an error, not another choice."""
+    own = LastKeys()
+    _, sparse = pair(top_k=8, selector=own)
+    _, window = pair(top_k=8, window=8)  # the same keys
+    close(logits(sparse, ids()), logits(window, ids()))
+    assert own.calls == sparse.config.num_hidden_layers
+    close(sparse.generate(ids(), max_new_tokens=4).float(), window.generate(ids(), max_new_tokens=4).float())
+    sparse.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="sparse_attn")
+    with pytest.raises(ValueError, match="an object that is not saved with a model: pass it again"):
+        logits(again, ids())
+    with pytest.raises(TypeError, match="selector must have a method select"):
+        sparse_transformers.configure(sparse, top_k=8, selector=3)
 
 
 def test_options_may_change_between_calls():

@@ -12,6 +12,7 @@ from helpers.compare import assert_close
 from helpers.inputs import LAYOUTS, index_rows, normal, qkv
 
 import sparse_attn
+from sparse_attn.rule import PackedRule
 
 CASES = {  # (B, Hq, Hkv, Tq, Tk, D, Dv), G, M, block, tile, options
     "plain": ((2, 4, 2, 33, 70, 9, 7), 4, 3, 16, 8, {}),
@@ -187,11 +188,11 @@ def test_the_same_for_any_number_of_threads(wing, dtype):
 def test_opcheck(wing, name):
     inputs, blocks, options = make(name)
     wing.block_attention(*inputs, blocks, **options)  # skips where the wing has none
-    arguments = [
-        *(t.to(wing.device).requires_grad_() for t in inputs), blocks.to(wing.device), options.get("key_lengths"),
-        options["block_size"], options["query_tile"], options.get("is_causal", False),
-        options.get("causal_offset", 0), 0.3,
-    ]  # fmt: skip
+    lengths, causal = options.get("key_lengths"), options.get("is_causal", False)
+    rule = PackedRule(None, lengths, causal, options.get("causal_offset", 0), 0, 0, blocks.shape[1], 0.3)
+    leaves = [t.to(wing.device).requires_grad_() for t in inputs]
+    sizes = options["block_size"], options["query_tile"]
+    arguments = [*leaves, blocks.to(wing.device), *sizes, *rule.parts()]
     torch.library.opcheck(getattr(torch.ops.sparse_attn.block_attention, wing.name), arguments)
 
 

@@ -13,6 +13,7 @@ from helpers.compare import accumulation, assert_highest, assert_well_formed
 from helpers.inputs import LAYOUTS, OPTIONS, integers, mask, normal, options_for
 
 import sparse_attn
+from sparse_attn.rule import PackedRule
 
 NAMES = [name for name, options in OPTIONS.items() if "scale" not in options or name == "everything"]
 
@@ -165,9 +166,9 @@ def test_the_same_for_any_number_of_threads(wing, dtype):
 def arguments(wing, variant):
     query, key, weights = (t.to(wing.device) for t in make(2, 2, 3, 6, 9, 8))
     if variant == "plain":
-        return [query, key, weights, None, None, 4, False, 0, 0, 0, False]
-    seen = mask(2, 2, 6, 9).to(wing.device)
-    return [query, key, weights, seen, torch.tensor([9, 7], device=wing.device), 4, True, 3, 2, 1, True]
+        return [query, key, weights, 4, *PackedRule(None, None, False, 0, 0, 0, 2, 1.0).parts(), False]
+    seen, lengths = mask(2, 2, 6, 9).to(wing.device), torch.tensor([9, 7], device=wing.device)
+    return [query, key, weights, 4, *PackedRule(seen, lengths, True, 3, 2, 1, 2, 1.0).parts(), True]
 
 
 @pytest.mark.parametrize("variant", ["plain", "options"])

@@ -11,6 +11,7 @@ from helpers.compare import accumulation, assert_highest, assert_identical, asse
 from helpers.inputs import LAYOUTS, OPTIONS, integers, mask, normal, options_for
 
 import sparse_attn
+from sparse_attn.rule import PackedRule
 
 
 def whole(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -112,11 +113,12 @@ def test_close_to_exact(wing):
 def test_opcheck(wing, variant):
     query, key = normal(2, 4, 6, 8), normal(2, 2, 9, 8, seed=1)
     wing.quantized_select(query, key, 4)  # skips where the wing has none
-    selection = [None, None, 4, False, 0, 0.3, 0, 0, 4]
+    rule = PackedRule(None, None, False, 0, 0, 0, 4, 0.3)
     if variant == "options":
-        selection = [mask(2, 2, 6, 9), torch.tensor([9, 7]), 4, True, 3, 0.3, 2, 1, 2]
-    inputs = [t.to(wing.device) if isinstance(t, torch.Tensor) else t for t in (query, key, *selection)]
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.quantized_select, wing.name), inputs)
+        rule = PackedRule(mask(2, 2, 6, 9), torch.tensor([9, 7]), True, 3, 2, 1, 2, 0.3)
+    arguments = (query, key, 4, *rule.parts(), True, None, 1, 1)
+    inputs = [t.to(wing.device) if isinstance(t, torch.Tensor) else t for t in arguments]
+    torch.library.opcheck(getattr(torch.ops.sparse_attn.topk_select, wing.name), inputs)
 
 
 def test_compile_is_one_graph(wing):

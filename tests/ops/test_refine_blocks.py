@@ -10,6 +10,7 @@ from helpers.inputs import LAYOUTS, index_rows, integers, normal
 
 import sparse_attn
 from ops.test_block_select import CASES
+from sparse_attn.rule import PackedRule
 
 
 def mask_of(blocks, tile, block, queries, keys, **options):
@@ -109,10 +110,10 @@ def test_opcheck(wing):
     query, key = normal(2, 4, 20, 8), normal(2, 2, 40, 8, seed=1)
     blocks = index_rows((2, 4, 3, 3), 5)
     run(wing, query, key, blocks, 6, 8, 8)  # skips where the wing has none
-    inputs = [t.to(wing.device) for t in (query, key, blocks)]
-    lengths = torch.tensor([40, 7], device=wing.device)
-    arguments = [*inputs, lengths, 6, 8, 8, True, 20, 0.3, 2, 1, 4]
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.refine_blocks, wing.name), arguments)
+    query, key, blocks = (t.to(wing.device) for t in (query, key, blocks))
+    rule = PackedRule(None, torch.tensor([40, 7], device=wing.device), True, 20, 2, 1, 4, 0.3)
+    arguments = [query, key, 6, *rule.parts(), False, blocks, 8, 8]
+    torch.library.opcheck(getattr(torch.ops.sparse_attn.topk_select, wing.name), arguments)
 
 
 def test_compile_is_one_graph(wing):

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import sparse_attn
+from sparse_attn.rule import PackedRule
 
 
 def overload(op: str, wing):
@@ -26,19 +27,19 @@ def op_arguments(wing, dtype, op: str, variant: str):
     if variant == "options":
         query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
     indices = index_rows((2, groups, 6, 4), 9).to(wing.device)
-    selection = [None, None, 4, False, 0, 0.3, 0, 0, groups]
+    rule = PackedRule(None, None, False, 0, 0, 0, groups, 0.3)
     if variant == "options":
         seen = mask(2, groups, 6, 9).to(wing.device)
-        selection = [seen, torch.tensor([9, 7], device=wing.device), 4, True, 3, 0.3, 2, 1, groups]
+        rule = PackedRule(seen, torch.tensor([9, 7], device=wing.device), True, 3, 2, 1, groups, 0.3)
     if op == "gathered_attention_backward":
         out, lse = overload("gathered_attention", wing)(query, key, value, indices, 0.3)
         grad_lse = torch.zeros_like(lse) if variant == "options" else None
-        return [torch.ones_like(out), grad_lse, query, key, value, indices, out, lse, 0.3]
+        return [torch.ones_like(out), grad_lse, query, key, value, indices, out, lse, 0.3, False]
     inputs = [t.requires_grad_() for t in (query, key, value)]
     return {
-        "topk_select": [query.detach(), key.detach(), *selection],
+        "topk_select": [query.detach(), key.detach(), 4, *rule.parts(), False, None, 1, 1],
         "gathered_attention": [*inputs, indices, 0.3],
-        "topk_attention": [*inputs, *selection],
+        "topk_attention": [*inputs, 4, *rule.parts()],
     }[op]
 
 
@@ -56,7 +57,7 @@ def test_opcheck(wing, op, variant):
 )
 def test_opcheck_of_nothing(wing, shape):
     inputs = [t.to(wing.device).requires_grad_() for t in qkv(*shape)]
-    selection = [None, None, 4, False, 0, 0.3, 0, 0, 2]
+    selection = [4, *PackedRule(None, None, False, 0, 0, 0, 2, 0.3).parts()]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(overload("topk_attention", wing), [*inputs, *selection], test_utils=tests)
 

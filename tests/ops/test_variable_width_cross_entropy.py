@@ -12,13 +12,12 @@ import torch._dynamo.testing
 from helpers import bands as helper
 from helpers.bands import dense_loss, value_and_gradients
 from helpers.compare import assert_within_budget
-from helpers.wings import wings_under_test
+from helpers.wings import overload, wings_under_test
 from torch.utils._pytree import tree_map_only
 
 import sparse_attn
 import sparse_attn.wings.reference.chunks
 from sparse_attn.wings import extension
-from sparse_attn.wings.base import overload
 
 NATIVE = pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 # name → (backend, device)

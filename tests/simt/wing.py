@@ -18,7 +18,7 @@ from simt.params import (
     embed_params,
     select_call,
 )
-from sparse_attn.ops.arguments import selection
+from sparse_attn.rule import Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -139,14 +139,12 @@ class SimulatedWing:
         window=0, sinks=0, share="none",
     ):  # fmt: skip
         query, key = query.detach(), key.detach()
-        mask, lengths, top_k, is_causal, causal_offset, scale, window, sinks, groups = selection(
-            query, key, top_k, is_causal, causal_offset, attn_mask, key_lengths, scale, window, sinks, share
-        )
+        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+        packed = rule.packed(query, key, top_k)
         gpu = Device(self.schedule)
-        rule = [is_causal, causal_offset, window, sinks, groups]
-        call = select_call(gpu, query, key, top_k, mask, lengths, rule, scale)
+        call = select_call(gpu, query, key, top_k, *packed.parts())
         p = call.select
-        p.indices = gpu.empty((p.batch, groups, p.query_length, p.top_k), torch.int32)
+        p.indices = gpu.empty((p.batch, packed.groups, p.query_length, p.top_k), torch.int32)
         gpu.run("run_topk_select", ctypes.byref(call))
         return gpu.get(p.indices)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparse_attn.triton_kernels import gathered_attention as forward
 from sparse_attn.triton_kernels import gathered_attention_backward as backward
-from sparse_attn.triton_kernels import gathered_attention_sums as sums
+from sparse_attn.triton_kernels.lib import gathered_attention_sums as sums
 from triton_wing import aot
 
 LENGTH, HEADS, BUDGET = 16384, 16, 512

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sparse_attn.triton_kernels import topk_select
-from sparse_attn.triton_kernels.select_tiles import merge_pieces, select_tiles
-from sparse_attn.triton_kernels.shared_scores import log_sum_exp
+from sparse_attn.triton_kernels.lib.select_tiles import merge_pieces, select_tiles
+from sparse_attn.triton_kernels.lib.shared_scores import log_sum_exp
 from sparse_attn.wings import triton as triton_wing  # noqa: F401  finds the kernels in a checkout
 from triton_wing.aot import Case
 

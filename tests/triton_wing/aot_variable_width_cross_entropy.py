@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from sparse_attn.triton_kernels import logit_gradients, matmul
 from sparse_attn.triton_kernels import variable_width_cross_entropy as forward
 from sparse_attn.triton_kernels import variable_width_cross_entropy_backward as backward
+from sparse_attn.triton_kernels.lib import logit_gradients, matmul
 from triton_wing.aot import Case
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from sparse_attn.triton_kernels import run_sums
 from sparse_attn.triton_kernels import variable_width_embedding as forward
 from sparse_attn.triton_kernels import variable_width_embedding_backward as backward
+from sparse_attn.triton_kernels.lib import run_sums
 from triton_wing.aot import Case
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}

@@ -14,7 +14,7 @@ if triton_wing.version is None:
 
 from triton.runtime.errors import OutOfResources
 
-from sparse_attn.triton_kernels import _tuning
+from sparse_attn.triton_kernels.lib import tuning
 
 CPU = torch.device("cpu")
 CONFIGS = [{"BLOCK": 16}, {"BLOCK": 32}, {"BLOCK": 64}]
@@ -28,7 +28,7 @@ class Kernel:
 
     def __init__(self, monkeypatch, seconds=SECONDS):
         self.timed, self.seconds = [], seconds
-        monkeypatch.setattr(_tuning, "measure", self.measure)
+        monkeypatch.setattr(tuning, "measure", self.measure)
 
     def measure(self, run, device) -> float:
         block = run()
@@ -36,29 +36,29 @@ class Kernel:
         return self.seconds[block]
 
     def __call__(self, shape=(torch.bfloat16, 128), **options) -> int:
-        return _tuning.run_tuned("a kernel", shape, CONFIGS, lambda c: c["BLOCK"], CPU, **options)
+        return tuning.run_tuned("a kernel", shape, CONFIGS, lambda c: c["BLOCK"], CPU, **options)
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(_tuning.VARIABLE, raising=False)
-    monkeypatch.setattr(_tuning, "_winners", None)
+    monkeypatch.delenv(tuning.VARIABLE, raising=False)
+    monkeypatch.setattr(tuning, "_winners", None)
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    monkeypatch.setenv(_tuning.VARIABLE, "1")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
 
 
 @pytest.mark.parametrize("value", [None, "0", ""])
 def test_the_first_is_taken_unasked(monkeypatch, value):
     if value is not None:
-        monkeypatch.setenv(_tuning.VARIABLE, value)
+        monkeypatch.setenv(tuning.VARIABLE, value)
     kernel = Kernel(monkeypatch)
     assert kernel() == 16
     assert kernel.timed == []
-    assert not _tuning.cache_file().exists()
+    assert not tuning.cache_file().exists()
 
 
 def test_the_fastest_is_taken_and_kept(asked, monkeypatch):
@@ -72,9 +72,9 @@ def test_the_fastest_is_taken_and_kept(asked, monkeypatch):
 
 def test_a_later_process_times_nothing(asked, monkeypatch):
     assert Kernel(monkeypatch)() == 32
-    (key,) = json.loads(_tuning.cache_file().read_text())
+    (key,) = json.loads(tuning.cache_file().read_text())
     assert all(part in key for part in ("interpreter", "triton", "a kernel", "bfloat16 128")), key
-    monkeypatch.setattr(_tuning, "_winners", None)
+    monkeypatch.setattr(tuning, "_winners", None)
     later = Kernel(monkeypatch, {16: 1.0, 32: 2.0, 64: 3.0})
     assert later() == 32
     assert later.timed == []
@@ -83,18 +83,18 @@ def test_a_later_process_times_nothing(asked, monkeypatch):
 def test_processes_that_write_at_once_keep_each_other(asked, monkeypatch):
     kernel = Kernel(monkeypatch)
     kernel()
-    known = json.loads(_tuning.cache_file().read_text())
-    _tuning.cache_file().write_text(json.dumps(known | {"of another process": "x"}))
+    known = json.loads(tuning.cache_file().read_text())
+    tuning.cache_file().write_text(json.dumps(known | {"of another process": "x"}))
     kernel((torch.float16, 64))
-    assert len(json.loads(_tuning.cache_file().read_text())) == 3
+    assert len(json.loads(tuning.cache_file().read_text())) == 3
 
 
 def test_a_configuration_that_is_no_more(asked, monkeypatch):
     """What an older version of the package found fastest."""
     Kernel(monkeypatch)()
-    (key,) = json.loads(_tuning.cache_file().read_text())
-    _tuning.cache_file().write_text(json.dumps({key: "{'BLOCK': 8}"}))
-    monkeypatch.setattr(_tuning, "_winners", None)
+    (key,) = json.loads(tuning.cache_file().read_text())
+    tuning.cache_file().write_text(json.dumps({key: "{'BLOCK': 8}"}))
+    monkeypatch.setattr(tuning, "_winners", None)
     kernel = Kernel(monkeypatch)
     assert kernel() == 32
     assert kernel.timed == [16, 32, 64]
@@ -102,8 +102,8 @@ def test_a_configuration_that_is_no_more(asked, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])
 def test_a_broken_file_is_no_file(asked, monkeypatch, text):
-    _tuning.cache_file().parent.mkdir(parents=True)
-    _tuning.cache_file().write_bytes(text.encode(errors="surrogateescape"))
+    tuning.cache_file().parent.mkdir(parents=True)
+    tuning.cache_file().write_bytes(text.encode(errors="surrogateescape"))
     assert Kernel(monkeypatch)() == 32
 
 
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_left_out(asked, monkeypatch):
         return config["BLOCK"]
 
     kernel = Kernel(monkeypatch)
-    assert _tuning.run_tuned("a kernel", (), CONFIGS, run, CPU) == 64
+    assert tuning.run_tuned("a kernel", (), CONFIGS, run, CPU) == 64
     assert kernel.timed == [16, 64]
 
 
@@ -161,7 +161,7 @@ def test_nothing_is_timed_inside_of_a_graph(asked, monkeypatch, compiling):
     device = CPU if compiling else torch.device("cuda")
     results = []
     for state["busy"] in (True, False, True):
-        results.append(_tuning.run_tuned("a kernel", (), CONFIGS, lambda c: c["BLOCK"], device))
+        results.append(tuning.run_tuned("a kernel", (), CONFIGS, lambda c: c["BLOCK"], device))
     assert results == [16, 32, 32]
     assert kernel.timed == [16, 32, 64]
 
@@ -180,12 +180,12 @@ class Capturing:
 def test_the_timer_measures():
     import time
 
-    assert 0.005 < _tuning.measure(lambda: time.sleep(0.01), CPU) < 1
+    assert 0.005 < tuning.measure(lambda: time.sleep(0.01), CPU) < 1
 
 
 def test_classes_of_sizes():
-    assert [_tuning.size_class(n) for n in (0, 1, 3, 1024, 1025)] == [1, 1, 4, 1024, 2048]
-    assert _tuning.distinct([(1, 2), (3, 4), (1, 2)]) == [(1, 2), (3, 4)]
+    assert [tuning.size_class(n) for n in (0, 1, 3, 1024, 1025)] == [1, 1, 4, 1024, 2048]
+    assert tuning.distinct([(1, 2), (3, 4), (1, 2)]) == [(1, 2), (3, 4)]
 
 
 def test_scratch_memory_of_a_large_budget(monkeypatch):
@@ -201,7 +201,7 @@ def test_scratch_memory_of_a_large_budget(monkeypatch):
 
 def test_rows_that_are_far_apart_are_copied():
     """Offsets within a row are 32 bits in kernels."""
-    from sparse_attn.triton_kernels._common import near_rows
+    from sparse_attn.triton_kernels.lib.common import near_rows
 
     table = torch.empty(1 << 20, 4096, device="meta")
     assert near_rows(table) is table

@@ -50,7 +50,7 @@ def run(code: str, **variables: str) -> str:
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
-@pytest.mark.parametrize("op", triton_wing.FILES)
+@pytest.mark.parametrize("op", triton_wing.OPS)
 def test_it_is_chosen_on_gpus(compiled_triton, monkeypatch, device, op):
     monkeypatch.setattr(base._state, "forced", None)
     for dtype in triton_wing.DTYPES:
@@ -107,10 +107,11 @@ def test_every_op_has_its_function():
     """One file per op, found from a checkout, an editable install and a wheel alike."""
     code = """
 import importlib
-from sparse_attn.wings import reference, triton as triton_wing
-for op, file in triton_wing.FILES.items():
-    module = importlib.import_module(f"{triton_wing.PACKAGE}.{file}")
-    ours, theirs = (getattr(m, op).__code__ for m in (module, reference))
+from sparse_attn.wings import triton as triton_wing
+from sparse_attn.wings.reference.wing import REFERENCE_WING
+for op in triton_wing.OPS:
+    module = importlib.import_module(f"{triton_wing.PACKAGE}.{op}")
+    ours, theirs = (f.__code__ for f in (getattr(module, op), REFERENCE_WING.implementations[op]))
     names = [c.co_varnames[: c.co_argcount] for c in (ours, theirs)]
     assert names[0] == names[1], f"{op}: {names}"
 """

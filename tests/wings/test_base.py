@@ -48,7 +48,9 @@ def test_the_extension_is_there_where_it_must_be():
 
 def test_every_wing_has_every_op():
     for wing in base.wings():
-        assert {*OPS, "gathered_attention_backward"} <= set(wing.implementations), wing.name
+        if wing.implementations:  # else it is not there at all
+            assert {*OPS, "gathered_attention_backward"} <= set(wing.implementations), wing.name
+    assert {wing.name for wing in base.wings() if wing.implementations} >= {"triton", "reference"}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparse_attn.rule import PackedRule
 from sparse_attn.wings.reference.chunks import query_chunks
-from sparse_attn.wings.reference.gathered_attention import _add_rows, _softmax
+from sparse_attn.wings.reference.gathered_attention import add_rows, softmax
+from sparse_attn.wings.reference.wing import implements
 
 
 @dataclass
@@ -35,18 +37,16 @@ class _Tiles:
         return self.visible.repeat(1, 1, 1, share, 1)
 
 
-class _Problem:
+class _TiledAttention:
     def __init__(
         self,
         query: Tensor,  # [B, Hq, Tq, D]
         key: Tensor,  # [B, Hkv, Tk, D]
         value: Tensor,  # [B, Hkv, Tk, Dv]
         blocks: Tensor,  # int32 [B, G, N, M]
-        key_lengths: Tensor | None,  # int [B]
         block_size: int,
         query_tile: int,
-        is_causal: bool,
-        causal_offset: int,
+        rule: PackedRule,
     ) -> None:
         batch, heads, self.query_length = query.shape[:3]
         kv_heads, self.key_length = key.shape[1:3]
@@ -55,11 +55,11 @@ class _Problem:
         # Longer ones change nothing.
         self.size, self.tile = min(block_size, max(1, self.key_length)), min(query_tile, self.query_length)
         self.compute = torch.promote_types(query.dtype, torch.float32)
-        self.is_causal, self.causal_offset = is_causal, causal_offset
+        self.rule = rule
         self.query, self.blocks = query, blocks.repeat_interleave(self.units // blocks.shape[1], dim=1)
         self.key, self.value = self._in_blocks(key), self._in_blocks(value)
         self.block_count = self.key.shape[0] // max(1, batch * kv_heads)
-        self.limits = None if key_lengths is None else key_lengths.view(-1, 1, 1, 1, 1)
+        self.limits = None if rule.key_lengths is None else rule.key_lengths.view(-1, 1, 1, 1, 1)
         base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
         base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
         self.base = base.view(batch, self.units, 1, 1) * self.block_count
@@ -100,8 +100,8 @@ class _Problem:
                 visible = visible & (position < self.limits)
             queries = torch.arange(tiles.start * self.tile, tiles.stop * self.tile, device=first.device)
             queries = queries.view(-1, self.tile, 1)  # [n, S, 1]
-            if self.is_causal:
-                visible = visible & (position <= queries + self.causal_offset)
+            if self.rule.is_causal:
+                visible = visible & (position <= queries + self.rule.causal_offset)
             visible = visible & (queries < self.query_length)
             # What no query of the tile sees must not reach a product: 0 · NaN is NaN.
             used = visible.any(3).unsqueeze(-1)
@@ -118,23 +118,21 @@ def _weighted(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     return torch.where(touched, weights @ value, weights @ torch.where(finite, value, 0.0))
 
 
+@implements
 def block_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     blocks: Tensor,
-    key_lengths: Tensor | None,
     block_size: int,
     query_tile: int,
-    is_causal: bool,
-    causal_offset: int,
-    scale: float,
+    rule: PackedRule,
 ) -> tuple[Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse float32 [B, Hq, Tq]
-    p = _Problem(query, key, value, blocks, key_lengths, block_size, query_tile, is_causal, causal_offset)
+    p = _TiledAttention(query, key, value, blocks, block_size, query_tile, rule)
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
     for tiles in p.chunks():
-        probabilities, total = _softmax(tiles.scores(scale))
+        probabilities, total = softmax(tiles.scores(rule.scale))
         rows = p.rows_of(tiles.slice)
         attended = _weighted(probabilities, tiles.value, tiles.seen())
         out[:, :, rows] = p.from_tiles(attended, tiles.slice).to(out.dtype)
@@ -142,43 +140,43 @@ def block_attention(
     return out, lse
 
 
+@implements
 def block_attention_backward(
     grad_out: Tensor,  # [B, Hq, Tq, Dv]
     grad_lse: Tensor | None,  # [B, Hq, Tq]
-    lse: Tensor,  # [B, Hq, Tq]; other wings need it, this one recomputes
     query: Tensor,
     key: Tensor,
     value: Tensor,
     blocks: Tensor,
-    key_lengths: Tensor | None,
+    lse: Tensor,  # [B, Hq, Tq]; other wings need it, this one recomputes
     block_size: int,
     query_tile: int,
-    is_causal: bool,
-    causal_offset: int,
-    scale: float,
+    rule: PackedRule,
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradients of query, key and value
-    p = _Problem(query, key, value, blocks, key_lengths, block_size, query_tile, is_causal, causal_offset)
+    p = _TiledAttention(query, key, value, blocks, block_size, query_tile, rule)
     grad_query = query.new_zeros(query.shape)
     grad_key, grad_value = (
         t.new_zeros((t.shape[0], t[0].numel() if len(t) else 0), dtype=p.compute) for t in (p.key, p.value)
     )
     for tiles in p.chunks():
         rows = p.rows_of(tiles.slice)
-        probabilities, _ = _softmax(tiles.scores(scale))
+        probabilities, _ = softmax(tiles.scores(rule.scale))
         grads = p.in_tiles(grad_out, tiles.slice)
         # dS = P ∘ (dO·Vᵀ − Σ P ∘ (dO·Vᵀ) + dLSE)
         grad_probabilities = torch.where(tiles.seen(), grads @ tiles.value.mT, 0.0)
         centre = (probabilities * grad_probabilities).sum(-1, keepdim=True)
         if grad_lse is not None:
             centre = centre - p.in_tiles(grad_lse.unsqueeze(-1), tiles.slice)
-        grad_scores = torch.where(tiles.seen(), probabilities * (grad_probabilities - centre) * scale, 0.0)
+        grad_scores = torch.where(
+            tiles.seen(), probabilities * (grad_probabilities - centre) * rule.scale, 0.0
+        )
         grad_query[:, :, rows] = p.from_tiles(grad_scores @ tiles.key, tiles.slice).to(query.dtype)
         for total, terms in (
             (grad_key, grad_scores.mT @ tiles.query),
             (grad_value, probabilities.mT @ grads),
         ):
             terms = terms.unflatten(3, (-1, p.size)).flatten(4)  # [B, U, n, M, block · D]
-            _add_rows(total, tiles.rows, terms, tiles.filled)
+            add_rows(total, tiles.rows, terms, tiles.filled)
     return grad_query, _from_blocks(grad_key, key), _from_blocks(grad_value, value)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.wing import implements
 
 
 def _rows_of(indices: Tensor, heads: int, kv_heads: int, key_length: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def _scores(query: Tensor, keys: Tensor, filled: Tensor, scale: float) -> Tensor
     return torch.where(filled, scores, -torch.inf)
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(probabilities, LSE); a row with nothing to attend to has probabilities 0 and LSE −inf."""
     lse = scores.logsumexp(-1)
     # Not exp(scores − lse): the rounding of a large LSE would be a factor on the whole row.
@@ -33,6 +34,7 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities, lse
 
 
+@implements
 def gathered_attention(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -52,7 +54,7 @@ def gathered_attention(
 
     for chunk in query_chunks(query_length, batch * heads * budget * max(head_dim, value_dim)):
         rows, filled = _rows_of(indices[:, :, chunk], heads, kv_heads, key_length)
-        probabilities, chunk_lse = _softmax(
+        probabilities, chunk_lse = softmax(
             _scores(query[:, :, chunk].to(compute), key_rows[rows].to(compute), filled, scale)
         )
         # An empty slot reads row 0, whose NaN must not leak: 0 · NaN is NaN.
@@ -62,6 +64,7 @@ def gathered_attention(
     return out, lse
 
 
+@implements
 def gathered_attention_backward(
     grad_out: Tensor,  # [B, Hq, Tq, Dv]
     grad_lse: Tensor | None,  # float32 [B, Hq, Tq]
@@ -72,7 +75,7 @@ def gathered_attention_backward(
     out: Tensor,  # [B, Hq, Tq, Dv]; other wings need it, this one recomputes
     lse: Tensor,  # float32 [B, Hq, Tq]; likewise
     scale: float,
-    atomics: bool = False,  # for the GPU wings
+    atomics: bool,  # for the GPU wings
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradients of query, key, value
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -91,7 +94,7 @@ def gathered_attention_backward(
         queries, grads = query[:, :, chunk].to(compute), grad_out[:, :, chunk].to(compute)
         keys = torch.where(filled.unsqueeze(-1), key_rows[rows].to(compute), 0.0)
         values = torch.where(filled.unsqueeze(-1), value_rows[rows].to(compute), 0.0)
-        probabilities, _ = _softmax(_scores(queries, keys, filled, scale))
+        probabilities, _ = softmax(_scores(queries, keys, filled, scale))
         # dS = P ∘ (dO·Vᵀ − Σ P ∘ (dO·Vᵀ) + dLSE)
         grad_probabilities = (values @ grads.unsqueeze(-1)).squeeze(-1)
         centre = (probabilities * grad_probabilities).sum(-1, keepdim=True)
@@ -99,8 +102,8 @@ def gathered_attention_backward(
             centre = centre - grad_lse[:, :, chunk].to(compute).unsqueeze(-1)
         grad_scores = torch.where(filled, probabilities * (grad_probabilities - centre) * scale, 0.0)
         grad_query[:, :, chunk] = (grad_scores.unsqueeze(-2) @ keys).squeeze(-2).to(query.dtype)
-        _add_rows(grad_key, rows, grad_scores.unsqueeze(-1) * queries.unsqueeze(-2), filled)
-        _add_rows(grad_value, rows, probabilities.unsqueeze(-1) * grads.unsqueeze(-2), filled)
+        add_rows(grad_key, rows, grad_scores.unsqueeze(-1) * queries.unsqueeze(-2), filled)
+        add_rows(grad_value, rows, probabilities.unsqueeze(-1) * grads.unsqueeze(-2), filled)
     return (
         grad_query,
         grad_key.view(key.shape).to(key.dtype),
@@ -108,7 +111,7 @@ def gathered_attention_backward(
     )
 
 
-def _add_rows(total: Tensor, rows: Tensor, terms: Tensor, filled: Tensor) -> None:
+def add_rows(total: Tensor, rows: Tensor, terms: Tensor, filled: Tensor) -> None:
     """total[rows] += terms over the filled slots, in one order whatever the number of threads."""
     # Empty slots carry row 0: their terms are 0 unless the query holds NaN, hence the mask.
     terms = torch.where(filled.unsqueeze(-1), terms, 0.0).flatten(0, 3)

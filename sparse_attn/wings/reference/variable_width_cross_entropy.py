@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.wing import implements
 
 
 def _classes_of(token_band: Tensor, token_row: Tensor, tables: list[Tensor]) -> Tensor:
@@ -21,7 +22,7 @@ def _classes_of(token_band: Tensor, token_row: Tensor, tables: list[Tensor]) -> 
     return first[token_band.to(torch.int64)] + token_row.to(torch.int64)
 
 
-class _Problem:
+class _BandedLoss:
     """What forward and backward share."""
 
     def __init__(self, hidden, targets, tables, projections, token_band, token_row, weight, ignore_index):
@@ -54,6 +55,7 @@ class _Problem:
         return torch.cat([h @ t.t() for h, t in zip(projected, self.tables, strict=True)], dim=1)
 
 
+@implements
 def variable_width_cross_entropy(
     hidden: Tensor,  # [N, D]
     targets: Tensor,  # int64 [N]
@@ -65,7 +67,7 @@ def variable_width_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:  # loss [N], lse [N], 0 where the target is ignored
-    p = _Problem(hidden, targets, tables, projections, token_band, token_row, weight, ignore_index)
+    p = _BandedLoss(hidden, targets, tables, projections, token_band, token_row, weight, ignore_index)
     loss = hidden.new_zeros(targets.shape, dtype=p.compute)
     lse = torch.zeros_like(loss)
     for chunk in p.chunks():
@@ -81,6 +83,7 @@ def variable_width_cross_entropy(
     return loss, lse
 
 
+@implements
 def variable_width_cross_entropy_backward(
     grad_loss: Tensor,  # [N]
     grad_lse: Tensor,  # [N]
@@ -95,7 +98,7 @@ def variable_width_cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # gradients of hidden, tables, projections
-    p = _Problem(hidden, targets, tables, projections, token_band, token_row, weight, ignore_index)
+    p = _BandedLoss(hidden, targets, tables, projections, token_band, token_row, weight, ignore_index)
     grad_hidden = hidden.new_zeros(hidden.shape)
     grad_tables = [torch.zeros_like(t) for t in p.tables]
     grad_projections = [None if q is None else torch.zeros_like(q) for q in p.projections]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn.wings.reference.wing import implements
+
 
 def _positions_of(
     ids: Tensor, token_band: Tensor, token_row: Tensor, padding_idx: int, band: int
@@ -22,6 +24,7 @@ def _positions_of(
     return inside.unsqueeze(1), rows
 
 
+@implements
 def variable_width_embedding(
     ids: Tensor,  # int [*]
     tables: list[Tensor],  # B of [n, width]
@@ -47,6 +50,7 @@ def variable_width_embedding(
     return out.reshape(*ids.shape, dim)
 
 
+@implements
 def variable_width_embedding_backward(
     grad_out: Tensor,  # [*, D]
     ids: Tensor,

@@ -24,7 +24,8 @@ from ops.test_torch_integration import op_arguments, overload
 
 import sparse_attn
 from sparse_attn.ops.gathered_attention import uses_atomics
-from sparse_attn.triton_kernels import _common, gathered_attention, gathered_attention_backward
+from sparse_attn.triton_kernels import gathered_attention, gathered_attention_backward
+from sparse_attn.triton_kernels.lib import common
 
 
 @pytest.mark.parametrize("groups", ["one", "per key head", "per query head"])
@@ -101,8 +102,8 @@ def test_atomics(wing, dtype, shared, monkeypatch):
 
 def test_a_grid_of_three_axes(wing, monkeypatch):
     """More sets of heads than the second axis of a grid takes."""
-    monkeypatch.setattr(_common, "_SECOND_AXIS", 2)
-    assert _common.grid_of(7, 5) == (7, 2, 3)
+    monkeypatch.setattr(common, "_SECOND_AXIS", 2)
+    assert common.grid_of(7, 5) == (7, 2, 3)
     check(wing, qkv(1, 5, 5, 2, 7, 8), index_rows((1, 1, 2, 4), 7))
     check(wing, qkv(1, 12, 3, 2, 7, 8, dtype=torch.float16), index_rows((1, 1, 2, 4), 7))
 

@@ -9,7 +9,8 @@ import torch
 from helpers.inputs import index_rows, integers, normal, qkv
 
 import sparse_attn
-from sparse_attn.triton_kernels import _tuning, topk_select, variable_width_cross_entropy
+from sparse_attn.triton_kernels import topk_select, variable_width_cross_entropy
+from sparse_attn.triton_kernels.lib import tuning
 
 MOST = 4  # candidates of one kernel
 
@@ -79,7 +80,7 @@ def test_candidates_agree(call, monkeypatch):
             assert len(configs) <= MOST
             return config
 
-        for module in (_tuning, variable_width_cross_entropy):
+        for module in (tuning, variable_width_cross_entropy):
             monkeypatch.setattr(module, "chosen", choose)
         for ours, first in zip(CALLS[call](), want, strict=True):
             if ours.dtype in (torch.float32, torch.int32):
@@ -95,13 +96,13 @@ def test_a_tuned_call(call, monkeypatch, tmp_path):
     """Timed in the interpreter: results as untuned, and again from what was remembered."""
     want = CALLS[call]()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(_tuning.VARIABLE, "1")
-    monkeypatch.setattr(_tuning, "_winners", None)
-    monkeypatch.setattr(_tuning, "measure", lambda run, device: (run(), next(times))[1])
+    monkeypatch.setenv(tuning.VARIABLE, "1")
+    monkeypatch.setattr(tuning, "_winners", None)
+    monkeypatch.setattr(tuning, "measure", lambda run, device: (run(), next(times))[1])
     times = iter(float(n) for n in range(1000, 0, -1))  # the last one wins
     for _ in range(2):
         for ours, first in zip(CALLS[call](), want, strict=True):
             torch.testing.assert_close(ours, first, rtol=2**-6, atol=2**-6 * float(first.abs().max()))
-    known = json.loads(_tuning.cache_file().read_text())
+    known = json.loads(tuning.cache_file().read_text())
     assert known
     assert int(next(times)) >= 1000 - MOST * len(known), "timed once for each class"

@@ -13,9 +13,9 @@ from helpers.compare import assert_within_budget
 from ops import test_variable_width_cross_entropy as ordinary
 from ops.test_variable_width_cross_entropy import SHAPES, assert_equal_to_dense, problem, run
 
-from sparse_attn.triton_kernels import matmul
 from sparse_attn.triton_kernels import variable_width_cross_entropy as forward
 from sparse_attn.triton_kernels import variable_width_cross_entropy_backward as backward
+from sparse_attn.triton_kernels.lib import matmul
 
 PATHS = ("chunks", "fused")
 

@@ -10,8 +10,8 @@ import torch
 from helpers.embeddings import Tables, make_ids, make_tables
 from ops.test_variable_width_embedding import KINDS, SHAPES, check, expected, lookup
 
-from sparse_attn.triton_kernels import run_sums
 from sparse_attn.triton_kernels import variable_width_embedding as forward
+from sparse_attn.triton_kernels.lib import run_sums
 
 BOTH = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 

@@ -13,6 +13,7 @@ from helpers.native_functions import has_kernel, native_functions, parse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
+from sparse_attn.rule import PackedRule
 from sparse_attn.wings.reference import REFERENCE_WING
 
 RUN = REFERENCE_WING.implementations
@@ -48,16 +49,18 @@ def record(device: str, dtype: torch.dtype) -> Recorder:
             lengths = None if lengths is None else lengths.to(device)
             causal, offset = options.get("is_causal", False), options.get("causal_offset", 0)
             window, sinks = options.get("window", 0), options.get("sinks", 0)
-            selection = (seen, lengths, 5, causal, offset, options.get("scale", 0.3), window, sinks, groups)
+            scale = options.get("scale", 0.3)
+            rule = PackedRule(seen, lengths, causal, offset, window, sinks, groups, scale)
             with recorder:
-                RUN["topk_select"](query, key, *selection)
-                RUN["topk_attention"](query, key, value, *selection)
+                RUN["topk_select"](query, key, 5, rule, False, None, 1, 1)
+                RUN["topk_attention"](query, key, value, 5, rule)
     for groups in (4, 2, 1):
         indices = index_rows((2, groups, 9, 5), 13, garbage=True).to(device)
         with recorder:
             out, lse = RUN["gathered_attention"](query, key, value, indices, 0.3)
             for grad_lse in (None, lse):
-                RUN["gathered_attention_backward"](out, grad_lse, query, key, value, indices, out, lse, 0.3)
+                inputs = (query, key, value, indices, out, lse)
+                RUN["gathered_attention_backward"](out, grad_lse, *inputs, 0.3, False)
     return recorder
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LN2, LOG2_OF_E
-from ._dot import dot
+from .common import LN2, LOG2_OF_E
+from .dot import dot
 
 
 # debug=True compiles the assertion in: a target out of range must not pass in silence, as in F.cross_entropy.

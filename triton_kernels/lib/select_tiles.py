@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._dot import dot
 from .candidates import (
     LARGEST,
     count_passes,
@@ -16,6 +15,7 @@ from .candidates import (
     pack,
     score_of,
 )
+from .dot import dot
 from .shared_scores import attention_mass
 
 
@@ -69,7 +69,7 @@ def select_tiles(
     slack,
     causal_offset,  # query i sees keys up to i + causal_offset
     window_offset,  # and always keeps those beyond i + window_offset
-    sinks,
+    first_kept,
     scale,
     tiles,
     query_blocks,
@@ -126,7 +126,7 @@ def select_tiles(
             tile_end = length
             plain_end = length
         # Key tiles of [plain_first, plain_stop) are seen whole by every row, and hold no forced key.
-        plain_first = tl.cdiv(sinks, BLOCK_N)
+        plain_first = tl.cdiv(first_kept, BLOCK_N)
         plain_stop = tl.maximum(plain_end, 0) // BLOCK_N
         if mask is not None:
             plain_stop = plain_stop * 0
@@ -158,7 +158,7 @@ def select_tiles(
                     if IS_CAUSAL:
                         some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
                     kept, bar = cut_in_place(
-                        slots + some * STRIDE, tl.load(counts + some), sinks, some_start, budget, slack,
+                        slots + some * STRIDE, tl.load(counts + some), first_kept, some_start, budget, slack,
                         CAPACITY, CHUNK, STEP,
                     )  # fmt: skip
                     tl.store(counts + some, kept)
@@ -223,7 +223,7 @@ def select_tiles(
                             SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
                     passes = ~(threshold[None, :] >= score)
-                    passes |= (index < sinks)[:, None] | (index[:, None] >= window_start[None, :])
+                    passes |= (index < first_kept)[:, None] | (index[:, None] >= window_start[None, :])
                     passes &= index[:, None] < row_end[None, :]
                     if mask is not None:
                         allowed = tl.load(
@@ -254,7 +254,7 @@ def select_tiles(
                 some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
             out_row = group.to(tl.int64) * query_length + first_row + some
             _emit(
-                slots + some * STRIDE, tl.load(counts + some), valid, sinks, some_start, budget,
+                slots + some * STRIDE, tl.load(counts + some), valid, first_kept, some_start, budget,
                 (out_row * splits + split) * budget, indices, scores, SPLIT, CAPACITY, CHUNK, STEP,
             )  # fmt: skip
         tl.debug_barrier()  # the next tile overwrites what some thread may still read
@@ -266,7 +266,7 @@ def _emit(
     rows,  # pointer to each row of slots, [Q]
     count,  # int32 [Q]
     valid,  # int1 [Q]: rows that exist
-    sinks,
+    first_kept,
     window_start,  # int32 [Q]
     budget,
     place,  # int64 [Q]: where each row's output begins
@@ -278,12 +278,14 @@ def _emit(
     STEP: tl.constexpr,
 ):
     """Writes the best of each row, ascending, then −1."""
-    low, equal, size = find_cut(rows, count, sinks, window_start, budget, 0, CAPACITY, CHUNK)
+    low, equal, size = find_cut(rows, count, first_kept, window_start, budget, 0, CAPACITY, CHUNK)
     written = tl.zeros_like(count)
     equal_seen = tl.zeros_like(count)
     for first in range(0, tl.max(count, 0), STEP):
         column = first + tl.arange(0, STEP)
-        slot, keep, equal_seen = kept_slots(rows, column, count, sinks, window_start, low, equal, equal_seen)
+        slot, keep, equal_seen = kept_slots(
+            rows, column, count, first_kept, window_start, low, equal, equal_seen
+        )
         target = place[:, None] + written[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
         written += tl.sum(keep.to(tl.int32), 1)
         keep &= valid[:, None]
@@ -311,7 +313,7 @@ def merge_pieces(
     width,  # splits · K
     budget,
     window_offset,
-    sinks,
+    first_kept,
     IS_CAUSAL: tl.constexpr,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
@@ -327,6 +329,6 @@ def merge_pieces(
     if IS_CAUSAL:
         start = (row % query_length).to(tl.int32) + window_offset + 1
     _emit(
-        slots + row * width, count, valid, sinks, start, budget,
+        slots + row * width, count, valid, first_kept, start, budget,
         row * budget, indices, scores, False, CAPACITY, CHUNK, STEP,
     )  # fmt: skip

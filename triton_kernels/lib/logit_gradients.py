@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2_OF_E
-from ._dot import dot
+from .common import LOG2_OF_E
+from .dot import dot
 from .online_lse import class_logits
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._dot import dot
+from .dot import dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dot import dot
+from .dot import dot
 
 PROGRAMS = 264  # enough for two on each multiprocessor of a large GPU
 

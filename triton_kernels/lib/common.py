@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dot import INTERPRETED
+from .dot import INTERPRETED
 
 LOG2E = 1.4426950408889634  # on the host
 LOG2_OF_E = tl.constexpr(LOG2E)  # in kernels

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LOG2_OF_E, outer_program, rounded
-from .gathered_attention import load_rows
+from .common import LOG2_OF_E, outer_program, rounded
+from .rows import load_rows
 
 
 @triton.jit

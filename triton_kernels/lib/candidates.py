@@ -62,25 +62,25 @@ def count_passes(score_a, count_a, score_b, count_b):
 
 
 @triton.jit
-def load_keys(rows, column, count, sinks, window_start):
+def load_keys(rows, column, count, first_kept, window_start):
     """(int32 [Q, C] keys, which slots are filled, slots) of the columns; HIDDEN where a slot is empty."""
     inside = column[None, :] < count[:, None]
     slot = tl.load(rows[:, None] + column[None, :], mask=inside, other=-1)
     index = index_of(slot)
     filled = inside & (index >= 0)
-    forced = (index < sinks) | (index >= window_start[:, None])
+    forced = (index < first_kept) | (index >= window_start[:, None])
     key = tl.where(forced, FORCED, order_key(score_of(slot)))
     return tl.where(filled, key, HIDDEN), filled, slot
 
 
 @triton.jit
-def _count_in_memory(rows, count, sinks, window_start, bound, longest, CHUNK: tl.constexpr):
+def _count_in_memory(rows, count, first_kept, window_start, bound, longest, CHUNK: tl.constexpr):
     """How many keys of each row are >= bound, and > bound: for rows that no register tile holds."""
     at_least = tl.zeros_like(count)
     above = tl.zeros_like(count)
     for first in range(0, longest, CHUNK):
         column = first + tl.arange(0, CHUNK)
-        key, filled, slot = load_keys(rows, column, count, sinks, window_start)
+        key, filled, slot = load_keys(rows, column, count, first_kept, window_start)
         at_least += tl.sum((key >= bound[:, None]).to(tl.int32), 1)
         above += tl.sum((key > bound[:, None]).to(tl.int32), 1)
     return at_least, above
@@ -98,7 +98,7 @@ def _half_way(low, high):
 def find_cut(
     rows,  # pointer to each row of slots, [Q]
     count,  # int32 [Q]: filled slots (some of them may hold index −1)
-    sinks,
+    first_kept,
     window_start,  # int32 [Q]
     budget,
     slack,  # stop when between budget and budget + slack are left: exact only where it is 0
@@ -109,14 +109,14 @@ def find_cut(
     longest = tl.max(count, 0)
     if CAPACITY <= CHUNK:
         column = tl.arange(0, CAPACITY)
-        key, filled, slot = load_keys(rows, column, count, sinks, window_start)
+        key, filled, slot = load_keys(rows, column, count, first_kept, window_start)
         size = tl.sum(filled.to(tl.int32), 1)
         low = tl.min(tl.where(filled, key, LARGEST), 1)
         high = tl.max(key, 1)
     else:
         low = tl.zeros_like(count) + (HIDDEN + 1)
         high = tl.zeros_like(count) + FORCED
-        size, above = _count_in_memory(rows, count, sinks, window_start, low, longest, CHUNK)
+        size, above = _count_in_memory(rows, count, first_kept, window_start, low, longest, CHUNK)
     at_least = size
     wide = (at_least > budget + slack) & (low < high)
     while tl.max(wide.to(tl.int32), 0) > 0:
@@ -124,7 +124,7 @@ def find_cut(
         if CAPACITY <= CHUNK:
             kept = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
         else:
-            kept, above = _count_in_memory(rows, count, sinks, window_start, middle, longest, CHUNK)
+            kept, above = _count_in_memory(rows, count, first_kept, window_start, middle, longest, CHUNK)
         enough = kept >= budget
         high = tl.where(wide & (kept < budget), middle - 1, high)
         low = tl.where(wide & enough, middle, low)
@@ -133,15 +133,15 @@ def find_cut(
     if CAPACITY <= CHUNK:
         above = tl.sum((key > low[:, None]).to(tl.int32), 1)
     else:
-        kept, above = _count_in_memory(rows, count, sinks, window_start, low, longest, CHUNK)
+        kept, above = _count_in_memory(rows, count, first_kept, window_start, low, longest, CHUNK)
     equal = tl.where(at_least > budget + slack, budget - above, at_least)
     return low, equal, size
 
 
 @triton.jit
-def kept_slots(rows, column, count, sinks, window_start, low, equal, equal_seen):
+def kept_slots(rows, column, count, first_kept, window_start, low, equal, equal_seen):
     """(slots, which to keep, ties seen so far) of a chunk of columns."""
-    key, filled, slot = load_keys(rows, column, count, sinks, window_start)
+    key, filled, slot = load_keys(rows, column, count, first_kept, window_start)
     tie = filled & (key == low[:, None])
     rank = equal_seen[:, None] + tl.cumsum(tie.to(tl.int32), 1)
     keep = filled & ((key > low[:, None]) | (tie & (rank <= equal[:, None])))
@@ -152,7 +152,7 @@ def kept_slots(rows, column, count, sinks, window_start, low, equal, equal_seen)
 def cut_in_place(
     rows,  # pointer to each row of slots, [Q]
     count,  # int32 [Q]
-    sinks,
+    first_kept,
     window_start,  # int32 [Q]
     budget,
     slack,
@@ -165,12 +165,14 @@ def cut_in_place(
     Between a load and the store that may overwrite it, and at the end, the threads of the program meet: a row may
     belong to several of them. A store never reaches the columns of a later load.
     """
-    low, equal, size = find_cut(rows, count, sinks, window_start, budget, slack, CAPACITY, CHUNK)
+    low, equal, size = find_cut(rows, count, first_kept, window_start, budget, slack, CAPACITY, CHUNK)
     written = tl.zeros_like(count)
     equal_seen = tl.zeros_like(count)
     for first in range(0, tl.max(count, 0), STEP):
         column = first + tl.arange(0, STEP)
-        slot, keep, equal_seen = kept_slots(rows, column, count, sinks, window_start, low, equal, equal_seen)
+        slot, keep, equal_seen = kept_slots(
+            rows, column, count, first_kept, window_start, low, equal, equal_seen
+        )
         place = written[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
         written += tl.sum(keep.to(tl.int32), 1)
         tl.debug_barrier()

@@ -1,0 +1,134 @@
+"""The rule of a selection: who may see whom, what is always kept, who shares, and the scale of the scores.
+
+One object from the public function to the kernel. `Rule` is what a caller says; `Rule.packed` checks it against the
+tensors, once, and gives the `PackedRule` that crosses the ops' schemas (`SCHEMA`) in four parts. The ops put it
+together again for Python wings; in C++ it is csrc/common/rule.h, which reads the numbers in the order of `_NUMBERS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_attn import checks
+
+# SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
+SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, SymInt[] rule, float scale"
+PARTS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Which keys each query may see and which of them it always keeps, as :func:`sparse_attn.topk_select` takes it.
+
+    Args:
+        is_causal: query i sees keys 0 … i + causal_offset.
+        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last).
+        attn_mask: boolean, True = may attend, broadcastable to [B, Hq, Tq, Tk]; the same for heads that share.
+        key_lengths: int32 or int64 [B]; keys at and past it do not exist.
+        window: always keep the last `window` visible positions up to the query's own; needs is_causal.
+        sinks: always keep the first `sinks` keys.
+        share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
+        scale: factor of q·k, default 1/√D.
+
+    Nothing is checked before the rule meets tensors: whatever takes it raises TypeError or ValueError then.
+
+    Example:
+        >>> import torch
+        >>> from sparse_attn.selection import Exact, Rule
+        >>> q, k = torch.randn(1, 4, 32, 16), torch.randn(1, 2, 32, 16)
+        >>> rule = Rule(is_causal=True, window=4, sinks=1, share="kv")
+        >>> Exact().select(q, k, 8, rule).indices.shape
+        torch.Size([1, 2, 32, 8])
+    """
+
+    is_causal: bool = False
+    causal_offset: int | None = None
+    attn_mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    window: int = 0
+    sinks: int = 0
+    share: str = "none"
+    scale: float | None = None
+
+    @property
+    def keeps_any(self) -> bool:
+        """Whether some keys are always kept."""
+        return bool(self.window or self.sinks)
+
+    def arguments(self) -> dict[str, Any]:
+        """The rule in the keywords of the public functions."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def packed(
+        self,
+        query: Tensor,  # [B, Hq, Tq, D]
+        key: Tensor,  # [B, Hkv, Tk, D]
+        top_k: object = None,
+        *,
+        per_group: bool = False,
+    ) -> PackedRule:
+        """The rule for these tensors, which are checked already; `top_k` must hold what is always kept.
+
+        `per_group`: each key head is a group of its own, and the mask is given per group, not per query head.
+
+        Raises:
+            TypeError, ValueError: a part of the rule is wrong, or does not fit the tensors or the budget.
+        """
+        is_causal = checks.boolean("is_causal", self.is_causal)
+        window, sinks = checks.kept(self.window, self.sinks, is_causal, top_k)
+        groups = key.shape[1] if per_group else checks.groups_of(self.share, query.shape[1], key.shape[1])
+        return PackedRule(
+            attn_mask=checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
+            key_lengths=checks.lengths_of(self.key_lengths, key),
+            is_causal=is_causal,
+            causal_offset=checks.causal_offset_of(
+                is_causal, self.causal_offset, query.shape[2], key.shape[2]
+            ),
+            window=window,
+            sinks=sinks,
+            groups=groups,
+            scale=checks.softmax_scale(self.scale, query.shape[3]),
+        )
+
+
+class PackedRule(NamedTuple):
+    """A checked rule: every part has its value, and fits the tensors that it was packed for."""
+
+    attn_mask: Tensor | None  # bool [B, G, Tq, Tk], True = may attend
+    key_lengths: Tensor | None  # int [B]
+    is_causal: bool
+    causal_offset: int  # 0 without is_causal
+    window: int
+    sinks: int
+    groups: int  # G: 1, Hkv or Hq
+    scale: float
+
+    @property
+    def keeps_any(self) -> bool:
+        """Whether some keys are always kept."""
+        return bool(self.window or self.sinks)
+
+    def first_kept(self, key_length: int) -> int:
+        """How many of the first keys are always kept."""
+        return min(self.sinks, key_length)
+
+    def parts(self) -> tuple[Tensor | None, Tensor | None, list[int], float]:
+        """What `SCHEMA` names."""
+        numbers = [int(self.is_causal), self.causal_offset, self.window, self.sinks, self.groups]
+        return self.attn_mask, self.key_lengths, numbers, self.scale
+
+    @classmethod
+    def of_parts(
+        cls, attn_mask: Tensor | None, key_lengths: Tensor | None, numbers: list[Any], scale: float
+    ) -> PackedRule:
+        is_causal, causal_offset, window, sinks, groups = numbers
+        return cls(attn_mask, key_lengths, bool(is_causal), causal_offset, window, sinks, groups, scale)
+
+
+def selection_shape(query: Tensor, key: Tensor, top_k: int, rule: PackedRule) -> tuple[int, int, int, Any]:
+    """[B, G, Tq, K], K = min(top_k, Tk)."""
+    return query.shape[0], rule.groups, query.shape[2], torch.sym_min(top_k, key.shape[2])
