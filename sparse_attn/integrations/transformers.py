@@ -32,7 +32,7 @@ from sparse_attn.integrations.indexers import (
     uses_indexer,
 )
 from sparse_attn.integrations.low_rank import fit_low_rank, low_rank_of, require_low_rank
-from sparse_attn.integrations.visibility import CausalMask, Visibility, last_visible
+from sparse_attn.integrations.visibility import CausalMask, Visibility, attention_mask, last_visible
 from sparse_attn.nn import LowRankScorer
 from sparse_attn.ops import (
     block_attention,
@@ -178,43 +178,6 @@ def _check_blocks(top_k: int | None, window: int, sinks: int) -> None:
             "selector='blocks' keeps the first block and the queries' own, window and sinks go without, "
             f"got window={window}, sinks={sinks}"
         )
-
-
-def attention_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=None,
-    attention_mask: Tensor | None = None,  # bool [B, keys seen so far], True = not padding
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **others,
-) -> Tensor | CausalMask | None:
-    """What transformers passes to every layer as `attention_mask`.
-
-    Plain causal visibility stays a number and the padding, without a [Tq, Tk] tensor; what is more (sliding windows,
-    packed sequences, prefixes, static caches) is the boolean mask of scaled_dot_product_attention.
-    """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    # A static cache counts its positions in a tensor, or has keys behind the last query.
-    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
-    grows = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    if not plain or not grows:
-        return sdpa_mask(
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            **others,
-        )
-    return CausalMask.of(attention_mask, q_length, kv_length, q_offset, kv_offset)
 
 
 def attention_forward(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.integrations.visibility import Visibility
+from sparse_attn.integrations.visibility import attention_mask as make_mask
 
 _IMPLEMENTATION = "sparse_attn_watching"
 
@@ -45,8 +46,6 @@ def watching(model: torch.nn.Module, look: Callable[[Given], None], modules: Ite
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
-
-    from sparse_attn.integrations.transformers import attention_mask as make_mask
 
     inputs: dict[int, tuple] = {}  # of the modules that are running
 
