@@ -14,7 +14,7 @@ import sparse_attn
 
 HEADS, HEAD_DIM = 8, 64
 CONTENDERS = ("SDPA", "top-k", "plain PyTorch")
-SECONDS = 15.0  # for all lengths together
+SECONDS = 10.0  # for all lengths together
 ROUNDS = 20  # the most repetitions at one length
 CALLS = 2  # of a contender at a length, the fewest: a first call, and one that is timed
 PROBE = 256  # length of the calls from which the first estimates are made
