@@ -26,7 +26,7 @@ from benchmarks.studies import results
 from benchmarks.studies.statistics import interval
 from benchmarks.studies.widths_model import GPT, WIDTH, Corpus, Shape, full, load
 from sparse_attn import gathered_attention
-from sparse_attn.cli.demo_model import HEADS
+from sparse_attn.demo.model import HEADS
 from sparse_attn.nn import Indexer, TopKAttention
 
 DENSE, STEPS, TIME, TUNING = "dense", "equal steps", "equal time", "tuning"

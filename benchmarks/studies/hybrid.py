@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.studies import results
-from sparse_attn.cli import demo_text
-from sparse_attn.cli.console import count
-from sparse_attn.cli.demo_model import HEADS, LAYERS, WIDTH
-from sparse_attn.cli.demo_train import Arm, Settings, train
+from sparse_attn.cli.console import count, refusals
+from sparse_attn.demo.model import HEADS, LAYERS, WIDTH
+from sparse_attn.demo.text import Corpus, load, windows
+from sparse_attn.demo.train import Arm, Settings, train
 from sparse_attn.distillation import (
     Frequencies,
     attention_layers,
@@ -109,7 +109,8 @@ def run(
         `evaluate`: by name and budget); "seconds", by stage.
     """
     device = torch.device(device)
-    corpus = demo_text.load(text, context)
+    with refusals("--text " if text else ""):
+        corpus = load(text, context)
     clock = _Clock()
     teacher = _teacher(corpus, Settings(steps, batch, context, max(budgets), 0, seed, device), progress)
     clock.lap("teacher")
@@ -272,7 +273,7 @@ def draw(found: results.Results) -> None:
     plt.close(figure)
 
 
-def _teacher(corpus: demo_text.Corpus, settings: Settings, progress: Progress | bool | None) -> nn.Module:
+def _teacher(corpus: Corpus, settings: Settings, progress: Progress | bool | None) -> nn.Module:
     """The demo's dense model, trained as the demo does."""
     arm = Arm("dense", None, 0, "PyTorch SDPA")
     with reporting("train teacher", settings.steps, progress) as advance:
@@ -333,16 +334,14 @@ def _selectors(student: nn.Module) -> dict[str, KeySelector]:
     return {name: layer.selector for name, layer in attention_layers(student).items()}
 
 
-def _random_batches(
-    corpus: demo_text.Corpus, count: int, batch: int, context: int, seed: int
-) -> list[Tensor]:
+def _random_batches(corpus: Corpus, count: int, batch: int, context: int, seed: int) -> list[Tensor]:
     """`count` batches of training windows, int64 [batch, context] each: a few megabytes of ids, not of activations."""
     return _batches(corpus.train, corpus.train_starts(count, batch, context, seed).flatten(), batch, context)
 
 
 def _batches(ids: Tensor, starts: Tensor, batch: int, context: int) -> list[Tensor]:
     device = torch.device("cpu")  # the teacher's own is found when a batch is run
-    return [demo_text.windows(ids, some, context, device)[0] for some in starts.split(batch)]
+    return [windows(ids, some, context, device)[0] for some in starts.split(batch)]
 
 
 class _Clock:

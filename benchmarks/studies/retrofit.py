@@ -30,8 +30,8 @@ from sparse_attn import (
     refine_blocks,
     topk_select,
 )
-from sparse_attn.cli.console import UsageError, count
-from sparse_attn.cli.demo_text import read
+from sparse_attn.cli.console import UsageError, count, refusals
+from sparse_attn.demo.text import read
 from sparse_attn.integrations.indexers import attention_layers
 from sparse_attn.integrations.transformers import BLOCK
 from sparse_attn.integrations.watching import Given, watching
@@ -107,14 +107,14 @@ class Study:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=torch.float32, **more
         ).eval()
-        self.texts = [tokenizer(read(f), return_tensors="pt").input_ids for f in arguments.text]
+        with refusals("--text "):
+            self.texts = [tokenizer(read(f), return_tensors="pt").input_ids for f in arguments.text]
         if arguments.indexers:
             sparse_transformers.load_indexers(self.model, arguments.indexers)
         if arguments.calibrate:
-            windows = (
-                tokenizer(read(f, "--calibrate"), return_tensors="pt").input_ids
-                for f in arguments.calibrate[:CALIBRATION_WINDOWS]
-            )
+            with refusals("--calibrate "):
+                texts = [read(f) for f in arguments.calibrate[:CALIBRATION_WINDOWS]]
+            windows = (tokenizer(text, return_tensors="pt").input_ids for text in texts)
             batches = [t[:, :CALIBRATION_LENGTH] for t in windows]
             sparse_transformers.fit_low_rank(self.model, batches, rank=RANK)
         lacking = {"indexer": not arguments.indexers, "low_rank": not arguments.calibrate}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn import variable_width_cross_entropy, variable_width_embedding
-from sparse_attn.cli import demo_text
-from sparse_attn.cli.console import UsageError
-from sparse_attn.cli.demo_model import WIDTH, Block
+from sparse_attn.cli.console import UsageError, refusals
+from sparse_attn.demo.model import WIDTH, Block
+from sparse_attn.demo.text import read
 from sparse_attn.planner import WidthPlan, plan_widths
 
 LAYERS = 2
@@ -37,7 +37,8 @@ def load(files: Sequence[Path] | None, vocabulary: int, *, train: int, held_out:
     from tokenizers import ByteLevelBPETokenizer
 
     if files:
-        texts = [demo_text.read(f) for f in sorted(files, key=lambda f: f.name)]
+        with refusals("--text "):
+            texts = [read(f) for f in sorted(files, key=lambda f: f.name)]
     else:
         texts = [(resources.files("sparse_attn") / "data" / "state_of_the_union.txt").read_text("utf-8")]
     if len(texts) >= HELD_OUT:

@@ -26,7 +26,7 @@ Top-k gathered sparse attention for PyTorch: each query attends to its top_k bes
 EPILOG = """\
 examples:
   sparse-attn doctor           what runs on this machine, what does not and why, and whether it computes right
-  sparse-attn demo             watch a small GPT learn with top-k attention beside dense attention (a minute)
+  sparse-attn demo             watch a small GPT learn with top-k attention beside dense attention (two minutes)
   sparse-attn demo --help      everything that the demo can be asked
   sparse-attn bench --quick    the time against dense attention and plain PyTorch (in a checkout)
   sparse-attn plan --tokens train.bin --dim 768 --budget 10M

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -12,6 +13,15 @@ import torch
 
 class UsageError(Exception):
     """A bad option or a missing package; the program prints it as one sentence and exits with 2."""
+
+
+@contextmanager
+def refusals(before: str = "") -> Iterator[None]:
+    """Within it a ValueError of the library, which knows no options, is the user's: its sentence, after `before`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{before}{error}") from None
 
 
 def count(least: int) -> Callable[[str], int]:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from sparse_attn.cli import demo_text, demo_timing
-from sparse_attn.cli.console import UsageError, available_devices, count, device_of, require
-from sparse_attn.cli.demo_keys import chosen_keys
-from sparse_attn.cli.demo_plots import draw
-from sparse_attn.cli.demo_report import Report, as_json, print_report, print_start
-from sparse_attn.cli.demo_train import Settings, arms_of, train
+from sparse_attn.cli.console import UsageError, available_devices, count, device_of, refusals, require
+from sparse_attn.demo import session, tables, text, timing
+from sparse_attn.demo.plots import draw
+from sparse_attn.demo.report import Report, as_json
+from sparse_attn.demo.train import Settings, arms_of
 from sparse_attn.wings import base
 
 HELP = "train a small GPT on real text, dense and top-k side by side, and time attention at long lengths"
@@ -23,8 +22,8 @@ HELP = "train a small GPT on real text, dense and top-k side by side, and time a
 DESCRIPTION = """\
 Trains a small causal GPT (characters as tokens) on a text twice, once with dense attention and once with each query
 attending to its --top-k best keys alone: same seed, same data order. (--embedding variable adds a third model, see
-below.) Then times one attention at several lengths. About a minute on two cores. Ctrl-C ends it early and keeps what
-it has.
+below.) Then times one attention at several lengths. It measures a training step first, takes as many as --seconds
+allow, and says how long that will be: about two minutes by default. Ctrl-C ends it early and keeps what it has.
 
 What you get: a table (validation loss, speed, peak memory; attention times for scaled_dot_product_attention,
 sparse_attn and the same written in plain PyTorch), a text sample of the top-k model, and in the --out folder
@@ -35,7 +34,8 @@ sparse_attn and the same written in plain PyTorch), a text sample of the top-k m
 EPILOG = """\
 examples:
   sparse-attn demo                              the State of the Union addresses that come with the package
-  sparse-attn demo --text my.txt --steps 1000   your own text (UTF-8), longer
+  sparse-attn demo --seconds 20                 a first look; 600 for a better model
+  sparse-attn demo --text my.txt --steps 1000   your own text (UTF-8), so many steps however long they take
   sparse-attn demo --top-k 4                    how few keys are enough?
   sparse-attn demo --context 512 --top-k 32     longer windows
   sparse-attn demo --embedding variable         frequent characters wide, rare ones narrow
@@ -43,17 +43,28 @@ examples:
   sparse-attn demo --json | jq .arms            numbers for a program, nothing else on the standard output
 
 exit code: 0 done, 1 the timed kernels disagree, 2 a bad option, 130 ended by Ctrl-C.
-The same seed gives the same losses again on the CPU.
+The same seed and the same number of steps (--steps) give the same losses again on the CPU.
 """
 
-SAMPLE_LENGTH, PROMPT_LENGTH = 320, 60
+SECONDS = 90  # of training; with all the rest about two minutes
+MOST_STEPS = 2000  # that a fast machine takes unasked: the comparison is made, and the rest is waiting
+LENGTHS = (1024, 2048, 4096, 8192)
+TIMING_SECONDS = 60.0  # who asks for other lengths waits for them, within bounds
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add = parser.add_argument
     number = functools.partial(add, metavar="N")
-    number("--steps", type=count(1), default=300, help="training steps of each arm (default %(default)s)")
+    duration = parser.add_mutually_exclusive_group()
+    duration.add_argument(
+        "--seconds",
+        type=count(1),
+        metavar="S",
+        help=f"training time of all arms together, to which the steps are fitted (default {SECONDS}, "
+        f"or {MOST_STEPS:,} steps)",
+    )
+    duration.add_argument("--steps", type=count(1), metavar="N", help="training steps of each arm instead")
     number("--top-k", type=count(1), default=16, help="keys per query (default %(default)s)")
     number("--window", type=count(0), help="how many of them are always the latest (default: a quarter)")
     number("--context", type=count(2), default=256, help="characters in a window (default %(default)s)")
@@ -63,8 +74,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--lengths",
         type=count(1),
         nargs="*",
-        default=[1024, 2048, 4096, 8192],
-        help="sequence lengths to time (default 1024 2048 4096 8192)",
+        help=f"sequence lengths to time (default {' '.join(map(str, LENGTHS))}); what would take too long "
+        "is left out",
     )
     add(
         "--embedding",
@@ -90,29 +101,57 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = device_of(_preferred_device() if arguments.device == "auto" else arguments.device)
     out = _folder(arguments.out)
-    corpus = demo_text.load(arguments.text, arguments.context)
+    with refusals("--text " if arguments.text else ""):
+        corpus = text.load(arguments.text, arguments.context)
     settings = _settings(arguments, device)
-    report = Report(settings, corpus, arms=arms_of(settings, corpus))
+    with refusals("--embedding variable: "):
+        arms = arms_of(settings, corpus)
+    seconds = None if arguments.steps else arguments.seconds or SECONDS
+    report = Report(settings, corpus, arms, seconds=seconds)
     # With --json the standard output is the program's; bars go to the other stream, and only for an eye.
     console = Console(stderr=arguments.json, highlight=False)
-    if not arguments.json:
-        print_start(console, report)
     try:
-        with _progress(console, hidden=arguments.json and not console.is_terminal) as progress:
-            _measure(report, sorted(set(arguments.lengths)), progress)
+        _measure(report, arguments, console)
     except KeyboardInterrupt:
         report.interrupted = True
-    except demo_timing.Disagreement as error:
+    except timing.Disagreement as error:
         report.error = str(error)
     report.files = {"json": str(out / "demo.json"), "png": str(out / "demo.png")}
-    text = json.dumps(as_json(report), indent=2)
-    print(text) if arguments.json else print_report(console, report)
-    (out / "demo.json").write_text(text + "\n", "utf-8")
-    # Last, because it takes longest, and a second Ctrl-C may come.
+    result = json.dumps(as_json(report), indent=2)
+    print(result) if arguments.json else tables.print_report(console, report)
+    (out / "demo.json").write_text(result + "\n", "utf-8")
+    # Last, because a second Ctrl-C may come.
     draw(out / "demo.png", report.corpus.name, report.arms, report.timing, report.keys)
     if report.error:
         print(f"sparse-attn demo: {report.error}", file=sys.stderr)
     return 130 if report.interrupted else 1 if report.error else 0
+
+
+def _measure(report: Report, arguments: argparse.Namespace, console) -> None:
+    """All of it, with bars; what is said before and between them only where no program reads."""
+    hidden = arguments.json and not console.is_terminal
+    lengths = LENGTHS if arguments.lengths is None else sorted(set(arguments.lengths))
+    seconds = timing.SECONDS if arguments.lengths is None else TIMING_SECONDS
+    if not arguments.json:
+        tables.print_start(console, report)
+        _print_notes(console, report)
+    with _progress(console, hidden) as progress:
+        most = None if arguments.seconds else MOST_STEPS
+        session.prepare(report, most, Bar(progress, "measure a step", len(report.arms)))
+    if not arguments.json:
+        tables.print_plan(console, report, session.seconds_ahead(report, seconds if lengths else 0.0))
+    with _progress(console, hidden) as progress:
+        session.run(report, lengths, seconds, functools.partial(Bar, progress))
+
+
+def _print_notes(console, report: Report) -> None:
+    if report.settings.top_k >= report.settings.context:
+        console.print("Note: --top-k is not below --context, so top-k attention keeps every key here.")
+    if report.arms[1].kernel == "reference wing":
+        console.print(
+            "Note: no compiled kernels here (`sparse-attn doctor` says why), so top-k attention runs in plain "
+            "PyTorch, many times slower."
+        )
 
 
 def _settings(arguments: argparse.Namespace, device: torch.device) -> Settings:
@@ -123,7 +162,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> Settings:
     if window > top_k:
         raise UsageError(f"--window counts toward --top-k and may not pass it, got {window} and {top_k}")
     return Settings(
-        steps=arguments.steps,
+        steps=arguments.steps or 0,
         batch=arguments.batch,
         context=arguments.context,
         top_k=top_k,
@@ -132,31 +171,6 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> Settings:
         device=device,
         embedding=arguments.embedding,
     )
-
-
-def _measure(report: Report, lengths: list[int], progress) -> None:
-    """Fills the report in place, so that an interruption keeps what is there."""
-    settings, corpus = report.settings, report.corpus
-    training = [Bar(progress, f"train {arm.name}", settings.steps) for arm in report.arms]
-    sampling = Bar(progress, "sample", SAMPLE_LENGTH)
-    timing = Bar(progress, "timing", len(lengths)) if lengths else None
-    for arm, bar in zip(report.arms, training, strict=True):
-        bar.begin()
-        train(arm, corpus, settings, lambda loss, bar=bar: bar.advance(f"loss {loss:.3f}"))
-
-    sampling.begin()
-    model = report.arms[1].model
-    report.keys = chosen_keys(model, corpus)
-    report.prompt = demo_text.opening(corpus, min(PROMPT_LENGTH, settings.context))
-    for token in model.generate(corpus.encode(report.prompt), SAMPLE_LENGTH, settings.seed):
-        report.sample += corpus.alphabet[token]
-        sampling.advance()
-
-    if timing:
-        timing.begin()
-        report.timing = demo_timing.start(settings.top_k, settings.device)
-        for done in demo_timing.measure(report.timing, lengths, settings.device, settings.seed):
-            timing.advance(f"T={done:,} done")
 
 
 class Bar:

@@ -13,7 +13,7 @@ import numpy
 
 from sparse_attn.cli.console import UsageError, count, require
 from sparse_attn.planner import WidthPlan, count_tokens, plan_widths
-from sparse_attn.planner.plan_widths import RULES
+from sparse_attn.planner.choose_widths import RULES
 
 HELP = "choose how wide each token's embedding row is, from token counts, under a budget of parameters"
 

@@ -31,7 +31,7 @@ def hybridize(
         TypeError, ValueError: a wrong argument, named in the message.
 
     Example:
-        >>> from sparse_attn.cli.demo_model import GPT
+        >>> from sparse_attn.demo.model import GPT
         >>> from sparse_attn.distillation import hybridize
         >>> teacher = GPT(vocabulary=50, context=64, top_k=None)
         >>> student = hybridize(teacher, [0, 1], max_length=64, approximated_top_k=16)

@@ -44,7 +44,7 @@ def train_indexers(
 
     Example:
         >>> import torch
-        >>> from sparse_attn.cli.demo_model import GPT
+        >>> from sparse_attn.demo.model import GPT
         >>> from sparse_attn.distillation import train_indexers
         >>> teacher = GPT(vocabulary=50, context=64, top_k=None)
         >>> list(train_indexers(teacher, [torch.randint(50, (2, 64))], head_dim=16))

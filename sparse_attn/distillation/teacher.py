@@ -77,7 +77,7 @@ def observe(model: torch.nn.Module, ids: Tensor, layers: Sequence[str] | None = 
 
     Example:
         >>> import torch
-        >>> from sparse_attn.cli.demo_model import GPT
+        >>> from sparse_attn.demo.model import GPT
         >>> from sparse_attn.distillation import observe
         >>> seen = observe(GPT(vocabulary=50, context=64, top_k=None), torch.randint(50, (2, 64)))
         >>> list(seen.layers), seen.layers["blocks.0.attention"].query.shape

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy
-import torch
 from torch import Tensor
 
-from sparse_attn.checks import describe, integer
-from sparse_attn.planner import checks, rules
-from sparse_attn.planner.bands import FILLED, Bands, smallest
-from sparse_attn.planner.lagrange import lagrange
+from sparse_attn.planner.choose_widths import ALPHA, BETA, choose_widths
 from sparse_attn.planner.width_plan import WidthPlan
-
-RULES = ("lagrange", "power", "mass")
-# How fast the energies of a trained embedding's spectrum fall, σ_i² ∝ i^-β: docs/planner.md has the measurement.
-BETA = 0.9
-ALPHA = 0.3
 
 
 def plan_widths(
@@ -77,53 +67,15 @@ def plan_widths(
         >>> plan.num_parameters() <= 640_000
         True
     """
-    dim = int(integer("embedding_dim", embedding_dim, 1))
-    values = checks.counts_of(counts)
-    num_bands = int(integer("num_bands", num_bands, 1))
-    multiple_of = int(integer("multiple_of", multiple_of, 1))
-    beta = checks.real("beta", beta, 0, 4, above=True)
-    alpha = checks.real("alpha", alpha, 0, 1)
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {describe(rule)}")
-    full = len(values) * dim
-    limit = checks.budget_of(budget, ratio, full)
-    order = numpy.argsort(-values, kind="stable")
-    return _as_plan(_bands(values[order], dim, limit, num_bands, rule, multiple_of, beta, alpha), order)
-
-
-def _bands(
-    counts: numpy.ndarray,
-    dim: int,
-    limit: int,
-    num_bands: int,
-    rule: str,
-    multiple_of: int,
-    beta: float,
-    alpha: float,
-) -> Bands:
-    if limit >= len(counts) * dim:
-        return Bands((len(counts),), (dim,), dim)
-    least = smallest(len(counts), dim, multiple_of)
-    if limit < least.parameters:
-        raise ValueError(
-            f"the budget must be at least {least.parameters:,} parameters, the smallest plan of {len(counts):,} "
-            f"tokens for embedding_dim={dim} with widths in multiples of {multiple_of}, got {limit:,}"
-        )
-    num_bands = min(num_bands, len(counts))
-    found = None
-    if rule == "mass":
-        found = rules.mass(counts, dim, limit, num_bands, multiple_of)
-    elif rule == "power":
-        found = rules.power(counts, dim, limit, num_bands, multiple_of, alpha)
-    if found is None or found.parameters < FILLED * limit:
-        other = lagrange(counts, dim, limit, num_bands, multiple_of, beta)
-        if other is not None and (found is None or other.parameters >= FILLED * limit):
-            found = other
-    return found or least
-
-
-def _as_plan(bands: Bands, order: numpy.ndarray) -> WidthPlan:
-    """`order` [V] are the token ids by rank."""
-    token_band = numpy.empty(len(order), dtype=numpy.int32)
-    token_band[order] = numpy.repeat(numpy.arange(len(bands.sizes), dtype=numpy.int32), bands.sizes)
-    return WidthPlan(bands.dim, bands.widths, torch.from_numpy(token_band))
+    widths, token_band = choose_widths(
+        counts,
+        embedding_dim,
+        budget=budget,
+        ratio=ratio,
+        num_bands=num_bands,
+        rule=rule,
+        multiple_of=multiple_of,
+        beta=beta,
+        alpha=alpha,
+    )
+    return WidthPlan(embedding_dim, widths, token_band)

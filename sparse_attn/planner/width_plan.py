@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.checks import describe, integer
+from sparse_attn.planner.choose_widths import choose_widths
 
 FORMAT = "sparse_attn.WidthPlan"
 VERSION = 1
@@ -98,9 +99,8 @@ class WidthPlan:
         **options,
     ) -> WidthPlan:
         """`sparse_attn.plan_widths` under another name: bands and widths from how often each token occurs, [V]."""
-        from sparse_attn.planner.plan_widths import plan_widths
-
-        return plan_widths(counts, embedding_dim, budget=budget, ratio=ratio, num_bands=num_bands, **options)
+        options |= {"budget": budget, "ratio": ratio, "num_bands": num_bands}
+        return cls(embedding_dim, *choose_widths(counts, embedding_dim, **options))
 
     @property
     def num_embeddings(self) -> int:

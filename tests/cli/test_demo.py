@@ -5,23 +5,25 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 import sparse_attn
 from sparse_attn import cli
-from sparse_attn.cli import demo_memory, demo_model, demo_text, demo_timing, demo_train
+from sparse_attn.demo import model, pace, session, text, timing, train
 
 TINY = ["--steps", "2", "--context", "48", "--batch", "2", "--top-k", "8", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
-    """A small validation set, a short sample, one repetition in the timing, and no picture unless asked for."""
+    """A small validation set, a short sample, one repetition of what is timed, and no picture unless asked for."""
     if "picture" not in request.fixturenames:
         monkeypatch.setattr("sparse_attn.cli.demo.draw", lambda *what: None)
-    monkeypatch.setattr(demo_text, "WINDOWS", 4)
-    monkeypatch.setattr("sparse_attn.cli.demo.SAMPLE_LENGTH", 8)
-    monkeypatch.setattr(demo_timing, "ROUNDS", 1)
+    monkeypatch.setattr(text, "WINDOWS", 4)
+    monkeypatch.setattr(session, "SAMPLE_LENGTH", 8)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(pace, "WARM_UP", 0)
+    monkeypatch.setattr(pace, "FEWEST", 1)
+    monkeypatch.setattr(pace, "PATIENCE", 0.0)
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_json_run_has_every_number(tmp_path, capsys, picture):
 
 def test_text_run_prints_tables_and_files(tmp_path, capsys):
     assert demo(tmp_path, "--lengths", "32") == 0
-    text = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in (
         "validation loss",
         "training speed",
@@ -76,16 +78,16 @@ def test_text_run_prints_tables_and_files(tmp_path, capsys):
         "demo.png",
         "demo.json",
     ):
-        assert part in text
-    assert "wing" in text
+        assert part in printed
+    assert "wing" in printed
 
 
 def test_the_slow_wing_is_announced(tmp_path, capsys):
     with sparse_attn.use_backend("reference"):
         assert demo(tmp_path, "--lengths") == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "no compiled kernels here" in text
-    assert "reference wing" in text
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no compiled kernels here" in printed
+    assert "reference wing" in printed
 
 
 def test_embedding_of_variable_width(tmp_path, capsys, picture):
@@ -94,7 +96,7 @@ def test_embedding_of_variable_width(tmp_path, capsys, picture):
     assert list(result["arms"]) == ["dense", "top-k", "top-k + widths"]
     full, ours = (result["arms"][name]["embedding"] for name in ("top-k", "top-k + widths"))
     alphabet = result["text"]["alphabet"]
-    assert full["parameters"] == 2 * alphabet * demo_model.WIDTH
+    assert full["parameters"] == 2 * alphabet * model.WIDTH
     # Half of it, of which a plan uses at least 97 %, tables and projections together.
     assert 0.97 * 0.5 * full["parameters"] <= ours["parameters"] <= 0.5 * full["parameters"]
     assert sum(ours["characters"]) == alphabet
@@ -105,9 +107,9 @@ def test_embedding_of_variable_width(tmp_path, capsys, picture):
 
 
 def test_a_text_without_such_widths_is_refused(tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("ab" * 1000, "utf-8")
-    assert demo(tmp_path, "--lengths", "--text", str(text), "--embedding", "variable") == 2
+    file = tmp_path / "text.txt"
+    file.write_text("ab" * 1000, "utf-8")
+    assert demo(tmp_path, "--lengths", "--text", str(file), "--embedding", "variable") == 2
     assert "--embedding variable" in capsys.readouterr().err
 
 
@@ -128,17 +130,43 @@ def test_same_seed_same_losses(tmp_path, capsys):
     assert runs[0] != runs[2]
 
 
+def test_steps_are_fitted_to_the_time_and_said(tmp_path, capsys):
+    options = [*TINY[2:], "--out", str(tmp_path), "--lengths"]
+    assert cli.main(["demo", "--seconds", "1", *options]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    result = json.loads((tmp_path / "demo.json").read_text("utf-8"))
+    assert result["steps_fitted"] is True
+    assert result["seconds_fitted_to"] == 1
+    steps = result["steps"]
+    assert steps == result["settings"]["steps"] >= 5
+    assert [arm["steps_done"] for arm in result["arms"].values()] == [steps, steps]
+    assert f"{steps:,} steps of each model, fitted to 1 s of training. It will take about" in printed
+    assert f"--steps {steps} --seed 0 gives these losses again" in printed
+    assert cli.main(["demo", "--steps", str(steps), "--json", *options]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["steps_fitted"] is False
+    assert [arm["train_loss"] for arm in again["arms"].values()] == [
+        arm["train_loss"] for arm in result["arms"].values()
+    ]
+
+
+def test_ctrl_c_before_the_steps_are_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pace, "train_step", interrupting(pace.train_step, 1))
+    assert cli.main(["demo", *TINY[2:], "--out", str(tmp_path)]) == 130
+    assert "Ended by Ctrl-C" in capsys.readouterr().out
+
+
 def test_own_text_in_any_script(tmp_path, capsys, picture):
-    text = tmp_path / "text.txt"
-    text.write_text("Съешь ещё этих мягких французских булок, 日本語も.\n" * 40, "utf-8")
-    assert demo(tmp_path, "--json", "--lengths", "--text", str(text)) == 0
+    file = tmp_path / "text.txt"
+    file.write_text("Съешь ещё этих мягких французских булок, 日本語も.\n" * 40, "utf-8")
+    assert demo(tmp_path, "--json", "--lengths", "--text", str(file)) == 0
     assert json.loads(capsys.readouterr().out)["text"]["name"] == "text.txt"
 
 
 def test_markup_in_the_text_is_printed_as_it_is(tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("[bold]x[/bold] [/] " * 200, "utf-8")
-    assert demo(tmp_path, "--lengths", "--text", str(text)) == 0
+    file = tmp_path / "text.txt"
+    file.write_text("[bold]x[/bold] [/] " * 200, "utf-8")
+    assert demo(tmp_path, "--lengths", "--text", str(file)) == 0
     assert "[bold]x[/bold]" in capsys.readouterr().out
 
 
@@ -156,10 +184,10 @@ def interrupting(function, after: int):
     return call
 
 
-# Calls of train_step: one of warm-up, then two, in each of the two arms.
-@pytest.mark.parametrize(("after", "done"), [(1, [0, 0]), (3, [1, 0]), (5, [2, 0]), (6, [2, 1])])
+# Calls of train_step: two in each of the two arms.
+@pytest.mark.parametrize(("after", "done"), [(1, [0, 0]), (2, [1, 0]), (3, [2, 0]), (4, [2, 1])])
 def test_ctrl_c_while_training_keeps_what_is_done(after, done, tmp_path, monkeypatch, capsys, picture):
-    monkeypatch.setattr(demo_train, "train_step", interrupting(demo_train.train_step, after))
+    monkeypatch.setattr(train, "train_step", interrupting(train.train_step, after))
     assert demo(tmp_path, "--json") == 130
     result = json.loads(capsys.readouterr().out)
     assert result["interrupted"] is True
@@ -168,15 +196,15 @@ def test_ctrl_c_while_training_keeps_what_is_done(after, done, tmp_path, monkeyp
 
 
 def test_ctrl_c_while_training_prints_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_train, "train_step", interrupting(demo_train.train_step, 6))
+    monkeypatch.setattr(train, "train_step", interrupting(train.train_step, 4))
     assert demo(tmp_path) == 130
-    text = capsys.readouterr().out
-    assert "Ended by Ctrl-C" in text
-    assert "1 of 2" in text
+    printed = capsys.readouterr().out
+    assert "Ended by Ctrl-C" in printed
+    assert "1 of 2" in printed
 
 
 def test_ctrl_c_while_timing_keeps_the_rest(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_timing, "_dense", interrupting(demo_timing._dense, 3))
+    monkeypatch.setattr(timing, "_dense", interrupting(timing._dense, 5))
     assert demo(tmp_path, "--json", "--lengths", "16", "32", "64") == 130
     result = json.loads(capsys.readouterr().out)
     assert result["arms"]["top-k"]["steps_done"] == 2
@@ -186,26 +214,14 @@ def test_ctrl_c_while_timing_keeps_the_rest(tmp_path, monkeypatch, capsys):
 
 
 def test_kernels_that_disagree_are_not_timed(tmp_path, monkeypatch, capsys):
-    right = demo_timing.plain_topk_attention
-    monkeypatch.setattr(demo_timing, "plain_topk_attention", lambda *args, **kw: right(*args, **kw) + 0.1)
+    right = timing.plain_topk_attention
+    monkeypatch.setattr(timing, "plain_topk_attention", lambda *args, **kw: right(*args, **kw) + 0.1)
     assert demo(tmp_path, "--json", "--lengths", "32") == 1
     captured = capsys.readouterr()
     assert "disagree at T=32" in captured.err
     result = json.loads(captured.out)
     assert "disagree" in result["error"]
     assert result["timing"]["seconds"]["32"]["top-k"] is None
-
-
-def test_what_is_too_big_or_too_long_is_skipped_with_its_reason(monkeypatch):
-    monkeypatch.setattr(demo_timing, "TOO_BIG", 4 * demo_timing.HEADS * 32 * 32)
-    monkeypatch.setattr(demo_timing, "TOO_LONG", 0.0)
-    device = torch.device("cpu")
-    timing = demo_timing.start(8, device)
-    list(demo_timing.measure(timing, [32, 64], device, 0))
-    assert all(timing.seconds[32].values())
-    assert not any(timing.seconds[64].values())
-    assert "score matrix" in timing.skipped["plain PyTorch at T=64"]
-    assert "would take" in timing.skipped["SDPA at T=64"]
 
 
 @pytest.mark.parametrize(
@@ -215,13 +231,14 @@ def test_what_is_too_big_or_too_long_is_skipped_with_its_reason(monkeypatch):
         (["--window", "9"], "--window counts toward --top-k and may not pass it, got 9 and 8"),
         (["--top-k", "few"], "--top-k: must be a whole number, got 'few'"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--seconds", "9"], "--seconds: not allowed with argument --steps"),
         (["--context", "1"], "--context: must be at least 2, got 1"),
         (["--lengths", "0"], "--lengths: must be at least 1, got 0"),
         (["--text", "no/such/file.txt"], "--text no/such/file.txt cannot be read: No such file or directory"),
         (["--text", "."], "--text . cannot be read: Is a directory"),
         (["--device", "cuda:99"], "--device cuda:99 is not available here: "),
         (["--device", "abacus"], "--device abacus is not available here: "),
-        (["--context", "100000"], "the text has 991,599 characters, and --context 100000 needs at least"),
+        (["--context", "100000"], "the text has 991,599 characters, and a context of 100000 needs at least"),
     ],
 )
 def test_bad_options_give_one_sentence(options, sentence, tmp_path, capsys):
@@ -234,14 +251,14 @@ def test_bad_options_give_one_sentence(options, sentence, tmp_path, capsys):
 def test_short_and_binary_texts(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("too short", "utf-8")
     assert demo(tmp_path, "--text", str(tmp_path / "short.txt")) == 2
-    assert "has 9 characters, and --context 48 needs at least" in capsys.readouterr().err
+    assert "has 9 characters, and a context of 48 needs at least" in capsys.readouterr().err
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 5000)
     assert demo(tmp_path, "--text", str(tmp_path / "binary")) == 2
     assert "is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_the_shortest_text_that_is_accepted_works(tmp_path):
-    needed = int(49 / demo_text.HELD_OUT) + 1
+    needed = int(49 / text.HELD_OUT) + 1
     (tmp_path / "text.txt").write_text(("ab " * needed)[:needed], "utf-8")
     assert demo(tmp_path, "--lengths", "--text", str(tmp_path / "text.txt")) == 0
 
@@ -250,42 +267,3 @@ def test_out_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert demo(tmp_path / "file" / "sub") == 2
     assert "cannot be written to" in capsys.readouterr().err
-
-
-def test_held_out_text_is_the_last_tenth():
-    corpus = demo_text.load(None, 256)
-    total = len(corpus.train) + len(corpus.held_out)
-    assert len(corpus.held_out) == total // 10
-    assert total > 900_000
-    assert "Thomas Jefferson, 1801" in corpus.decode(corpus.train[-5000:])
-    assert corpus.encode("Union") == [corpus.alphabet.index(c) for c in "Union"]
-
-
-def test_the_two_arms_start_equal_and_agree_when_every_key_is_kept():
-    ids = torch.randint(0, 20, (2, 32))
-    models = []
-    for top_k in (None, 32, 4):
-        torch.manual_seed(0)
-        model = demo_model.GPT(20, 32, top_k)
-        torch.manual_seed(1)
-        for parameter in model.parameters():  # the output matrices start at zero, which would hide everything
-            torch.nn.init.normal_(parameter, std=0.1)
-        models.append(model)
-    dense, all_keys, few_keys = (model(ids) for model in models)
-    torch.testing.assert_close(dense, all_keys, rtol=1e-4, atol=1e-4)
-    assert (dense - few_keys).abs().max() > 1e-3
-
-
-def test_plain_topk_attention_with_all_keys_is_dense_attention():
-    query, key, value = (torch.randn(1, 2, 24, 8) for _ in range(3))
-    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(demo_timing.plain_topk_attention(query, key, value, 24), dense)
-
-
-def test_peak_memory_sees_what_was_freed_again():
-    memory = demo_memory.PeakMemory(torch.device("cpu"))
-    if memory.peak() is None:
-        pytest.skip("this system has no high-water mark that can be set back")
-    torch.ones(50_000_000)  # 200 MB
-    assert 150e6 < memory.peak() < 400e6
-    assert demo_memory.PeakMemory(torch.device("cpu")).peak() < 100e6

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from benchmarks.studies import hybrid
-from sparse_attn.cli import demo_text, main
+from sparse_attn.cli import main
+from sparse_attn.demo import text as demo_text
 
 SMALL = {
     "steps": 3,

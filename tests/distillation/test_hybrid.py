@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distillation.models import LENGTH, Teacher, batches
-from sparse_attn.cli.demo_model import GPT
+from sparse_attn.demo.model import GPT
 from sparse_attn.distillation import attention_layers, hybridize, train_approximator, train_selector
 from sparse_attn.nn import HybridAttention
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_attn.cli.demo_model import GPT
+from sparse_attn.demo.model import GPT
 from sparse_attn.distillation import observe, train_indexers
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import sparse_attn
 from sparse_attn import plan_widths
+from sparse_attn.planner.choose_widths import RULES
 from sparse_attn.planner.lagrange import error_model
-from sparse_attn.planner.plan_widths import RULES
 
 rules = pytest.mark.parametrize("rule", RULES)
 

@@ -14,9 +14,10 @@ import sparse_attn
 
 HEADS, HEAD_DIM = 8, 64
 CONTENDERS = ("SDPA", "top-k", "plain PyTorch")
-PATIENCE = 3.0  # seconds of repetitions for one length
-FEWEST_ROUNDS, ROUNDS = 3, 20
-TOO_LONG = 6.0  # seconds for one call
+SECONDS = 10.0  # for all lengths together
+ROUNDS = 20  # the most repetitions at one length
+CALLS = 2  # of a contender at a length, the fewest: a first call, and one that is timed
+PROBE = 256  # length of the calls from which the first estimates are made
 TOO_BIG = 1 << 30  # bytes of a score matrix
 CHECKED_QUERIES = 128
 TOLERANCE = 1e-3
@@ -60,45 +61,96 @@ def start(top_k: int, device: torch.device) -> Timing:
     return Timing(sparse_attn.explain(tensor, tensor, tensor, top_k, is_causal=True).backend, top_k)
 
 
-def measure(timing: Timing, lengths: list[int], device: torch.device, seed: int) -> Iterator[int]:
-    """Fills `timing` in place; yields each length that is done, for a progress bar."""
+def measure(
+    timing: Timing, lengths: list[int], device: torch.device, seed: int, seconds: float = SECONDS
+) -> Iterator[int]:
+    """Fills `timing` in place; yields each length that is done, for a progress bar.
+
+    All lengths together take about `seconds` at most: what an estimate says would not fit is left out, plain PyTorch
+    first, and `timing.skipped` says so.
+    """
+    ends = time.perf_counter() + seconds
     generator = torch.Generator().manual_seed(seed)
-    for length in sorted(lengths):
+    lengths = sorted(lengths)
+    pace = _probe(timing, min(PROBE, *lengths), device, generator) if lengths else {}
+    for number, length in enumerate(lengths):
         row = timing.seconds[length] = dict.fromkeys(CONTENDERS)
-        inputs = [torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(device) for _ in range(3)]
-        calls = _calls(timing, length, *inputs)
-        if "top-k" in calls:
-            _check(timing, *inputs)
-        _measure_in_turns(row, calls, device)
+        longer = lengths[number + 1 :]
+        left = ends - time.perf_counter()
+        # Time is kept back for dense and top-k attention at the longer lengths, as far as some is left for this one.
+        spared = CALLS * sum(_expected(pace, name, t) for name in ("SDPA", "top-k") for t in longer)
+        share = max(left - spared, left / (1 + len(longer)))
+        chosen = _chosen(timing, pace, length, share)
+        if chosen:
+            inputs = _inputs(length, device, generator)
+            calls = {name: call for name, call in _contenders(timing, *inputs).items() if name in chosen}
+            if "top-k" in calls:
+                _check(timing, *inputs)
+            _measure_in_turns(row, calls, device, time.perf_counter() + share / (1 + len(longer)))
+            pace |= {name: (length, row[name]) for name in calls}
         yield length
 
 
-def _calls(timing: Timing, length: int, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable]:
-    """The contenders that can be run at this length; the others' reasons go into `timing`."""
-    calls = {
+def _inputs(length: int, device: torch.device, generator: torch.Generator) -> list[Tensor]:
+    """query, key, value [1, HEADS, length, HEAD_DIM]"""
+    return [torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(device) for _ in range(3)]
+
+
+def _contenders(timing: Timing, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {
         "SDPA": lambda: _dense(query, key, value),
         "top-k": lambda: sparse_attn.topk_attention(query, key, value, timing.top_k, is_causal=True),
         "plain PyTorch": lambda: plain_topk_attention(query, key, value, timing.top_k),
     }
-    for name in CONTENDERS:
-        why_not = _why_not(name, length, _expected(timing, name, length))
+
+
+def _probe(
+    timing: Timing, length: int, device: torch.device, generator: torch.Generator
+) -> dict[str, tuple[int, float]]:
+    """For each contender (length, seconds of a call) at a length so short that all can be tried."""
+    calls = _contenders(timing, *_inputs(length, device, generator))
+    with torch.no_grad():
+        return {
+            name: (length, min(_timed(call, device) for _ in range(CALLS))) for name, call in calls.items()
+        }
+
+
+def _expected(pace: dict[str, tuple[int, float]], name: str, length: int) -> float:
+    """Seconds of a call, from the longest one measured, as if time went with T²."""
+    known, seconds = pace[name]
+    return seconds * (length / known) ** 2
+
+
+def _chosen(timing: Timing, pace: dict[str, tuple[int, float]], length: int, seconds: float) -> list[str]:
+    """The contenders for which `seconds` are enough; the others' reasons go into `timing`."""
+    chosen = []
+    scores = 4 * HEADS * length * length
+    for name in ("top-k", "SDPA", "plain PyTorch"):
+        expected = _expected(pace, name, length)
+        why_not = None
+        if name == "plain PyTorch" and scores > TOO_BIG:
+            why_not = f"its score matrix alone would take {scores / 1e9:.1f} GB"
+        elif CALLS * expected > seconds:
+            why_not = f"a call would take about {expected:.1f} s, and {max(seconds, 0):.1f} s were left"
         if why_not:
             timing.skipped[f"{name} at T={length}"] = why_not
-            del calls[name]
-    return calls
+        else:
+            chosen.append(name)
+            seconds -= CALLS * expected
+    return chosen
 
 
-def _measure_in_turns(row: dict[str, float | None], calls: dict[str, Callable], device: torch.device) -> None:
+def _measure_in_turns(
+    row: dict[str, float | None], calls: dict[str, Callable], device: torch.device, ends: float
+) -> None:
     """Medians over rounds, so that a disturbance of the machine hits all contenders and not one."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        first = {name: _timed(call, device) for name, call in calls.items()}
-        if sum(first.values()) > PATIENCE:  # what a first call costs more is little beside seconds
-            row.update(first)
-            return
-        began = time.perf_counter()
+        for name, call in calls.items():
+            if name != "top-k":  # whose first call was the check's
+                call()
         for done in range(ROUNDS):
-            if done >= FEWEST_ROUNDS and time.perf_counter() - began > PATIENCE:
+            if done and time.perf_counter() > ends:
                 return
             for name, call in calls.items():
                 times[name].append(_timed(call, device))
@@ -115,21 +167,6 @@ def _timed(call: Callable[[], Tensor], device: torch.device) -> float:
 
 def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
-def _expected(timing: Timing, name: str, length: int) -> float | None:
-    """From the length before, as if time went with T²."""
-    known = [(t, row[name]) for t, row in timing.seconds.items() if row[name]]
-    return known[-1][1] * (length / known[-1][0]) ** 2 if known else None
-
-
-def _why_not(name: str, length: int, expected: float | None) -> str | None:
-    scores = 4 * HEADS * length * length
-    if name == "plain PyTorch" and scores > TOO_BIG:
-        return f"its score matrix alone would take {scores / 1e9:.1f} GB"
-    if expected is not None and expected > TOO_LONG:
-        return f"it would take about {expected:.0f} s"
-    return None
 
 
 def _check(timing: Timing, query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import sparse_attn
-from sparse_attn.cli.demo_model import GPT
-from sparse_attn.cli.demo_text import Corpus
+from sparse_attn.demo.model import GPT
+from sparse_attn.demo.text import Corpus
 
 QUERIES, KEYS = 40, 112  # as many as stay legible, one character per cell
 

@@ -1,4 +1,4 @@
-"""The demo's text: characters as tokens, the last tenth held out."""
+"""A text to learn: characters as tokens, the last tenth held out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy
 import torch
 from torch import Tensor
-
-from sparse_attn.cli.console import UsageError
 
 HELD_OUT = 0.1
 WINDOWS = 64  # of the held-out text, on which validation loss is always measured
@@ -49,7 +47,11 @@ def windows(ids: Tensor, starts: Tensor, context: int, device: torch.device) -> 
 
 
 def load(path: str | None, context: int) -> Corpus:
-    """The text of `path`, or the State of the Union addresses that come with the package."""
+    """The text of `path`, or the State of the Union addresses that come with the package.
+
+    Raises:
+        ValueError: it cannot be read, or is too short for windows of `context` characters.
+    """
     if path is None:
         name = "State of the Union, 1790–1990"
         text = (resources.files("sparse_attn") / "data" / "state_of_the_union.txt").read_text("utf-8")
@@ -57,10 +59,9 @@ def load(path: str | None, context: int) -> Corpus:
         name, text = Path(path).name, read(path)
     needed = int((context + 1) / HELD_OUT) + 1
     if len(text) < needed:
-        subject = "the text" if path is None else f"--text {path}"
-        raise UsageError(
-            f"{subject} has {len(text):,} characters, and --context {context} needs at least {needed:,} "
-            "(a tenth is held out)"
+        raise ValueError(
+            f"{path or 'the text'} has {len(text):,} characters, and a context of {context} needs at least "
+            f"{needed:,} (a tenth is held out)"
         )
     codes = numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
     alphabet, ids = numpy.unique(codes, return_inverse=True)
@@ -76,11 +77,15 @@ def opening(corpus: Corpus, longest: int) -> str:
     return line[:longest].rpartition(" ")[0] or text[:longest]
 
 
-def read(path: str | Path, option: str = "--text") -> str:
-    """The UTF-8 text that an option of the command line names."""
+def read(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: there is none; the message begins with the path.
+    """
     try:
         return Path(path).read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{option} {path} is not UTF-8 text (byte {error.start} is not)") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is not)") from None
     except OSError as error:
-        raise UsageError(f"{option} {path} cannot be read: {error.strerror or error}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None

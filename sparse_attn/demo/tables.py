@@ -1,111 +1,13 @@
-"""What the demo found, as a table for the eye and as JSON for programs."""
+"""What the demo found, as tables for the eye; `console` is a `rich.console.Console`."""
 
 from __future__ import annotations
 
 import math
-import platform
-from dataclasses import asdict, dataclass, field
 
-import torch
-
-import sparse_attn
-from sparse_attn.cli.demo_keys import ChosenKeys
-from sparse_attn.cli.demo_model import HEADS as MODEL_HEADS
-from sparse_attn.cli.demo_model import LAYERS, WIDTH
-from sparse_attn.cli.demo_text import Corpus
-from sparse_attn.cli.demo_timing import HEAD_DIM, HEADS, Timing
-from sparse_attn.cli.demo_train import Arm, Settings
-
-
-@dataclass
-class Report:
-    """Filled as the demo goes."""
-
-    settings: Settings
-    corpus: Corpus
-    arms: list[Arm]
-    prompt: str = ""
-    sample: str = ""
-    keys: ChosenKeys | None = None
-    timing: Timing | None = None
-    interrupted: bool = False
-    error: str | None = None
-    files: dict[str, str] = field(default_factory=dict)
-
-
-def as_json(report: Report) -> dict:
-    """Everything, as plain data."""
-    settings = {**asdict(report.settings), "device": str(report.settings.device)}
-    return {
-        "settings": settings,
-        "versions": {
-            "sparse_attn": sparse_attn.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        },
-        "text": {
-            "name": report.corpus.name,
-            "characters": len(report.corpus.train) + len(report.corpus.held_out),
-            "held_out_characters": len(report.corpus.held_out),
-            "alphabet": len(report.corpus.alphabet),
-        },
-        "model": {"layers": LAYERS, "width": WIDTH, "heads": MODEL_HEADS},
-        "arms": {arm.name: _arm(arm) for arm in report.arms},
-        "sample": {"prompt": report.prompt, "text": report.sample},
-        "timing": _timing(report.timing),
-        "chosen_keys": asdict(report.keys) if report.keys else None,
-        "interrupted": report.interrupted,
-        "error": report.error,
-        "files": report.files,
-    }
-
-
-def _arm(arm: Arm) -> dict:
-    nats = arm.validation_loss
-    return {
-        "top_k": arm.top_k,
-        "window": arm.window,
-        "kernel": arm.kernel,
-        "embedding": _embedding(arm),
-        "steps_done": len(arm.train_loss),
-        "validation_nats_per_character": _finite(nats),
-        "validation_bits_per_character": _finite(nats / math.log(2)) if nats is not None else None,
-        "tokens_per_second": arm.tokens_per_second,
-        "peak_memory_bytes": arm.peak_memory,
-        "seconds": sum(arm.step_seconds),
-        "train_loss": [_finite(loss) for loss in arm.train_loss],
-        "validation": [{"step": step, "nats_per_character": _finite(loss)} for step, loss in arm.validation],
-    }
-
-
-def _embedding(arm: Arm) -> dict:
-    """Of the embedding and the head: how wide, and how many numbers together (None before the model is made)."""
-    plan = arm.plan
-    return {
-        "widths": [WIDTH] if plan is None else list(plan.widths),
-        "characters": None if plan is None else list(plan.band_sizes),
-        "parameters": arm.model.vocabulary_parameters() if arm.model else None,
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON knows no NaN."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _timing(timing: Timing | None) -> dict | None:
-    if timing is None:
-        return None
-    shape = {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "causal": True}
-    return {
-        "wing": timing.wing,
-        "top_k": timing.top_k,
-        "shape": shape,
-        "seconds": {str(length): row for length, row in timing.seconds.items()},
-        "skipped": timing.skipped,
-        "largest_error_against_plain_pytorch": timing.largest_error,
-    }
+from sparse_attn.demo.model import LAYERS, WIDTH
+from sparse_attn.demo.report import Report, embedding_of
+from sparse_attn.demo.timing import HEAD_DIM, HEADS, Timing
+from sparse_attn.demo.train import Arm, Settings
 
 
 def print_start(console, report: Report) -> None:
@@ -114,16 +16,24 @@ def print_start(console, report: Report) -> None:
     console.print(
         f"A {LAYERS}-layer GPT of width {WIDTH} learns [bold]{_plain(corpus.name)}[/] ({characters:,} characters, "
         f"the last tenth held out) on {settings.device}: with dense attention, and with each query attending to "
-        f"{settings.top_k} of up to {settings.context} keys{_always(settings.window)}{_widened(settings)}. "
+        f"{settings.top_k} of up to {settings.context} keys{_always(settings.window)}{_widened(settings)}."
+    )
+
+
+def print_plan(console, report: Report, seconds: float) -> None:
+    """`seconds` that all of it will take."""
+    fitted = "" if report.seconds is None else f", fitted to {spoken(report.seconds)} of training"
+    console.print(
+        f"{report.settings.steps:,} steps of each model{fitted}. [bold]It will take about {spoken(seconds)}[/]; "
         "Ctrl-C ends it early and keeps what it has.\n"
     )
-    if settings.top_k >= settings.context:
-        console.print("Note: --top-k is not below --context, so top-k attention keeps every key here.\n")
-    if report.arms[1].kernel == "reference wing":
-        console.print(
-            "Note: no compiled kernels here (`sparse-attn doctor` says why), so top-k attention runs in plain "
-            "PyTorch, many times slower.\n"
-        )
+
+
+def spoken(seconds: float) -> str:
+    """`1 min 50 s`"""
+    whole = math.ceil(seconds)
+    minutes, rest = divmod(whole if whole < 60 else math.ceil(seconds / 5) * 5, 60)
+    return " ".join([f"{minutes} min"] * (minutes > 0) + [f"{rest} s"] * (rest > 0)) or "0 s"
 
 
 def _always(window: int) -> str:
@@ -140,13 +50,19 @@ def print_report(console, report: Report) -> None:
     if report.interrupted:
         console.print("\n[bold]Ended by Ctrl-C[/]; this is what was done until then.")
     console.print(_training_table(report))
-    if all(len(arm.train_loss) == report.settings.steps for arm in report.arms):
+    if report.settings.steps and all(len(arm.train_loss) == report.settings.steps for arm in report.arms):
         console.print("  One seed, a short training: a longer one may end the other way round.", style="dim")
+        if report.seconds is not None:
+            console.print(
+                f"  The steps were fitted to the time; --steps {report.settings.steps} --seed "
+                f"{report.settings.seed} gives these losses again.",
+                style="dim",
+            )
     console.print()
     if report.timing and report.timing.seconds:
         console.print(_timing_table(report.timing))
         for what, why in report.timing.skipped.items():
-            console.print(f"  – {what}: not run, {why}", style="dim")
+            console.print(f"  – {what} was left out: {why}", style="dim")
         console.print(f"  {_where_it_pays(report.timing)}\n", style="dim")
     if report.sample:
         console.print("[bold]A sample of the top-k model[/], the prompt in grey:")
@@ -167,7 +83,7 @@ def _training_table(report: Report):
 
     settings = report.settings
     table = Table(
-        title=f"Training: {settings.steps} steps of {settings.batch} × {settings.context} tokens "
+        title=f"Training: {settings.steps:,} steps of {settings.batch} × {settings.context} tokens "
         "(1 token = 1 character)"
     )
     table.title_justify = "left"
@@ -195,7 +111,9 @@ def _training_table(report: Report):
     row("attention by", lambda arm: arm.kernel)
     if any(arm.plan for arm in report.arms):
         row("widths of the embedding", lambda arm: _widths(arm))
-        row("  its and the head's parameters", lambda arm: _number(_embedding(arm)["parameters"], "{:,.0f}"))
+        row(
+            "  its and the head's parameters", lambda arm: _number(embedding_of(arm)["parameters"], "{:,.0f}")
+        )
     if any(len(arm.train_loss) < settings.steps for arm in report.arms):
         row("steps done", lambda arm: f"{len(arm.train_loss)} of {settings.steps}")
     return table
@@ -227,7 +145,7 @@ def _timing_table(timing: Timing):
         table.add_column(name, justify="right")
     for length, row in timing.seconds.items():
         dense, ours, plain = (row[name] for name in ("SDPA", "top-k", "plain PyTorch"))
-        cells = [_number(value, "{:,.1f}", 1e3) or "–" for value in (dense, ours, plain)]
+        cells = [_number(value, "{:,.1f}", 1e3) or "left out" for value in (dense, ours, plain)]
         ratios = [_ratio(other / ours) if other and ours else "–" for other in (dense, plain)]
         table.add_row(f"{length:,}", *cells, *ratios)
     return table

@@ -104,14 +104,3 @@ def _waves(context: int) -> Tensor:
         torch.arange(0, WIDTH, 2) * (-math.log(10_000.0) / WIDTH)
     )
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1) * WIDTH**-0.5
-
-
-def optimizers_of(model: GPT) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest."""
-    # Muon reaches words within the two hundred steps that a minute allows; AdamW alone is still at letter pairs.
-    inner = [p for p in model.blocks.parameters() if p.dim() == 2]
-    outer = [p for p in model.parameters() if all(p is not other for other in inner)]
-    return [
-        torch.optim.Muon(inner, lr=0.03, weight_decay=0.0),
-        torch.optim.AdamW(outer, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]

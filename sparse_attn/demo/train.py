@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import sparse_attn
-from sparse_attn.cli.console import UsageError
-from sparse_attn.cli.demo_memory import PeakMemory
-from sparse_attn.cli.demo_model import GPT, HEADS, WIDTH, optimizers_of
-from sparse_attn.cli.demo_text import Corpus, windows
+from sparse_attn.demo.memory import PeakMemory
+from sparse_attn.demo.model import GPT, HEADS, WIDTH
+from sparse_attn.demo.optimizers import optimizers_of
+from sparse_attn.demo.text import Corpus, windows
 from sparse_attn.planner import WidthPlan, plan_widths
 
 EVALUATIONS = 5
@@ -25,7 +25,7 @@ WARM_UP = 10  # steps over which the learning rate rises
 class Settings:
     """What all arms share."""
 
-    steps: int
+    steps: int  # 0 while they are not fitted to the time
     batch: int
     context: int
     top_k: int
@@ -62,7 +62,11 @@ class Arm:
 
 
 def arms_of(settings: Settings, corpus: Corpus) -> list[Arm]:
-    """Dense, top-k, and where it is asked for top-k with an embedding of variable width, untrained."""
+    """Dense, top-k, and where it is asked for top-k with an embedding of variable width, untrained.
+
+    Raises:
+        ValueError: the text's alphabet has no plan of widths.
+    """
     query = torch.empty(settings.batch, HEADS, settings.context, WIDTH // HEADS, device=settings.device)
     wing = sparse_attn.explain(
         query, query, query, settings.top_k, is_causal=True, window=settings.window
@@ -84,9 +88,7 @@ def _plan_of(corpus: Corpus) -> WidthPlan:
     try:
         return plan_widths(counts, WIDTH, ratio=0.5)
     except ValueError as error:
-        raise UsageError(
-            f"--embedding variable: an alphabet of {len(counts)} characters has no such plan ({error})"
-        ) from None
+        raise ValueError(f"an alphabet of {len(counts)} characters has no such plan ({error})") from None
 
 
 def train_step(model: GPT, optimizers: list[torch.optim.Optimizer], ids: Tensor, targets: Tensor) -> float:
@@ -117,10 +119,9 @@ def validation_loss(model: GPT, corpus: Corpus, settings: Settings) -> float:
 def train(arm: Arm, corpus: Corpus, settings: Settings, progress: Callable[[float], None]) -> None:
     """Trains `arm` in place; calls progress(loss) after each step."""
     starts = corpus.train_starts(settings.steps, settings.batch, settings.context, settings.seed)
-    _first_calls(arm, corpus, settings, starts[0])
     memory = PeakMemory(settings.device)
     torch.manual_seed(settings.seed)  # all arms start from the same weights
-    model = arm.model = _model(arm, corpus, settings)
+    model = arm.model = model_of(arm, corpus, settings)
     optimizers = optimizers_of(model)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     evaluations = {round(settings.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
@@ -139,16 +140,10 @@ def train(arm: Arm, corpus: Corpus, settings: Settings, progress: Callable[[floa
             arm.validation.append((step + 1, validation_loss(model, corpus, settings)))
 
 
-def _model(arm: Arm, corpus: Corpus, settings: Settings) -> GPT:
+def model_of(arm: Arm, corpus: Corpus, settings: Settings) -> GPT:
+    """The arm's model, with new weights."""
     vocabulary = len(corpus.alphabet)
     return GPT(vocabulary, settings.context, arm.top_k, arm.window, arm.plan).to(settings.device)
-
-
-def _first_calls(arm: Arm, corpus: Corpus, settings: Settings, starts: Tensor) -> None:
-    """One step of a model that is thrown away: what only the first call in a process costs belongs to no arm."""
-    model = _model(arm, corpus, settings)
-    optimizers = optimizers_of(model)
-    train_step(model, optimizers, *windows(corpus.train, starts, settings.context, settings.device))
 
 
 def _schedule(step: int, steps: int) -> float:

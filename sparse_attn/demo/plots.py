@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from sparse_attn.cli.demo_keys import ChosenKeys
-from sparse_attn.cli.demo_timing import CONTENDERS, HEAD_DIM, HEADS, Timing
-from sparse_attn.cli.demo_train import Arm
+from sparse_attn.demo.keys import ChosenKeys
+from sparse_attn.demo.timing import CONTENDERS, HEAD_DIM, HEADS, Timing
+from sparse_attn.demo.train import Arm
 
 # Okabe-Ito: told apart by colour-blind readers too.
 COLORS = {
