@@ -13,7 +13,7 @@ from helpers import gpu_code
 from sparse_attn.wings import base, extension
 from sparse_attn.wings import cuda as cuda_wing
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
