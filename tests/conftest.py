@@ -9,6 +9,7 @@ SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (test_backends.p
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before torch is loaded. Deterministic mode, which poisons memory below, needs the first of cuBLAS; the second
 # keeps idle threads from spinning, which on a busy machine costs more than the tests themselves.
@@ -18,6 +19,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from helpers.wings import wings_under_test
+
+# Inductor takes what it finds in its cache for this CPU's, also what was compiled for other instructions (a network
+# home, ATEN_CPU_CAPABILITY): wrong results and crashes. So one folder per instruction set, and nobody else's.
+ROOT = Path(__file__).resolve().parent.parent
+CAPABILITY = "".join(c for c in torch.backends.cpu.get_cpu_capability().lower() if c.isalnum())
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor" / CAPABILITY))
 
 THREADS = 2
 
