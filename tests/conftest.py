@@ -1,9 +1,10 @@
 """What every test runs under: poisoned memory, two threads, one seed, and once per wing of this machine.
 
 A test that takes `wing` runs for every wing that is registered (see helpers/wings.py); one that takes `dtype`
-too runs for every dtype of that wing. A module that has WINGS runs over those instead.
+too runs for every dtype of that wing, unless it is parametrized with some. A module that has WINGS runs over those
+instead.
 A wing that cannot run here is skipped with its own reason, except that
-SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (test_backends.py).
+SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (wings/test_base.py).
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "wing" not in metafunc.fixturenames:
         return
     wings = getattr(metafunc.module, "WINGS", None) or wings_under_test()
-    if "dtype" not in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = {name for names in own for name in (names.split(",") if isinstance(names, str) else names)}
+    if "dtype" not in metafunc.fixturenames or "dtype" in own:
         cases = [pytest.param(w, id=str(w), marks=_skip_if_missing(w)) for w in wings]
         metafunc.parametrize("wing", cases)
         return

@@ -98,7 +98,7 @@ def _native() -> tuple[Callable, Callable] | None:
     """(largest, add) of the extension."""
     if sys.byteorder != "little":
         return None
-    extension = import_module("sparse_attn.wings.extension").extension
+    extension = import_module("sparse_attn.wings.extension").module
     return extension and (extension.largest_token, extension.count_tokens)
 
 
