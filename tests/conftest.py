@@ -28,15 +28,17 @@ CAPABILITY = "".join(c for c in torch.backends.cpu.get_cpu_capability().lower() 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor" / CAPABILITY))
 
 THREADS = 2
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "dtypes(*dtypes): only these dtypes of each wing")
-    config.addinivalue_line("markers", "torch_defaults: without poisoned memory and deterministic mode")
+LONGEST = ("test_interpreted", "test_ahead_of_time", "test_instruction_sets", "test_gpu_check")
 
 
 def _skip_if_missing(wing) -> list:
     return [pytest.mark.skip(reason=wing.missing)] if wing.missing else []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several processes what takes minutes comes first, so that none is left alone with it at the end."""
+    if getattr(config.option, "dist", "no") != "no" or "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

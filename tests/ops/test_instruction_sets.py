@@ -33,6 +33,7 @@ def lower_than_this_machines() -> tuple[str, ...]:
     return BUILT[: BUILT.index(extension.module.cpu_isa())] if BUILT else ()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 @pytest.mark.parametrize("isa", lower_than_this_machines())
 def test_the_ops_pass_their_tests(isa):

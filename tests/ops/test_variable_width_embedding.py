@@ -312,6 +312,7 @@ def test_opcheck(wing, padding_idx):
     torch.library.opcheck(op, sparse, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.torch_defaults
 def test_fullgraph_compile(wing):
     only_cpu(wing)

@@ -29,6 +29,7 @@ from ops.test_gathered_attention_special import (  # noqa: F401
 from simt.device import SCHEDULES
 from simt.wing import SimulatedWing
 
+pytestmark = pytest.mark.slow
 WINGS = [SimulatedWing()]
 DTYPES = WINGS[0].dtypes
 TYPES = (torch.float32, torch.bfloat16)

@@ -27,6 +27,7 @@ from ops.test_topk_select import (  # noqa: F401
 from simt.device import SCHEDULES
 from simt.wing import SimulatedWing
 
+pytestmark = pytest.mark.slow
 WINGS = [
     SimulatedWing(dtypes=(torch.float32, torch.bfloat16))
 ]  # the half types differ in their conversions alone

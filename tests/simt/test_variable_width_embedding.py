@@ -20,6 +20,7 @@ from ops.test_variable_width_embedding import (  # noqa: F401
 from simt.device import SCHEDULES
 from simt.wing import SimulatedWing
 
+pytestmark = pytest.mark.slow
 WINGS = [SimulatedWing()]
 DTYPES = WINGS[0].dtypes
 
