@@ -11,8 +11,7 @@ SOURCES := pyproject.toml setup.py $(wildcard tools/*.py tools/*.sh triton_kerne
 FORMAT_CPP := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 FORMAT_PY := .
 
-# Processes that share the tests; 0 runs them in one, as --pdb needs. More than two gain little: what is left at the
-# end is Triton's interpreter, one process per file.
+# Processes that share the tests, each with two threads of torch; 0 runs them in one, as --pdb needs.
 WORKERS ?= 2
 
 .NOTPARALLEL:
