@@ -1,6 +1,6 @@
 # Each command creates .venv when it is absent (tools/setup_env.sh says how torch is chosen).
 #   make demo                      train a small GPT with dense and with top-k attention
-#   make test ARGS="-k gathered"   the tests
+#   make test ARGS="-k gathered"   the tests; make test-fast leaves out what is slow (marker `slow`)
 #   make bench                     the benchmarks, their tables and pictures
 #   make lint | format | clean
 
@@ -11,14 +11,20 @@ SOURCES := pyproject.toml setup.py $(wildcard tools/*.py tools/*.sh triton_kerne
 FORMAT_CPP := $(wildcard tests/*.cpp) $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 FORMAT_PY := .
 
+# Processes that share the tests, each with two threads of torch; 0 runs them in one, as --pdb needs.
+WORKERS ?= 2
+
 .NOTPARALLEL:
-.PHONY: demo test bench lint format clean
+.PHONY: demo test test-fast bench lint format clean
 
 demo: $(VENV)/.installed-cli
 	@$(BIN)/sparse-attn demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -q tests $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests $(ARGS)
+
+test-fast: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" tests $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/sparse-attn bench $(ARGS)

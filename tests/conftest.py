@@ -1,14 +1,16 @@
 """What every test runs under: poisoned memory, two threads, one seed, and once per wing of this machine.
 
 A test that takes `wing` runs for every wing that is registered (see helpers/wings.py); one that takes `dtype`
-too runs for every dtype of that wing. A module that has WINGS runs over those instead.
+too runs for every dtype of that wing, unless it is parametrized with some. A module that has WINGS runs over those
+instead.
 A wing that cannot run here is skipped with its own reason, except that
-SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (test_backends.py).
+SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (wings/test_base.py).
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before torch is loaded. Deterministic mode, which poisons memory below, needs the first of cuBLAS; the second
 # keeps idle threads from spinning, which on a busy machine costs more than the tests themselves.
@@ -19,23 +21,33 @@ import pytest
 import torch
 from helpers.wings import wings_under_test
 
+# Inductor takes what it finds in its cache for this CPU's, also what was compiled for other instructions (a network
+# home, ATEN_CPU_CAPABILITY): wrong results and crashes. So one folder per instruction set, and nobody else's.
+ROOT = Path(__file__).resolve().parent.parent
+CAPABILITY = "".join(c for c in torch.backends.cpu.get_cpu_capability().lower() if c.isalnum())
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor" / CAPABILITY))
+
 THREADS = 2
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "dtypes(*dtypes): only these dtypes of each wing")
-    config.addinivalue_line("markers", "torch_defaults: without poisoned memory and deterministic mode")
+LONGEST = ("test_interpreted", "test_ahead_of_time", "test_instruction_sets", "test_gpu_check")
 
 
 def _skip_if_missing(wing) -> list:
     return [pytest.mark.skip(reason=wing.missing)] if wing.missing else []
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several processes what takes minutes comes first, so that none is left alone with it at the end."""
+    if getattr(config.option, "dist", "no") != "no" or "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "wing" not in metafunc.fixturenames:
         return
     wings = getattr(metafunc.module, "WINGS", None) or wings_under_test()
-    if "dtype" not in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = {name for names in own for name in (names.split(",") if isinstance(names, str) else names)}
+    if "dtype" not in metafunc.fixturenames or "dtype" in own:
         cases = [pytest.param(w, id=str(w), marks=_skip_if_missing(w)) for w in wings]
         metafunc.parametrize("wing", cases)
         return

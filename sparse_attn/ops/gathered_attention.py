@@ -89,6 +89,7 @@ def gathered_attention(
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with return_lse (out, lse float32 [B, Hq, Tq]). A query with no
         filled slot has out 0, lse −inf and gradient 0.
+        A row with NaN or a score of +inf among its keys is NaN (inf − inf, as the formula has it).
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.

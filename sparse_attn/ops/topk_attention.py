@@ -98,6 +98,7 @@ def topk_attention(
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for,
         in that order. A query that sees no key has out 0, lse −inf and gradient 0.
+        A row with NaN or a score of +inf among its keys is NaN (inf − inf, as the formula has it).
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.

@@ -24,6 +24,7 @@ TINY = attention.Settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.torch_defaults
 def test_in_miniature(tmp_path, capsys):
     result, arguments = in_miniature(attention, TINY, tmp_path, "--text", *words(tmp_path))

@@ -15,6 +15,7 @@ for package in ("matplotlib", "rich", "scipy"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 
+@pytest.mark.slow
 def test_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(leak, "LONGER", 3)
     monkeypatch.setattr(leak, "TESTED", 50)

@@ -42,6 +42,15 @@ class Tables:
         tables, projections = [cast(t) for t in self.tables], [cast(p) for p in self.projections]
         return Tables(tables, projections, self.token_band, self.token_row)
 
+    def sizes(self) -> Tables:
+        """New leaves with the absolute values."""
+
+        def size(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.detach().abs()
+
+        tables, projections = [size(t) for t in self.tables], [size(p) for p in self.projections]
+        return Tables(tables, projections, self.token_band, self.token_row)
+
     def dense(self, padding_idx: int | None = None) -> Tensor:
         """The plain formula: the whole table [V, D], put together row by row."""
         full = [t if p is None else t @ p.t() for t, p in zip(self.tables, self.projections, strict=True)]

@@ -324,6 +324,7 @@ def test_a_selection_that_the_model_brings_itself():
     close(logits(model, ids(2), padding("left", 2)), theirs_padded)
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_eager():
     _, sparse = pair(top_k=6)
     compiled = torch.compile(sparse, dynamic=False)

@@ -32,6 +32,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="protected pages as Linux has them")
 def test_reads_stay_inside(wing):
     if wing.device != "cpu":

@@ -123,6 +123,7 @@ def test_rows_that_see_nothing():
     assert all(not g.any() for g in torch.autograd.grad(loss, leaves))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("selected", [False, True])
 def test_memory_grows_with_the_length(monkeypatch, selected):

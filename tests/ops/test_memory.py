@@ -40,6 +40,7 @@ def _chunked_reference(monkeypatch):
     monkeypatch.setattr(sparse_attn.wings.reference.chunks, "_ELEMENTS", 1 << 18)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PEAK.exists(), reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.usefixtures("_chunked_reference")
 @pytest.mark.parametrize("share", ["none", "kv"])

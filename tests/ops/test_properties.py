@@ -17,7 +17,7 @@ bounded = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-pytestmark = pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
+pytestmark = [pytest.mark.slow, pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)]
 
 
 @st.composite

@@ -145,6 +145,7 @@ def test_compile_with_numbers_that_change(wing):
     assert counter.frame_count == 1, f"{counter.frame_count} graphs"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_with_inductor(wing):
     torch._dynamo.reset()

@@ -161,6 +161,7 @@ def test_half_types(name, dtype):
         assert_within_budget(mine.to(dtype), torchs, true, f"output {i}")
 
 
+@pytest.mark.slow
 def test_reference_in_float64():
     hidden, targets, bands = problem("three", 5)
     leaves = [t.double().requires_grad_() for t in (hidden, *bands.parameters)]

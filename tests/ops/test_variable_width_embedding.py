@@ -47,13 +47,19 @@ def expected(e: Tables, ids, grad_out, padding_idx=None):
     ]
 
 
-def assert_near(ours, exact, name, roundings=8):
-    """Within some roundings of the largest value: 8 in float32 for sums of many terms, one in the half types."""
+def assert_near(ours, exact, name, roundings=8, terms=None):
+    """Within some roundings of the largest value: 8 in float32 for sums of many terms, one in the half types.
+
+    Where terms cancel, what their rounding leaves depends on their order, which is the machine's: within one
+    rounding of the largest sum of absolute `terms` then.
+    """
     assert ours.shape == exact.shape, f"{name}: {list(ours.shape)}, want {list(exact.shape)}"
     if not exact.numel():
         return
     units = roundings if ours.dtype in (torch.float32, torch.float64) else 1
     allowed = units * torch.finfo(ours.dtype).eps * max(exact.abs().max().item(), 1e-30)
+    if terms is not None and ours.dtype in (torch.float32, torch.float64):
+        allowed = max(allowed, torch.finfo(ours.dtype).eps * terms.max().item())
     error = (ours.double() - exact).abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
@@ -69,7 +75,8 @@ def check(wing, e: Tables, ids, *, padding_idx=None, sparse=False):
     grads = torch.autograd.grad(out, e.leaves, grad_out)
     want, want_grads = expected(e, ids, grad_out, padding_idx)
     assert_near(out.detach(), want, "out")
-    for number, (ours, exact) in enumerate(zip(grads, want_grads, strict=True)):
+    _, terms = expected(e.sizes(), ids, grad_out.abs(), padding_idx)
+    for number, (ours, exact, sums) in enumerate(zip(grads, want_grads, terms, strict=True)):
         table = number < len(e.tables)
         assert ours.layout == (torch.sparse_coo if sparse and table else torch.strided)
         if sparse and table:
@@ -78,7 +85,7 @@ def check(wing, e: Tables, ids, *, padding_idx=None, sparse=False):
             assert bool((rows.diff() > 0).all())
             ours = ours.to_dense()
         assert ours.dtype == out.dtype
-        assert_near(ours, exact, f"gradient {number}", roundings=16)
+        assert_near(ours, exact, f"gradient {number}", roundings=16, terms=sums)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
@@ -305,6 +312,7 @@ def test_opcheck(wing, padding_idx):
     torch.library.opcheck(op, sparse, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.torch_defaults
 def test_fullgraph_compile(wing):
     only_cpu(wing)

@@ -1,17 +1,21 @@
-"""gathered_attention of csrc/cuda on the simulated GPU: the tests of the op, and each way through its kernels."""
+"""gathered_attention of csrc/cuda on the simulated GPU: the tests of the op, and each way through its kernels.
+
+The simulation is slow: of independent parameters every pair of values is taken, not every combination.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.inputs import LAYOUTS, index_rows, qkv
+from helpers.pairwise import pairwise
+from ops import test_gathered_attention as of_the_op
 from ops.test_gathered_attention import (  # noqa: F401
+    SHAPES,
     check,
     run_with_gradients,
-    test_groups,
     test_index_given_twice_counts_twice,
     test_scales,
-    test_shapes,
 )
 from ops.test_gathered_attention_special import (  # noqa: F401
     test_a_gradient_of_strides_zero,
@@ -25,21 +29,40 @@ from ops.test_gathered_attention_special import (  # noqa: F401
 from simt.device import SCHEDULES
 from simt.wing import SimulatedWing
 
+pytestmark = pytest.mark.slow
 WINGS = [SimulatedWing()]
+DTYPES = WINGS[0].dtypes
+TYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize(
-    "dims", [(1, 3), (64, 64), (72, 24), (20, 72), (128, 128), (256, 40), (8, 256)], ids=str
+@pairwise(
+    heads=[(6, 2), (3, 3), (4, 1)],
+    groups=["one", "per key head", "per query head", "no axis"],
+    garbage=[False, True],
+    dtype=DTYPES,
 )
-@pytest.mark.parametrize("shared", [1, 5, 9, 16])
+def test_groups(wing, dtype, groups, garbage, heads):
+    of_the_op.test_groups(wing, dtype, groups, garbage, *heads)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(shape, DTYPES[i % 3]) for i, shape in enumerate(SHAPES)], ids=str
+)
+def test_shapes(wing, dtype, shape):
+    """One dtype each: which sizes meet which dtype, the head dimensions below and the groups say."""
+    of_the_op.test_shapes(wing, dtype, shape)
+
+
+@pairwise(
+    dims=[(1, 3), (64, 64), (72, 24), (20, 72), (128, 128), (256, 40), (8, 256)],
+    shared=[1, 5, 9, 16],
+    dtype=TYPES,
+)
 def test_head_dimensions(wing, dtype, dims, shared):
     check(wing, qkv(1, shared, 1, 2, 9, *dims, dtype=dtype), index_rows((1, 1, 2, 5), 9))
 
 
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("budget", [0, 1, 31, 64, 131])
-@pytest.mark.parametrize("shared", [1, 3, 8])
+@pairwise(budget=[0, 1, 31, 64, 131], shared=[1, 3, 8], dtype=TYPES)
 def test_budgets(wing, dtype, budget, shared):
     inputs = qkv(1, shared, 1, 2, 90, 16, dtype=dtype)
     check(wing, inputs, index_rows((1, 1, 2, budget), 90, garbage=budget > 90))

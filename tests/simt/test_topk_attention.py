@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from ops.test_special_values import (  # noqa: F401
     test_a_score_of_plus_infinity,
@@ -22,6 +23,7 @@ from ops.test_special_values import (  # noqa: F401
 
 from simt.wing import SimulatedWing
 
+pytestmark = pytest.mark.slow
 WINGS = [
     SimulatedWing(dtypes=(torch.float32, torch.bfloat16))
 ]  # the half types differ in their conversions alone

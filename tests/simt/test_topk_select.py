@@ -1,11 +1,16 @@
-"""topk_select of csrc/cuda on the simulated GPU: the tests of the op, and each way through its kernel."""
+"""topk_select of csrc/cuda on the simulated GPU: the tests of the op, and each way through its kernel.
+
+The simulation is slow: of options, sharing and dtype every pair is taken, not every combination.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.compare import assert_best, assert_identical
-from helpers.inputs import integers, normal, with_scores
+from helpers.inputs import OPTIONS, integers, normal, with_scores
+from helpers.pairwise import pairwise
+from ops import test_topk_select as of_the_op
 from ops.test_topk_select import (  # noqa: F401
     test_budgets,
     test_budgets_larger_than_any_key_count,
@@ -14,8 +19,6 @@ from ops.test_topk_select import (  # noqa: F401
     test_mask_broadcasts,
     test_mask_per_head,
     test_mask_strides,
-    test_options_on_exact_scores,
-    test_options_on_normal_scores,
     test_scales,
     test_shared_mass_is_summed_over_heads,
     test_shared_ties_go_to_the_smaller_index,
@@ -24,9 +27,23 @@ from ops.test_topk_select import (  # noqa: F401
 from simt.device import SCHEDULES
 from simt.wing import SimulatedWing
 
+pytestmark = pytest.mark.slow
 WINGS = [
     SimulatedWing(dtypes=(torch.float32, torch.bfloat16))
 ]  # the half types differ in their conversions alone
+
+
+DTYPES, SHARES = WINGS[0].dtypes, ("none", "kv", "all")
+
+
+@pairwise(name=OPTIONS, share=SHARES, dtype=DTYPES)
+def test_options_on_exact_scores(wing, dtype, name, share):
+    of_the_op.test_options_on_exact_scores(wing, dtype, name, share)
+
+
+@pairwise(name=OPTIONS, dtype=DTYPES, share=SHARES)
+def test_options_on_normal_scores(wing, dtype, name, share):
+    of_the_op.test_options_on_normal_scores(wing, dtype, name, share)
 
 
 # How many of the 700 keys agree in the digits of their rank that are looked at first decides how many rounds there are.

@@ -1,23 +1,28 @@
-"""variable_width_embedding of csrc/cuda on the simulated GPU: the tests of the op, and its bounds."""
+"""variable_width_embedding of csrc/cuda on the simulated GPU: the tests of the op, and its bounds.
+
+The simulation is slow: of independent parameters every pair of values is taken, not every combination.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.embeddings import make_ids, make_tables
+from helpers.pairwise import pairwise
 from ops import test_variable_width_embedding as of_the_op
 from ops.test_variable_width_embedding import (  # noqa: F401
     KINDS,
     SHAPES,
     check,
-    test_odd_widths,
     test_shapes_and_strides_of_ids,
 )
 
 from simt.device import SCHEDULES
 from simt.wing import SimulatedWing
 
+pytestmark = pytest.mark.slow
 WINGS = [SimulatedWing()]
+DTYPES = WINGS[0].dtypes
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +34,14 @@ def _on_the_simulated_gpu(monkeypatch):
     monkeypatch.setattr(of_the_op, "lookup", lookup)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(dim, DTYPES[i % 3]) for i, dim in enumerate([1, 5, 16, 33, 72, 130])], ids=str
+)
+def test_odd_widths(wing, dtype, dim):
+    of_the_op.test_odd_widths(wing, dtype, dim)
+
+
+@pairwise(case=SHAPES, kind=KINDS, dtype=DTYPES)
 def test_against_the_dense_table(wing, dtype, case, kind):
     of_the_op.test_against_the_dense_table(wing, dtype, case, kind, sparse=False)
 

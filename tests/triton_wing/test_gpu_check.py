@@ -47,6 +47,7 @@ def test_unknown_argument():
     assert "unknown argument everything" in done.stderr
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     """All steps; the files go to $OUT, and every contender of ours computed the right thing."""
     done = run("all", "--dry-run", OUT=str(tmp_path))

@@ -29,6 +29,7 @@ LIMIT = 900  # seconds for one file: many times what it takes, so that a kernel 
 OLD = (triton_wing.version or (0,)) <= (3, 6) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         OLD, reason="the interpreter of Triton up to 3.6 does not run with NumPy 2.4 or later"
     ),
@@ -50,10 +51,14 @@ def run_file(path: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def runs(request) -> Iterator[dict[Path, Future]]:
-    """The files that this session asks for, two at once: the interpreter leaves the second core idle."""
+    """The files that this session asks for, two at once: the interpreter leaves the second core idle.
+
+    One of several processes of a test run (pytest-xdist) does not know which of them are its own.
+    """
     asked = [i.callspec.params["path"] for i in request.session.items if i.originalname == "test_interpreted"]
     with ThreadPoolExecutor(PROCESSES) as pool:
-        futures = {path: pool.submit(run_file, path) for path in sorted(asked, key=longest_first)}
+        alone = "PYTEST_XDIST_WORKER" not in os.environ
+        futures = {path: pool.submit(run_file, path) for path in sorted(asked, key=longest_first) if alone}
         yield futures
         for future in futures.values():
             future.cancel()
@@ -65,7 +70,7 @@ def longest_first(path: Path) -> int:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.removeprefix("test_"))
 def test_interpreted(path, runs):
-    run = runs[path].result()
+    run = runs[path].result() if path in runs else run_file(path)
     assert run.returncode == 0, f"{path.name}:\n{run.stdout[-6000:]}\n{run.stderr[-2000:]}"
     assert re.search(r"\d+ passed", run.stdout), run.stdout
     print(run.stdout.strip().splitlines()[-1])

@@ -1,6 +1,7 @@
 """gathered_attention in Triton, interpreted: every way through its kernels, at shapes that take no time.
 
-`check` (of the ordinary tests) holds out, LSE and the three gradients against the oracle in float64.
+`check` (of the ordinary tests) holds out, LSE and the three gradients against the oracle in float64. The interpreter
+is slow: of independent parameters every pair of values is taken, not every combination.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers.compare import assert_close
 from helpers.inputs import LAYOUTS, index_rows, normal, qkv
+from helpers.pairwise import pairwise
 from ops.test_gathered_attention import check
 from ops.test_gathered_attention_special import (  # noqa: F401
     test_a_gradient_of_strides_zero,
@@ -39,16 +41,15 @@ def test_groups(wing, groups, heads, kv_heads):
     check(wing, inputs, index_rows((2, names[groups], 3, 7), 11, garbage=True))
 
 
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("dims", [(1, 3), (64, 64), (72, 24), (20, 72), (256, 40)], ids=str)
-@pytest.mark.parametrize("shared", [1, 5])
+TYPES = (torch.float32, torch.bfloat16)  # float16 differs in its conversions alone: the groups have it
+
+
+@pairwise(dims=[(1, 3), (64, 64), (72, 24), (20, 72), (256, 40)], shared=[1, 5], dtype=TYPES)
 def test_head_dimensions(wing, dtype, dims, shared):
     check(wing, qkv(1, shared, 1, 2, 9, *dims, dtype=dtype), index_rows((1, 1, 2, 5), 9))
 
 
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("budget", [0, 1, 16, 70, 131])
-@pytest.mark.parametrize("shared", [1, 4])
+@pairwise(budget=[0, 1, 16, 70, 131], shared=[1, 4], dtype=TYPES)
 def test_budgets(wing, dtype, budget, shared):
     """None, one, a block and several, the last one not full."""
     check(

@@ -1,6 +1,7 @@
 """variable_width_embedding in Triton, interpreted: every way through its kernels, at shapes that take no time.
 
-`check` (of the ordinary tests) holds the output and all gradients against the dense table in float64.
+`check` (of the ordinary tests) holds the output and all gradients against the dense table in float64. The interpreter
+is slow: of independent parameters every pair of values is taken, not every combination.
 """
 
 from __future__ import annotations
@@ -8,17 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.embeddings import Tables, make_ids, make_tables
+from helpers.pairwise import pairwise
 from ops.test_variable_width_embedding import KINDS, SHAPES, check, expected, lookup
 
 from sparse_attn.triton_kernels import variable_width_embedding as forward
 from sparse_attn.triton_kernels.lib import run_sums
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 
 
-@BOTH
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", SHAPES)
+@pairwise(case=SHAPES, dtype=DTYPES, kind=KINDS, sparse=[False, True])
 def test_shapes(wing, dtype, case, kind, sparse):
     widths, sizes = SHAPES[case]
     e = make_tables(24, widths, sizes, dtype=dtype)
@@ -27,8 +28,7 @@ def test_shapes(wing, dtype, case, kind, sparse):
     check(wing, e, make_ids(kind, sum(sizes), 70), sparse=sparse)
 
 
-@pytest.mark.parametrize("dim", [1, 17, 130])
-@pytest.mark.parametrize("count", [1, 33])
+@pairwise(dim=[1, 17, 130], dtype=DTYPES, count=[1, 33])
 def test_odd_sizes(wing, dtype, dim, count):
     widths = (dim, max(1, dim // 2), max(1, dim // 7), 1)
     check(wing, make_tables(dim, widths, (5, 9, 20, 3), dtype=dtype), make_ids("uniform", 37, count))
@@ -40,8 +40,7 @@ def test_more_bands_than_one_launch_takes(wing, padding_idx):
     check(wing, e, make_ids("uniform", 48, 60), padding_idx=padding_idx)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padding_idx", [None, 7])
+@pairwise(kind=KINDS, dtype=DTYPES, padding_idx=[None, 7])
 def test_positions_sorted_by_row(wing, dtype, kind, padding_idx, monkeypatch):
     """As for wide projections."""
     monkeypatch.setattr(forward, "SORT_FROM", 0)
@@ -54,8 +53,7 @@ def test_large_configuration(wing, monkeypatch):
     check(wing, make_tables(150, (150, 70, 3), dtype=torch.bfloat16), make_ids("zipf", 200, 90))
 
 
-@BOTH
-@pytest.mark.parametrize("kind", KINDS)
+@pairwise(kind=KINDS, dtype=DTYPES, sparse=[False, True])
 def test_runs_across_tiles(wing, dtype, kind, sparse, monkeypatch):
     """Runs that end with a tile, cross some and fill more than a block of partial sums."""
     monkeypatch.setattr(run_sums, "TILE", 4)
@@ -78,9 +76,7 @@ def test_same_bits_again(wing, dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
 
 
-@BOTH
-@pytest.mark.parametrize("count", [0, 7, 60])
-@pytest.mark.parametrize("band", [0, 1, 2])
+@pairwise(band=[0, 1, 2], count=[0, 7, 60], sparse=[False, True])
 def test_padding_in_each_band(wing, count, band, sparse):
     e = make_tables()
     padding_idx = int((e.token_band == band).nonzero()[3])
