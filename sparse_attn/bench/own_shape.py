@@ -62,9 +62,9 @@ def groups(wish: Wish) -> Iterator[list[AttentionCase]]:
             query_length=None if s.queries == s.keys else s.queries,
             causal=wish.causal,
         )
-        kinds = [base, replace(base, direction="both")]
+        kinds = [replace(base, query_length=1)]  # the whole cache is visible
         if s.queries != 1:
-            kinds.append(replace(base, query_length=1))  # the whole cache is visible
+            kinds = [base, replace(base, direction="both"), *kinds]
         for kind in kinds:
             yield [replace(kind, top_k=k) for k in wish.top_k]
 
@@ -77,17 +77,17 @@ def steps(wish: Wish) -> int:
 def run(wish: Wish, threads: int, command: str, step: Step) -> dict:
     """Estimates, then measures; one JSON-able dict with a row per case and a verdict."""
     op, all_groups = registry.op(OP), list(groups(wish))
-    estimates = []
+    estimates, start = [], time.perf_counter()
     for cases in all_groups:
         step(f"estimating {_kind(cases[0])}")
         estimates.append(_estimates(cases))
-    rows, left_out, remaining = [], [], wish.seconds
+    rows, left_out = [], []
     for at, (cases, seconds) in enumerate(zip(all_groups, estimates, strict=True)):
         step(f"measuring {_kind(cases[0])}")
-        share = remaining / (len(all_groups) - at)  # what one group does not use is left to the next
+        remaining = wish.seconds - (time.perf_counter() - start)
+        share = max(0.0, remaining) / (len(all_groups) - at)  # what one does not use is left to the next
         kept, absent = _chosen(cases, seconds, share)
         if kept:
-            start = time.perf_counter()
             rows += runner.measure(
                 op,
                 kept,
@@ -100,7 +100,6 @@ def run(wish: Wish, threads: int, command: str, step: Step) -> dict:
             )
             for row in rows[-len(kept) :]:  # the shape stands in the title
                 row["name"] = f"{_kind(cases[0])}, K={row['case']['top_k']}"
-            remaining = max(0.0, remaining - (time.perf_counter() - start))
         kind = _kind(cases[0])
         failed = rows[-1]["left_out"] if kept else {}
         reasons = {op.labels.get(n, n): why for n, why in {**absent, **failed}.items()}
@@ -169,14 +168,15 @@ def _chosen(
         left -= cost
         return True
 
-    for case in cases:  # ours first: without it there is nothing to compare
+    for case in cases:
         if fits("ours", CALLS):
             kept.append(case)
         else:
             absent[f"K={case.top_k}"] = absent.pop("ours")
+        if len(kept) == 1 and case is kept[0]:
+            fits("sdpa", CALLS)  # before more of ours: what they are compared with
     if not kept:
         return [], absent
-    fits("sdpa", CALLS)
     direction = kept[0].direction
     matrix = kept[0].scores * (4 if kept[0].dtype == "float32" else 2) * (4 if direction == "both" else 2)
     gathered = kept[-1].scores // kept[0].length * kept[-1].top_k * kept[0].head_dim * 8

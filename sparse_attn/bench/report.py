@@ -63,6 +63,8 @@ def comparison_table(title: str, rows: list[dict]) -> Table:
     for row in rows:
         labels = registry.op(row["op"]).labels
         first = row["name"] + (f"\n[dim]{row['note']}[/]" if row["note"] else "")
+        if not row["rivals"]:  # all were left out
+            table.add_row(first, milliseconds(row["milliseconds"]))
         for name, rival in row["rivals"].items():
             target = rival["target"]
             table.add_row(
