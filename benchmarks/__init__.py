@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.run` measures everything; `pytest benchmarks` runs the suites alone."""
+"""Benchmarks of a checkout: `pytest benchmarks`, experiments, studies and GPU runs over `sparse_attn.bench`."""

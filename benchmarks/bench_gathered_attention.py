@@ -1,11 +1,5 @@
-"""`gathered_attention` with given indices against dense attention and a gather in plain PyTorch.
+"""`gathered_attention` against what one would use instead: `pytest benchmarks/bench_gathered_attention.py`."""
 
-pytest benchmarks/bench_gathered_attention.py
-"""
+from benchmarks.suite import suite_of
 
-OP = "gathered_attention"
-CONTENDERS = ("ours", "sdpa", "flex", "plain", "plain_tuned")
-
-
-def test_gathered_attention(run, contender, case) -> None:
-    run(contender, case)
+test_gathered_attention = suite_of("gathered_attention")

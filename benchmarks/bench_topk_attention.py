@@ -1,11 +1,5 @@
-"""`topk_attention` against dense attention and top-k attention in plain PyTorch.
+"""`topk_attention` against what one would use instead: `pytest benchmarks/bench_topk_attention.py`."""
 
-pytest benchmarks/bench_topk_attention.py
-"""
+from benchmarks.suite import suite_of
 
-OP = "topk_attention"
-CONTENDERS = ("ours", "sdpa", "flex", "plain", "plain_tuned")
-
-
-def test_topk_attention(run, contender, case) -> None:
-    run(contender, case)
+test_topk_attention = suite_of("topk_attention")

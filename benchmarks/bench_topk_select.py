@@ -1,11 +1,5 @@
-"""`topk_select` against scores + torch.topk in plain PyTorch, and against the matmul of the scores alone.
+"""`topk_select` against what one would use instead: `pytest benchmarks/bench_topk_select.py`."""
 
-pytest benchmarks/bench_topk_select.py
-"""
+from benchmarks.suite import suite_of
 
-OP = "topk_select"
-CONTENDERS = ("ours", "plain", "plain_tuned", "scores")
-
-
-def test_topk_select(run, contender, case) -> None:
-    run(contender, case)
+test_topk_select = suite_of("topk_select")

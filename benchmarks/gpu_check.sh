@@ -74,12 +74,12 @@ if torch.cuda.is_available() and not torch.version.hip:
 tests() {
     local half=$((limit / 2)) status=0
     if [[ -n $dry ]]; then
-        "$python" -m benchmarks.gpu_tests --limit "$limit" --out "$out/tests_dry_run.json" tests/test_checks.py
+        "$python" -m benchmarks.gpu.tests --limit "$limit" --out "$out/tests_dry_run.json" tests/test_checks.py
         return
     fi
     # The ids of what runs on the device end in its name: cuda-cuda, triton-cuda.
-    "$python" -m benchmarks.gpu_tests --limit "$half" -k "cuda and not simulated" --out "$out/tests_gpu.json" || status=1
-    "$python" -m benchmarks.gpu_tests --limit "$half" -k "not cuda or simulated" --out "$out/tests_rest.json" || status=1
+    "$python" -m benchmarks.gpu.tests --limit "$half" -k "cuda and not simulated" --out "$out/tests_gpu.json" || status=1
+    "$python" -m benchmarks.gpu.tests --limit "$half" -k "not cuda or simulated" --out "$out/tests_rest.json" || status=1
     return $status
 }
 

@@ -13,12 +13,36 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.contenders import LABELS
-from benchmarks.machine import in_words
-from benchmarks.report import mark, megabytes, milliseconds, times_as_fast
+from sparse_attn.bench import registry
+from sparse_attn.bench.attention import LABELS as OURS_AND_DENSE
+from sparse_attn.bench.machine import in_words
+from sparse_attn.bench.report import mark, megabytes, milliseconds, times_as_fast
 
+# by the short names of the attention suite's results
+LABELS = OURS_AND_DENSE | registry.op("topk_select").labels
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+# The commands of results that are older than the present layout.
+EXPERIMENT = "python -m benchmarks.experiments"
+RENAMED = {
+    "python -m benchmarks.run": "sparse-attn bench",
+    "python -m benchmarks.widths": "sparse-attn bench --suite widths",
+    **{
+        f"python -m benchmarks.{name}": f"{EXPERIMENT}.{name}"
+        for name in ("cheap_selection", "compress_embedding", "residual_error", "selection_mass")
+    },
+}
+
+
+def command(results: dict) -> str:
+    """The command that measures this, as it is called today."""
+    recorded = results["machine"]["command"].replace(" --no-suites", "")
+    for old, new in RENAMED.items():
+        if recorded.split(" --")[0] == old:
+            return recorded.replace(old, new, 1)
+    return recorded
 
 
 def summary(results: dict) -> str:
@@ -40,7 +64,7 @@ def summary(results: dict) -> str:
 
 def details(results: dict) -> str:
     """For docs/performance.md: every comparison with its target, and the scaling."""
-    lines = [f"Measured on {in_words(results['machine'])} by `{results['machine']['command']}`.", ""]
+    lines = [f"Measured on {in_words(results['machine'])} by `{command(results)}`.", ""]
     for key, title in (
         ("headline", "Random inputs"),
         ("real", "A language model's own queries and keys"),
@@ -146,7 +170,7 @@ def _sentences(results: dict) -> list[str]:
 def widths(results: dict) -> str:
     """The lookup and the loss against each alternative, and memory."""
     lines = [
-        f"Measured on {in_words(results['machine'])} by `{results['machine']['command']}`. "
+        f"Measured on {in_words(results['machine'])} by `{command(results)}`. "
         "“As fast” is the alternative's time over ours: below 1× it is quicker.",
     ]
     for op, setting in (
@@ -198,7 +222,7 @@ def compression(results: dict) -> str:
 def cheap_selection(results: dict) -> str:
     """Every cheap selection beside dense or exact attention."""
     lines = [
-        f"Measured on {in_words(results['machine'])} by `{results['machine']['command']}`; {results['setting']}. "
+        f"Measured on {in_words(results['machine'])} by `{command(results)}`; {results['setting']}. "
         "“As fast” is relative to the first row of each table.",
     ]
     for group in dict.fromkeys(row["group"] for row in results["rows"]):
@@ -218,7 +242,7 @@ def _by_budget(results: dict, what: str, text: str) -> str:
     origin = results["real_inputs"]
     lines = [
         f"{text}, T={results['length']:,}, {origin['model']} over the text {origin['text']}, by "
-        f"`{results['machine']['command']}`:",
+        f"`{command(results)}`:",
         "",
         f"| {what} | " + " | ".join(f"{n} keys" for n in results["budgets"]) + " |",
         "| --- |" + " ---: |" * len(results["budgets"]),
@@ -242,17 +266,33 @@ def residual_error(results: dict) -> str:
 # marker → (results, what makes the table, the command that makes the results), per file
 BLOCKS = {
     "README.md": {
-        "benchmark": ("attention_cpu", summary, "benchmarks.run"),
-        "widths": ("widths_cpu", widths, "benchmarks.widths"),
+        "benchmark": ("attention_cpu", summary, "sparse-attn bench"),
+        "widths": ("widths_cpu", widths, "sparse-attn bench --suite widths"),
     },
-    "docs/performance.md": {"benchmark": ("attention_cpu", details, "benchmarks.run")},
+    "docs/performance.md": {"benchmark": ("attention_cpu", details, "sparse-attn bench")},
     "docs/cheap_selection.md": {
-        "cheap_selection": ("cheap_selection_cpu", cheap_selection, "benchmarks.cheap_selection"),
-        "selection_mass": ("selection_mass_smollm2", selection_mass, "benchmarks.selection_mass"),
-        "residual_error": ("residual_error_smollm2", residual_error, "benchmarks.residual_error"),
+        "cheap_selection": (
+            "cheap_selection_cpu",
+            cheap_selection,
+            "python -m benchmarks.experiments.cheap_selection",
+        ),
+        "selection_mass": (
+            "selection_mass_smollm2",
+            selection_mass,
+            "python -m benchmarks.experiments.selection_mass",
+        ),
+        "residual_error": (
+            "residual_error_smollm2",
+            residual_error,
+            "python -m benchmarks.experiments.residual_error",
+        ),
     },
     "docs/planner.md": {
-        "compression": ("compress_embedding_smollm2", compression, "benchmarks.compress_embedding")
+        "compression": (
+            "compress_embedding_smollm2",
+            compression,
+            "python -m benchmarks.experiments.compress_embedding",
+        )
     },
 }
 
@@ -276,12 +316,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, blocks in BLOCKS.items():
         path = ROOT / name
         text = path.read_text("utf-8")
-        for marker, (source, make, command) in blocks.items():
+        for marker, (source, make, how) in blocks.items():
             results = RESULTS / f"{source}.json"
             table = (
                 make(json.loads(results.read_text("utf-8")))
                 if results.exists()
-                else f"*No results are committed yet; `python -m {command}` makes them.*"
+                else f"*No results are committed yet; `{how}` makes them.*"
             )
             if not args.write and not args.check:
                 print(f"<!-- {name}: {marker} -->\n{table}\n")

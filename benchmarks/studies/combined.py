@@ -16,11 +16,11 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 
-from benchmarks.memory import peak_of
 from benchmarks.studies import results
 from benchmarks.studies.attention import DENSE, Training
 from benchmarks.studies.statistics import Interval, interval
 from benchmarks.studies.widths_model import WIDTH, Corpus, full, load, planned
+from sparse_attn.bench.memory import peak_of
 
 NEITHER, SPARSE, NARROW, BOTH = ARMS = ("neither", "top-k", "planned widths", "both")
 

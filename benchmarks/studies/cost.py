@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 import sparse_attn
 from benchmarks.studies import results
-from benchmarks.timing import interleave
 from sparse_attn.analysis import (
     Cost,
     Rates,
@@ -37,6 +36,7 @@ from sparse_attn.analysis import (
     published,
     topk,
 )
+from sparse_attn.bench.timing import interleave
 from sparse_attn.cli.console import count
 from sparse_attn.nn import HeadApproximator, KeySelector
 

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.machine import in_words
+from sparse_attn.bench.machine import in_words
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, RESULTS = ROOT / "docs" / "findings.md", ROOT / "benchmarks" / "results"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine
+from sparse_attn.bench import machine
 from sparse_attn.cli.console import UsageError, count
 from sparse_attn.distillation.progress import reporting
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.memory import peak_of
 from benchmarks.studies import results
 from sparse_attn import (
     block_attention,
@@ -30,10 +29,11 @@ from sparse_attn import (
     refine_blocks,
     topk_select,
 )
+from sparse_attn.bench.memory import peak_of
 from sparse_attn.cli.console import UsageError, count, refusals
 from sparse_attn.demo.text import read
 from sparse_attn.integrations.indexers import attention_layers
-from sparse_attn.integrations.transformers import BLOCK
+from sparse_attn.integrations.selectors import BLOCK
 from sparse_attn.integrations.watching import Given, watching
 
 SINKS = 4

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.memory import peak_of
 from benchmarks.studies import results
 from benchmarks.studies.statistics import Interval, interval
 from benchmarks.studies.widths_model import (
@@ -34,6 +33,7 @@ from benchmarks.studies.widths_model import (
     three_bands,
     uniform,
 )
+from sparse_attn.bench.memory import peak_of
 
 DECILES, WARM_UP = 10, 20
 

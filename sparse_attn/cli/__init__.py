@@ -28,7 +28,8 @@ examples:
   sparse-attn doctor           what runs on this machine, what does not and why, and whether it computes right
   sparse-attn demo             watch a small GPT learn with top-k attention beside dense attention (two minutes)
   sparse-attn demo --help      everything that the demo can be asked
-  sparse-attn bench --quick    the time against dense attention and plain PyTorch (in a checkout)
+  sparse-attn bench --shape 1,32/8,4096,4096,128 --top-k 64,256
+                               what is faster at your own shape: top-k or dense attention
   sparse-attn plan --tokens train.bin --dim 768 --budget 10M
                                how wide each token's embedding row should be
   sparse-attn study --help     the studies on real text (in a checkout)

@@ -47,12 +47,12 @@ def _relative(got: Tensor, want: Tensor) -> float:
 def _against_float64(wing: str, device: str) -> dict[str, float]:
     query, key, value, grad_out = _inputs(device)
     out, indices = sparse_attn.topk_attention(
-        query, key, value, TOP_K, is_causal=True, window=4, sinks=1, return_indices=True, backend=wing
+        query, key, value, TOP_K, is_causal=True, window=4, return_indices=True, backend=wing
     )
     grads = torch.autograd.grad(out, (query, key, value), grad_out)
 
     query, key, value, grad_out = _double(query, key, value, grad_out)
-    best = sparse_attn.topk_select(query, key, TOP_K, is_causal=True, window=4, sinks=1, backend="reference")
+    best = sparse_attn.topk_select(query, key, TOP_K, is_causal=True, window=4, backend="reference")
     # Another key of (nearly) the same score is as good, so scores are compared, not positions.
     errors = {"selected scores": _relative(_scores(query, key, indices.cpu()), _scores(query, key, best))}
     want = sparse_attn.gathered_attention(query, key, value, indices.cpu(), backend="reference")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from sparse_attn.cli.bench import checkout
+from sparse_attn.cli.checkout import checkout
 from sparse_attn.cli.console import UsageError
 
 HELP = "what the ideas are worth on real text: one study from one command (in a checkout)"
@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     root = checkout()
     if root is None:
         raise UsageError(
-            "the studies are not in the installed package; run this in the root of a checkout of the repository"
+            "the studies are not in the installed package: they need its source tree (git clone the repository and "
+            "run `pip install -e '.[study]'` in it)"
         )
     sys.path.insert(0, str(root))
     study = import_module(f"benchmarks.studies.{arguments.study}")

@@ -68,8 +68,8 @@ def test_dry_run(tmp_path):
 def test_ratios_and_targets():
     sys.path.insert(0, str(ROOT))
     try:
-        from benchmarks import gpu
-        from benchmarks.gpu_timing import ratios
+        from benchmarks.gpu import report as gpu
+        from benchmarks.gpu.timing import ratios
     finally:
         sys.path.remove(str(ROOT))
     base = {"section": "gathered_attention", "case": "H16/1 D128 random", "direction": "forward"}
@@ -101,7 +101,7 @@ def test_tests_that_fail_are_shown(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from benchmarks import gpu_tests
+from benchmarks.gpu import tests as gpu_tests
 gpu_tests.ROOT = Path({str(tmp_path)!r})
 gpu_tests.OPTIONAL = ("a_package_that_is_not_here",)
 (gpu_tests.ROOT / "tests").mkdir()

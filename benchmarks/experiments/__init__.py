@@ -1,0 +1,1 @@
+"""Single questions, one file each: `python -m benchmarks.experiments.NAME --help`."""

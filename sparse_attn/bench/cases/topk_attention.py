@@ -1,0 +1,103 @@
+"""`topk_attention` against dense attention, and against top-k attention in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+import sparse_attn
+from sparse_attn.bench import contenders, correctness
+from sparse_attn.bench.attention import (
+    DENSE,
+    PLAIN,
+    AttentionCase,
+    AttentionOp,
+    Triple,
+    on_real_inputs,
+    rule,
+    select,
+    with_targets_alone,
+)
+from sparse_attn.bench.registry import Comparison, Peak
+
+BASE = AttentionCase("topk_attention", 4096)
+HALF = {"dtype": "bfloat16"}
+LONG = AttentionCase("topk_attention", 32768)
+
+
+class TopkAttention(AttentionOp):
+    name = "topk_attention"
+
+    def ours(self, case: AttentionCase, tensors: Triple) -> contenders.Forward:
+        options = rule(case)
+        return lambda q, k, v: sparse_attn.topk_attention(q, k, v, case.top_k, **options)
+
+    def plain(self, contender: str, case: AttentionCase, tensors: Triple) -> contenders.Forward:
+        return contenders.plain_topk(contender, case)
+
+    def used(self, contender: str, case: AttentionCase, tensors: Triple) -> Tensor | None:
+        if contender in DENSE:
+            return None
+        if contender in PLAIN:
+            return contenders.plain_indices(contender, case, *tensors[:2])
+        return select(case, tensors)
+
+    def check(self, contender, case, inputs, work) -> None:
+        indices = self.used(contender, case, inputs)
+        if indices is not None:
+            correctness.check_selection(contender, case, indices, inputs)
+        correctness.check_attention(contender, case, work, indices)
+
+    def comparisons(self, quick: bool) -> list[Comparison]:
+        both = {"direction": "both"}
+        rows = [
+            Comparison(BASE, (*PLAIN, *DENSE), {"plain": 25}),
+            Comparison(replace(BASE, **HALF), (*PLAIN, *DENSE)),
+            Comparison(replace(BASE, length=8192), DENSE, {"sdpa": 1.0}),
+            Comparison(replace(BASE, length=8192, **HALF), DENSE, {"sdpa": 1 / 1.3}),
+            Comparison(replace(BASE, **both), ("plain_tuned", "sdpa"), {"sdpa": 1.0}),
+            Comparison(replace(BASE, **both, **HALF), ("sdpa",)),
+        ]
+        rows = with_targets_alone(rows) if quick else rows
+        return [*rows, *on_real_inputs(rows), *_know_before_use()]
+
+    def scaling(self) -> dict[str, list[AttentionCase]]:
+        lengths = (1024, 2048, 4096, 8192, 16384, 32768)
+        curve = [replace(BASE, length=n) for n in lengths]
+        return {"ours": curve, "sdpa": curve[:-1]}  # the dense rival stops where one call takes over a second
+
+    def peaks(self, quick: bool) -> list[Peak]:
+        first = Peak(LONG, target_mb=400)
+        return [first] if quick else [first, Peak(replace(LONG, direction="both")), Peak(LONG, "sdpa")]
+
+    def overhead(self) -> tuple[AttentionCase, float]:
+        return replace(BASE, length=16), 60
+
+
+def _know_before_use() -> list[Comparison]:
+    """Where it pays little or nothing, and the options that change the price; always against dense SDPA."""
+    gqa = replace(BASE, kv_heads=2)
+    rows = [
+        *((replace(BASE, length=n), "short") for n in (64, 128, 256, 512, 1024)),
+        *((replace(BASE, length=n, direction="both"), "short, training") for n in (256, 1024)),
+        (replace(BASE, length=2048, dtype="bfloat16"), ""),
+        (replace(BASE, top_k=256), "large K"),
+        (replace(BASE, top_k=512), "large K"),
+        (replace(BASE, top_k=1024), "large K"),
+        (replace(BASE, top_k=512, direction="both"), "large K, training"),
+        (replace(BASE, length=1024, top_k=1024), "top_k ≥ T, the same result as dense"),
+        (replace(BASE, head_dim=128), "wide heads"),
+        (replace(BASE, window=32, sinks=4), "a third of the budget is fixed"),
+        (gqa, "GQA, a selection per query head"),
+        (replace(gqa, share="kv"), "GQA, a selection per key head: ranks by attention mass"),
+        (replace(gqa, share="all"), "one selection for all heads: ranks by attention mass"),
+        (replace(BASE, length=8192, query_length=1), "one decoding step"),
+        (replace(BASE, inputs="ascending"), "worst order: every later key is better"),
+    ]
+    return [
+        Comparison(case, ("sdpa",), section="know_before_use", note=note, rounds=7) for case, note in rows
+    ]
+
+
+OP = TopkAttention()
