@@ -81,17 +81,18 @@ class Rule:
         is_causal = checks.boolean("is_causal", self.is_causal)
         window, sinks = checks.kept(self.window, self.sinks, is_causal, top_k)
         groups = key.shape[1] if per_group else checks.groups_of(self.share, query.shape[1], key.shape[1])
+        length = query.shape[2], key.shape[2]
         return PackedRule(
-            attn_mask=checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
-            key_lengths=checks.lengths_of(self.key_lengths, key),
-            is_causal=is_causal,
-            causal_offset=checks.causal_offset_of(
-                is_causal, self.causal_offset, query.shape[2], key.shape[2]
-            ),
-            window=window,
-            sinks=sinks,
-            groups=groups,
-            scale=checks.softmax_scale(self.scale, query.shape[3]),
+            None
+            if self.attn_mask is None
+            else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
+            None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
+            is_causal,
+            checks.causal_offset_of(is_causal, self.causal_offset, *length),
+            window,
+            sinks,
+            groups,
+            checks.softmax_scale(self.scale, query.shape[3]),
         )
 
 

@@ -53,8 +53,11 @@ def select(
     """What the three public functions do; `function` is the name by which errors call it."""
     query, key = autocast(query, key)
     checks.query_key(query, key)
-    sizes = {**sizes_of(query), "rounded_scores": int(rounded), "blocks": int(among is not None)}
+    sizes = sizes_of(query)
+    if rounded:
+        sizes["rounded_scores"] = 1
     if among is not None:
+        sizes["blocks"] = 1
         block_size = checks.integer("block_size", among.block_size, 1)
         query_tile = checks.integer("query_tile", among.query_tile, 1)
         blocks = checks.blocks_of(among.blocks, query, key, query_tile)
