@@ -78,55 +78,45 @@ def indexer_weights(weights: object, query: Tensor) -> Tensor:
 
 def indices_of(indices: object, query: Tensor, key: Tensor) -> Tensor:
     """indices as int32 [B, G, Tq, K]."""
-    batch, heads, query_length = query.shape[:3]
-    kv_heads, key_length = key.shape[1], key.shape[2]
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be an int32 tensor of shape [B, G, Tq, K], got {describe(indices)}")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must be int32 (or int64), got {describe(indices)}")
-    dense("indices", indices)
-    if indices.device != query.device:
-        raise ValueError(f"indices must be on the query's device {query.device}, got {indices.device}")
-    if indices.dim() == 3:
-        indices = indices.unsqueeze(1)
-    if (
-        indices.dim() != 4
-        or indices.shape[0] != batch
-        or indices.shape[1] not in (1, kv_heads, heads)
-        or indices.shape[2] != query_length
-    ):
-        raise ValueError(
-            "indices must have shape [B, G, Tq, K] with G one of 1, Hkv, Hq, or [B, Tq, K]; "
-            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, Tq={query_length}, got {describe(indices)}"
-        )
-    if indices.dtype == torch.int64:
-        # An index past 2^31 must not wrap around into range.
-        indices = torch.where((indices >= 0) & (indices < key_length), indices, -1).to(torch.int32)
-    return indices
+    rows = f"Tq={query.shape[2]}"
+    given = indices.unsqueeze(1) if isinstance(indices, Tensor) and indices.dim() == 3 else indices
+    axes = "[B, G, Tq, K] with G one of 1, Hkv, Hq, or [B, Tq, K]"
+    return _numbers("indices", given, query, key, query.shape[2], "[B, G, Tq, K]", axes, rows)
 
 
 def blocks_of(blocks: object, query: Tensor, key: Tensor, query_tile: int) -> Tensor:
     """blocks as int32 [B, G, N, M], N = ⌈Tq / query_tile⌉."""
-    batch, heads, query_length = query.shape[:3]
-    kv_heads, tiles = key.shape[1], -(-query_length // query_tile)
-    if not isinstance(blocks, Tensor):
-        raise TypeError(f"blocks must be an int32 tensor of shape [B, G, N, M], got {describe(blocks)}")
-    if blocks.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"blocks must be int32 (or int64), got {describe(blocks)}")
-    dense("blocks", blocks)
-    if blocks.device != query.device:
-        raise ValueError(f"blocks must be on the query's device {query.device}, got {blocks.device}")
-    if (
-        blocks.dim() != 4
-        or blocks.shape[0] != batch
-        or blocks.shape[1] not in (1, kv_heads, heads)
-        or blocks.shape[2] != tiles
-    ):
+    tiles = -(-query.shape[2] // query_tile)
+    axes = "[B, G, N, M] with G one of 1, Hkv, Hq and N = ⌈Tq / query_tile⌉"
+    return _numbers("blocks", blocks, query, key, tiles, "[B, G, N, M]", axes, f"N={tiles}")
+
+
+def _numbers(
+    name: str,
+    numbers: object,
+    query: Tensor,
+    key: Tensor,
+    rows: int,  # the third dimension
+    shape: str,
+    axes: str,  # the shape, explained
+    rows_text: str,
+) -> Tensor:
+    """Numbers of keys or of blocks as int32, of the shape that they must have."""
+    if not isinstance(numbers, Tensor):
+        raise TypeError(f"{name} must be an int32 tensor of shape {shape}, got {describe(numbers)}")
+    if numbers.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 (or int64), got {describe(numbers)}")
+    dense(name, numbers)
+    if numbers.device != query.device:
+        raise ValueError(f"{name} must be on the query's device {query.device}, got {numbers.device}")
+    (batch, heads), kv_heads = query.shape[:2], key.shape[1]
+    fits = numbers.dim() == 4 and numbers.shape[0] == batch and numbers.shape[2] == rows
+    if not fits or numbers.shape[1] not in (1, kv_heads, heads):
         raise ValueError(
-            "blocks must have shape [B, G, N, M] with G one of 1, Hkv, Hq and N = ⌈Tq / query_tile⌉; "
-            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, N={tiles}, got {describe(blocks)}"
+            f"{name} must have shape {axes}; "
+            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, {rows_text}, got {describe(numbers)}"
         )
-    if blocks.dtype == torch.int64:
-        # A number past 2^31 must not wrap around into range.
-        blocks = torch.where((blocks >= 0) & (blocks <= key.shape[2]), blocks, -1).to(torch.int32)
-    return blocks
+    if numbers.dtype == torch.int64:
+        # A number past 2^31 must not wrap around into range; none is as large as the number of keys.
+        numbers = torch.where((numbers >= 0) & (numbers < key.shape[2]), numbers, -1).to(torch.int32)
+    return numbers

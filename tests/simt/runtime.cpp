@@ -50,7 +50,6 @@ constexpr size_t kArena = size_t{128} << 20, kGap = 64 << 10, kStack = 128 << 10
 constexpr size_t kMostShared = 256 << 10;
 
 // ---- shadow
-// ------------------------------------------------------------------------------------------------
 
 struct Stamp {            // one access; serial 0: none
     uint32_t serial = 0;  // of the block, counted over all launches
@@ -83,7 +82,6 @@ void set_shadow(size_t offset, size_t bytes, bool allocated, bool written) {
 }
 
 // ---- threads
-// -----------------------------------------------------------------------------------------------
 
 enum class State { kReady, kBlock, kWarp, kDone };
 
@@ -380,7 +378,6 @@ cudaError_t cudaMemsetAsync(void* p, int byte, size_t size, cudaStream_t) {
 }
 
 // ---- for the tests
-// -----------------------------------------------------------------------------------------
 
 extern "C" {
 

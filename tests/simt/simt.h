@@ -152,7 +152,6 @@ using std::max;
 using std::min;
 
 // ---- the runtime API, as far as csrc/cuda calls it
-// ---------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -193,8 +192,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 cudaError_t cudaMemsetAsync(void* p, int byte, size_t size, cudaStream_t stream);
 
-// ---- twins of the wrappers around PTX in csrc/cuda/device.cuh
-// ----------------------------------------------
+// ---- twins of the wrappers around PTX in csrc/cuda/kernels/lib/device.cuh
 
 namespace sparse_attn::cuda {
 
