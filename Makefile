@@ -34,6 +34,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(FORMAT_PY) || status=1; \
 	$(BIN)/ruff format --check $(FORMAT_PY) || status=1; \
 	$(BIN)/clang-format --dry-run --Werror $(FORMAT_CPP) || status=1; \
+	$(BIN)/mypy || status=1; \
+	$(BIN)/lint-imports >$(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; status=1; }; \
+	$(BIN)/python tools/house.py || status=1; \
 	exit $$status
 
 format: $(VENV)/.installed-dev

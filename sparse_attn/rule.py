@@ -67,7 +67,7 @@ class Rule:
         self,
         query: Tensor,  # [B, Hq, Tq, D]
         key: Tensor,  # [B, Hkv, Tk, D]
-        top_k: object = None,
+        top_k: int | None = None,
         *,
         per_group: bool = False,
     ) -> PackedRule:

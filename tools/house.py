@@ -80,7 +80,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--change", metavar="A..B", help="a range of commits")
+    parser.add_argument("--change", metavar="A..B", help="what B's commits change that A does not have")
     arguments = parser.parse_args()
     rings = circles(imports())
     print(f"import circles: {len(rings)}")
@@ -98,7 +98,8 @@ def main() -> int:
             failed = True
             print("\n".join(f"  {p.relative_to(ROOT)}" for p in using))
     if arguments.change:
-        command = ["git", "diff", "--name-only", arguments.change]
+        # Three dots: since B left A, so that what A has got meanwhile does not count.
+        command = ["git", "diff", "--name-only", re.sub(r"\.\.+", "...", arguments.change)]
         touched = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
         library = [t for t in touched if t.split("/")[0] in LIBRARY and not is_apart(t)]
         print(f"files touched by {arguments.change}: {len(touched)}, of them in the library {len(library)}")

@@ -126,7 +126,7 @@ def factor(name: str, value: object, most: float = sys.float_info.max) -> float:
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     # NaN fails too. Comparisons alone: math.isfinite does not take a compiler's symbolic number.
-    if not 0 <= value <= most:
+    if not 0 <= value <= most:  # type: ignore[operator]  # numbers.Real says nothing of comparisons
         bound = "finite and at least 0" if most == sys.float_info.max else f"from 0 to {most:g}"
         raise ValueError(f"{name} must be {bound}, got {value}")
     return float(value)

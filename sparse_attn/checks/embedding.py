@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def projections_of(projections: object, tables: list[Tensor]) -> tuple[list[Tens
     return projections, dims[0]
 
 
-def token_maps(token_band: object, token_row: object, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+def token_maps(token_band: Any, token_row: Any, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
     """token_band as int32 [V] and token_row as int32 or int64 [V], on the tables' device and naming rows there."""
     for name, value in (("token_band", token_band), ("token_row", token_row)):
         if not isinstance(value, Tensor):

@@ -35,7 +35,7 @@ def top_k_of(top_k: object) -> int:
     return integer("top_k", top_k, 1, 2**63 - 1)
 
 
-def kept(window: object, sinks: object, is_causal: bool, top_k: object = None) -> tuple[int, int]:
+def kept(window: object, sinks: object, is_causal: bool, top_k: int | None = None) -> tuple[int, int]:
     """(window, sinks): what is always kept, within top_k (checked already) where there is one."""
     window = integer("window", window, 0)
     sinks = integer("sinks", sinks, 0)

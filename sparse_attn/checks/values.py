@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
@@ -20,7 +22,7 @@ def describe(value: object) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
-def integer(name: str, value: object, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
+def integer(name: str, value: Any, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
     """An int (or a symbolic one), not a bool; numpy integers are taken too."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):

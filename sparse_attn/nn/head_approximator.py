@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,7 @@ class HeadApproximator(torch.nn.Module):
         self.top_k = checks.integer("top_k", top_k, 1)
         self.num_heads = checks.integer("num_heads", num_heads, 1)
         self.hidden = checks.integer("hidden", hidden, 1)
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inner = PerHeadLinear(self.num_heads, self.top_k * self.head_dim, self.hidden, **options)
         self.outer = PerHeadLinear(self.num_heads, self.hidden, self.head_dim, **options)
 

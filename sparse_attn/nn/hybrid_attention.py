@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from sparse_attn import checks
 from sparse_attn.nn.head_approximator import HeadApproximator
 from sparse_attn.nn.key_selector import KeySelector
 from sparse_attn.nn.topk_attention import TopKAttention
-from sparse_attn.ops.gathered_attention import gathered_attention
+from sparse_attn.ops.gathered_attention import attend
 from sparse_attn.selection import Selector
 
 
@@ -88,12 +89,13 @@ class HybridAttention(TopKAttention):
         )
         self.approximated_heads = self._checked_heads(approximated_heads)
         self.approximate_output = checks.boolean("approximate_output", approximate_output)
-        self.selector = self.approximator = None
+        self.selector: KeySelector | None = None
+        self.approximator: HeadApproximator | None = None
         if not self.approximated_heads:
             return
         if max_length is None:
             raise ValueError("max_length must be given where heads are approximated, got None")
-        options = {
+        options: dict[str, Any] = {
             "num_heads": len(self.approximated_heads),
             "hidden": hidden,
             "device": device,
@@ -107,7 +109,7 @@ class HybridAttention(TopKAttention):
 
     @classmethod
     def from_attention(
-        cls, attention: TopKAttention, *, approximated_heads: Sequence[int], **options
+        cls, attention: TopKAttention, *, approximated_heads: Sequence[int], **options: Any
     ) -> HybridAttention:
         """`attention` with some heads approximated: copies of its weights, its settings unless `options` has others.
 
@@ -158,10 +160,11 @@ class HybridAttention(TopKAttention):
 
     def attend_approximately(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B, A, T, Dh], key and value [B, A or fewer, T, Dh] of the approximated heads → [B, A, T, Dh]."""
+        assert self.selector is not None  # there are such heads
         indices = self.selector.select(query, backend=self.backend)
-        if self.approximate_output:
+        if self.approximator is not None:
             return self.approximator(value, indices)
-        return gathered_attention(query, key, value, indices, backend=self.backend)
+        return attend(query, key, value, indices, backend=self.backend)[0]
 
     def heads_of(
         self, heads: Sequence[int], query: Tensor, key: Tensor, value: Tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ class Indexer(torch.nn.Module):
         self.head_dim = checks.integer("head_dim", head_dim, 1)
         self.groups = checks.integer("groups", groups, 1)
         self.int8, self.backend = checks.boolean("int8", int8), backend
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         heads = self.groups * self.num_heads
         self.query = torch.nn.Linear(self.hidden_size, heads * self.head_dim, bias=False, **where)
         self.key = torch.nn.Linear(self.hidden_size, self.groups * self.head_dim, bias=False, **where)

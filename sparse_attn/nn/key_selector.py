@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ class KeySelector(torch.nn.Module):
         self.num_heads = checks.integer("num_heads", num_heads, 1)
         self.hidden = checks.integer("hidden", hidden, 1)
         self.relative = checks.boolean("relative", relative)
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inner = PerHeadLinear(self.num_heads, self.head_dim, self.hidden, **options)
         self.positions = PerHeadLinear(self.num_heads, self.hidden, self.max_length, **options)
 
@@ -208,7 +210,8 @@ class KeySelector(torch.nn.Module):
         return logits.gather(-1, place), distance >= 0
 
     def _causal(self, is_causal: object) -> bool:
-        if not checks.boolean("is_causal", is_causal) and self.relative:
+        is_causal = checks.boolean("is_causal", is_causal)
+        if not is_causal and self.relative:
             raise ValueError("relative=True needs is_causal=True, got is_causal=False")
         return is_causal
 

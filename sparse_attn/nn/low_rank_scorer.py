@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ class LowRankScorer(torch.nn.Module):
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 8, 256, 64])
     """
+
+    query_moment: Tensor
+    key_moment: Tensor
+    query_projection: Tensor
+    key_projection: Tensor
+    fitted: Tensor
 
     def __init__(self, num_kv_heads: int, head_dim: int, rank: int, *, int8: bool = False) -> None:
         super().__init__()
@@ -93,7 +100,7 @@ class LowRankScorer(torch.nn.Module):
 
     @torch.no_grad()
     def select(
-        self, query: Tensor, key: Tensor | None, top_k: int, *, keys: Tensor | None = None, **options
+        self, query: Tensor, key: Tensor | None, top_k: int, *, keys: Tensor | None = None, **options: Any
     ) -> Tensor:
         """Indices for `gathered_attention`, as :func:`sparse_attn.topk_select` gives them.
 
@@ -111,7 +118,10 @@ class LowRankScorer(torch.nn.Module):
         if options.get("scale") is None:
             options["scale"] = 1 / math.sqrt(self.head_dim)
         choose = quantized_select if self.int8 else topk_select
-        return choose(self.queries(query), self.keys(key) if keys is None else keys, top_k, **options)
+        if key is not None:
+            keys = self.keys(key)
+        assert keys is not None
+        return choose(self.queries(query), keys, top_k, **options)
 
     def _check(self, query: Tensor, key: Tensor | None) -> None:
         checks.query_key(query, query[:, : self.num_kv_heads] if key is None else key)

@@ -102,8 +102,8 @@ class TopKAttention(torch.nn.Module):
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
 
     def _selector_for(self, hidden: Tensor) -> Selector | None:
-        chosen = self.token_selector
-        if not isinstance(chosen, Indexer) or self.top_k is None:
+        chosen = self.token_selector if self.top_k is not None else None
+        if not isinstance(chosen, Indexer):
             return chosen
         with torch.no_grad():
             query, weights = chosen.queries(hidden)

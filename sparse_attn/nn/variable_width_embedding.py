@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,9 @@ class VariableWidthEmbedding(torch.nn.Module):
         torch.Size([2, 16, 64])
     """
 
+    token_band: Tensor
+    token_row: Tensor
+
     def __init__(
         self,
         plan: WidthPlan,
@@ -93,7 +97,7 @@ class VariableWidthEmbedding(torch.nn.Module):
         budget: int | None = None,
         ratio: float | None = None,
         num_bands: int = 4,
-        **options,
+        **options: Any,
     ) -> VariableWidthEmbedding:
         """A new embedding with the plan that `sparse_attn.plan_widths` makes from how often each token occurs, [V].
 
@@ -241,7 +245,7 @@ class VariableWidthEmbedding(torch.nn.Module):
         self.token_band = plan.token_band.to(device, copy=True)
         self.token_row = plan.token_row.to(device, copy=True)
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Takes over which token is in which band; the bands' sizes and widths must be this module's."""
         errors = arguments[-1]
         found = len(errors)
@@ -261,7 +265,7 @@ class VariableWidthEmbedding(torch.nn.Module):
 
     @classmethod
     def from_state_dict(
-        cls, state_dict: dict[str, Tensor], prefix: str = "", **options
+        cls, state_dict: dict[str, Tensor], prefix: str = "", **options: Any
     ) -> VariableWidthEmbedding:
         """The module that a state dict was taken from, plan included.
 

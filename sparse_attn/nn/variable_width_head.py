@@ -139,18 +139,22 @@ class VariableWidthHead(torch.nn.Module):
         token_of = torch.empty_like(classes)
         token_of[classes] = torch.arange(len(classes), device=classes.device)
         step = max(1024, k, _LOGITS // max(1, len(flat)))
-        values, tokens, first = None, None, 0
+        values: Tensor | None = None
+        tokens: Tensor | None = None
+        first = 0
         for projected, table in zip(self._projected(flat), self._tables(), strict=True):
             for start in range(0, len(table), step):
                 logits = projected @ table[start : start + step].t()
                 best, at = logits.topk(min(k, logits.shape[1]), dim=-1)
                 named = token_of[first + start + at]
-                if values is not None:
+                if values is not None and tokens is not None:
                     best, named = torch.cat([values, best], -1), torch.cat([tokens, named], -1)
                     best, at = best.topk(min(k, best.shape[1]), dim=-1)
                     named = named.gather(-1, at)
                 values, tokens = best, named
             first += len(table)
+        assert values is not None
+        assert tokens is not None
         return values.reshape(*shape, k), tokens.reshape(*shape, k)
 
     def _tables(self) -> list[Tensor]:

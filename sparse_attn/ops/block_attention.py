@@ -69,7 +69,7 @@ def attend(
     packed = rule.packed(query, key)._replace(groups=blocks.shape[1])
     if packed.attn_mask is not None or packed.keeps_any:
         raise ValueError("attention to whole blocks takes a rule without attn_mask and always-kept keys")
-    wing = OP.choose(query, backend, **sizes_of(query, value))
+    wing = OP.choose(query, backend, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, blocks, block_size, query_tile, *packed.parts())
 
 

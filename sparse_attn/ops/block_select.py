@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.topk_select import ascending, topk_select
+from sparse_attn.ops.topk_select import ascending, select
+from sparse_attn.rule import Rule
 
 POOLS = ("mean", "bound")
 
@@ -99,15 +102,15 @@ def block_select(
     else:
         keys = _extremes(key, block_size, exists)
         queries = torch.cat((queries.clamp(min=0), queries.clamp(max=0)), dim=-1)
-    options = {"sinks": 1, "scale": scale, "share": share, "backend": backend}
+    rule = Rule(attn_mask=visible, sinks=1, share=share, scale=scale)
     if not is_causal:
-        return topk_select(queries, keys, budget, attn_mask=visible, **options)
+        return select(queries, keys, budget, rule, backend=backend)
 
     first = torch.arange(tiles, device=query.device).unsqueeze(-1) * query_tile + offset  # [N, 1]
     last = (first + query_tile - 1).clamp(max=query_length - 1 + offset)
     visible = visible & (blocks * block_size <= last)
     near = visible & (blocks >= first.div(block_size, rounding_mode="floor"))
-    far = topk_select(queries, keys, top_blocks - own, attn_mask=visible & ~near, **options)
+    far = select(queries, keys, top_blocks - own, replace(rule, attn_mask=visible & ~near), backend=backend)
     # The blocks of a tile's own queries are neighbours: at most `own` from that of its first query on.
     steps = first.div(block_size, rounding_mode="floor") + torch.arange(own, device=query.device)  # [N, own]
     inside = (steps >= 0) & (steps < count)

@@ -79,10 +79,15 @@ class Op:
                     self._differentiate(wing, lambda ctx, inputs, output: None, _refuse(gradient_of))
 
     def choose(
-        self, tensor: Tensor, backend: str | None, *, function: str | None = None, **sizes: int
+        self,
+        tensor: Tensor,
+        backend: str | None,
+        *,
+        function: str | None = None,
+        sizes: dict[str, int] | None = None,
     ) -> str:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
-        return base.choose(self.name, tensor, backend, function or self.name, **sizes)
+        return base.choose(self.name, tensor, backend, function or self.name, **(sizes or {}))
 
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""
@@ -155,7 +160,7 @@ class Op:
     def _formula(self, wing: str) -> Callable:
         def formula(ctx, *grads):
             found: dict[str, Any] = {}
-            if any(g is not None for g in grads):
+            if self._gradient is not None and any(g is not None for g in grads):
                 needs = dict(zip(self.arguments, ctx.needs_input_grad, strict=True))
                 named = SimpleNamespace(**dict(zip(self.results, grads, strict=True)))
                 found = self._gradient(Backward(wing, self._unsaved(ctx), named, needs))

@@ -56,6 +56,25 @@ OP = Op(
 )
 
 
+def attend(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    indices: Tensor,  # int32 [B, G, Tq, K]
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]) of `gathered_attention`."""
+    query, key, value = autocast(query, key, value)
+    checks.query_key(query, key)
+    checks.value_of(key, value)
+    indices = checks.indices_of(indices, query, key)
+    scale = checks.softmax_scale(scale, query.shape[3])
+    wing = OP.choose(query, backend, sizes=sizes_of(query, value))
+    return OP.on(wing)(query, key, value, indices, scale)
+
+
 def gathered_attention(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -101,12 +120,6 @@ def gathered_attention(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 64, 16])
     """
-    query, key, value = autocast(query, key, value)
-    checks.query_key(query, key)
-    checks.value_of(key, value)
-    indices = checks.indices_of(indices, query, key)
     return_lse = checks.boolean("return_lse", return_lse)
-    scale = checks.softmax_scale(scale, query.shape[3])
-    wing = OP.choose(query, backend, **sizes_of(query, value))
-    out, lse = OP.on(wing)(query, key, value, indices, scale)
+    out, lse = attend(query, key, value, indices, scale=scale, backend=backend)
     return (out, lse) if return_lse else out

@@ -168,7 +168,7 @@ class _Loss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             whole_key = key.detach().to(problem.compute)
             for rows in problem.blocks(query.shape[1]):
-                block = [
+                block: list[Tensor] = [
                     query[:, :, rows].detach().to(problem.compute),
                     whole_key.detach(),
                     weights[:, :, rows].detach().to(problem.compute),
@@ -176,7 +176,7 @@ class _Loss(torch.autograd.Function):
                 for i in wanted:
                     block[i].requires_grad_()
                 with torch.enable_grad():
-                    loss, alive = problem.loss(*block, rows)
+                    loss, alive = problem.loss(block[0], block[1], block[2], rows)
                 total += loss.detach()
                 count += alive
                 if not wanted:

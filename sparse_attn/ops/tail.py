@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.gathered_attention import gathered_attention
+from sparse_attn.ops.gathered_attention import attend
 from sparse_attn.rule import Rule
 from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.topk_select import products
@@ -50,7 +50,7 @@ def with_tail(
     total = prefix.gather(2, seen[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
     values, chosen = value.to(compute), (indices >= 0).sum(-1)  # chosen [B, G, Tq]
     nothing = values.new_zeros((1, 1, 1, 1)).expand(*query.shape[:3], value.shape[3])
-    mean = gathered_attention(nothing, values, values, indices, scale=1.0, backend=backend)
+    mean, _ = attend(nothing, values, values, indices, scale=1.0, backend=backend)
     chosen = chosen.repeat_interleave(heads // chosen.shape[1], dim=1).unsqueeze(-1)
     total = total.repeat_interleave(heads // value.shape[1], dim=1) - mean.double() * chosen
     left = seen[:, None, :, None] - chosen

@@ -154,5 +154,5 @@ def variable_width_embedding(
     sparse = checks.boolean("sparse", sparse)
     tables = arguments[1]
     sizes = {"bands": len(tables), "sparse_gradients": int(sparse)}
-    wing = OP.choose(tables[0], backend, **sizes)
+    wing = OP.choose(tables[0], backend, sizes=sizes)
     return OP.on(wing)(*arguments, sparse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy
@@ -26,7 +27,7 @@ class Bands:
         )
 
 
-def tidy(sizes, widths, dim: int) -> Bands:
+def tidy(sizes: Iterable[int], widths: Iterable[int], dim: int) -> Bands:
     """Without empty bands, equal neighbours in one, and no band that would be smaller at the full width.
 
     The last happens to a few frequent tokens: n rows of width w and their projection, (n + D) w numbers, are more

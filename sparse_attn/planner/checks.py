@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import Any
 
 import numpy
 import torch
@@ -14,9 +15,10 @@ from sparse_attn.checks import describe, integer
 
 def counts_of(counts: object) -> numpy.ndarray:
     """How often each token occurs, float64 [V]; reads the values, from whatever device they are on."""
+    values: numpy.ndarray | None
     if isinstance(counts, Tensor):
-        values = counts.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        read = counts.detach().cpu()
+        values = (read.float() if read.dtype == torch.bfloat16 else read).numpy()
     else:
         try:
             values = numpy.asarray(counts)
@@ -41,17 +43,18 @@ def counts_of(counts: object) -> numpy.ndarray:
     return values
 
 
-def real(name: str, value: object, low: float, high: float, *, above: bool = False) -> float:
+def real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
     """A number in [low, high], or in (low, high] with `above`."""
     accepted = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {accepted}, got {describe(value)}")
-    if not (low < value <= high if above else low <= value <= high):
+    number = float(value)
+    if not (low < number <= high if above else low <= number <= high):
         raise ValueError(f"{name} must be {accepted}, got {value}")
-    return float(value)
+    return number
 
 
-def budget_of(budget: object, ratio: object, full: int) -> int:
+def budget_of(budget: Any, ratio: Any, full: int) -> int:
     """The budget as a number of parameters, from either argument; `full` is the size of the full table."""
     if (budget is None) == (ratio is None):
         came = "neither" if budget is None else f"budget={budget!r} and ratio={ratio!r}"
@@ -60,7 +63,7 @@ def budget_of(budget: object, ratio: object, full: int) -> int:
             f"got {came}"
         )
     if ratio is not None:
-        if isinstance(ratio, Real) and not isinstance(ratio, bool) and ratio > 1 and math.isfinite(ratio):
+        if isinstance(ratio, Real) and not isinstance(ratio, bool) and 1 < float(ratio) < math.inf:
             raise ValueError(
                 f"ratio is the plan's share of the full table's parameters and must be in (0, 1], got {ratio}; "
                 f"for a plan {ratio:g} times smaller give ratio=1/{ratio:g}"

@@ -91,7 +91,7 @@ class _Search:
         error = (numpy.diff(self.mass[ends], axis=1) * self.err[widths]).sum(1)
         error[(used > self.budget) | self._wasteful(ends, widths)] = numpy.inf
         unused = (used < FILLED * self.budget) | ~numpy.isfinite(error)
-        split = ((ends > self.counted) & (ends < self.total)).any(1)
+        split = numpy.any((ends > self.counted) & (ends < self.total), axis=1)
         first = numpy.lexsort((error, split, unused, ~numpy.isfinite(error)))[0]
         score = (bool(unused[first]), bool(split[first]), float(error[first]))
         if numpy.isfinite(score[2]) and score < self.best_score:

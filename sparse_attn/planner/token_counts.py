@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -87,7 +87,7 @@ def count_tokens(
     return torch.from_numpy(counts)
 
 
-def _chunks(ids: numpy.ndarray, advance: Callable[[int], None]):
+def _chunks(ids: numpy.ndarray, advance: Callable[[int], None]) -> Iterator[numpy.ndarray]:
     for start in range(0, len(ids), CHUNK):
         chunk = ids[start : start + CHUNK]
         yield chunk
@@ -108,15 +108,14 @@ def _largest(ids: numpy.ndarray) -> int:
 
 def _add(ids: numpy.ndarray, counts: numpy.ndarray) -> int:
     """Adds the occurrences to counts [V]; the position of the first id ≥ V, or -1."""
-    wrong = numpy.flatnonzero(ids >= len(counts)) if ids.max() >= len(counts) else ()
-    if len(wrong):
-        return int(wrong[0])
+    if ids.max() >= len(counts):
+        return int(numpy.flatnonzero(ids >= len(counts))[0])
     counts += numpy.bincount(ids, minlength=len(counts))
     return -1
 
 
 @contextmanager
-def _bar(name: str, total: int, wanted: bool):
+def _bar(name: str, total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
     """Yields advance(n). The bar is rich's; without rich, or where nobody watches, there is none."""
     if not wanted or not sys.stderr.isatty() or total <= CHUNK:
         yield lambda n: None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,13 +91,13 @@ class WidthPlan:
     @classmethod
     def from_counts(
         cls,
-        counts: Tensor,
+        counts: Tensor | Sequence[float],
         embedding_dim: int,
         *,
         budget: int | None = None,
         ratio: float | None = None,
         num_bands: int = 4,
-        **options,
+        **options: Any,
     ) -> WidthPlan:
         """`sparse_attn.plan_widths` under another name: bands and widths from how often each token occurs, [V]."""
         options |= {"budget": budget, "ratio": ratio, "num_bands": num_bands}
@@ -152,7 +153,7 @@ class WidthPlan:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, object]) -> WidthPlan:
+    def from_state(cls, state: dict[str, Any]) -> WidthPlan:
         """The plan that `state_dict()` gave."""
         missing = [name for name in ("embedding_dim", "widths", "token_band") if name not in state]
         if missing:
@@ -183,7 +184,7 @@ class WidthPlan:
     @classmethod
     def from_json(cls, source: str | Path) -> WidthPlan:
         """The plan in a JSON text or, given a path, in a file."""
-        text = source
+        text = str(source)
         if isinstance(source, Path) or not source.lstrip().startswith("{"):
             text = Path(source).read_text("utf-8")
         try:

@@ -75,18 +75,27 @@ def attend(
         out, lse = _to_blocks(query, key, value, selection, rule, scale, tail, backend)
     else:
         if tail != "none":
-            _refuse_tail(rule, return_lse, query, key, value)
-        out, lse = gathered_attention.gathered_attention(
-            query, key, value, selection.indices, scale=scale, return_lse=True, backend=backend
+            rule = _rule_of_tail(rule, return_lse, query, key, value)
+        out, lse = gathered_attention.attend(
+            query, key, value, selection.indices, scale=scale, backend=backend
         )
-        if tail != "none":
+        if rule is not None and tail != "none":
             indices = checks.indices_of(selection.indices, query, key)
             out = with_tail(query, key, value, out, lse, indices, rule, backend=backend)
     return (out, lse) if return_lse else out
 
 
-def _to_blocks(query, key, value, selection, rule, scale, tail, backend) -> tuple[Tensor, Tensor]:
-    if rule is None:
+def _to_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    rule: Rule | None,
+    scale: float | None,
+    tail: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    if rule is None or selection.block_size is None:
         raise ValueError("a selection of blocks needs the rule: not every query sees all keys of a block")
     if tail != "none":
         raise ValueError(
@@ -97,7 +106,8 @@ def _to_blocks(query, key, value, selection, rule, scale, tail, backend) -> tupl
     return block_attention.attend(query, key, value, selection.indices, *sizes, visible, backend=backend)
 
 
-def _refuse_tail(rule: Rule | None, return_lse: bool, *inputs: Tensor) -> None:
+def _rule_of_tail(rule: Rule | None, return_lse: bool, *inputs: Tensor) -> Rule:
+    """The rule, where a tail can be had."""
     if rule is None:
         raise ValueError("tail='mean' needs the rule: which keys are left out depends on who sees whom")
     if return_lse:
@@ -107,6 +117,7 @@ def _refuse_tail(rule: Rule | None, return_lse: bool, *inputs: Tensor) -> None:
         raise NotImplementedError(
             "tail='mean' is for inference: call it under torch.no_grad(), or with tail='none'"
         )
+    return rule
 
 
 def select_and_attend(

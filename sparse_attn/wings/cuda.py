@@ -26,7 +26,9 @@ LIMITS = {
 
 def serves(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code built for `arch` ("80", "90a", or PTX: "90-virtual") runs on a GPU of this compute capability."""
-    number, kind = re.fullmatch(r"(\d+)(a|-virtual)?", arch).groups()
+    match = re.fullmatch(r"(\d+)(a|-virtual)?", arch)
+    assert match is not None  # the build knows no other names
+    number, kind = match.groups()
     own = divmod(int(number), 10)
     if kind == "-virtual":
         return capability >= own

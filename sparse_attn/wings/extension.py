@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def _load() -> tuple[object | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     try:
         return import_module("sparse_attn._C"), None
     except ModuleNotFoundError as error:
@@ -25,7 +27,7 @@ def _load() -> tuple[object | None, str | None]:
 module, load_error = _load()
 
 
-def ops_of(wing: str, dispatch_key: str) -> dict[str, None]:
+def ops_of(wing: str, dispatch_key: str) -> dict[str, Callable | None]:
     """The ops that the extension has registered for a wing, as a `Wing` takes them."""
     if module is None:
         return {}

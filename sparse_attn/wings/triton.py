@@ -87,6 +87,8 @@ def _import_from(folder: Path) -> None:
     if folder.parent == Path(__file__).resolve().parents[1] or PACKAGE in sys.modules:
         return
     spec = spec_from_file_location(PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None  # it is a Python file that exists,
+    assert spec.loader is not None  # and Python has a loader for those
     sys.modules[PACKAGE] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[PACKAGE])
 

@@ -25,13 +25,13 @@ def positions_of(mask):
 
 @pytest.mark.parametrize("share", ["all", "kv"])
 def test_the_layer_attends_to_what_its_indexer_selects(monkeypatch, share):
-    seen, attend = [], sparse_attn.gathered_attention
+    seen, attend = [], sparse_attn.ops.gathered_attention.attend
 
     def spy(query, key, value, indices, **more):
         seen.append(indices)
         return attend(query, key, value, indices, **more)
 
-    monkeypatch.setattr(sparse_attn.ops.gathered_attention, "gathered_attention", spy)
+    monkeypatch.setattr(sparse_attn.ops.gathered_attention, "attend", spy)
     model = indexed(window=2, sinks=1, share=share, layers=[0])
     captured = {}
 

@@ -46,13 +46,13 @@ class VisibleKeys:
         if rule.attn_mask is not None:
             visible = visible & rule.attn_mask[:, :, rows]
         if self.blocks is not None:
-            visible = visible & (self._in_blocks(queries) | forced)
+            visible = visible & (self._in_blocks(self.blocks, queries) | forced)
         return visible, forced & visible
 
-    def _in_blocks(self, queries: Tensor) -> Tensor:
+    def _in_blocks(self, blocks: Tensor, queries: Tensor) -> Tensor:
         """bool [B, G, t, Tk]."""
         count = -(-self.positions.shape[0] // self.block_size)
-        rows = self.blocks[:, :, queries // self.query_tile]  # [B, G, t, M]
+        rows = blocks[:, :, queries // self.query_tile]  # [B, G, t, M]
         rows = torch.where((rows >= 0) & (rows < count), rows, count).to(torch.int64)
         chosen = torch.zeros((*rows.shape[:3], count + 1), dtype=torch.bool, device=rows.device)
         chosen.scatter_(-1, rows, torch.ones_like(rows, dtype=torch.bool))

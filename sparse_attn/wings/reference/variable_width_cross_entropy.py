@@ -17,8 +17,8 @@ from sparse_attn.wings.reference.wing import implements
 
 def _classes_of(token_band: Tensor, token_row: Tensor, tables: list[Tensor]) -> Tensor:
     """The class number of each token, int64 [V]."""
-    first = list(itertools.accumulate((t.shape[0] for t in tables[:-1]), initial=0))
-    first = torch.stack([torch.full((), f, dtype=torch.int64, device=token_row.device) for f in first])
+    starts = itertools.accumulate((t.shape[0] for t in tables[:-1]), initial=0)
+    first = torch.stack([torch.full((), f, dtype=torch.int64, device=token_row.device) for f in starts])
     return first[token_band.to(torch.int64)] + token_row.to(torch.int64)
 
 
