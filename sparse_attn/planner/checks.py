@@ -48,7 +48,10 @@ def real(name: str, value: Any, low: float, high: float, *, above: bool = False)
     accepted = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {accepted}, got {describe(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.nan  # an int beyond the range of floats lies in no range
     if not (low < number <= high if above else low <= number <= high):
         raise ValueError(f"{name} must be {accepted}, got {value}")
     return number

@@ -287,6 +287,7 @@ def test_quick_for_a_large_vocabulary():
         (([1], 8), {"budget": 8, "multiple_of": 0}, ValueError, "multiple_of must be at least 1"),
         (([1], 8), {"budget": 8, "rule": "best"}, ValueError, "'lagrange', 'power', 'mass', got 'best'"),
         (([1], 8), {"budget": 8, "beta": 0}, ValueError, "beta must be a number in \\(0, 4\\]"),
+        (([1], 8), {"budget": 8, "beta": 10**400}, ValueError, "beta must be a number in \\(0, 4\\]"),
         (([1], 8), {"budget": 8, "alpha": 2}, ValueError, "alpha must be a number in \\[0, 1\\]"),
     ],
 )
