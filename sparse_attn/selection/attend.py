@@ -147,4 +147,6 @@ def select_and_attend(
     if tail == "none" and fused is not None:
         return fused(query, key, value, top_k, rule)[0]
     selection = selector.select(query, key, top_k, rule)
-    return attend(query, key, value, selection, rule=rule, tail=tail, backend=backend)  # type: ignore[return-value]
+    out = attend(query, key, value, selection, rule=rule, tail=tail, backend=backend)
+    assert isinstance(out, Tensor)  # without return_lse
+    return out
