@@ -7,7 +7,7 @@ together again for Python wings; in C++ it is csrc/common/rule.h, which reads th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,11 @@ from sparse_attn import checks
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
 SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, SymInt[] rule, float scale"
 PARTS = 4
+# The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
+# for a call that says it.
+EVERYWHERE = frozenset(
+    ("is_causal", "causal_offset", "attn_mask", "key_lengths", "window", "sinks", "share", "scale")
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,29 @@ class Rule:
         """The rule in the keywords of the public functions."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def said(self) -> frozenset[str]:
+        """The names of the parts that say something: those that differ from their defaults."""
+        said = []
+        for name, default in _DEFAULTS:
+            value = getattr(self, name)
+            if value is not default and (isinstance(value, Tensor) or value != default):
+                said.append(name)
+        return frozenset(said)
+
+    def only(self, what: str, *known: str) -> None:
+        """Refuses a rule that says more than `what`, such as a selector, can keep: the parts `known`.
+
+        Raises:
+            ValueError: the rule says something else, too.
+        """
+        others = sorted(self.said().difference(known))
+        if others:
+            raise ValueError(f"{what} know of a rule only {', '.join(known)}; got {' and '.join(others)}")
+
+    def visibility(self) -> Rule:
+        """The same without what only a selection needs: what is always kept, and who shares."""
+        return replace(self, window=0, sinks=0, share="none")
+
     def packed(
         self,
         query: Tensor,  # [B, Hq, Tq, D]
@@ -94,6 +122,9 @@ class Rule:
             groups,
             checks.softmax_scale(self.scale, query.shape[3]),
         )
+
+
+_DEFAULTS = tuple((field.name, field.default) for field in fields(Rule))
 
 
 class PackedRule(NamedTuple):

@@ -67,9 +67,8 @@ def attend(
     query_tile = checks.integer("query_tile", query_tile, 1)
     blocks = checks.blocks_of(blocks, query, key, query_tile)
     packed = rule.packed(query, key)._replace(groups=blocks.shape[1])
-    if packed.attn_mask is not None or packed.keeps_any:
-        raise ValueError("attention to whole blocks takes a rule without attn_mask and always-kept keys")
-    wing = OP.choose(query, backend, sizes=sizes_of(query, value))
+    rule.only("whole blocks", "is_causal", "causal_offset", "key_lengths", "scale")
+    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, blocks, block_size, query_tile, *packed.parts())
 
 

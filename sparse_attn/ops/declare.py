@@ -83,11 +83,13 @@ class Op:
         tensor: Tensor,
         backend: str | None,
         *,
+        rule: rules.Rule | None = None,
         function: str | None = None,
         sizes: dict[str, int] | None = None,
     ) -> str:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
-        return base.choose(self.name, tensor, backend, function or self.name, **(sizes or {}))
+        said: frozenset[str] = frozenset() if rule is None else rule.said()
+        return base.choose(self.name, tensor, backend, function or self.name, said, **(sizes or {}))
 
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""

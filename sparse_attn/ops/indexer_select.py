@@ -40,7 +40,7 @@ def select(
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k, per_group=True)
     int8 = checks.boolean("int8", int8)
-    wing = OP.choose(query, backend, sizes=sizes_of(query))
+    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query))
     return OP.on(wing)(query, key, weights, top_k, *packed.parts(), int8)
 
 

@@ -30,8 +30,8 @@ def with_tail(
     if out.numel() == 0 or key.shape[2] == 0:
         return out
     seen_by = rule.packed(query, key)
-    if seen_by.attn_mask is not None:
-        raise ValueError("the mean of what is left out takes no attn_mask: a query sees a prefix of the keys")
+    # What a query sees must be a prefix of the keys.
+    rule.visibility().only("means of what is left out", "is_causal", "causal_offset", "key_lengths", "scale")
     scale = seen_by.scale
     heads, query_length = query.shape[1:3]
     compute = torch.promote_types(query.dtype, torch.float32)

@@ -46,7 +46,7 @@ def attend_best(
     checks.value_of(key, value)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
-    wing = OP.choose(query, backend, sizes=sizes_of(query, value))
+    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 

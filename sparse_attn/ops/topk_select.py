@@ -67,7 +67,7 @@ def select(
     if among is not None:
         blocks = _of_groups(blocks, -(-key.shape[2] // block_size), packed.groups, rule.share)
         options = (rounded, blocks, block_size, query_tile)
-    wing = OP.choose(query, backend, function=function, sizes=sizes)
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
     return OP.on(wing)(query, key, top_k, *packed.parts(), *options)
 
 

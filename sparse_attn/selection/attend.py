@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -101,7 +103,7 @@ def _to_blocks(
         raise ValueError(
             f"tail={tail!r} needs a selection of tokens, got blocks of {selection.block_size} keys"
         )
-    visible = Rule(rule.is_causal, rule.causal_offset, rule.attn_mask, rule.key_lengths, scale=scale)
+    visible = replace(rule.visibility(), scale=scale)
     sizes = selection.block_size, selection.query_tile
     return block_attention.attend(query, key, value, selection.indices, *sizes, visible, backend=backend)
 

@@ -107,11 +107,7 @@ class Blocks:
 
     def select_count(self, query: Tensor, key: Tensor, count: int, rule: Rule) -> Selection:
         """`count` blocks."""
-        if rule.attn_mask is not None or rule.keeps_any:
-            raise ValueError(
-                "whole blocks keep the first and the queries' own: "
-                "attn_mask and other keys that are always kept go without"
-            )
+        rule.only("whole blocks", "is_causal", "causal_offset", "key_lengths", "scale", "share")
         tile = self.query_tile if query.shape[2] > 1 else 1
         blocks = block_select(
             query, key, count, block_size=self.block_size, query_tile=tile, pool=self.pool,

@@ -28,7 +28,7 @@ class Wing:
     `implementations` maps an op's name to its Python function, or to None where C++ registers the kernel.
     `why_not(op, device_type, dtype)` is None where the wing takes such a call, else the reason in one clause.
     `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …); of an
-    option that it does not have, 0.
+    option that it does not have, 0. `rule` names the parts of the rule that its kernels know; None: all.
     A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
@@ -37,9 +37,17 @@ class Wing:
     implementations: dict[str, Callable | None]
     why_not: Callable[[str, str, torch.dtype], str | None]
     limits: dict[str, int] = field(default_factory=dict)
+    rule: frozenset[str] | None = None
     by_name_only: bool = False
 
-    def refusal(self, op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    def refusal(
+        self,
+        op: str,
+        device_type: str,
+        dtype: torch.dtype,
+        sizes: dict[str, int],
+        said: frozenset[str] = frozenset(),
+    ) -> str | None:
         """None where the wing takes the call, else why not in one clause."""
         if op not in self.implementations:
             # A wing without any op is not there, and knows why.
@@ -53,6 +61,8 @@ class Wing:
                 if limit == 0:
                     return f"it has no {name.replace('_', ' ')}"
                 return f"it takes {name} up to {limit}, got {sizes[name]}"
+        if self.rule is not None and not said <= self.rule:
+            return f"it has no {' and '.join(sorted(said - self.rule))}"
         return None
 
 
@@ -110,37 +120,47 @@ def use_backend(name: str | None) -> Iterator[None]:
         _state.forced = previous
 
 
-def reasons(op: str, device_type: str, dtype: torch.dtype, **sizes: int) -> dict[str, str | None]:
+def reasons(
+    op: str, device_type: str, dtype: torch.dtype, said: frozenset[str] = frozenset(), **sizes: int
+) -> dict[str, str | None]:
     """For each wing None if it takes the call, else why not."""
-    return {w.name: w.refusal(op, device_type, dtype, sizes) for w in _state.wings.values()}
+    return {w.name: w.refusal(op, device_type, dtype, sizes, said) for w in _state.wings.values()}
 
 
-def choose(op: str, tensor: Tensor, backend: str | None, function: str | None = None, **sizes: int) -> str:
+def choose(
+    op: str,
+    tensor: Tensor,
+    backend: str | None,
+    function: str | None = None,
+    said: frozenset[str] = frozenset(),
+    **sizes: int,
+) -> str:
     """The name of the wing that runs `op` on such tensors; `backend` (or `use_backend`) forces one.
 
-    `sizes` are those that some wing limits, `function` is the name that the caller knows.
+    `sizes` are those that some wing limits, `said` the parts of the rule that the call gives, `function` is the name
+    that the caller knows.
     """
     device_type, dtype = tensor.device.type, tensor.dtype
     forced = backend if backend is not None else _state.forced
     chosen = None
     if forced is not None:
-        reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes)
+        reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes, said)
         if reason is not None:
             raise ValueError(f"backend={forced!r} cannot run {function or op} here: {reason}")
         chosen = forced
     else:
         for wing in _state.wings.values():
-            if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes) is None:
+            if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes, said) is None:
                 chosen = wing.name
                 break
     if chosen is None:
-        why = reasons(op, device_type, dtype, **sizes)
+        why = reasons(op, device_type, dtype, said, **sizes)
         raise ValueError(f"no backend runs {function or op} on {device_type} with {dtype}: {why}")
     # Of this thread alone; a graph that is being compiled finds nobody asking.
     if _state.explaining and threading.get_ident() in _state.explaining:
-        raise _Explained(Explanation(function or op, chosen, reasons(op, device_type, dtype, **sizes)))
+        raise _Explained(Explanation(function or op, chosen, reasons(op, device_type, dtype, said, **sizes)))
     if chosen == "reference" and forced is None and device_type not in ("cpu", "meta"):
-        _warn_reference(op, device_type, dtype, sizes)
+        _warn_reference(op, device_type, dtype, sizes, said)
     return chosen
 
 
@@ -192,12 +212,14 @@ def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explana
     raise TypeError(f"explain_call takes a function that calls an op of sparse_attn, got {function!r}")
 
 
-def _warn_reference(op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+def _warn_reference(
+    op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int], said: frozenset[str]
+) -> None:
     """No silent fallback: on an accelerator the slow path says so, once per op and device type."""
     label = f"{op} on {device_type}"
     if torch.compiler.is_compiling() or label in _state.warned:
         return
     _state.warned.add(label)
-    refusals = reasons(op, device_type, dtype, **sizes)
+    refusals = reasons(op, device_type, dtype, said, **sizes)
     why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
     warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=5)

@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from sparse_attn.rule import EVERYWHERE
 from sparse_attn.wings import extension
 from sparse_attn.wings.base import Wing, register
 
@@ -63,5 +64,5 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return _why_not_here()
 
 
-CUDA_WING = Wing("cuda", "CUDA", extension.ops_of("cuda", "CUDA"), _why_not, limits=LIMITS)
+CUDA_WING = Wing("cuda", "CUDA", extension.ops_of("cuda", "CUDA"), _why_not, LIMITS, EVERYWHERE)
 register(CUDA_WING)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from sparse_attn.rule import EVERYWHERE
 from sparse_attn.wings.base import Wing, register
 
 PACKAGE = "sparse_attn.triton_kernels"
@@ -122,6 +123,7 @@ TRITON_WING = Wing(
     implementations={op: _on_first_call(op) for op in OPS},
     why_not=_why_not,
     limits=LIMITS,
+    rule=EVERYWHERE,
     # The interpreter is thousands of times slower than any other wing: nobody gets it without a word.
     by_name_only=interpreted,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers.inputs import mask, normal, qkv
 
 import sparse_attn
 from sparse_attn.rule import PARTS, SCHEMA, PackedRule, Rule
+from sparse_attn.wings.base import Wing
 
 QUERY, KEY, VALUE = qkv(2, 4, 2, 9, 13, 8, 5)
 FULL = Rule(
@@ -69,3 +71,20 @@ def test_errors_name_the_part(rule, message):
 def test_key_heads_as_groups():
     packed = Rule(share="all").packed(normal(1, 6, 3, 4), normal(1, 3, 3, 4), per_group=True)
     assert packed.groups == 3
+
+
+def test_a_wing_refuses_what_it_does_not_know():
+    """A part that a wing's kernels have not learned is refused, or the call goes to a wing that has it."""
+    wing = Wing("toy", "CPU", {"topk_select": None}, lambda *call: None, rule=frozenset(("is_causal",)))
+    refusal = partial(wing.refusal, "topk_select", "cpu", torch.float32, {})
+    assert refusal(Rule(is_causal=True).said()) is None
+    assert refusal(FULL.said() - {"is_causal"}).startswith("it has no ")
+    assert refusal(Rule(window=1, sinks=2, is_causal=True).said()) == "it has no sinks and window"
+
+
+def test_only_names_what_is_not_kept():
+    rule = Rule(is_causal=True, sinks=2, window=1)
+    rule.only("toys", "is_causal", "sinks", "window")
+    with pytest.raises(ValueError, match="toys know of a rule only is_causal, scale; got sinks and window"):
+        rule.only("toys", "is_causal", "scale")
+    rule.visibility().only("toys", "is_causal")
