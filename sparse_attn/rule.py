@@ -59,11 +59,6 @@ class Rule:
     share: str = "none"
     scale: float | None = None
 
-    @property
-    def keeps_any(self) -> bool:
-        """Whether some keys are always kept."""
-        return bool(self.window or self.sinks)
-
     def arguments(self) -> dict[str, Any]:
         """The rule in the keywords of the public functions."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -138,11 +133,6 @@ class PackedRule(NamedTuple):
     sinks: int
     groups: int  # G: 1, Hkv or Hq
     scale: float
-
-    @property
-    def keeps_any(self) -> bool:
-        """Whether some keys are always kept."""
-        return bool(self.window or self.sinks)
 
     def first_kept(self, key_length: int) -> int:
         """How many of the first keys are always kept."""

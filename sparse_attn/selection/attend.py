@@ -11,7 +11,7 @@ from sparse_attn import checks
 from sparse_attn.ops import block_attention, gathered_attention
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import Rule
-from sparse_attn.selection.selection import Selection, Selector, check_selector
+from sparse_attn.selection.selection import Selection, Selector, check_rule, check_selector
 
 TAILS = ("none", "mean")
 
@@ -145,6 +145,7 @@ def select_and_attend(
         torch.Size([1, 2, 64, 16])
     """
     check_selector(selector)
+    check_rule(rule)
     fused = getattr(selector, "attend", None)
     if tail == "none" and fused is not None:
         return fused(query, key, value, top_k, rule)[0]

@@ -64,3 +64,9 @@ def check_selector(selector: Any) -> Selector:
             f"sparse_attn.selection.Exact() has, got {checks.describe(selector)}"
         )
     return selector
+
+
+def check_rule(rule: object) -> Rule:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a sparse_attn.selection.Rule, got {checks.describe(rule)}")
+    return rule

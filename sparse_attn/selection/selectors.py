@@ -11,7 +11,7 @@ from sparse_attn import checks
 from sparse_attn.ops import indexer_select, topk_attention, topk_select
 from sparse_attn.ops.block_select import block_select
 from sparse_attn.rule import Rule
-from sparse_attn.selection.selection import Selection
+from sparse_attn.selection.selection import Selection, check_rule
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Exact:
     backend: str | None = None
 
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
-        return Selection(topk_select.select(query, key, top_k, rule, backend=self.backend))
+        return Selection(topk_select.select(query, key, top_k, check_rule(rule), backend=self.backend))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, top_k: int, rule: Rule
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both stages in one op, the same result: (out, lse, indices)."""
-        return topk_attention.attend_best(query, key, value, top_k, rule, backend=self.backend)
+        return topk_attention.attend_best(query, key, value, top_k, check_rule(rule), backend=self.backend)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,13 @@ class Rounded:
 
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
         indices = topk_select.select(
-            query, key, top_k, rule, rounded=True, backend=self.backend, function="quantized_select"
+            query,
+            key,
+            top_k,
+            check_rule(rule),
+            rounded=True,
+            backend=self.backend,
+            function="quantized_select",
         )
         return Selection(indices)
 
@@ -61,8 +67,16 @@ class LowRank:
     scorer: Scorer
     backend: str | None = None
 
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.scorer, "select", None)):
+            raise TypeError(
+                f"scorer must be a sparse_attn.nn.LowRankScorer, got {checks.describe(self.scorer)}"
+            )
+
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
-        return Selection(self.scorer.select(query, key, top_k, **rule.arguments(), backend=self.backend))
+        return Selection(
+            self.scorer.select(query, key, top_k, **check_rule(rule).arguments(), backend=self.backend)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +98,7 @@ class FromIndexer:
 
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
         indices = indexer_select.select(
-            self.query, self.key, self.weights, top_k, rule, int8=self.int8, backend=self.backend
+            self.query, self.key, self.weights, top_k, check_rule(rule), int8=self.int8, backend=self.backend
         )
         return Selection(indices)
 
@@ -102,12 +116,16 @@ class Blocks:
     pool: str = "mean"
     backend: str | None = None
 
+    def __post_init__(self) -> None:
+        checks.integer("block_size", self.block_size, 1)
+        checks.integer("query_tile", self.query_tile, 1)
+
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
         return self.select_count(query, key, _blocks_in(top_k, self.block_size), rule)
 
     def select_count(self, query: Tensor, key: Tensor, count: int, rule: Rule) -> Selection:
         """`count` blocks."""
-        rule.only("whole blocks", "is_causal", "causal_offset", "key_lengths", "scale", "share")
+        check_rule(rule).only("whole blocks", "is_causal", "causal_offset", "key_lengths", "scale", "share")
         tile = self.query_tile if query.shape[2] > 1 else 1
         blocks = block_select(
             query, key, count, block_size=self.block_size, query_tile=tile, pool=self.pool,
@@ -124,6 +142,11 @@ class Refined:
     factor: int = 4
     blocks: Blocks = Blocks()
     backend: str | None = None
+
+    def __post_init__(self) -> None:
+        checks.integer("factor", self.factor, 1)
+        if not isinstance(self.blocks, Blocks):
+            raise TypeError(f"blocks must be a Blocks selector, got {checks.describe(self.blocks)}")
 
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
         count = self.factor * _blocks_in(top_k, self.blocks.block_size)

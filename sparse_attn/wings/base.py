@@ -201,6 +201,8 @@ def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explana
         >>> print(sparse_attn.explain_call(sparse_attn.topk_select, q, q, 4).backend)
         reference
     """
+    if not callable(function):
+        raise TypeError(f"explain_call takes a function that calls an op of sparse_attn, got {function!r}")
     thread = threading.get_ident()
     _state.explaining.add(thread)
     try:

@@ -125,6 +125,20 @@ def test_the_modules_take_selectors():
         (lambda: Selection(torch.zeros(1, 1, 1, 1), 0), ValueError, "block_size must be at least 1"),
         (lambda: Selection(torch.zeros(1, 1, 1, 1), query_tile=2), ValueError, "query_tile needs a block_size"),
         (lambda: Rounded(bits=4), ValueError, "bits must be 8"),
+        (lambda: Blocks(block_size=0), ValueError, "block_size must be at least 1"),
+        (lambda: Blocks(query_tile="a"), TypeError, "query_tile must be an int"),
+        (lambda: Refined(factor=0), ValueError, "factor must be at least 1"),
+        (lambda: Refined(blocks=3), TypeError, "blocks must be a Blocks selector, got 3"),
+        (lambda: LowRank(3), TypeError, "scorer must be a sparse_attn.nn.LowRankScorer, got 3"),
+        *(
+            (lambda s=s: s.select(QUERY, KEY, 192, None), TypeError, "rule must be a sparse_attn.selection.Rule")
+            for s in (Exact(), Rounded(), LowRank(scorer()), FromIndexer(*index()), Blocks(), Refined())
+        ),
+        (
+            lambda: select_and_attend(QUERY, KEY, VALUE, 8, Exact(), {"is_causal": True}),
+            TypeError,
+            "rule must be a sparse_attn.selection.Rule",
+        ),
         (lambda: Blocks().select(QUERY, KEY, 100, CAUSAL), ValueError, "a multiple of block_size=64"),
         (lambda: Blocks().select(QUERY, KEY, 192, KEPT), ValueError, "know of a rule only"),
         (lambda: attend(QUERY, KEY, VALUE, 3), TypeError, "selection must be"),

@@ -77,6 +77,8 @@ def test_it_raises_what_the_call_would_raise():
         sparse_attn.explain_call(sparse_attn.quantized_select, Q.double(), K.double(), 4, backend="cpu")
     with pytest.raises(TypeError, match="a function that calls an op"):
         sparse_attn.explain_call(len, [])
+    with pytest.raises(TypeError, match="a function that calls an op"):
+        sparse_attn.explain_call(None)
 
 
 def test_other_threads_go_on():
