@@ -24,7 +24,8 @@ def describe(value: object) -> str:
 
 def integer(name: str, value: Any, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
     """An int (or a symbolic one), not a bool; numpy integers are taken too."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    # The plain int first: every call checks several.
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
         value = value.__index__()
