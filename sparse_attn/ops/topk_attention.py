@@ -9,7 +9,7 @@ from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Op
+from sparse_attn.ops.declare import Forward, Op
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -20,6 +20,11 @@ def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Te
     return *gathered_attention.fake(query, key, value, indices, rule.scale), indices
 
 
+def tangent(call: Forward, query, key, value, top_k, rule: PackedRule) -> dict[str, Tensor]:
+    """Through the selected keys; the choice is constant."""
+    return gathered_attention.tangent(call, query, key, value, call.results.indices, rule.scale)
+
+
 OP = Op(
     "topk_attention",
     f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}) -> "
@@ -28,6 +33,8 @@ OP = Op(
     saved=gathered_attention.SAVED,
     constant="indices",
     backward=gathered_attention.backward,
+    tangent=tangent,
+    batch="query key value out lse indices",
 )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_attn.checks import cross_entropy as checks
 from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.wings.reference.variable_width_cross_entropy import along
 
 
 def fake(
@@ -53,12 +54,34 @@ def backward(call: Backward) -> dict[str, Any]:
     return dict(zip(("hidden", "tables", "projections"), found, strict=True))
 
 
+def tangent(
+    call: Forward,
+    hidden,
+    targets,
+    tables,
+    projections,
+    token_band,
+    token_row,
+    weight,
+    ignore_index,
+    label_smoothing,
+) -> dict[str, Tensor]:
+    moves = call.tangents
+    loss, lse = along(
+        hidden, targets, tables, projections, token_band, token_row, weight, ignore_index, label_smoothing,
+        moves.hidden, moves.tables, moves.projections,
+    )  # fmt: skip
+    return {"loss": loss, "lse": lse}
+
+
 OP = Op(
     "variable_width_cross_entropy",
     f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
     fake,
     saved="hidden targets tables projections token_band token_row weight lse ignore_index label_smoothing",
     backward=backward,
+    tangent=tangent,
+    batch="hidden targets loss lse",
 )
 
 

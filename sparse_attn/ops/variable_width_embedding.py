@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.embedding import embedding_arguments
-from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.ops.declare import Backward, Forward, Op
 
 
 def fake(ids, tables, projections, token_band, token_row, padding_idx, sparse) -> Tensor:
@@ -85,12 +85,37 @@ def backward(call: Backward) -> dict[str, Any]:
     }
 
 
+def tangent(
+    call: Forward, ids, tables, projections, token_band, token_row, padding_idx, sparse
+) -> dict[str, Tensor]:
+    """The op is linear in the tables, and in the projections: itself along each."""
+    total: Any = 0.0
+    for moved in ("tables", "projections"):
+        moves = getattr(call.tangents, moved)
+        if all(move is None for move in moves):
+            continue
+        given = tables if moved == "tables" else projections
+        moves = [torch.zeros_like(t) if m is None else m for m, t in zip(moves, given, strict=True)]
+        if moved == "tables":
+            parts = moves, projections
+        else:
+            # A band without a projection does not move with it.
+            still = [
+                t if p.numel() else torch.zeros_like(t) for t, p in zip(tables, projections, strict=True)
+            ]
+            parts = still, moves
+        total = total + OP.on(call.wing)(ids, *parts, token_band, token_row, padding_idx, False)
+    return {"out": total}
+
+
 OP = Op(
     "variable_width_embedding",
     f"({_ARGUMENTS}) -> Tensor out",
     fake,
     saved="ids tables projections token_band token_row padding_idx sparse",
     backward=backward,
+    tangent=tangent,
+    batch="ids out",
 )
 
 
