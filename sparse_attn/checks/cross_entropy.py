@@ -86,7 +86,7 @@ def targets_of(targets: object, hidden: Tensor, vocabulary: int, ignore_index: i
     if targets.device != hidden.device:
         raise ValueError(f"targets must be on hidden's device {hidden.device}, got {targets.device}")
     # Reads values: free on the CPU; elsewhere it would wait for the device.
-    if targets.device.type == "cpu" and targets.numel() and has_values(targets):
+    if targets.device.type == "cpu" and has_values(targets) and bare(targets).numel():
         low, high = (int(x) for x in bare(targets).aminmax())
         bad = None
         if low < 0 or high >= vocabulary:

@@ -150,7 +150,7 @@ def ids_of(ids: object, vocabulary: int, device: torch.device) -> Tensor:
     if ids.device != device:
         raise ValueError(f"ids must be on the tables' device {device}, got {ids.device}")
     # Reads values: free on the CPU; elsewhere the lookup itself asserts, as nn.Embedding's does.
-    if ids.device.type == "cpu" and ids.numel() and has_values(ids):
+    if ids.device.type == "cpu" and has_values(ids) and bare(ids).numel():
         low, high = (int(x) for x in bare(ids).aminmax())
         bad = first((ids < 0) | (ids >= vocabulary), ids) if low < 0 or high >= vocabulary else None
         if bad is not None:

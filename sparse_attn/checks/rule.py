@@ -139,7 +139,7 @@ def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
     if key_lengths.device != key.device:
         raise ValueError(f"key_lengths must be on the key's device {key.device}, got {key_lengths.device}")
     # Reads values: free on the CPU; elsewhere every wing clamps to [0, Tk] instead of synchronising.
-    if key.device.type == "cpu" and batch and has_values(key_lengths):
+    if key.device.type == "cpu" and has_values(key_lengths) and bare(key_lengths).numel():
         low, high = (int(x) for x in bare(key_lengths).aminmax())
         if low < 0 or high > length:
             raise ValueError(

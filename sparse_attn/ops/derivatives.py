@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
@@ -92,6 +95,9 @@ def connect(op: Op, wing: str, overload: Any, implement: Callable) -> None:
         return found if op.outputs.plain else tuple(op.outputs.values(found, call.results))
 
     def transformed(*arguments: Any) -> Any:
+        interpreter = retrieve_current_functorch_interpreter()
+        if interpreter.key() == TransformType.Functionalize:  # which has no rule for a Function
+            return _functionalized(overload, interpreter, arguments)
         return apply(None, arguments)
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
@@ -101,7 +107,15 @@ def connect(op: Op, wing: str, overload: Any, implement: Callable) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
+    def batched(*arguments: Any) -> Any:
+        raise NotImplementedError(
+            f"sparse_attn: {op.name} does not take is_grads_batched=True or vectorize=True of torch.autograd; "
+            "torch.func.vmap, jacrev and jacfwd do the same"
+        )
+
     implement(transformed, "FuncTorchDynamicLayerFrontMode")
+    if not (op.inputs.plain and op.outputs.plain):
+        implement(batched, "Batched")  # where there are lists torch's own loop would not do
     if op.differentiable:
         implement(autograd, "Autograd", with_keyset=True)
 
@@ -129,7 +143,7 @@ def _functions(op: Op, wing: str, overload: Any) -> tuple[type[torch.autograd.Fu
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(named[name] for name in op.constant))
         op.save(ctx, named)
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or _inside_jvp():
             ctx.given = [_SAVED if isinstance(leaf, Tensor) else leaf for leaf in (*leaves, *results)]
             ctx.save_for_forward(*(leaf for leaf in (*leaves, *results) if isinstance(leaf, Tensor)))
 
@@ -154,19 +168,21 @@ def _functions(op: Op, wing: str, overload: Any) -> tuple[type[torch.autograd.Fu
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
         if op.gradient_of is not None:
             _refuse(op.gradient_of, "forward mode over a gradient was asked for")
+        if not op.differentiable:
+            return None if len(outputs.names) == 1 else (None,) * len(outputs.names)
         if op.tangent is None:
             raise NotImplementedError(
                 f"sparse_attn: {op.name} has no forward mode (torch.func.jvp, torch.autograd.forward_ad), "
                 "only reverse mode (backward, torch.func.vjp)"
             )
         # Without their tangents of this level: what the formula does must not be differentiated once more.
-        saved = (forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors)
+        saved = (forward_ad.unpack_dual(tensor, level=0).primal for tensor in ctx.saved_tensors)
         given = [next(saved) if leaf is _SAVED else leaf for leaf in ctx.given]
         lengths, count = ctx.call.lengths, len(tangents)
         results = dict(zip(outputs.names, outputs.values(given[count:], ctx.call.results), strict=True))
         moves = dict(zip(inputs.names, inputs.values(tangents, lengths), strict=True))
         call = Forward(wing, SimpleNamespace(**moves), SimpleNamespace(**results))
-        with torch._C._ExcludeDispatchKeyGuard(WITHOUT_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(WITHOUT_AUTOCAST), forward_ad._set_fwd_grad_enabled(True):
             found = op.tangent(call, **op.named(inputs.values(given[:count], lengths)))
         along = tuple(found.get(name) for name in outputs.names)
         return along if len(along) > 1 else along[0]
@@ -195,6 +211,20 @@ def _flat(outputs: Leaves, call: _Call, results: Any) -> Any:
         return results
     leaves, call.results = outputs.leaves(results)
     return tuple(leaves)
+
+
+def _inside_jvp() -> bool:
+    """Whether the innermost transform is forward mode: in a compiled graph torch counts no level."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return retrieve_current_functorch_interpreter().key() == TransformType.Jvp
+
+
+def _functionalized(overload: Any, interpreter: Any, arguments: Sequence[Any]) -> Any:
+    functional = FunctorchFunctionalizeAPI(interpreter)
+    with functional.redispatch_to_next():
+        found = overload(*functional.unwrap_tensors(tuple(arguments)))
+    return functional.wrap_tensors(found)
 
 
 def _refuse(what: str, asked: str) -> NoReturn:
@@ -240,6 +270,10 @@ def _one_by_one(op: Op, overload: Any, size: int, arguments: Sequence[Any], dims
             return [entry(v, d, i) for v, d in zip(value, dim, strict=True)]
         return value if dim is None else value[i]
 
+    if size == 0:
+        raise NotImplementedError(
+            f"sparse_attn: {op.name} is called once per entry of this vmap, and there is none"
+        )
     found = [
         overload(*(entry(value, dim, i) for value, dim in zip(arguments, dims, strict=True)))
         for i in range(size)

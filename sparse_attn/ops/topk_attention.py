@@ -170,6 +170,7 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
+    checks.inference_only("topk_attention_with_residual", query, key, value)
     rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.embedding import embedding_arguments
+from sparse_attn.checks.values import mapped
 from sparse_attn.ops.declare import Backward, Forward, Op
 
 
@@ -70,6 +71,10 @@ def _sparse_rows(rows: Tensor, grad: Tensor, table: Tensor) -> Tensor:
 
 def backward(call: Backward) -> dict[str, Any]:
     s, tables, projections = call.saved, call.needs["tables"], call.needs["projections"]
+    if s.sparse and any(mapped(t) for t in (call.grads.out, s.ids, *s.tables, *s.projections)):
+        raise NotImplementedError(
+            "sparse=True has no gradients under torch.func.vmap, whose entries must be of one size: use sparse=False"
+        )
     grad_tables, grad_projections, rows = BACKWARD.on(call.wing)(
         call.grads.out, s.ids, s.tables, s.projections, s.token_band, s.token_row, s.padding_idx, s.sparse,
         any(tables), any(projections),
