@@ -131,6 +131,7 @@ def block_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Source: blocks chosen by mean keys, for attention in whole blocks, are Lu et al., "MoBA: Mixture of Block
     Attention for Long-Context LLMs" (2025) and Yuan et al., "Native Sparse Attention" (2025).

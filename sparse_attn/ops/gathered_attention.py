@@ -122,6 +122,7 @@ def gathered_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Example:
         >>> import torch, sparse_attn

@@ -89,6 +89,7 @@ def indexer_loss(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: forward mode or a second derivative is asked for (docs/torch_func.md says what is there).
 
     Source: DeepSeek-AI, "DeepSeek-V3.2-Exp: Boosting Long-Context Efficiency with DeepSeek Sparse Attention" (2025).
 

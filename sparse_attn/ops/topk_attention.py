@@ -109,6 +109,7 @@ def topk_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Sources: Gupta et al., "Memory-efficient Transformers via Top-k Attention" (2021); sinks: Xiao et al.,
     "Efficient Streaming Language Models with Attention Sinks" (2023).

@@ -133,6 +133,7 @@ def variable_width_cross_entropy(
     Raises:
         IndexError: a target outside of the vocabulary: which one, and where (read on the CPU only).
         TypeError, ValueError: another wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Sources: Baevski and Auli (2019) and Grave et al. (2017) for heads in bands; Wijmans et al., "Cut Your Losses in
     Large-Vocabulary Language Models" (2024) for the recomputed tiles; Chowdhery et al. (2022) for the z-loss.

@@ -165,6 +165,7 @@ def variable_width_embedding(
         IndexError: an id outside the vocabulary: which one, and where. On an accelerator the lookup asserts on the
             device instead, as that of nn.Embedding, for reading ids back would wait for the device.
         TypeError, ValueError: another wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Sources: Baevski and Auli, "Adaptive Input Representations for Neural Language Modeling" (2019), whose bands
     need ids in order of frequency; Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient
