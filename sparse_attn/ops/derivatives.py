@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
-
-if TYPE_CHECKING:
-    from sparse_attn.ops.declare import Op
 
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
 WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -84,7 +81,27 @@ class Leaves:
         return [[next(rest) for _ in range(next(counts))] if listed else next(rest) for listed in self.lists]
 
 
-def connect(op: Op, wing: str, overload: Any, implement: Callable) -> None:
+class Declaration(Protocol):
+    """What is asked of an op (`declare.Op`)."""
+
+    name: str
+    inputs: Leaves
+    outputs: Leaves
+    differentiable: bool
+    constant: list[str]
+    gradient_of: str | None
+    backward: Callable[[Backward], dict[str, Any]] | None
+    tangent: Callable[..., dict[str, Tensor]] | None
+    batch: frozenset[str]
+
+    def named(self, arguments: Sequence[Any]) -> dict[str, Any]: ...
+
+    def save(self, ctx: Any, values: dict[str, Any]) -> None: ...
+
+    def saved(self, ctx: Any) -> SimpleNamespace: ...
+
+
+def connect(op: Declaration, wing: str, overload: Any, implement: Callable) -> None:
     """Registers what one overload does about derivatives and transforms: `implement(kernel, key, **options)`."""
     ordinary, transformable = _functions(op, wing, overload)
 
@@ -120,7 +137,7 @@ def connect(op: Op, wing: str, overload: Any, implement: Callable) -> None:
         implement(autograd, "Autograd", with_keyset=True)
 
 
-def _functions(op: Op, wing: str, overload: Any) -> tuple[type[torch.autograd.Function], ...]:
+def _functions(op: Declaration, wing: str, overload: Any) -> tuple[type[torch.autograd.Function], ...]:
     """One for calls outside torch.func, and the same in the form that torch.func needs, which takes 10 µs longer."""
     inputs, outputs = op.inputs, op.outputs
     names = (*inputs.names, *outputs.names)
@@ -231,7 +248,9 @@ def _refuse(what: str, asked: str) -> NoReturn:
     raise NotImplementedError(f"sparse_attn: {what} has first-order gradients only; {asked}")
 
 
-def _over_batch(op: Op, overload: Any, size: int, arguments: Sequence[Any], dims: Sequence[Any]) -> Any:
+def _over_batch(
+    op: Declaration, overload: Any, size: int, arguments: Sequence[Any], dims: Sequence[Any]
+) -> Any:
     """The op for each entry of vmap's own dimension, which becomes the results' first one."""
     moved = [_first(value, dim) for value, dim in zip(arguments, dims, strict=True)]
     batched = [any(d is not None for d in dim) if isinstance(dim, list) else dim is not None for dim in dims]
@@ -262,7 +281,9 @@ def _first(value: Any, dim: Any) -> Any:
     return value if dim is None else value.movedim(dim, 0)
 
 
-def _one_by_one(op: Op, overload: Any, size: int, arguments: Sequence[Any], dims: Sequence[Any]) -> Any:
+def _one_by_one(
+    op: Declaration, overload: Any, size: int, arguments: Sequence[Any], dims: Sequence[Any]
+) -> Any:
     """For what is summed over the batch, or where more is mapped than what has a batch dimension."""
 
     def entry(value: Any, dim: Any, i: int) -> Any:
