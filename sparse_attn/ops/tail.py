@@ -37,7 +37,9 @@ def with_tail(
     scale = seen_by.scale
     heads, query_length = query.shape[1:3]
     compute = torch.promote_types(query.dtype, torch.float32)
-    seen = torch.full((query.shape[0], query_length), key.shape[2], device=query.device)  # [B, Tq]: up to there
+    seen = torch.full(
+        (query.shape[0], query_length), key.shape[2], device=query.device
+    )  # [B, Tq]: up to there
     if seen_by.key_lengths is not None:
         seen = torch.minimum(seen, seen_by.key_lengths.to(torch.int64).unsqueeze(-1))
     if seen_by.is_causal:
@@ -85,6 +87,10 @@ def _sums(value: Tensor, first: Tensor | None, end: Tensor) -> Tensor:
     # Apart from the sum: what is no number would stay in it for all queries behind, whether they see it or not.
     total = up_to(end, value.nan_to_num(0.0, 0.0, 0.0))
     total = total - up_to(first, value.nan_to_num(0.0, 0.0, 0.0))
-    for special, there in ((torch.inf, value == torch.inf), (-torch.inf, value == -torch.inf), (torch.nan, value.isnan())):
+    for special, there in (
+        (torch.inf, value == torch.inf),
+        (-torch.inf, value == -torch.inf),
+        (torch.nan, value.isnan()),
+    ):
         total = total + torch.where(up_to(end, there) > up_to(first, there), special, 0.0)
     return total
