@@ -14,6 +14,7 @@ from helpers.inputs import index_rows, mask, normal
 import sparse_attn
 import sparse_attn.wings.reference.chunks
 from ops.test_memory import MIB, peak_beyond
+from sparse_attn.selection import Rule
 
 SIZES = [  # B, G, Hi, Hq, Hkv, Tq, Tk
     (2, 1, 3, 4, 2, 11, 11),
@@ -197,7 +198,11 @@ def test_compiled_for_any_length(selected):
 
 def test_opcheck():
     inputs = [t.requires_grad_() for t in make(*SIZES[0])[:3]], make(*SIZES[0])[3:]
-    rule = None, None, [1, 0, 0, 0, 1], 0.5
+    rule = (
+        Rule(True, inputs[0][1].shape[2] - inputs[0][0].shape[2])
+        .packed(*inputs[0][:2], per_group=True)
+        .parts()
+    )
     op = torch.ops.sparse_attn.indexer_loss.reference
     torch.library.opcheck(op, (*inputs[0], *inputs[1], None, *rule, True, True, True))
 
@@ -209,7 +214,7 @@ def test_errors():
     for error, says, wrong in (
         (ValueError, "batch size and the lengths of query and key", {"query": inputs["query"][:, :, 1:]}),
         (ValueError, "multiple of the indexer's groups, got 1 and 2", {"key": inputs["key"][:, :1]}),
-        (ValueError, "is_causal, attn_mask and key_lengths go without",
+        (ValueError, "is_causal, attn_mask, key_lengths and key_starts go without",
          {"indices": index_rows((1, 2, 7, 3), 16), "is_causal": True}),
         (ValueError, "needs causal_offset", {"is_causal": True}),
         (ValueError, "scale must be finite", {"scale": math.inf}),
