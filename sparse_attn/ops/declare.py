@@ -69,11 +69,12 @@ class Op:
         self.differentiable = backward is not None or gradient_of is not None
         self.constant = constant.split() if self.differentiable else self.outputs.names
         self._rule_at = self.inputs.names.index("attn_mask") if "rule" in kinds else None
-        with_rule = batch and self._rule_at is not None
-        self.batch = frozenset((*batch.split(), *(rules.BATCH.split() if with_rule else ())))
+        if batch and self._rule_at is not None:
+            batch, shared = f"{batch} {rules.BATCH}", f"{shared} {rules.SHARED}"
+        self.batch = frozenset(batch.split())
         if batch:
-            unsaid = {n for n, kind in kinds.items() if "Tensor" in kind and n in self.inputs.names}
-            unsaid ^= self.batch.union(shared.split()).difference(self.outputs.names)
+            tensors = {n for n in self.inputs.names if "Tensor" in kinds[n]}
+            unsaid = tensors ^ self.batch.union(shared.split()).difference(self.outputs.names)
             assert not unsaid, f"{name}: is {unsaid} in `batch` or in `shared`?"
         self._overloads: dict[str, Callable] = {}
         for wing in base.wings():
