@@ -18,8 +18,8 @@ ATTENTION = (
     {"query": -1, "key": 2, "value": 0},
     {"key_lengths": 1},
     {"attn_mask": 2},
-    {"query": 1, "attn_mask": 0, "key_lengths": 0},
-    {"key_starts": 1},
+    {"key_starts": 2},
+    {"query": 1, "attn_mask": 0, "key_lengths": 0, "key_starts": 1},
 )
 
 
@@ -30,15 +30,14 @@ def test_vmap_of_attention(wing, mapped):
     every = {
         "query": query, "key": key, "value": value,
         "attn_mask": mask(SAMPLES * 2, 1, 5, 6), "key_lengths": torch.tensor([6, 3, 0, 2, 5, 1]),
-        "key_starts": torch.tensor([0, 2, 1, 0, 0, 3]),
+        "key_starts": torch.arange(SAMPLES * 2 * 5).view(-1, 5) % 7 - 1,
     }  # fmt: skip
     every = {n: t.to(wing.device).unflatten(0, (SAMPLES, 2)) for n, t in every.items()}
     given = {n: t if n in mapped else t[0] for n, t in every.items()}
 
-    def call(query, key, value, *rule):
-        rule = dict(zip(("attn_mask", "key_lengths", "key_starts"), rule, strict=True)) | {
-            "backend": wing.name
-        }
+    def call(query, key, value, attn_mask, key_lengths, key_starts):
+        rule = {"attn_mask": attn_mask, "key_lengths": key_lengths, "key_starts": key_starts}
+        rule["backend"] = wing.name
         selected = sparse_attn.topk_select(query, key, 2, share="all", **rule)
         out, lse, indices = sparse_attn.topk_attention(
             query, key, value, 2, return_lse=True, return_indices=True, **rule
