@@ -7,9 +7,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_attn.checks.embedding import projections_of, tables_of, token_maps
+from sparse_attn.checks.embedding import Checked, projections_of, tables_of, token_maps
 from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values, integer
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,18 +28,15 @@ def bands_of(
             f"got {rows} rows"
         )
     if token_band.device.type == "cpu" and has_values(token_band) and has_values(token_row):
-        _one_row_each(token_band, token_row, [table.shape[0] for table in tables])
+        _one_row_each(token_band, token_row, tuple(table.shape[0] for table in tables))
     return tables, projections, token_band, token_row.to(torch.int32), dim
 
 
-# As in checks_embedding: a map that was found in order is not read again unless it changed.
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_checked = Checked()
 
 
-def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: list[int]) -> None:
-    versioned = not (token_band.is_inference() or token_row.is_inference())
-    stamp = versioned and (token_band._version, token_row.data_ptr(), token_row._version, tuple(sizes))
-    if versioned and _checked.get(token_band) == stamp:
+def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
+    if (token_band, token_row, sizes) in _checked:
         return
     first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     classes = first[token_band.long()] + token_row.long()
@@ -51,8 +47,7 @@ def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: list[int]) -> No
             f"every token must have a row of its own, got tokens {tokens[0]} and {tokens[1]} both in row "
             f"{int(token_row[tokens[0]])} of band {int(token_band[tokens[0]])}"
         )
-    if versioned:
-        _checked[token_band] = stamp
+    _checked.add(token_band, token_row, sizes)
 
 
 def hidden_of(hidden: object, tables: list[Tensor], dim: int) -> Tensor:

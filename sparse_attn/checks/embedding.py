@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,15 +106,34 @@ def token_maps(token_band: Any, token_row: Any, tables: list[Tensor]) -> tuple[T
     return token_band, token_row
 
 
-# token_band → what was found in order: reading all of a vocabulary's map at every call would cost more than
-# looking up a few tokens. A change in place raises a tensor's version, and is checked again.
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class Checked:
+    """Pairs of maps that were found in order.
+
+    Reading all of a vocabulary's maps at every call would cost more than looking up a few tokens. A change in place
+    raises a tensor's version, other memory has another address, and another tensor is not the one that was looked at.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # token_band → (token_row, stamp)
+
+    def __contains__(self, maps: tuple[Tensor, Tensor, tuple[int, ...]]) -> bool:
+        found = self._known.get(maps[0])
+        return found is not None and found[0]() is maps[1] and found[1] == _stamp(*maps)
+
+    def add(self, token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
+        if not (token_band.is_inference() or token_row.is_inference()):  # those have no version
+            self._known[token_band] = weakref.ref(token_row), _stamp(token_band, token_row, sizes)
+
+
+def _stamp(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> tuple:
+    return token_band._version, token_band.data_ptr(), token_row._version, token_row.data_ptr(), sizes
+
+
+_checked = Checked()
 
 
 def _check_map_values(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
-    versioned = not (token_band.is_inference() or token_row.is_inference())
-    stamp = versioned and (token_band._version, token_row.data_ptr(), token_row._version, sizes)
-    if versioned and _checked.get(token_band) == stamp:
+    if (token_band, token_row, sizes) in _checked:
         return
     band, row = token_band.long(), token_row.long()
     bad = (band < 0) | (band >= len(sizes))
@@ -130,8 +150,7 @@ def _check_map_values(token_band: Tensor, token_row: Tensor, sizes: tuple[int, .
             f"token_row must lie in [0, {sizes[int(band[token])]}), the rows of the token's table "
             f"{int(band[token])}, got {int(row[token])} for token {token}"
         )
-    if versioned:
-        _checked[token_band] = stamp
+    _checked.add(token_band, token_row, sizes)
 
 
 def ids_of(ids: object, vocabulary: int, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.variable_width_embedding import VariableWidthEmbedding
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
 from sparse_attn.planner import WidthPlan
 
@@ -14,7 +15,7 @@ from sparse_attn.planner import WidthPlan
 _LOGITS = 1 << 22
 
 
-class VariableWidthHead(torch.nn.Module):
+class VariableWidthHead(WholeState):
     """In place of the last `nn.Linear(embedding_dim, V, bias=False)`: the logit of a token is hidden · its embedding.
 
     `VariableWidthHead(embedding)` shares the embedding's parameters (weight tying); `VariableWidthHead.from_plan(plan)`
@@ -58,11 +59,12 @@ class VariableWidthHead(torch.nn.Module):
         backend: str | None = None,
     ) -> VariableWidthHead:
         """A head with weights of its own: logits have variance 1 where the hidden state's elements have."""
-        head = cls(VariableWidthEmbedding(plan, device=device, dtype=dtype), backend)
+        embedding = VariableWidthEmbedding(plan, device=device, dtype=dtype)
+        embedding._row_scale = plan.embedding_dim**-0.5  # also after a later reset_parameters
         with torch.no_grad():
-            for table in head.embedding.tables:
-                table.mul_(plan.embedding_dim**-0.5)
-        return head
+            for table in embedding.tables:
+                table.mul_(embedding._row_scale)
+        return cls(embedding, backend)
 
     @property
     def plan(self) -> WidthPlan:

@@ -180,7 +180,7 @@ def _enter(block: _Block) -> None:
 
 
 def _going_on(block: _Block) -> _Block:
-    """The innermost of a block and those around it that has not ended; the outermost, which forces nothing, never does."""
+    """A block that has not ended, this one or the next around it; the outermost, which forces nothing, never does."""
     while block.ended and block.outer is not None:
         block = block.outer
     return block
