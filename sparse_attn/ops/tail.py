@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,7 +15,6 @@ from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.topk_select import products
 
 
-@torch.no_grad()
 def with_tail(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -25,14 +26,13 @@ def with_tail(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`out` with the mass of what the selection leaves out given to the mean of its values; it is changed in place."""
+    """`out` with the mass of what the selection leaves out given to the mean of its values, differentiable in all."""
     query, key, value = autocast(query, key, value)
     if out.numel() == 0 or key.shape[2] == 0:
         return out
     seen_by = rule.packed(query, key)
     # What a query sees must be a prefix of the keys.
     rule.visibility().only("means of what is left out", "is_causal", "causal_offset", "key_lengths", "scale")
-    scale = seen_by.scale
     heads, query_length = query.shape[1:3]
     compute = torch.promote_types(query.dtype, torch.float32)
     seen = torch.full(
@@ -50,19 +50,63 @@ def with_tail(
     total = prefix.gather(2, seen[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
     values, chosen = value.to(compute), (indices >= 0).sum(-1)  # chosen [B, G, Tq]
     nothing = values.new_zeros((1, 1, 1, 1)).expand(*query.shape[:3], value.shape[3])
-    mean, _ = attend(nothing, values, values, indices, scale=1.0, backend=backend)
+    mean, _ = attend(nothing, values.detach(), values, indices, scale=1.0, backend=backend)
     chosen = chosen.repeat_interleave(heads // chosen.shape[1], dim=1).unsqueeze(-1)
     total = total.repeat_interleave(heads // value.shape[1], dim=1) - mean.double() * chosen
-    left = seen[:, None, :, None] - chosen
+    left = seen[:, None, :, None] - chosen  # [B, Hq, Tq, 1]
     tail = (total / left.clamp(min=1)).to(compute)
 
+    gap = lse - _Normaliser.apply(query, key, seen, seen_by.scale)
+    # Where nothing is left out the gap may be −inf − −inf, which has no gradient.
+    gap = torch.where(left.squeeze(-1) > 0, gap, 0.0).clamp(max=0.0)
+    outside = -torch.expm1(gap).unsqueeze(-1).to(compute)
+    part = out.to(compute)
+    mixed = part + outside * (tail - part)
+    return torch.where(left > 0, mixed, part).to(out.dtype)
+
+
+class _Normaliser(torch.autograd.Function):
+    """log-sum-exp of a query's scores over the keys that it sees: [B, Hq, Tq].
+
+    In chunks of queries, whose scores are made again for the gradient: no [Tq, Tk] matrix is stored.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor,  # [B, Hq, Tq, D]
+        key: Tensor,  # [B, Hkv, Tk, D]
+        seen: Tensor,  # int64 [B, Tq], how many keys, the first ones
+        scale: float,
+    ) -> Tensor:
+        found = [scores.logsumexp(-1) for _, scores in _scores(query, key, seen, scale)]
+        return torch.cat(found, dim=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        query, key, seen, ctx.scale = inputs
+        ctx.save_for_backward(query, key, seen, output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query, key, seen, lse = ctx.saved_tensors
+        keys = key.to(lse.dtype).unsqueeze(2)  # [B, Hkv, 1, Tk, D]
+        of_query, of_key = [], torch.zeros_like(keys.squeeze(2))
+        for rows, scores in _scores(query, key, seen, ctx.scale):
+            weights = (scores - lse[:, :, rows, None]).exp() * (grad[:, :, rows, None] * ctx.scale)
+            # A query that sees nothing has −inf − −inf.
+            weights = weights.masked_fill((seen[:, rows] == 0)[:, None, :, None], 0.0)
+            weights = weights.unflatten(1, (key.shape[1], -1))  # [B, Hkv, R, t, Tk]
+            queries = query[:, :, rows].to(lse.dtype).unflatten(1, (key.shape[1], -1))
+            of_query.append((weights @ keys).flatten(1, 2))
+            of_key = of_key + (weights.transpose(-1, -2) @ queries).sum(2)
+        return torch.cat(of_query, dim=2).to(query.dtype), of_key.to(key.dtype), None, None
+
+
+def _scores(query: Tensor, key: Tensor, seen: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their scores [B, Hq, t, Tk], −inf at the keys that they do not see), chunk by chunk."""
+    compute = torch.promote_types(query.dtype, torch.float32)
     keys = key.to(compute)
     position = torch.arange(key.shape[2], device=key.device)
-    for rows in query_chunks(query_length, 2 * query.shape[0] * heads * key.shape[2]):
+    for rows in query_chunks(query.shape[2], 2 * query.shape[0] * query.shape[1] * key.shape[2]):
         scores = products(query[:, :, rows].to(compute), keys) * scale
-        every = scores.masked_fill_(position >= seen[:, None, rows, None], -torch.inf).logsumexp(-1)
-        outside = -torch.expm1((lse[:, :, rows] - every).clamp(max=0.0)).unsqueeze(-1).to(compute)
-        part = out[:, :, rows].to(compute)
-        mixed = part + outside * (tail[:, :, rows] - part)
-        out[:, :, rows] = torch.where(left[:, :, rows] > 0, mixed, part).to(out.dtype)
-    return out
+        yield rows, scores.masked_fill_(position >= seen[:, None, rows, None], -torch.inf)
