@@ -25,7 +25,8 @@ class VariableWidthEmbedding(WholeState):
     Args:
         plan: bands and widths.
         padding_idx: a token whose embedding is 0 and gets no gradient; a negative one counts from the end.
-        sparse: give the tables `torch.sparse_coo` gradients, as `nn.Embedding(sparse=True)` does.
+        sparse: give the tables `torch.sparse_coo` gradients, as `nn.Embedding(sparse=True)` does; not under
+            DistributedDataParallel.
         device, dtype: of the parameters.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
@@ -213,6 +214,8 @@ class VariableWidthEmbedding(WholeState):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int [*] → [*, embedding_dim]."""
+        if self.sparse and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._refuse_data_parallel()
         return variable_width_embedding(
             ids,
             list(self.tables),
@@ -223,6 +226,18 @@ class VariableWidthEmbedding(WholeState):
             sparse=self.sparse,
             backend=self.backend,
         )
+
+    def _refuse_data_parallel(self) -> None:
+        """DistributedDataParallel takes sparse gradients of nn.Embedding and nn.EmbeddingBag alone."""
+        around = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if around is None:
+            return
+        reduced = {id(p) for p in around._module_parameters}
+        if any(table.requires_grad and id(table) in reduced for table in self.tables):
+            raise ValueError(
+                "sparse=True cannot be reduced by DistributedDataParallel, which takes sparse gradients of "
+                "nn.Embedding alone: make the VariableWidthEmbedding with sparse=False"
+            )
 
     def full_table(self) -> Tensor:
         """The table [V, embedding_dim] that an nn.Embedding would need for the same outputs, with gradients."""

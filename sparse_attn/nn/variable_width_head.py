@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,7 @@ class VariableWidthHead(WholeState):
 
     `VariableWidthHead(embedding)` shares the embedding's parameters (weight tying); `VariableWidthHead.from_plan(plan)`
     has its own. A class costs the width of its band, not the model's. Train with `loss`, which stores no logits.
+    Every method calls the module, so that its hooks run: FSDP2 gathers what `fully_shard` has sharded.
 
     Args:
         embedding: the VariableWidthEmbedding to share. It becomes a submodule, so that its parameters stand under both
@@ -75,8 +79,12 @@ class VariableWidthHead(WholeState):
         """How many numbers the tables and the projections hold together."""
         return self.embedding.num_parameters()
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *, _instead: Callable[[Tensor], Any] | None = None) -> Any:
         """hidden [..., embedding_dim] → logits [..., V] in token-id order, with gradients."""
+        # The other methods come through here too, so that the module's hooks run: in one FSDP gathers the parameters.
+        return self._logits(hidden) if _instead is None else _instead(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         logits = torch.cat(
             [
                 projected @ table.t()
@@ -103,20 +111,24 @@ class VariableWidthHead(WholeState):
             hidden: [..., embedding_dim].
             targets: int64 [...], ids in [0, V) or `ignore_index`. The rest as there.
         """
-        return variable_width_cross_entropy(
-            hidden,
-            targets,
-            self._tables(),
-            self.embedding.projection_list(),
-            self.embedding.token_band,
-            self.embedding.token_row,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            weight=weight,
-            backend=self.backend,
-        )
+
+        def loss(hidden: Tensor) -> Tensor:
+            return variable_width_cross_entropy(
+                hidden,
+                targets,
+                self._tables(),
+                self.embedding.projection_list(),
+                self.embedding.token_band,
+                self.embedding.token_row,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                weight=weight,
+                backend=self.backend,
+            )
+
+        return self(hidden, _instead=loss)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """hidden [..., embedding_dim] → log-probabilities [..., V], float32 for half types."""
@@ -135,6 +147,9 @@ class VariableWidthHead(WholeState):
         equal logits come first is not defined, as in `torch.topk`.
         """
         k = checks.integer("k", k, 1, self.plan.num_embeddings)
+        return self(hidden, _instead=lambda hidden: self._topk(hidden, k))
+
+    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         shape = hidden.shape[:-1]
         flat = hidden.reshape(-1, hidden.shape[-1])
         classes = self._classes()
@@ -160,7 +175,13 @@ class VariableWidthHead(WholeState):
         return values.reshape(*shape, k), tokens.reshape(*shape, k)
 
     def _tables(self) -> list[Tensor]:
-        return list(self.embedding.tables)
+        tables = list(self.embedding.tables)
+        if hasattr(tables[0], "placements"):  # a DTensor, of which no hook has made a whole tensor
+            raise TypeError(
+                "the head's tables are sharded, for its embedding is an FSDP group of its own: shard the embedding "
+                "with reshard_after_forward=False, or only the module that holds both"
+            )
+        return tables
 
     def _projected(self, hidden: Tensor) -> list[Tensor]:
         """Per band [..., width_b]."""
