@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.embedding import padding_of
+from sparse_attn.files import stored
 from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 from sparse_attn.planner import WidthPlan
@@ -335,7 +336,7 @@ class VariableWidthEmbedding(WholeState):
                 raise ValueError(
                     f"{prefix}tables.{b} must be a tensor [n, width], got {checks.describe(table)}"
                 )
-            tables.append(table)
+            tables.append(stored(f"{prefix}tables.{b}", table))
         widths = [table.shape[1] for table in tables]
         dim = own["projections.0"].shape[0] if "projections.0" in own else widths[0]
         plan = WidthPlan(dim, widths, own["token_band"])

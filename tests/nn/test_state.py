@@ -184,6 +184,9 @@ def test_a_state_of_other_sizes_is_refused_before_anything_is_allocated():
     """As a file may claim it: a table whose 2^40 rows lie in one element."""
     state = VariableWidthEmbedding(PLAN).state_dict()
     state["tables.1"] = torch.zeros(1, 1).expand(1 << 40, 4)
+    with pytest.raises(ValueError, match=r"tables\.1 claims 17,592,186,044,416 bytes and holds 4"):
+        VariableWidthEmbedding.from_state_dict(state)
+    state["tables.1"] = torch.zeros(7, 4)
     with pytest.raises(ValueError, match="whose tables have"):
         VariableWidthEmbedding.from_state_dict(state)
     with pytest.raises(ValueError, match=r"tables\.0 must be a tensor \[n, width\]"):
