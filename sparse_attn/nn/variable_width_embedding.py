@@ -287,8 +287,8 @@ class VariableWidthEmbedding(WholeState):
         if band is not None and not torch.equal(band.to("cpu", torch.int32), self.plan.token_band):
             self.plan = WidthPlan(self.embedding_dim, self.plan.widths, band)  # its own, if it was refused
 
-    def why_not_load(self, state: dict[str, Any], prefix: str) -> str | None:
-        refusal = super().why_not_load(state, prefix)
+    def _why_not_load(self, state: dict[str, Any], prefix: str) -> str | None:
+        refusal = super()._why_not_load(state, prefix)
         band, row = (_readable(state.get(f"{prefix}{name}")) for name in ("token_band", "token_row"))
         if refusal is not None:
             return refusal

@@ -79,7 +79,7 @@ class VariableWidthHead(WholeState):
         """How many numbers the tables and the projections hold together."""
         return self.embedding.num_parameters()
 
-    def forward(self, hidden: Tensor, *, _instead: Callable[[Tensor], Any] | None = None) -> Any:
+    def forward(self, hidden: Tensor, *, _instead: Callable[[Tensor], Any] | None = None) -> Tensor:
         """hidden [..., embedding_dim] → logits [..., V] in token-id order, with gradients."""
         # The other methods come through here too, so that the module's hooks run: in one FSDP gathers the parameters.
         return self._logits(hidden) if _instead is None else _instead(hidden)

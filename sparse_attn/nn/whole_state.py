@@ -17,7 +17,7 @@ class WholeState(torch.nn.Module):
     it does after all modules have loaded.
     """
 
-    def why_not_load(self, state: dict[str, Any], prefix: str) -> str | None:
+    def _why_not_load(self, state: dict[str, Any], prefix: str) -> str | None:
         """None where the tensors under `prefix` fit this module, else what does not."""
         for name, tensor in self._own_tensors().items():
             given = state.get(f"{prefix}{name}", tensor)
@@ -31,7 +31,7 @@ class WholeState(torch.nn.Module):
         return None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        refusal = self.why_not_load(state_dict, prefix)
+        refusal = self._why_not_load(state_dict, prefix)
         if refusal is None:
             super()._load_from_state_dict(state_dict, prefix, *arguments)
             return
