@@ -15,7 +15,7 @@ import torch
 from sparse_attn.bench import machine
 from sparse_attn.cli.console import UsageError, count
 from sparse_attn.distillation.progress import reporting
-from sparse_attn.files import read_json
+from sparse_attn.files import read_json, write_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -103,10 +103,8 @@ class Results:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.machine = self.machine or machine.describe(self.threads, self.command)
         result = {"format": 1, "machine": self.machine, "about": self.about, "tables": self.tables}
-        # Written beside and moved, so that a run that is killed leaves a whole file.
-        beside = self.file.with_suffix(".part")
-        beside.write_text(json.dumps({**result, "rows": self.rows}, indent=1) + "\n", "utf-8")
-        beside.replace(self.file)
+        # Whole or not at all: a run that is killed leaves a file that the next one goes on from.
+        write_text(self.file, json.dumps({**result, "rows": self.rows}, indent=1) + "\n")
 
     @property
     def picture(self) -> Path:

@@ -306,7 +306,7 @@ def _warn_reference(
     label = f"{op} on {device_type}"
     if torch.compiler.is_compiling() or label in _state.warned:
         return
-    _state.warned.add(label)
     refusals = reasons(op, device_type, dtype, rule, **sizes)
     why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
     warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=5)
+    _state.warned.add(label)  # not before: where warnings are errors, the next call is one too

@@ -200,6 +200,11 @@ def test_the_reference_warns_once_on_an_accelerator(monkeypatch):
     class Elsewhere:
         device, dtype = torch.device("mps"), torch.float32
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):  # where warnings are errors, each call is one
+            with pytest.raises(UserWarning, match="topk_select on mps"):
+                base.choose("topk_select", Elsewhere, None)
     with pytest.warns(UserWarning, match=r"topk_select on mps in plain PyTorch \(cpu: "):
         assert base.choose("topk_select", Elsewhere, None) == "reference"
     with warnings.catch_warnings():

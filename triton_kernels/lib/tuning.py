@@ -164,7 +164,11 @@ def _remember(key: str, config: str) -> None:
         # Another process may have written meanwhile; a rename leaves no half of a file to a third.
         text = json.dumps({**_read(), key: config}, indent=1, sort_keys=True) + "\n"
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+            try:
+                file.write(text)
+                file.close()
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
     except OSError:
         pass  # a home that cannot be written to: this process remembers
