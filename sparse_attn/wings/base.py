@@ -115,7 +115,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-# torch hands the context of who calls backward to autograd's own threads, under this name.
+# From 2.13 on torch hands the context of who calls backward to autograd's own threads, under this name.
 _CONTEXT = "context"
 _passed_on: ContextVar[_Block | None] = ContextVar("sparse_attn.use_backend", default=None)
 
@@ -141,9 +141,10 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Forces one wing for every call of this thread inside the `with` block.
 
     Other threads are not affected, nor are those that are started inside the block: each opens a block of its own.
-    Autograd's threads are: gradients run on the wing of their forward wherever backward is called, and what a
-    backward computes again (`torch.utils.checkpoint`) runs on the wing that is forced where it is called. Blocks may
-    end in any order, and in another thread (a generator that is closed there).
+    Gradients run on the wing of their forward, in whatever thread and wherever backward is called. What a backward
+    computes again (`torch.utils.checkpoint`) runs on the wing that is forced where it is called; on a GPU, where that
+    is a thread of autograd, from torch 2.13 on. Blocks may end in any order, and in another thread (a generator that
+    is closed there).
 
     Args:
         name: "cpu", "cuda", "triton" or "reference". A call that the wing cannot take raises ValueError instead of
