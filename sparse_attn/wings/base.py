@@ -265,8 +265,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-class _Explained(Exception):
-    """Ends a call that was to be explained, before its first op runs."""
+class _Explained(BaseException):
+    """Ends a call that was to be explained, before its first op runs; nobody takes it for a failure of the call."""
 
 
 def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explanation:

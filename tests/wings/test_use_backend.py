@@ -242,3 +242,14 @@ def test_explaining_nests_and_ends():
 
 def _interrupted():
     raise KeyboardInterrupt
+
+
+def test_explaining_a_call_that_handles_its_errors():
+    def careful(query):
+        try:
+            return sparse_attn.topk_attention(query, K, V, 2)
+        except Exception:
+            return sparse_attn.topk_select(query, K, 2)
+
+    assert sparse_attn.explain_call(careful, Q).op == "topk_attention"
+    assert sparse_attn.explain_call(torch.compile(careful, backend="eager"), Q).op == "topk_attention"
