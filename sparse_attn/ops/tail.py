@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,35 +79,35 @@ class _Normaliser(torch.autograd.Function):
         seen: Tensor,  # int64 [B, Tq], how many keys, the first ones
         scale: float,
     ) -> Tensor:
-        found = [scores.logsumexp(-1) for _, scores in _scores(query, key, seen, scale)]
+        keys = key.to(torch.promote_types(key.dtype, torch.float32))
+        found = [_normaliser(query[:, :, rows], keys, seen[:, rows], scale) for rows in _chunks(query, key)]
         return torch.cat(found, dim=2)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         query, key, seen, ctx.scale = inputs
-        ctx.save_for_backward(query, key, seen, output)
+        ctx.save_for_backward(query, key, seen)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        query, key, seen, lse = ctx.saved_tensors
-        keys = key.to(lse.dtype).unsqueeze(2)  # [B, Hkv, 1, Tk, D]
-        of_query, of_key = [], torch.zeros_like(keys.squeeze(2))
-        for rows, scores in _scores(query, key, seen, ctx.scale):
-            weights = (scores - lse[:, :, rows, None]).exp() * (grad[:, :, rows, None] * ctx.scale)
-            # A query that sees nothing has −inf − −inf.
-            weights = weights.masked_fill((seen[:, rows] == 0)[:, None, :, None], 0.0)
-            weights = weights.unflatten(1, (key.shape[1], -1))  # [B, Hkv, R, t, Tk]
-            queries = query[:, :, rows].to(lse.dtype).unflatten(1, (key.shape[1], -1))
-            of_query.append((weights @ keys).flatten(1, 2))
-            of_key = of_key + (weights.transpose(-1, -2) @ queries).sum(2)
-        return torch.cat(of_query, dim=2).to(query.dtype), of_key.to(key.dtype), None, None
+        query, key, seen = ctx.saved_tensors
+        keys = key.to(torch.promote_types(key.dtype, torch.float32))
+        of_query, of_key = [], torch.zeros_like(keys)
+        for rows in _chunks(query, key):
+            chunk = partial(_normaliser, seen=seen[:, rows], scale=ctx.scale)
+            gradient = torch.func.vjp(chunk, query[:, :, rows], keys)[1]
+            of_rows, of_keys = gradient(grad[:, :, rows])
+            of_query.append(of_rows)
+            of_key = of_key + of_keys
+        return torch.cat(of_query, dim=2), of_key.to(key.dtype), None, None
 
 
-def _scores(query: Tensor, key: Tensor, seen: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their scores [B, Hq, t, Tk], −inf at the keys that they do not see), chunk by chunk."""
-    compute = torch.promote_types(query.dtype, torch.float32)
-    keys = key.to(compute)
-    position = torch.arange(key.shape[2], device=key.device)
-    for rows in query_chunks(query.shape[2], 2 * query.shape[0] * query.shape[1] * key.shape[2]):
-        scores = products(query[:, :, rows].to(compute), keys) * scale
-        yield rows, scores.masked_fill_(position >= seen[:, None, rows, None], -torch.inf)
+def _normaliser(query: Tensor, keys: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """query [B, Hq, t, D], keys [B, Hkv, Tk, D] as they are computed with, seen int64 [B, t] → [B, Hq, t]."""
+    scores = products(query.to(keys.dtype), keys) * scale
+    position = torch.arange(keys.shape[2], device=keys.device)
+    return scores.masked_fill_(position >= seen[:, None, :, None], -torch.inf).logsumexp(-1)
+
+
+def _chunks(query: Tensor, key: Tensor) -> Iterator[slice]:
+    return query_chunks(query.shape[2], 2 * query.shape[0] * query.shape[1] * key.shape[2])
