@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.checks.embedding import Checked, projections_of, tables_of, token_maps
-from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values, integer
+from sparse_attn.checks.values import FLOAT_DTYPES, bare, dense, describe, first, has_values, integer
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,14 +38,15 @@ _checked = Checked()
 def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
     if (token_band, token_row, sizes) in _checked:
         return
-    first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    classes = first[token_band.long()] + token_row.long()
-    shared = (torch.bincount(classes, minlength=token_band.shape[0]) > 1).nonzero()
-    if shared.numel():
-        tokens = (classes == shared[0]).nonzero()[:2].flatten().tolist()
+    band, row = token_band.long(), token_row.long()
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    classes, tokens = (starts[band] + row).sort(stable=True)
+    before, after = tokens[:-1], tokens[1:]
+    bad = first(classes[:-1] == classes[1:], before, after, row[before], band[before])
+    if bad is not None:
+        one, other, place, number = bad[1]
         raise ValueError(
-            f"every token must have a row of its own, got tokens {tokens[0]} and {tokens[1]} both in row "
-            f"{int(token_row[tokens[0]])} of band {int(token_band[tokens[0]])}"
+            f"every token must have a row of its own, got tokens {one} and {other} both in row {place} of band {number}"
         )
     _checked.add(token_band, token_row, sizes)
 
@@ -81,17 +82,17 @@ def targets_of(targets: object, hidden: Tensor, vocabulary: int, ignore_index: i
     if targets.device != hidden.device:
         raise ValueError(f"targets must be on hidden's device {hidden.device}, got {targets.device}")
     # Reads values: free on the CPU; elsewhere it would wait for the device.
-    if targets.device.type == "cpu" and targets.numel() and has_values(targets):
-        low, high = (int(x) for x in targets.aminmax())
+    if targets.device.type == "cpu" and has_values(targets) and bare(targets).numel():
+        low, high = (int(x) for x in bare(targets).aminmax())
+        bad = None
         if low < 0 or high >= vocabulary:
-            bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
-            if bool(bad.any()):
-                place = bad.nonzero()[0].tolist()
-                raise IndexError(
-                    f"targets must lie in [0, {vocabulary}), the vocabulary, or be ignore_index = {ignore_index}, "
-                    f"got {int(targets[tuple(place)])} at position {place} of targets of shape "
-                    f"{list(targets.shape)}"
-                )
+            bad = first(((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index), targets)
+        if bad is not None:
+            place, (target,) = bad
+            raise IndexError(
+                f"targets must lie in [0, {vocabulary}), the vocabulary, or be ignore_index = {ignore_index}, "
+                f"got {target} at position {place} of targets of shape {list(targets.shape)}"
+            )
     return targets.reshape(-1).to(torch.int64)
 
 

@@ -51,6 +51,7 @@ def attend(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative is asked for in reverse mode.
 
     Example:
         >>> import torch

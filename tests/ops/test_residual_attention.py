@@ -18,6 +18,12 @@ CASES = {
     "shared": ((2, 4, 2, 30, 50, 8, 8), 7, {"is_causal": True, "causal_offset": 20, "share": "kv"}),
     "one for all": ((1, 6, 3, 20, 30, 8, 8), 7, {"share": "all", "scale": 0.9}),
     "lengths": ((2, 2, 1, 12, 30, 8, 5), 4, {"key_lengths": torch.tensor([30, 3])}),
+    "starts": ((2, 2, 1, 12, 30, 8, 5), 4, {"key_starts": torch.tensor([0, 25]), "sinks": 1}),
+    "starts of queries": (
+        (1, 4, 2, 40, 40, 8, 8),
+        5,
+        {"is_causal": True, "key_starts": torch.tensor([[-1] * 13 + [13] * 2 + [15] * 20 + [99] * 5])},
+    ),
     "nothing seen": ((1, 2, 2, 20, 20, 8, 8), 3, {"is_causal": True, "causal_offset": -6}),
 }
 
@@ -107,8 +113,32 @@ def test_the_gradient_stores_no_matrix_and_has_no_second():
         out = sparse_attn.topk_attention_with_residual(query, key, value, 4, is_causal=True)
     assert max(stored) < 2 * 64 * 64
     (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention has first-order gradients only"):
+    with pytest.raises(NotImplementedError, match="attention has first-order gradients only"):
         grad.sum().backward()
+
+
+def test_torch_func():
+    """vmap over calls, gradients of samples, forward mode along the gradient."""
+    inputs = qkv(3, 2, 1, 12, 12, 8)
+    each = [tuple(t[b : b + 1] for t in inputs) for b in range(3)]
+
+    def loss(query, key, value):
+        return sparse_attn.topk_attention_with_residual(query, key, value, 4, is_causal=True).square().sum()
+
+    def gradient(*inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    batches = [t.unsqueeze(1) for t in inputs]
+    ours = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*batches)
+    for one, wanted in zip(ours, zip(*map(gradient, *zip(*each, strict=True)), strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(wanted))
+    torch.testing.assert_close(
+        torch.func.vmap(loss)(*batches), torch.stack([loss(*sample) for sample in each])
+    )
+    _, along = torch.func.jvp(loss, inputs, inputs)
+    wanted = sum((grad * t).sum() for grad, t in zip(gradient(*inputs), inputs, strict=True))
+    torch.testing.assert_close(along, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_compiles_with_its_gradient():
