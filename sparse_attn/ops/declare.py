@@ -91,7 +91,7 @@ class Op:
         sizes: dict[str, int] | None = None,
     ) -> str:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
-        return base.choose(self.name, tensor, backend, function or self.name, rule, **(sizes or {}))
+        return base.choose(self.name, tensor, backend, function or self.name, rule, sizes or base.NO_SIZES)
 
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""
