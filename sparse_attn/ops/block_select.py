@@ -112,9 +112,10 @@ def block_select(
     near = visible & (blocks >= first.div(block_size, rounding_mode="floor"))
     far = select(queries, keys, top_blocks - own, replace(rule, attn_mask=visible & ~near), backend=backend)
     # The blocks of a tile's own queries are neighbours: at most `own` from that of its first query on.
-    steps = first.div(block_size, rounding_mode="floor") + torch.arange(own, device=query.device)  # [N, own]
-    inside = (steps >= 0) & (steps < count)
-    steps = steps.clamp(0, count - 1).expand(batch, 1, tiles, own)
+    steps = first.div(block_size, rounding_mode="floor").clamp(min=0)
+    steps = steps + torch.arange(min(own, count), device=query.device)  # [N, own]
+    inside = steps < count
+    steps = steps.clamp(max=count - 1).expand(batch, 1, tiles, -1)
     steps = torch.where(inside & near.expand(batch, -1, -1, -1).gather(-1, steps), steps, -1)
     steps = steps.expand(-1, groups, -1, -1)
     return ascending(torch.cat((far, steps.to(torch.int32)), dim=-1))[..., :budget]
@@ -132,6 +133,7 @@ def _own_blocks(tile: int, block: int, offset: int) -> int:
 def _split(rows: Tensor, size: int, exists: Tensor | None) -> tuple[Tensor, Tensor]:
     """rows [B, H, T, D] → ([B, H, pieces, size, D] in float32 or float64, which rows of them exist)."""
     length = rows.shape[2]
+    size = min(size, max(1, length))  # a longer piece would be filled up
     rows = pad(rows.to(torch.promote_types(rows.dtype, torch.float32)), (0, 0, 0, -length % size))
     there = torch.arange(rows.shape[2], device=rows.device).view(1, 1, -1, 1) < (
         length if exists is None else exists
