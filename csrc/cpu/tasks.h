@@ -23,8 +23,8 @@
 
 namespace sparse_attn {
 
-// Work that goes to other threads, or comes back. What torch's threads are made of is not compiled for TSan, which
-// therefore does not see that one waits for the other: it is told, and nothing happens in other builds.
+// Work that goes to other threads, or comes back. What torch's threads are made of is not compiled for TSan,
+// which therefore does not see that one waits for the other: it is told, and nothing happens in other builds.
 struct Handover {
 #if defined(__SANITIZE_THREAD__)
     void give() { __tsan_release(this); }

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sparse_attn import rule as rules
 from sparse_attn.wings import base
@@ -109,7 +110,8 @@ class Op:
         implementation = wing.implementations[self.name]
         if implementation is not None:
             library.impl(label, self._with_rule(implementation), wing.dispatch_key)
-        torch.library.register_fake(f"{base.NAMESPACE}::{label}", self._with_rule(fake), lib=library)
+        checked = _on_one_device(label, self._with_rule(fake))
+        torch.library.register_fake(f"{base.NAMESPACE}::{label}", checked, lib=library)
         overload = getattr(getattr(getattr(torch.ops, base.NAMESPACE), self.name), wing.name)
         self._overloads[wing.name] = overload
         for key in _AUTOCAST_KEYS:
@@ -170,6 +172,18 @@ class Op:
             return tuple(found.get(name, nothing.get(name)) for name in self.arguments)
 
         return formula
+
+
+def _on_one_device(label: str, fake: Callable) -> Callable:
+    """The fake, which torch also calls for meta tensors among others: it would give them results without a value."""
+
+    def call(*arguments):
+        devices = {str(t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{label} takes tensors of one device, got some on {' and '.join(sorted(devices))}")
+        return fake(*arguments)
+
+    return call
 
 
 def _without_autocast(overload: Callable) -> Callable:

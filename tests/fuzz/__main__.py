@@ -3,7 +3,7 @@
     cd tests && python -m fuzz --seconds 60                 # as CI does
     cd tests && python -m fuzz --cases 100000 --jobs 2      # before a release
     cd tests && python -m fuzz --seed 1 --case 4711         # one case again, and a smaller one that fails likewise
-    cd tests && python -m fuzz raw | soak                   # hostile calls of torch.ops; hours of mixed calls
+    cd tests && python -m fuzz soak --seconds 3600          # mixed calls from four threads: equal results, flat memory
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from fuzz.case import LARGE, draw_case, load
+
 BATCH = 200  # cases between two words with a worker
 HANGS = 120.0  # seconds without an answer, after which a worker is taken for dead
 NOBODY = 2**64 - 1
@@ -27,8 +29,8 @@ NOBODY = 2**64 - 1
 class Worker:
     """A process capped to one instruction set, which runs batches of cases."""
 
-    def __init__(self, isa: str, seed: int, ops: list[str], folder: Path) -> None:
-        self.isa, self.seed, self.ops = isa, seed, ops
+    def __init__(self, isa: str, what: list[str], folder: Path) -> None:
+        self.isa, self.what = isa, what  # seed, share of large cases, ops
         self.marker = folder / isa
         self.marker.write_bytes(NOBODY.to_bytes(8, "little"))
         self.log = (folder / f"{isa}.log").open("w+")
@@ -38,7 +40,7 @@ class Worker:
         # MALLOC_PERTURB_ fills what the C library hands out: scratch memory of a kernel is not torch's to poison.
         environment = os.environ | {"SPARSE_ATTN_CPU_ISA": self.isa, "MALLOC_PERTURB_": "165"}
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", str(self.seed), ",".join(self.ops), self.marker],
+            [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", *self.what, self.marker],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -73,11 +75,11 @@ class Worker:
             code = self.process.wait()
             number = int.from_bytes(self.marker.read_bytes(), "little")
             self.log.seek(0)
-            last = [line.strip() for line in self.log.read().splitlines() if line.strip()][-3:]
+            last = last_words(self.log.read())
             if number == NOBODY:
-                raise SystemExit(f"a worker for {self.isa} does not start (exit {code}): {' | '.join(last)}")
+                raise SystemExit(f"a worker for {self.isa} does not start (exit {code}): {last}")
             what = "hung, or died of signal 9" if code == -9 else f"died with {code}"
-            total["failures"].append((number, f"the process {what}: {' | '.join(last)}"))
+            total["failures"].append((number, f"the process {what}: {last}"))
             total["done"] += 1
             start = number + step
         return total
@@ -86,6 +88,14 @@ class Worker:
         if self.process is not None:
             self.process.stdin.close()
             self.process.wait()
+
+
+def last_words(log: str) -> str:
+    """What a process that died says of it: the sanitizer's lines or Python's, and where it was."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    told = [n for n, line in enumerate(lines) if "Sanitizer" in line or "runtime error" in line or "Fatal" in line]
+    start = told[0] if told else max(0, len(lines) - 3)
+    return " | ".join(line[:160] for line in lines[start : start + 8])
 
 
 def instruction_sets() -> list[str]:
@@ -150,7 +160,8 @@ class Run:
 
     def __call__(self) -> int:
         with tempfile.TemporaryDirectory() as folder:
-            workers = [Worker(isa, self.arguments.seed, self.ops, Path(folder)) for isa in self.isas]
+            what = [str(self.arguments.seed), str(self.arguments.large), ",".join(self.ops)]
+            workers = [Worker(isa, what, Path(folder)) for isa in self.isas]
             idle, jobs = list(workers), min(self.arguments.jobs, len(workers))
             threads = [threading.Thread(target=self.work, args=(idle,), daemon=True) for _ in range(jobs)]
             for thread in threads:
@@ -182,6 +193,7 @@ class Run:
 def again(arguments: argparse.Namespace, isa: str, number: int) -> str:
     """The command that runs a case again."""
     chosen = f" --ops {','.join(arguments.ops)}" if arguments.ops else ""
+    chosen += f" --large {arguments.large:g}" if arguments.large != LARGE else ""
     return f"cd tests && SPARSE_ATTN_CPU_ISA={isa} python -m fuzz --seed {arguments.seed}{chosen} --case {number}"
 
 
@@ -202,27 +214,22 @@ def replay(case: dict) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("ops", "raw", "soak"), default="ops")
+    parser.add_argument("what", nargs="?", choices=("ops", "soak"), default="ops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, help="stop after so many")
     parser.add_argument("--seconds", type=float, help="stop after so long")
     parser.add_argument("--ops", type=lambda s: [n for n in s.split(",") if n], default=[], help="these alone, by name")
     parser.add_argument("--isas", type=lambda s: s.split(","), help="these instruction sets alone (all that run here)")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="processes at once")
+    parser.add_argument("--large", type=float, default=LARGE, help="the share of calls large enough for threads")
     parser.add_argument("--failures", type=int, default=20, help="stop after so many")
     parser.add_argument("--case", type=int, help="run this one again")
     parser.add_argument("--text", type=json.loads, help="run the case that the text says")
     arguments = parser.parse_args()
-    if arguments.what == "raw":
-        from fuzz import raw
-
-        return raw.main(arguments.seed, arguments.seconds or 60.0)
     if arguments.what == "soak":
         from fuzz import soak
 
         return soak.main(arguments.seed, arguments.seconds or 3600.0)
-    from fuzz.case import draw_case, load
-
     known = load()
     ops = arguments.ops or list(known)
     if unknown := set(ops) - set(known):
@@ -230,7 +237,7 @@ def main() -> int:
     if arguments.text is not None:
         return replay(arguments.text)
     if arguments.case is not None:
-        return replay(draw_case(arguments.seed, arguments.case, ops))
+        return replay(draw_case(arguments.seed, arguments.case, ops, arguments.large))
     if arguments.cases is None and arguments.seconds is None:
         arguments.seconds = 60.0
     return Run(arguments, ops, arguments.isas or instruction_sets())()

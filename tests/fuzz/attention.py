@@ -14,7 +14,6 @@ from fuzz.bounds import Attention, assert_bounded, attention_to
 from fuzz.case import (
     DTYPES,
     EXTREME,
-    LARGE,
     SPECIAL,
     Case,
     Draw,
@@ -33,12 +32,13 @@ from fuzz.rules import draw_rule, rule_of
 
 def draw_sizes(draw: Draw, *, value: bool) -> Case:
     """B, Hq, Hkv, Tq, Tk, D and Dv, of a product that an oracle goes through quickly."""
-    large = draw.random() < LARGE
+    large = draw.large
     most = 2_000_000 if large else 12_000
     kv_heads = draw.choice((1, 1, 2, 3))
     case = {"B": draw.choice((1, 1, 1, 2, 3, 0)), "Hkv": kv_heads, "Hq": kv_heads * draw.choice((1, 1, 2, 3, 4))}
-    case |= {"Tq": draw.size(70 if large else 33), "Tk": draw.size(700 if large else 130)}
-    case |= {"D": draw.size(256, 1)} | ({"Dv": draw.size(256, 1)} if value else {})
+    sizes = (20, 70, 30, 700, 16) if large else (0, 33, 0, 130, 1)
+    case |= {"Tq": draw.size(sizes[1], sizes[0]), "Tk": draw.size(sizes[3], sizes[2])}
+    case |= {name: draw.size(256, sizes[4]) for name in (("D", "Dv") if value else ("D",))}
     while case["B"] * case["Hq"] * case["Tq"] * case["Tk"] * max(case["D"], case.get("Dv", 1)) > most:
         name = draw.choice(("Tq", "Tk", "D", "Dv") if value else ("Tq", "Tk", "D"))
         case[name] = (case[name] + 1) // 2

@@ -19,7 +19,7 @@ import sparse_attn
 
 Case = dict[str, Any]
 
-FILES = ("attention", "blocks", "indexers", "embeddings", "losses", "plans")
+FILES = ("attention", "blocks", "indexers", "embeddings", "losses", "plans", "raw")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -31,12 +31,14 @@ EXACT = ("integers", "equal", "zeros")
 SPECIAL = ("nan", "inf")  # exact scores, too, but not finite
 EXTREME = ("huge", "denormal")  # overflow and underflow as they like: the contract alone is checked
 KINDS = ("normal", *EXACT, *SPECIAL, *EXTREME)
-# Divides large sizes by chance: most calls are small, because faults show there and many fit into a second.
+# Most calls are small: faults show there, and many fit into a second. This share is large enough for several threads.
 LARGE = 0.03
 
 
 class Draw(random.Random):
     """Choices of one case."""
+
+    large = False  # whether it is a case for several threads
 
     def size(self, largest: int, smallest: int = 0) -> int:
         """Small mostly, and often what a vector or a tile holds, one more, or one less."""
@@ -78,9 +80,10 @@ def load() -> dict[str, Fuzzed]:
     return OPS
 
 
-def draw_case(seed: int, number: int, ops: list[str]) -> Case:
-    """Case `number` of a run."""
+def draw_case(seed: int, number: int, ops: list[str], large: float = LARGE) -> Case:
+    """Case `number` of a run; `large` is the share of the large ones."""
     draw = Draw(f"{seed}:{number}")
+    draw.large = draw.random() < large
     op = OPS[draw.choices(ops, [OPS[name].weight for name in ops])[0]]
     wing = op.wings[0] if draw.random() < 0.75 else op.wings[-1]
     dtypes = [d for d in op.dtypes if wing != "cpu" or d != "float64"]
@@ -89,8 +92,8 @@ def draw_case(seed: int, number: int, ops: list[str]) -> Case:
         "wing": wing,
         "dtype": draw.choice(dtypes),
         "seed": draw.randrange(2**31),
-        "threads": draw.choice((1, 1, 1, 2)),
-        "again": draw.random() < 0.15,
+        "threads": draw.choice((2, 3, 4) if draw.large else (1, 1, 1, 2)),
+        "again": draw.random() < (0.5 if draw.large else 0.15),
     }
     return case | op.draw(draw)
 
@@ -190,18 +193,24 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(sizes[tensor.element_size()])
 
 
+# Takes the place of every call where it is set (the soak makes them its own way).
+instead: Callable[..., Any] | None = None
+
+
 def call(case: Case, function: Callable, *arguments: Any, **options: Any) -> Any:
     """What the function returns; where the case says so it is called again, with other threads, for the same bits.
 
     Inputs must not have changed.
     """
+    if instead is not None:
+        return instead(function, *arguments, **options)
     if not case["again"]:
         return function(*arguments, **options)
     given = [t for t in tree_leaves((arguments, options)) if isinstance(t, Tensor)]
     before = [bits(t).clone() for t in given]
     result = function(*arguments, **options)
     # Plain PyTorch's own products may depend on the number of threads.
-    torch.set_num_threads(3 - case["threads"] if case["wing"] == "cpu" else case["threads"])
+    torch.set_num_threads(1 + case["threads"] % 2 if case["wing"] == "cpu" else case["threads"])
     second = function(*arguments, **options)
     torch.set_num_threads(case["threads"])
     for one, other in zip(tree_leaves(result), tree_leaves(second), strict=True):

@@ -10,7 +10,7 @@ from helpers.embeddings import Tables
 from torch import Tensor
 
 from fuzz.bounds import assert_bounded
-from fuzz.case import DTYPES, EXTREME, LARGE, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, generator, numbers, run
+from fuzz.case import DTYPES, EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, generator, numbers, run
 
 VIEWS_2D = {
     "contiguous": lambda t: t.contiguous(),
@@ -21,11 +21,11 @@ VIEWS_2D = {
 
 
 def draw_tables(draw: Draw, *, one_row_each: bool) -> Case:
-    large = draw.random() < LARGE
-    dim = draw.size(200 if large else 40, 1)
+    large = draw.large
+    dim = draw.size(200 if large else 40, 30 if large else 1)
     bands = draw.randint(1, 4)
     widths = [draw.choice((dim, draw.size(dim + 3, 1))) for _ in range(bands)]
-    sizes = [draw.size(900 if large else 40, 0) for _ in range(bands)]
+    sizes = [draw.size(900 if large else 40, 200 if large else 0) for _ in range(bands)]
     if not any(sizes):
         sizes[0] = 1
     case = {"D": dim, "widths": widths, "rows": sizes, "project_all": draw.random() < 0.2, "wide_rows": draw.random() < 0.3}
@@ -67,9 +67,10 @@ class VariableWidthEmbedding(Fuzzed):
 
     def draw(self, draw: Draw) -> Case:
         case = draw_tables(draw, one_row_each=False)
-        shape = draw.choice(([draw.size(64)], [], [draw.size(5), draw.size(9)], [2, 0, 3], [1, draw.size(3), draw.size(8)]))
+        shape = [draw.randint(200, 3000)] if draw.large else draw.choice(([draw.size(64)], [], [draw.size(5), draw.size(9)], [2, 0, 3], [1, draw.size(3), draw.size(8)]))
         case |= {"ids": shape, "ids_dtype": draw.choice(("int32", "int64")), "ids_strided": draw.random() < 0.3}
         case |= {"padding_idx": draw.maybe(0.4, lambda: draw.randint(-case["V"], case["V"] - 1))}
+        case |= {"grad_values": draw.choice(("normal", "normal", "normal", "nan", "inf"))}
         return case | {"grads": draw.random() < 0.5, "sparse": draw.random() < 0.4}
 
     def check(self, case: Case) -> None:
@@ -86,7 +87,7 @@ class VariableWidthEmbedding(Fuzzed):
         assert out.dtype == dtype
         assert out.shape == (*ids.shape, case["D"])
         if case["grads"]:
-            grad_out = torch.randn(out.shape, generator=generator(case, "grad")).to(dtype)
+            grad_out = numbers(case, "grad", case["grad_values"], *out.shape).to(dtype)
             found = torch.autograd.grad(out, e.leaves, grad_out)
         if among(case, EXTREME, "tables", "projections"):
             return
@@ -106,7 +107,7 @@ class VariableWidthEmbedding(Fuzzed):
             assert got.layout == (torch.sparse_coo if case["sparse"] and number < len(e.tables) else torch.strided)
             assert got.dtype == dtype
             assert got.shape == leaf.shape
-        if special:
+        if special or case["grad_values"] != "normal":
             return
         for t in (exact, terms):
             t.require_grad()

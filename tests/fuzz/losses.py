@@ -9,7 +9,7 @@ from helpers.compare import accumulation
 from torch import Tensor
 
 from fuzz.bounds import assert_bounded
-from fuzz.case import DTYPES, EXTREME, LARGE, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, generator, numbers, run
+from fuzz.case import DTYPES, EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, generator, numbers, run
 from fuzz.embeddings import draw_tables, tables_of
 
 
@@ -19,11 +19,12 @@ class VariableWidthCrossEntropy(Fuzzed):
 
     def draw(self, draw: Draw) -> Case:
         case = draw_tables(draw, one_row_each=True) | draw_kinds(draw, "hidden")
-        most = 200 if draw.random() < LARGE else 20
-        case |= {"N": draw.choice(([draw.size(most)], [], [draw.size(4), draw.size(5)]))}
+        small = draw.choice(([draw.size(20)], [], [draw.size(4), draw.size(5)]))
+        case |= {"N": [draw.randint(50, 200)] if draw.large else small}
         case |= {"reduction": draw.choice(("mean", "sum", "none")), "label_smoothing": draw.choice((0.0, 0.0, 0.1, 1.0))}
         case |= {"z_loss": draw.choice((0.0, 0.0, 1e-2)), "weighted": draw.choice((False, False, True))}
         case |= {"ignore_index": draw.choice((-100, -100, 0, 7)), "ignored": draw.choice((0.0, 0.3, 1.0))}
+        case |= {"upstream_values": draw.choice(("normal", "normal", "normal", "nan", "inf"))}
         return case | {"grads": draw.random() < 0.6, "ids_dtype": draw.choice(("int32", "int64"))}
 
     def check(self, case: Case) -> None:
@@ -41,7 +42,7 @@ class VariableWidthCrossEntropy(Fuzzed):
         assert loss.dtype == torch.promote_types(dtype, torch.float32)
         assert loss.shape == (tuple(case["N"]) if case["reduction"] == "none" else ())
         active = targets != case["ignore_index"]
-        upstream = torch.randn(loss.shape, generator=generator(case, "upstream")).to(loss.dtype)
+        upstream = numbers(case, "upstream", case["upstream_values"], *loss.shape).to(loss.dtype)
         if case["grads"]:
             found = torch.autograd.grad(loss, leaves, upstream)
             for got, leaf in zip(found, leaves, strict=True):
@@ -51,7 +52,8 @@ class VariableWidthCrossEntropy(Fuzzed):
             assert not bool(loss.detach()[~active].any()), "an ignored target has a loss"
         if among(case, EXTREME + SPECIAL, "tables", "projections", "hidden"):
             return
-        self.compare(case, loss.detach(), found if case["grads"] else None, hidden, targets.long(), e, weight, upstream)
+        ordinary = case["grads"] and case["upstream_values"] == "normal"
+        self.compare(case, loss.detach(), found if ordinary else None, hidden, targets.long(), e, weight, upstream)
 
     def compare(self, case, loss, found, hidden, targets, e, weight, upstream) -> None:
         """The dense head in float64; errors of a logit, and what they come to in the loss and in each gradient."""

@@ -41,7 +41,7 @@ def failure(case: Case) -> str | None:
     return None
 
 
-def main(seed: int, ops: list[str], marker: str) -> None:
+def main(seed: int, large: float, ops: list[str], marker: str) -> None:
     """`marker`: a file of 8 bytes in which the running case's number stands, should the process die of it."""
     prepare()
     with open(marker, "r+b") as file:
@@ -53,7 +53,7 @@ def main(seed: int, ops: list[str], marker: str) -> None:
             if time.time() > deadline:
                 break
             place[:] = number.to_bytes(8, "little")
-            case = draw_case(seed, number, ops)
+            case = draw_case(seed, number, ops, large)
             problem = failure(case)
             found["counts"][f"{case['op']} {case['wing']} {case['dtype']}"] += 1
             found["done"] += 1
@@ -65,4 +65,4 @@ def main(seed: int, ops: list[str], marker: str) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        main(int(sys.argv[1]), sys.argv[2].split(","), sys.argv[3])
+        main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3].split(","), sys.argv[4])
