@@ -72,7 +72,9 @@ def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
     wanted = os.environ.get("SPARSE_ATTN_CUDA", "1") != "0" and not sanitizer
     nvcc = find_nvcc() if wanted and archs else None
     no_cuda = "" if nvcc else "no nvcc was found" if archs else NO_GPU
-    no_cuda = no_cuda if wanted else "SPARSE_ATTN_SANITIZE was set" if sanitizer else "SPARSE_ATTN_CUDA=0 was set"
+    no_cuda = (
+        no_cuda if wanted else "SPARSE_ATTN_SANITIZE was set" if sanitizer else "SPARSE_ATTN_CUDA=0 was set"
+    )
     name = "-".join(filter(None, ("native", sanitizer, sys.implementation.cache_tag, platform.machine())))
     build_dir = ROOT / "build" / name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -224,7 +226,8 @@ def _ninja_file(plan: Plan) -> str:
         )
         for source in _sources("csrc/cuda/kernels/*.cu"):
             compile_(source, f"cuda/{source.stem}.cu.o", "nvcc", _text(_gencode(plan.archs)))
-    lines.append(f"rule link\n  command = {_text([*plan.cxx, *plan.sanitize])} $in -o $out $flags\n  description = link $out")
+    link = _text([*plan.cxx, *plan.sanitize])
+    lines.append(f"rule link\n  command = {link} $in -o $out $flags\n  description = link $out")
     inputs = " ".join(_path(o) for o in objects)
     lines.append(f"build {LIBRARY}: link {inputs}\n  flags = {_text(_library_flags(plan))}")
     module = _path(ROOT / "csrc/module.cpp")

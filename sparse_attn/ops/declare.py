@@ -179,7 +179,9 @@ def _on_one_device(label: str, fake: Callable) -> Callable:
     def call(*arguments):
         devices = {str(t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)}
         if len(devices) > 1:
-            raise RuntimeError(f"{label} takes tensors of one device, got some on {' and '.join(sorted(devices))}")
+            raise RuntimeError(
+                f"{label} takes tensors of one device, got some on {' and '.join(sorted(devices))}"
+            )
         return fake(*arguments)
 
     return call

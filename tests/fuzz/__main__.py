@@ -1,14 +1,15 @@
 """Random calls of all ops against float64 oracles, and what came of them.
 
-    cd tests && python -m fuzz --seconds 60                 # as CI does
-    cd tests && python -m fuzz --cases 100000 --jobs 2      # before a release
-    cd tests && python -m fuzz --seed 1 --case 4711         # one case again, and a smaller one that fails likewise
-    cd tests && python -m fuzz soak --seconds 3600          # mixed calls from four threads: equal results, flat memory
+cd tests && python -m fuzz --seconds 60                 # as CI does
+cd tests && python -m fuzz --cases 100000 --jobs 2      # before a release
+cd tests && python -m fuzz --seed 1 --case 4711         # one case again, and a smaller one that fails likewise
+cd tests && python -m fuzz soak --seconds 3600          # mixed calls from four threads: equal results, flat memory
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from pathlib import Path
 from fuzz.case import LARGE, draw_case, load
 
 BATCH = 200  # cases between two words with a worker
-HANGS = 120.0  # seconds without an answer, after which a worker is taken for dead
+HANGS = 300.0  # seconds without an answer, after which a worker is taken for dead
 NOBODY = 2**64 - 1
 
 
@@ -77,7 +78,7 @@ class Worker:
             self.log.seek(0)
             last = last_words(self.log.read())
             if number == NOBODY:
-                raise SystemExit(f"a worker for {self.isa} does not start (exit {code}): {last}")
+                raise RuntimeError(f"a worker for {self.isa} does not start (exit {code}): {last}")
             what = "hung, or died of signal 9" if code == -9 else f"died with {code}"
             total["failures"].append((number, f"the process {what}: {last}"))
             total["done"] += 1
@@ -85,15 +86,18 @@ class Worker:
         return total
 
     def end(self) -> None:
-        if self.process is not None:
-            self.process.stdin.close()
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.wait()
 
 
 def last_words(log: str) -> str:
     """What a process that died says of it: the sanitizer's lines or Python's, and where it was."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    told = [n for n, line in enumerate(lines) if "Sanitizer" in line or "runtime error" in line or "Fatal" in line]
+    told = [
+        n for n, line in enumerate(lines) if "Sanitizer" in line or "runtime error" in line or "Fatal" in line
+    ]
     start = told[0] if told else max(0, len(lines) - 3)
     return " | ".join(line[:160] for line in lines[start : start + 8])
 
@@ -117,6 +121,7 @@ class Run:
         self.per_isa: Counter = Counter()
         self.failures: list[tuple[str, int, str]] = []
         self.done, self.next = 0, [0] * len(isas)
+        self.broken: list[str] = []
         self.lock, self.started = threading.Lock(), time.time()
         self.deadline = self.started + (arguments.seconds or 10 * 365 * 86400)
 
@@ -138,7 +143,11 @@ class Run:
         while (taken := self.take(idle)) is not None:
             worker, start = taken
             stop = start + BATCH * step
-            found = worker.run(start, min(stop, self.arguments.cases or stop), step, self.deadline)
+            try:
+                found = worker.run(start, min(stop, self.arguments.cases or stop), step, self.deadline)
+            except RuntimeError as error:
+                self.broken.append(str(error))
+                return
             with self.lock:
                 idle.append(worker)
                 self.counts.update(found["counts"])
@@ -174,18 +183,24 @@ class Run:
                 worker.end()
         self.bar(last=True)
         self.report()
-        return 1 if self.failures else 0
+        return 1 if self.failures or self.broken else 0
 
     def report(self) -> None:
         passed = time.time() - self.started
         wings = sorted({key.split()[1] for key in self.counts})
-        columns = sorted({tuple(key.split()[1:]) for key in self.counts}, key=lambda c: (wings.index(c[0]), c[1]))
+        columns = sorted(
+            {tuple(key.split()[1:]) for key in self.counts}, key=lambda c: (wings.index(c[0]), c[1])
+        )
         print(f"{'cases':30s}" + "".join(f"{w[:3]} {d:9s}" for w, d in columns))
         for op in self.ops:
             row = "".join(f"{self.counts[f'{op} {w} {d}'] or '-':>9}    " for w, d in columns)
             print(f"{op:30s}{row}")
         print("instruction sets: " + ", ".join(f"{isa} {n}" for isa, n in self.per_isa.items()))
-        print(f"{self.done} cases in {passed:.0f} s, {self.done / passed:.0f} a second; {len(self.failures)} failures")
+        print(
+            f"{self.done} cases in {passed:.0f} s, {self.done / passed:.0f} a second; {len(self.failures)} failures"
+        )
+        for problem in self.broken:
+            print(f"FAILED {problem}")
         for isa, number, problem in sorted(self.failures, key=lambda f: f[1])[: self.arguments.failures]:
             print(f"FAILED {problem[:400]}\n    {again(self.arguments, isa, number)}")
 
@@ -208,20 +223,30 @@ def replay(case: dict) -> int:
     if problem is None:
         print("passes")
         return 0
-    print(f"FAILED {problem}\na smaller case that fails in the same way:\n    python -m fuzz --text '{json.dumps(small)}'")
+    print(
+        f"FAILED {problem}\na smaller case that fails in the same way:\n    python -m fuzz --text '{json.dumps(small)}'"
+    )
     return 1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", nargs="?", choices=("ops", "soak"), default="ops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, help="stop after so many")
     parser.add_argument("--seconds", type=float, help="stop after so long")
-    parser.add_argument("--ops", type=lambda s: [n for n in s.split(",") if n], default=[], help="these alone, by name")
-    parser.add_argument("--isas", type=lambda s: s.split(","), help="these instruction sets alone (all that run here)")
+    parser.add_argument(
+        "--ops", type=lambda s: [n for n in s.split(",") if n], default=[], help="these alone, by name"
+    )
+    parser.add_argument(
+        "--isas", type=lambda s: s.split(","), help="these instruction sets alone (all that run here)"
+    )
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="processes at once")
-    parser.add_argument("--large", type=float, default=LARGE, help="the share of calls large enough for threads")
+    parser.add_argument(
+        "--large", type=float, default=LARGE, help="the share of calls large enough for threads"
+    )
     parser.add_argument("--failures", type=int, default=20, help="stop after so many")
     parser.add_argument("--case", type=int, help="run this one again")
     parser.add_argument("--text", type=json.loads, help="run the case that the text says")

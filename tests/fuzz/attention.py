@@ -6,7 +6,7 @@ import math
 
 import torch
 from helpers import oracle
-from helpers.compare import assert_highest, assert_identical, assert_well_formed, rank_errors, accumulation
+from helpers.compare import accumulation, assert_highest, assert_identical, assert_well_formed, rank_errors
 from helpers.inputs import index_rows
 from torch import Tensor
 
@@ -35,7 +35,11 @@ def draw_sizes(draw: Draw, *, value: bool) -> Case:
     large = draw.large
     most = 2_000_000 if large else 12_000
     kv_heads = draw.choice((1, 1, 2, 3))
-    case = {"B": draw.choice((1, 1, 1, 2, 3, 0)), "Hkv": kv_heads, "Hq": kv_heads * draw.choice((1, 1, 2, 3, 4))}
+    case = {
+        "B": draw.choice((1, 1, 1, 2, 3, 0)),
+        "Hkv": kv_heads,
+        "Hq": kv_heads * draw.choice((1, 1, 2, 3, 4)),
+    }
     sizes = (20, 70, 30, 700, 16) if large else (0, 33, 0, 130, 1)
     case |= {"Tq": draw.size(sizes[1], sizes[0]), "Tk": draw.size(sizes[3], sizes[2])}
     case |= {name: draw.size(256, sizes[4]) for name in (("D", "Dv") if value else ("D",))}
@@ -65,7 +69,9 @@ def check_indices(case: Case, indices: Tensor, query: Tensor, key: Tensor, top_k
         return None
     rank, error = oracle.ranks(query, key, **rule), rank_errors(query, key, **rule)
     seen = oracle.first_of_group(oracle.visible(query, key, **rule), indices.shape[1])
-    return assert_highest(indices, rank, error * (1 + (case["dtype"] == "float64")), seen, oracle.forced(query, key, **rule))
+    return assert_highest(
+        indices, rank, error * (1 + (case["dtype"] == "float64")), seen, oracle.forced(query, key, **rule)
+    )
 
 
 @fuzzed
@@ -142,7 +148,11 @@ def check_attention(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor], 
         assert got.shape == leaf.shape, f"gradient of {name}: shape {list(got.shape)}"
     if among(case, EXTREME, "grad_out"):
         return
-    if case["op"] == "block_attention" and case["wing"] == "reference" and among(case, SPECIAL, *names, "grad_out"):
+    if (
+        case["op"] == "block_attention"
+        and case["wing"] == "reference"
+        and among(case, SPECIAL, *names, "grad_out")
+    ):
         return  # it spoils the gradients of the whole tile
     for got, wanted, name in zip(found, exact.backward(grad_out, grad_lse), names, strict=True):
         assert_bounded(got, wanted, f"gradient of {name}")
@@ -154,7 +164,11 @@ class TopkAttention(Fuzzed):
 
     def draw(self, draw: Draw) -> Case:
         case = draw_sizes(draw, value=True)
-        case |= draw_kinds(draw, "query", "key", "value") | draw_gradients(draw) | {"top_k": draw_budget(draw, case)}
+        case |= (
+            draw_kinds(draw, "query", "key", "value")
+            | draw_gradients(draw)
+            | {"top_k": draw_budget(draw, case)}
+        )
         return draw_rule(draw, case)
 
     def check(self, case: Case) -> None:
@@ -177,7 +191,11 @@ class GatheredAttention(Fuzzed):
     def draw(self, draw: Draw) -> Case:
         case = draw_sizes(draw, value=True)
         case |= draw_kinds(draw, "query", "key", "value") | draw_gradients(draw)
-        case |= {"G": draw.choice((1, case["Hkv"], case["Hq"])), "K": draw.size(40), "garbage": draw.random() < 0.4}
+        case |= {
+            "G": draw.choice((1, case["Hkv"], case["Hq"])),
+            "K": draw.size(40),
+            "garbage": draw.random() < 0.4,
+        }
         case |= {"wide": draw.random() < 0.3, "scale": draw.choice((None, None, 0.3, -0.7, 0.0))}
         return case
 

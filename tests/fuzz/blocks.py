@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 from helpers import oracle
-from helpers.compare import assert_well_formed
 from torch import Tensor
 
-from fuzz.attention import check_attention, check_indices, draw_budget, draw_gradients, draw_sizes, leaves_of, query_key, rows
+from fuzz.attention import (
+    check_attention,
+    check_indices,
+    draw_budget,
+    draw_gradients,
+    draw_sizes,
+    leaves_of,
+    query_key,
+    rows,
+)
 from fuzz.bounds import Attention
 from fuzz.case import EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, run, tensor
 from fuzz.rules import draw_rule, rule_of
@@ -45,7 +53,11 @@ class BlockAttention(Fuzzed):
     def draw(self, draw: Draw) -> Case:
         case = draw_sizes(draw, value=True)
         case |= draw_kinds(draw, "query", "key", "value") | draw_gradients(draw) | draw_blocks(draw, case)
-        case |= {"G": draw.choice((1, case["Hkv"], case["Hq"])), "M": draw.size(6), "garbage": draw.random() < 0.4}
+        case |= {
+            "G": draw.choice((1, case["Hkv"], case["Hq"])),
+            "M": draw.size(6),
+            "garbage": draw.random() < 0.4,
+        }
         return draw_rule(draw, case, "attn_mask", "window", "sinks", "share")
 
     def check(self, case: Case) -> None:
@@ -66,7 +78,9 @@ class RefineBlocks(Fuzzed):
 
     def draw(self, draw: Draw) -> Case:
         case = draw_sizes(draw, value=False)
-        case |= draw_kinds(draw, "query", "key") | draw_blocks(draw, case) | {"top_k": draw_budget(draw, case)}
+        case |= (
+            draw_kinds(draw, "query", "key") | draw_blocks(draw, case) | {"top_k": draw_budget(draw, case)}
+        )
         draw_rule(draw, case, "attn_mask")
         groups = {"kv": (1, case["Hkv"]), "all": (1,)}.get(case.get("share"), (1, case["Hkv"], case["Hq"]))
         return case | {"G": draw.choice(groups), "M": draw.size(6), "garbage": draw.random() < 0.4}
@@ -113,7 +127,6 @@ class BlockSelect(Fuzzed):
             return
         rank, error = self.ranks(case, query, key, rule)
         if groups < case["Hq"]:
-            scores = rank * (rule.get("scale") if rule.get("scale") is not None else case["D"] ** -0.5)
             return  # masses of far blocks alone: their normaliser is not the oracle's business
         picked = taken(chosen, count)
         out = seen & ~picked
@@ -151,7 +164,10 @@ class BlockSelect(Fuzzed):
             k = pooled(key.double(), block, there, "mean").repeat_interleave(share, 1)
             rank = q @ k.mT
         else:
-            low, high = (pooled(key.double(), block, there, how).repeat_interleave(share, 1) for how in ("amin", "amax"))
+            low, high = (
+                pooled(key.double(), block, there, how).repeat_interleave(share, 1)
+                for how in ("amin", "amax")
+            )
             q = q.unsqueeze(3)
             rank = torch.maximum(q * low.unsqueeze(2), q * high.unsqueeze(2)).sum(-1)
         scale = rule.get("scale") if rule.get("scale") is not None else case["D"] ** -0.5

@@ -20,7 +20,9 @@ Bounded = tuple[Tensor, Tensor]  # the exact value, and the largest error
 class Attention:
     """Softmax attention of each query to keys that count `counts` [B, Hq, Tq, Tk] times."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float | None) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float | None
+    ) -> None:
         self.dtype, self.kv_heads = query.dtype, key.shape[1]
         self.unit = accumulation(query.dtype) * (2 if query.dtype == torch.float64 else 1)
         self.rounding = torch.finfo(query.dtype).eps
@@ -41,7 +43,9 @@ class Attention:
         self.lse = torch.where(self.alive, total.log() + top, -math.inf)
         many = counts.sum(-1, keepdim=True) + 16
         dim = query.shape[3]
-        sizes = (self.query.abs().nan_to_num(0, 0, 0) @ self.key.abs().nan_to_num(0, 0, 0).mT).masked_fill(~self.on, 0)
+        sizes = (self.query.abs().nan_to_num(0, 0, 0) @ self.key.abs().nan_to_num(0, 0, 0).mT).masked_fill(
+            ~self.on, 0
+        )
         error = abs(self.scale) * ((dim + 3) * self.unit * sizes + dim * _TINY)
         worst = error.amax(-1, keepdim=True) if shape[-1] else error.new_zeros((*shape[:-1], 1))
         spread = (top - scores).masked_fill(~self.on, 0.0).nan_to_num(0, 0, 0).clamp(0, 1e3)
@@ -112,12 +116,17 @@ class Attention:
         error_s = (error_s + p_error * difference.abs()) * abs(self.scale) + _TINY
         error_s = torch.where(self.on & self.alive, error_s, 0.0)
         many, rows = self.many, 4 + self.query.shape[2] * self.query.shape[1] // self.kv_heads
-        query = self._over_keys(grad_s, self.key), self._over_keys(error_s + many * u * grad_s.abs(), self.key.abs())
-        key = self._over_queries(grad_s, self.query), self._over_queries(
-            error_s + rows * u * grad_s.abs(), self.query.abs()
+        query = (
+            self._over_keys(grad_s, self.key),
+            self._over_keys(error_s + many * u * grad_s.abs(), self.key.abs()),
         )
-        value = self._over_queries(on_p, grad_out), self._over_queries(
-            p_error + on_p * rows * u, grad_out.abs()
+        key = (
+            self._over_queries(grad_s, self.query),
+            self._over_queries(error_s + rows * u * grad_s.abs(), self.query.abs()),
+        )
+        value = (
+            self._over_queries(on_p, grad_out),
+            self._over_queries(p_error + on_p * rows * u, grad_out.abs()),
         )
         self.finite = finite
         pairs = [self._rounded(*pair) for pair in (query, key, value)]
@@ -126,7 +135,9 @@ class Attention:
         # What meets a number that is not finite: a query that attends to one, and the keys of that query.
         bad = (~t.isfinite().all(-1) for t in (self.query, grad_out, self.key, self.value))
         query_bad, grad_bad, key_bad, value_bad = bad
-        spoiled = (self.on & (query_bad | grad_bad).unsqueeze(-1)) | (self.on & (key_bad | value_bad).unsqueeze(2))
+        spoiled = (self.on & (query_bad | grad_bad).unsqueeze(-1)) | (
+            self.on & (key_bad | value_bad).unsqueeze(2)
+        )
         spoiled = spoiled.any(-1)  # [B, Hq, Tq]
         met = (self.on & spoiled.unsqueeze(-1)).any(2).unflatten(1, (self.kv_heads, -1)).any(2)
         for number, where in enumerate((spoiled, met, met)):
@@ -135,7 +146,9 @@ class Attention:
         return tuple(pairs)
 
 
-def attention_to(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, scale: float | None) -> Attention:
+def attention_to(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, scale: float | None
+) -> Attention:
     """Of the keys that indices name, repeated ones counting again."""
     return Attention(query, key, value, oracle.multiplicity(query, key, indices), scale)
 

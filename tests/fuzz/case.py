@@ -127,14 +127,18 @@ def numbers(case: Case, name: str, kind: str, *shape: int) -> Tensor:
     if kind == "equal" and values.dim() > 1 and values.numel():
         values = values[..., :1, :].expand(shape).clone()
     if kind in SPECIAL and values.numel():
-        places = torch.randint(values.numel(), (1 + values.numel() // 40,), generator=generator(case, "places"))
+        places = torch.randint(
+            values.numel(), (1 + values.numel() // 40,), generator=generator(case, "places")
+        )
         found = torch.tensor([math.nan] if kind == "nan" else [math.inf, -math.inf])
         values.view(-1)[places] = found[places % len(found)]
     return values
 
 
 def _odd_offset(tensor: Tensor) -> Tensor:
-    storage = torch.full((tensor.numel() + 3,), math.nan if tensor.is_floating_point() else 77).to(tensor.dtype)
+    storage = torch.full((tensor.numel() + 3,), math.nan if tensor.is_floating_point() else 77).to(
+        tensor.dtype
+    )
     return storage[3:].view(tensor.shape).copy_(tensor)
 
 

@@ -10,7 +10,20 @@ from helpers.embeddings import Tables
 from torch import Tensor
 
 from fuzz.bounds import assert_bounded
-from fuzz.case import DTYPES, EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, generator, numbers, run
+from fuzz.case import (
+    DTYPES,
+    EXTREME,
+    SPECIAL,
+    Case,
+    Draw,
+    Fuzzed,
+    among,
+    draw_kinds,
+    fuzzed,
+    generator,
+    numbers,
+    run,
+)
 
 VIEWS_2D = {
     "contiguous": lambda t: t.contiguous(),
@@ -28,7 +41,13 @@ def draw_tables(draw: Draw, *, one_row_each: bool) -> Case:
     sizes = [draw.size(900 if large else 40, 200 if large else 0) for _ in range(bands)]
     if not any(sizes):
         sizes[0] = 1
-    case = {"D": dim, "widths": widths, "rows": sizes, "project_all": draw.random() < 0.2, "wide_rows": draw.random() < 0.3}
+    case = {
+        "D": dim,
+        "widths": widths,
+        "rows": sizes,
+        "project_all": draw.random() < 0.2,
+        "wide_rows": draw.random() < 0.3,
+    }
     case |= {"table_view": draw.choice([*VIEWS_2D, *["contiguous"] * 3]), "one_row_each": one_row_each}
     case |= {"V": sum(sizes) if one_row_each else draw.size(60, 1)}
     kinds = draw_kinds(draw, "tables", "projections")
@@ -58,7 +77,9 @@ def tables_of(case: Case) -> Tables:
 def sums(exact: Tensor, terms: Tensor, roundings: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A sum of `terms`, absolute values, each rounded so often; then once to the dtype."""
     unit = accumulation(dtype) * (2 if dtype == torch.float64 else 1)
-    return exact, roundings * unit * terms + torch.finfo(dtype).eps * exact.abs().nan_to_num(0, 0, 0) + torch.finfo(dtype).tiny
+    return exact, roundings * unit * terms + torch.finfo(dtype).eps * exact.abs().nan_to_num(
+        0, 0, 0
+    ) + torch.finfo(dtype).tiny
 
 
 @fuzzed
@@ -67,8 +88,24 @@ class VariableWidthEmbedding(Fuzzed):
 
     def draw(self, draw: Draw) -> Case:
         case = draw_tables(draw, one_row_each=False)
-        shape = [draw.randint(200, 3000)] if draw.large else draw.choice(([draw.size(64)], [], [draw.size(5), draw.size(9)], [2, 0, 3], [1, draw.size(3), draw.size(8)]))
-        case |= {"ids": shape, "ids_dtype": draw.choice(("int32", "int64")), "ids_strided": draw.random() < 0.3}
+        shape = (
+            [draw.randint(200, 3000)]
+            if draw.large
+            else draw.choice(
+                (
+                    [draw.size(64)],
+                    [],
+                    [draw.size(5), draw.size(9)],
+                    [2, 0, 3],
+                    [1, draw.size(3), draw.size(8)],
+                )
+            )
+        )
+        case |= {
+            "ids": shape,
+            "ids_dtype": draw.choice(("int32", "int64")),
+            "ids_strided": draw.random() < 0.3,
+        }
         case |= {"padding_idx": draw.maybe(0.4, lambda: draw.randint(-case["V"], case["V"] - 1))}
         case |= {"grad_values": draw.choice(("normal", "normal", "normal", "nan", "inf"))}
         return case | {"grads": draw.random() < 0.5, "sparse": draw.random() < 0.4}
@@ -97,14 +134,22 @@ class VariableWidthEmbedding(Fuzzed):
         hidden = ids.long() == (padding % case["V"] if padding is not None else -1)
 
         def looked_up(t: Tables) -> Tensor:
-            return torch.where(hidden.unsqueeze(-1), 0.0, torch.nn.functional.embedding(ids.long(), t.dense()))
+            return torch.where(
+                hidden.unsqueeze(-1), 0.0, torch.nn.functional.embedding(ids.long(), t.dense())
+            )
 
         with torch.no_grad():
-            assert_bounded(out.detach(), sums(looked_up(exact), looked_up(terms).nan_to_num(0, 0, 0), rounds, dtype), "out")
+            assert_bounded(
+                out.detach(),
+                sums(looked_up(exact), looked_up(terms).nan_to_num(0, 0, 0), rounds, dtype),
+                "out",
+            )
         if not case["grads"]:
             return
         for number, (got, leaf) in enumerate(zip(found, e.leaves, strict=True)):
-            assert got.layout == (torch.sparse_coo if case["sparse"] and number < len(e.tables) else torch.strided)
+            assert got.layout == (
+                torch.sparse_coo if case["sparse"] and number < len(e.tables) else torch.strided
+            )
             assert got.dtype == dtype
             assert got.shape == leaf.shape
         if special or case["grad_values"] != "normal":
@@ -112,11 +157,17 @@ class VariableWidthEmbedding(Fuzzed):
         for t in (exact, terms):
             t.require_grad()
         wanted = torch.autograd.grad(looked_up(exact), exact.leaves, grad_out.double(), allow_unused=True)
-        sizes = torch.autograd.grad(looked_up(terms), terms.leaves, grad_out.double().abs(), allow_unused=True)
+        sizes = torch.autograd.grad(
+            looked_up(terms), terms.leaves, grad_out.double().abs(), allow_unused=True
+        )
         for number, (got, want, size, leaf) in enumerate(zip(found, wanted, sizes, e.leaves, strict=True)):
             if got.is_sparse:
                 assert got.is_coalesced()
-                assert bool((got.indices()[0].diff() > 0).all()), "rows of a sparse gradient are not ascending"
+                assert bool((got.indices()[0].diff() > 0).all()), (
+                    "rows of a sparse gradient are not ascending"
+                )
                 got = got.to_dense()
-            want, size = (torch.zeros_like(leaf, dtype=torch.float64) if t is None else t for t in (want, size))
+            want, size = (
+                torch.zeros_like(leaf, dtype=torch.float64) if t is None else t for t in (want, size)
+            )
             assert_bounded(got, sums(want, size, rounds, dtype), f"gradient {number}")

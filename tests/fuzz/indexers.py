@@ -11,7 +11,21 @@ from torch import Tensor
 
 import sparse_attn
 from fuzz.attention import draw_budget, draw_sizes, query_key, rows
-from fuzz.case import DTYPES, EXTREME, SPECIAL, Case, Draw, Fuzzed, among, call, draw_kinds, fuzzed, is_exact, run, tensor
+from fuzz.case import (
+    DTYPES,
+    EXTREME,
+    SPECIAL,
+    Case,
+    Draw,
+    Fuzzed,
+    among,
+    call,
+    draw_kinds,
+    fuzzed,
+    is_exact,
+    run,
+    tensor,
+)
 from fuzz.rules import draw_rule, rule_of
 
 
@@ -81,7 +95,12 @@ class IndexerLoss(Fuzzed):
         leaves = [t.contiguous().requires_grad_() for t in (index_query, index_key, weights)]
         if "indices" in case:
             rule = {"indices": rows(case, (case["B"], case["G"], case["Tq"], case["indices"]), case["Tk"])}
-            seen = oracle.multiplicity(index_key.new_empty(case["B"], case["G"], case["Tq"], 1), index_key, rule["indices"]) > 0
+            seen = (
+                oracle.multiplicity(
+                    index_key.new_empty(case["B"], case["G"], case["Tq"], 1), index_key, rule["indices"]
+                )
+                > 0
+            )
         else:
             rule = rule_of(case, heads=case["G"])
             seen = oracle.visible(index_query[:, : case["G"]], index_key, **rule)
@@ -89,12 +108,25 @@ class IndexerLoss(Fuzzed):
         found = torch.autograd.grad(loss, leaves)
         exact = [t.detach().double().requires_grad_() for t in leaves]
         wanted = self.formula(*exact, query.double(), key.double(), seen, rule.get("scale"))
-        true = torch.autograd.grad(wanted, exact) if wanted.requires_grad else [torch.zeros_like(t) for t in exact]
-        size = float(oracle.scores(query.abs(), key.abs(), rule.get("scale")).amax()) if query.numel() * key.numel() else 0.0
+        true = (
+            torch.autograd.grad(wanted, exact)
+            if wanted.requires_grad
+            else [torch.zeros_like(t) for t in exact]
+        )
+        size = (
+            float(oracle.scores(query.abs(), key.abs(), rule.get("scale")).amax())
+            if query.numel() * key.numel()
+            else 0.0
+        )
         guess = oracle.indexer_scores(*(t.detach().abs() for t in leaves))
         size += float(guess.amax()) if guess.numel() else 0.0
         unit = accumulation(loss.dtype)
-        for got, want, name in zip((loss.detach(), *found), (wanted.detach(), *true), ("loss", "query", "key", "weights"), strict=True):
+        for got, want, name in zip(
+            (loss.detach(), *found),
+            (wanted.detach(), *true),
+            ("loss", "query", "key", "weights"),
+            strict=True,
+        ):
             assert got.shape == want.shape
             if not want.numel():
                 continue
@@ -122,7 +154,13 @@ class KeySelector(Fuzzed):
     dtypes = ("float32",)
 
     def draw(self, draw: Draw) -> Case:
-        case = {"B": draw.size(2), "Hq": draw.randint(1, 3), "Tq": draw.size(20), "Tk": draw.size(40), "D": draw.size(17, 1)}
+        case = {
+            "B": draw.size(2),
+            "Hq": draw.randint(1, 3),
+            "Tq": draw.size(20),
+            "Tk": draw.size(40),
+            "D": draw.size(17, 1),
+        }
         case |= draw_kinds(draw, "query") | {"query_values": "normal", "hidden": draw.size(17, 1)}
         case |= {"top_k": draw.size(40, 1), "relative": draw.random() < 0.4}
         if case["relative"]:
@@ -135,7 +173,12 @@ class KeySelector(Fuzzed):
         torch.manual_seed(case["seed"])
         length = max(1, case["Tk"] + case["longer"])
         selector = sparse_attn.nn.KeySelector(
-            case["D"], length, case["top_k"], num_heads=case["Hq"], hidden=case["hidden"], relative=case["relative"]
+            case["D"],
+            length,
+            case["top_k"],
+            num_heads=case["Hq"],
+            hidden=case["hidden"],
+            relative=case["relative"],
         )
         offset = case["causal_offset"] if case["is_causal"] else None
         options = {"is_causal": case["is_causal"], "causal_offset": offset}
@@ -143,8 +186,15 @@ class KeySelector(Fuzzed):
         with torch.no_grad():
             rank = selector(query, **options)[..., : case["Tk"]].double()
             features = selector._features(query).double().abs()
-            sizes = features @ selector.positions.weight.double().abs() + selector.positions.bias.double().abs().unsqueeze(1)
-        seen = oracle.visible(query, query.new_empty(case["B"], case["Hq"], case["Tk"], 1), **{**options, "causal_offset": offset})
+            sizes = (
+                features @ selector.positions.weight.double().abs()
+                + selector.positions.bias.double().abs().unsqueeze(1)
+            )
+        seen = oracle.visible(
+            query,
+            query.new_empty(case["B"], case["Hq"], case["Tk"], 1),
+            **{**options, "causal_offset": offset},
+        )
         assert DTYPES[case["dtype"]] == torch.float32
         key = query.new_empty(case["B"], case["Hq"], case["Tk"], 1)
         assert_well_formed(indices, query, key, case["top_k"], **options)

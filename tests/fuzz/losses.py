@@ -6,10 +6,22 @@ import math
 
 import torch
 from helpers.compare import accumulation
-from torch import Tensor
 
 from fuzz.bounds import assert_bounded
-from fuzz.case import DTYPES, EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, generator, numbers, run
+from fuzz.case import (
+    DTYPES,
+    EXTREME,
+    SPECIAL,
+    Case,
+    Draw,
+    Fuzzed,
+    among,
+    draw_kinds,
+    fuzzed,
+    generator,
+    numbers,
+    run,
+)
 from fuzz.embeddings import draw_tables, tables_of
 
 
@@ -21,7 +33,10 @@ class VariableWidthCrossEntropy(Fuzzed):
         case = draw_tables(draw, one_row_each=True) | draw_kinds(draw, "hidden")
         small = draw.choice(([draw.size(20)], [], [draw.size(4), draw.size(5)]))
         case |= {"N": [draw.randint(50, 200)] if draw.large else small}
-        case |= {"reduction": draw.choice(("mean", "sum", "none")), "label_smoothing": draw.choice((0.0, 0.0, 0.1, 1.0))}
+        case |= {
+            "reduction": draw.choice(("mean", "sum", "none")),
+            "label_smoothing": draw.choice((0.0, 0.0, 0.1, 1.0)),
+        }
         case |= {"z_loss": draw.choice((0.0, 0.0, 1e-2)), "weighted": draw.choice((False, False, True))}
         case |= {"ignore_index": draw.choice((-100, -100, 0, 7)), "ignored": draw.choice((0.0, 0.3, 1.0))}
         case |= {"upstream_values": draw.choice(("normal", "normal", "normal", "nan", "inf"))}
@@ -38,7 +53,9 @@ class VariableWidthCrossEntropy(Fuzzed):
         leaves = [hidden, *e.leaves]
         if case["grads"]:
             leaves = [t.requires_grad_() for t in leaves]
-        loss = run(case, "variable_width_cross_entropy", hidden, targets, *e.arguments, weight=weight, **options)
+        loss = run(
+            case, "variable_width_cross_entropy", hidden, targets, *e.arguments, weight=weight, **options
+        )
         assert loss.dtype == torch.promote_types(dtype, torch.float32)
         assert loss.shape == (tuple(case["N"]) if case["reduction"] == "none" else ())
         active = targets != case["ignore_index"]
@@ -53,7 +70,9 @@ class VariableWidthCrossEntropy(Fuzzed):
         if among(case, EXTREME + SPECIAL, "tables", "projections", "hidden"):
             return
         ordinary = case["grads"] and case["upstream_values"] == "normal"
-        self.compare(case, loss.detach(), found if ordinary else None, hidden, targets.long(), e, weight, upstream)
+        self.compare(
+            case, loss.detach(), found if ordinary else None, hidden, targets.long(), e, weight, upstream
+        )
 
     def compare(self, case, loss, found, hidden, targets, e, weight, upstream) -> None:
         """The dense head in float64; errors of a logit, and what they come to in the loss and in each gradient."""
@@ -78,18 +97,25 @@ class VariableWidthCrossEntropy(Fuzzed):
         sharp = ((1 - smoothing) * own).unsqueeze(1)
         value = sharp * (lse - picked) + per_class * (weight.sum() * lse - (logits @ weight).unsqueeze(1))
         value_error = sharp * (lse_error + error) + per_class * weight.sum() * (lse_error + error)
-        value_error = value_error + unit * (vocabulary + 8) * (value.abs() + per_class * weight.sum() * (logits.abs().amax(1, keepdim=True) + lse.abs()))
+        value_error = value_error + unit * (vocabulary + 8) * (
+            value.abs() + per_class * weight.sum() * (logits.abs().amax(1, keepdim=True) + lse.abs())
+        )
         value = value + case["z_loss"] * lse.square()
         value_error = value_error + case["z_loss"] * (2 * lse.abs() * lse_error + 4 * unit * lse.square())
         value, value_error = ((t.squeeze(1) * active) for t in (value, value_error))
-        count = {"mean": own.sum() if case["weighted"] else active.sum().double(), "sum": 1.0, "none": 1.0}[case["reduction"]]
+        count = {"mean": own.sum() if case["weighted"] else active.sum().double(), "sum": 1.0, "none": 1.0}[
+            case["reduction"]
+        ]
         n = max(1, len(targets))
         if case["reduction"] == "none":
             wanted = value.view(loss.shape), value_error.view(loss.shape)
             each = upstream.reshape(-1, 1)
         else:
             total = value.sum() / count
-            wanted = total, value_error.sum() / count + (n + 4) * unit * (value.abs().sum() / count + total.abs())
+            wanted = (
+                total,
+                value_error.sum() / count + (n + 4) * unit * (value.abs().sum() / count + total.abs()),
+            )
             each = (upstream / count).expand(n if len(targets) else 0, 1)
         wanted = wanted[0], wanted[1] + torch.finfo(loss.dtype).eps * wanted[0].abs() + 1e-37
         assert_bounded(loss, wanted, "loss")
@@ -113,15 +139,27 @@ class VariableWidthCrossEntropy(Fuzzed):
         for b, (table, projection) in enumerate(zip(exact.tables, exact.projections, strict=True)):
             mine = exact.token_band == b
             place = exact.token_row[mine].long()
-            g, err = (torch.zeros(len(table), case["D"], dtype=torch.float64).index_add_(0, place, t[mine]) for t in (d_dense, d_error))
+            g, err = (
+                torch.zeros(len(table), case["D"], dtype=torch.float64).index_add_(0, place, t[mine])
+                for t in (d_dense, d_error)
+            )
             tables.append((g, err) if projection is None else (g @ projection, err @ projection.abs()))
             if projection is not None:
                 projections.append((g.t() @ table, err.t() @ table.abs()))
         rounding = torch.finfo(dtype)
-        for got, (want, error), name in zip(found, [*results, *tables, *projections], ["hidden", *(["table"] * len(tables)), *(["projection"] * len(projections))], strict=True):
+        for got, (want, error), name in zip(
+            found,
+            [*results, *tables, *projections],
+            ["hidden", *(["table"] * len(tables)), *(["projection"] * len(projections))],
+            strict=True,
+        ):
             want, error = want.reshape(got.shape), error.reshape(got.shape)
-            bad = not math.isfinite(float(torch.as_tensor(count).reciprocal() if case["reduction"] == "mean" else 1.0))
+            bad = not math.isfinite(
+                float(torch.as_tensor(count).reciprocal() if case["reduction"] == "mean" else 1.0)
+            )
             if bad:  # a mean over nothing: its upstream is inf, and nothing counts
                 assert not bool(got.any()), f"gradient of {name}: not 0 where no target counts"
                 continue
-            assert_bounded(got, (want, error + rounding.eps * want.abs() + rounding.tiny), f"gradient of {name}")
+            assert_bounded(
+                got, (want, error + rounding.eps * want.abs() + rounding.tiny), f"gradient of {name}"
+            )

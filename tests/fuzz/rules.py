@@ -10,7 +10,15 @@ from helpers.inputs import mask
 
 from fuzz.case import Case, Draw, generator
 
-MASKS = ("[Tk]", "[Tq, Tk]", "[B, 1, 1, Tk]", "[B, 1, Tq, Tk]", "[B, H, Tq, Tk]", "[1, 1, Tq, 1]", "[Tk, Tq].mT")
+MASKS = (
+    "[Tk]",
+    "[Tq, Tk]",
+    "[B, 1, 1, Tk]",
+    "[B, 1, Tq, Tk]",
+    "[B, H, Tq, Tk]",
+    "[1, 1, Tq, 1]",
+    "[Tk, Tq].mT",
+)
 
 
 def _offset(draw: Draw, case: Case) -> int | None:
@@ -36,7 +44,9 @@ OPTIONS: dict[str, Callable[[Draw, Case], Any]] = {
     "attn_mask": lambda draw, case: draw.maybe(0.25, lambda: draw.choice(MASKS)),
     "key_lengths": lambda draw, case: draw.maybe(0.25, lambda: draw.choice(("int32", "int64"))),
     "scale": lambda draw, case: draw.maybe(0.3, lambda: draw.choice((0.3, -0.7, 0.0, 1e-3, 3.0))),
-    "window": lambda draw, case: draw.maybe(0.4, lambda: _budget(draw, case)) if case.get("is_causal") else None,
+    "window": lambda draw, case: (
+        draw.maybe(0.4, lambda: _budget(draw, case)) if case.get("is_causal") else None
+    ),
     "sinks": lambda draw, case: draw.maybe(0.3, lambda: _budget(draw, case)),
     "share": lambda draw, case: draw.choice((None, "kv", "all")),
 }

@@ -8,7 +8,24 @@ from fuzz.case import EXACT, Case
 from fuzz.rules import OPTIONS
 from fuzz.worker import failure
 
-_SIZES = ("B", "Hkv", "Hq", "Tq", "Tk", "D", "Dv", "K", "M", "V", "top_k", "block_size", "query_tile", "hidden", "Hi", "Di")
+_SIZES = (
+    "B",
+    "Hkv",
+    "Hq",
+    "Tq",
+    "Tk",
+    "D",
+    "Dv",
+    "K",
+    "M",
+    "V",
+    "top_k",
+    "block_size",
+    "query_tile",
+    "hidden",
+    "Hi",
+    "Di",
+)
 
 
 def simpler(case: Case) -> Iterator[Case]:
@@ -16,7 +33,13 @@ def simpler(case: Case) -> Iterator[Case]:
     for name in OPTIONS:
         if name in case:
             yield {n: v for n, v in case.items() if n != name}
-    for name, plain in (("again", False), ("threads", 1), ("grads", None), ("garbage", False), ("dtype", "float32")):
+    for name, plain in (
+        ("again", False),
+        ("threads", 1),
+        ("grads", None),
+        ("garbage", False),
+        ("dtype", "float32"),
+    ):
         if name in case and case[name] != plain:
             yield case | {name: plain}
     for name, value in case.items():
@@ -46,7 +69,11 @@ def shrink(case: Case, attempts: int = 600) -> tuple[Case, str | None]:
         for candidate in simpler(case):
             attempts -= 1
             found = failure(candidate)
-            if found is not None and found.split(":")[0] == kind[0] and found.split(":")[1][:24] == kind[1][:24]:
+            if (
+                found is not None
+                and found.split(":")[0] == kind[0]
+                and found.split(":")[1][:24] == kind[1][:24]
+            ):
                 case, problem, progress = candidate, found, True
                 break
             if attempts <= 0:

@@ -95,7 +95,9 @@ def main(seed: int, seconds: float) -> int:
         gc.collect()
         samples.append((time.time() - started, resident()))
         filled = int(30 * min(1.0, passed / seconds))
-        text = f"[{'#' * filled}{'.' * (30 - filled)}] {sum(soak.made)} calls, {samples[-1][1] / 2**20:.0f} MiB"
+        text = (
+            f"[{'#' * filled}{'.' * (30 - filled)}] {sum(soak.made)} calls, {samples[-1][1] / 2**20:.0f} MiB"
+        )
         if sys.stderr.isatty():
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         elif len(samples) % 12 == 1:
@@ -113,7 +115,9 @@ def report(soak: Soak, samples: list[tuple[float, int]], seconds: float) -> int:
     # A line through noise is never flat: what it rises over the run must stand out of the noise, too.
     risen = slope * (times[-1] - times[0])
     leaks = slope * 3600 > FLAT and risen > 2 * spread
-    print(f"\n{sum(soak.made)} calls from {THREADS} threads in {seconds:.0f} s ({len(soak.cases)} different ones)")
+    print(
+        f"\n{sum(soak.made)} calls from {THREADS} threads in {seconds:.0f} s ({len(soak.cases)} different ones)"
+    )
     print(
         f"resident memory {sizes[0] / 2**20:.1f} MiB at {times[0]:.0f} s, {sizes[-1] / 2**20:.1f} MiB at the end: "
         f"{slope * 3600 / 2**20:+.1f} MiB an hour, within {spread / 2**20:.1f} MiB of that line"
