@@ -15,12 +15,14 @@ from fuzz.case import (
     DTYPES,
     EXTREME,
     SPECIAL,
+    VIEWS,
     Case,
     Draw,
     Fuzzed,
     among,
     call,
     draw_kinds,
+    draw_view,
     fuzzed,
     generator,
     is_exact,
@@ -197,7 +199,7 @@ class GatheredAttention(Fuzzed):
             "garbage": draw.random() < 0.4,
         }
         case |= {"wide": draw.random() < 0.3, "scale": draw.choice((None, None, 0.3, -0.7, 0.0))}
-        return case
+        return case | {"indices_view": draw_view(draw)}
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)
@@ -212,9 +214,11 @@ class GatheredAttention(Fuzzed):
 
 
 def rows(case: Case, shape: tuple[int, ...], length: int) -> Tensor:
+    """Rows of numbers below `length`, in the case's layout."""
     if shape[-1] == 0:
         return torch.zeros(shape, dtype=torch.int32)
-    return index_rows(shape, length, seed=case["seed"], garbage=case["garbage"])
+    numbers = index_rows(shape, length, seed=case["seed"], garbage=case["garbage"])
+    return VIEWS[case.get("indices_view", "contiguous")](numbers)
 
 
 @fuzzed

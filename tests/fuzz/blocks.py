@@ -17,7 +17,7 @@ from fuzz.attention import (
     rows,
 )
 from fuzz.bounds import Attention
-from fuzz.case import EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, fuzzed, run, tensor
+from fuzz.case import EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, draw_view, fuzzed, run, tensor
 from fuzz.rules import draw_rule, rule_of
 
 
@@ -58,7 +58,8 @@ class BlockAttention(Fuzzed):
             "M": draw.size(6),
             "garbage": draw.random() < 0.4,
         }
-        return draw_rule(draw, case, "attn_mask", "window", "sinks", "share")
+        draw_rule(draw, case, "attn_mask", "window", "sinks", "share")
+        return case | {"indices_view": draw_view(draw)}
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)
@@ -83,7 +84,8 @@ class RefineBlocks(Fuzzed):
         )
         draw_rule(draw, case, "attn_mask")
         groups = {"kv": (1, case["Hkv"]), "all": (1,)}.get(case.get("share"), (1, case["Hkv"], case["Hq"]))
-        return case | {"G": draw.choice(groups), "M": draw.size(6), "garbage": draw.random() < 0.4}
+        case |= {"G": draw.choice(groups), "M": draw.size(6), "garbage": draw.random() < 0.4}
+        return case | {"indices_view": draw_view(draw)}
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)

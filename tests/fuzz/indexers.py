@@ -114,7 +114,7 @@ class IndexerLoss(Fuzzed):
             else [torch.zeros_like(t) for t in exact]
         )
         size = (
-            float(oracle.scores(query.abs(), key.abs(), rule.get("scale")).amax())
+            float(oracle.scores(query.abs(), key.abs(), rule.get("scale")).abs().amax())
             if query.numel() * key.numel()
             else 0.0
         )

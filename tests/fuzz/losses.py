@@ -6,6 +6,8 @@ import math
 
 import torch
 from helpers.compare import accumulation
+from helpers.embeddings import Tables
+from torch import Tensor
 
 from fuzz.bounds import assert_bounded
 from fuzz.case import (
@@ -74,6 +76,15 @@ class VariableWidthCrossEntropy(Fuzzed):
             case, loss.detach(), found if ordinary else None, hidden, targets.long(), e, weight, upstream
         )
 
+    def sizes_of_logits(self, h: Tensor, exact: Tables) -> Tensor:
+        """Σ |projected hidden state| · |row|, [N, V]."""
+        first = torch.tensor([0, *(len(t) for t in exact.tables[:-1])]).cumsum(0)
+        each = [
+            (h if p is None else h @ p).abs() @ t.abs().t()
+            for t, p in zip(exact.tables, exact.projections, strict=True)
+        ]
+        return torch.cat(each, dim=1)[:, first[exact.token_band.long()] + exact.token_row.long()]
+
     def compare(self, case, loss, found, hidden, targets, e, weight, upstream) -> None:
         """The dense head in float64; errors of a logit, and what they come to in the loss and in each gradient."""
         dtype = hidden.dtype
@@ -87,7 +98,12 @@ class VariableWidthCrossEntropy(Fuzzed):
         weight = torch.ones(vocabulary).double() if weight is None else weight.double()
         logits, logit_sizes = h @ dense.t(), h.abs() @ dense_sizes.t()
         rounds = case["D"] + max(case["widths"]) + 6
-        error = (rounds * unit * logit_sizes).amax(1, keepdim=True)  # [N, 1]
+        error = rounds * unit * logit_sizes
+        if (
+            dtype == torch.bfloat16
+        ):  # projected hidden states may be rounded to it, as PyTorch's own products are
+            error = error + 2.0**-8 * self.sizes_of_logits(h, exact)
+        error = error.amax(1, keepdim=True)  # [N, 1]
         lse = logits.logsumexp(1, keepdim=True)
         lse_error = error + unit * (vocabulary + 16 + 2 * lse.abs())
         safe = targets.where(active, 0)
@@ -132,6 +148,8 @@ class VariableWidthCrossEntropy(Fuzzed):
         grad, errors, grad_sizes = (torch.where(on, t * each, 0.0) for t in (grad, errors, grad_sizes))
         errors, grad_sizes = errors.abs(), grad_sizes.abs()
         total = errors + (vocabulary + rounds + n + 16) * unit * grad_sizes
+        if dtype == torch.bfloat16:  # gradients of logits and of projected hidden states, likewise
+            total = total + 3 * 2.0**-8 * grad.abs()
         h = torch.where(on, h, 0.0)
         results = [(grad @ dense, total @ dense_sizes)]
         d_dense, d_error = grad.t() @ h, total.t() @ h.abs()

@@ -23,7 +23,8 @@ from fuzz.worker import prepare
 
 THREADS = 4
 CALLS = 400  # different ones
-FLAT = 64 * 2**20  # bytes an hour that the allocators' own ups and downs may look like
+FLAT = 64 * 2**20  # bytes an hour that the allocators' own ups and downs may look like …
+LEAST = 8 * 2**20  # … and bytes in all, of a short run
 WARM = 0.25  # of the time passes before memory is looked at
 
 
@@ -114,7 +115,7 @@ def report(soak: Soak, samples: list[tuple[float, int]], seconds: float) -> int:
     spread = float(np.abs(sizes - (slope * times + about)).max()) if len(times) > 2 else 0.0
     # A line through noise is never flat: what it rises over the run must stand out of the noise, too.
     risen = slope * (times[-1] - times[0])
-    leaks = slope * 3600 > FLAT and risen > 2 * spread
+    leaks = slope * 3600 > FLAT and risen > LEAST + 2 * spread
     print(
         f"\n{sum(soak.made)} calls from {THREADS} threads in {seconds:.0f} s ({len(soak.cases)} different ones)"
     )
