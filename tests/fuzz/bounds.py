@@ -14,6 +14,7 @@ from helpers.compare import accumulation
 from torch import Tensor
 
 _TINY = 2.0**-126
+UNDERFLOW = 2.0**-120  # of a sum in float32 some of whose terms are below the normal range
 Bounded = tuple[Tensor, Tensor]  # the exact value, and the largest error
 
 
@@ -80,7 +81,9 @@ class Attention:
 
     def _rounded(self, exact: Tensor, error: Tensor) -> Bounded:
         # Half types are rounded once more; the smallest number of the dtype stands for underflow.
-        return exact, error + self.rounding * exact.abs().nan_to_num(0, 0, 0) + torch.finfo(self.dtype).tiny
+        return exact, error + self.rounding * exact.abs().nan_to_num(0, 0, 0) + torch.finfo(
+            self.dtype
+        ).tiny + UNDERFLOW
 
     def forward(self) -> tuple[Bounded, Bounded]:
         """out [B, Hq, Tq, Dv] and lse [B, Hq, Tq]."""

@@ -9,7 +9,7 @@ from helpers.compare import accumulation
 from helpers.embeddings import Tables
 from torch import Tensor
 
-from fuzz.bounds import assert_bounded
+from fuzz.bounds import UNDERFLOW, assert_bounded
 from fuzz.case import (
     DTYPES,
     EXTREME,
@@ -79,7 +79,7 @@ def sums(exact: Tensor, terms: Tensor, roundings: float, dtype: torch.dtype) -> 
     unit = accumulation(dtype) * (2 if dtype == torch.float64 else 1)
     return exact, roundings * unit * terms + torch.finfo(dtype).eps * exact.abs().nan_to_num(
         0, 0, 0
-    ) + torch.finfo(dtype).tiny
+    ) + torch.finfo(dtype).tiny + UNDERFLOW
 
 
 @fuzzed
