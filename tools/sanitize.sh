@@ -78,13 +78,13 @@ step() { # step NAME COMMAND…
 if [[ $which == address ]]; then
     step "random calls" "$py" -m fuzz --seed 1 --seconds "$seconds" --jobs 2
     step "hostile calls of torch.ops" "$py" -m fuzz --seed 1 --ops torch.ops --seconds $((seconds / 2)) --jobs 2
-    step "tests of the ops" "$py" -m pytest -q -p no:cacheprovider -k "cpu and not compile and not opcheck" \
+    step "tests of the ops" "$py" -m pytest -q --capture=sys -p no:cacheprovider -k "cpu and not compile and not opcheck" \
         ops/test_special_values.py ops/test_layouts.py ops/test_gradients.py ops/test_quantized_select.py \
         ops/test_variable_width_embedding.py ops/test_variable_width_embedding_errors.py
 else
     step "random calls for several threads" "$py" -m fuzz --seed 1 --large 1 --seconds "$seconds" --jobs 1
     step "calls from four Python threads" "$py" -m fuzz soak --seconds "$seconds"
-    step "tests of determinism" "$py" -m pytest -q -p no:cacheprovider -k cpu ops/test_determinism.py
+    step "tests of determinism" "$py" -m pytest -q --capture=sys -p no:cacheprovider -k cpu ops/test_determinism.py
 fi
 ((${#failed[@]} == 0)) || printf 'failed step: %s\n' "${failed[@]}"
 ((${#failed[@]} == 0))
