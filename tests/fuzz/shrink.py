@@ -48,9 +48,9 @@ def simpler(case: Case) -> Iterator[Case]:
         if name.endswith("_values") and value != "normal":
             yield from (case | {name: kind} for kind in ("normal", *EXACT) if kind != value)
     for name in _SIZES:
-        if isinstance(case.get(name), int) and case[name] > 0:
+        if isinstance(case.get(name), int):
             for smaller in sorted({1, case[name] // 2, case[name] - 1}):
-                if smaller < case[name]:
+                if 1 <= smaller < case[name]:
                     changed = case | {name: smaller}
                     if name == "Hkv":  # the heads that share stay as many
                         changed["Hq"] = case["Hq"] // case["Hkv"] * smaller
