@@ -103,8 +103,9 @@ def block_select(
     if starts is not None:
         starts = starts.to(torch.int64).clamp(0, key_length)
         exists = (starts.amin(1).view(-1, 1, 1, 1), end)
-        starts = pad(starts, (0, -query_length % query_tile), value=key_length)
-        starts = starts.unflatten(1, (-1, query_tile)).amin(2)  # [B, N]
+        tile = min(query_tile, query_length)  # a longer one would be filled up
+        starts = pad(starts, (0, -query_length % tile), value=key_length)
+        starts = starts.unflatten(1, (-1, tile)).amin(2)  # [B, N]
         first_block = starts // block_size
         starts = starts.view(batch, 1, tiles, 1)
         # A block is seen from the start on, and none where no key follows.

@@ -108,6 +108,8 @@ class BlockSelect(Fuzzed):
         draw_rule(draw, case, "attn_mask", "window", "sinks")
         if case.get("scale", 0) < 0:
             case["scale"] = 0.7
+        if "key_starts" in case:  # what a tile sees whose queries start apart is no query's own
+            case["key_starts"] = case["key_starts"].replace("[B, Tq]", "[B]")
         return case
 
     def check(self, case: Case) -> None:
@@ -145,7 +147,8 @@ class BlockSelect(Fuzzed):
         whole[:, :, : case["Tq"], : case["Tk"]] = seen
         blocks = whole.view(case["B"], 1, many, tile, count, block).any(5).any(3)
         kept = torch.zeros_like(blocks)
-        kept[..., 0] = True
+        start = oracle.first_keys(query, rule.get("key_starts"))[:, :, 0]  # [B, 1, 1]
+        kept[:] = torch.arange(count) == (start // block).unsqueeze(-1)
         if rule.get("is_causal"):
             at = torch.arange(case["Tq"]) + (rule.get("causal_offset") or 0)
             for i, position in enumerate(at.tolist()):
@@ -157,7 +160,9 @@ class BlockSelect(Fuzzed):
         """Scores of the pooled queries and keys, and how far they may lie off, [B, Hq, N, blocks]."""
         block, tile = min(case["block_size"], case["Tk"]), min(case["query_tile"], case["Tq"])
         lengths = rule.get("key_lengths", torch.full((case["B"],), case["Tk"]))
-        there = (torch.arange(case["Tk"]) < lengths.view(-1, 1)).view(case["B"], 1, -1, 1)
+        there = torch.arange(case["Tk"]) < lengths.view(-1, 1)
+        starts = oracle.first_keys(query, rule.get("key_starts"))[:, 0, 0]  # [B, 1]
+        there = (there & (torch.arange(case["Tk"]) >= starts)).view(case["B"], 1, -1, 1)
         q = pooled(query.double(), tile, torch.ones(1, 1, case["Tq"], 1, dtype=torch.bool), "mean")
         share = case["Hq"] // case["Hkv"]
         sizes = pooled(query.double().abs(), tile, torch.ones(1, 1, case["Tq"], 1, dtype=torch.bool), "mean")

@@ -36,13 +36,14 @@ def rule(draw: Draw, *, numbers: list[int] | None = None, masked: bool = True) -
     lengths = (
         torch.tensor([9, 4], dtype=draw.choice((torch.int32, torch.int64))) if draw.random() < 0.3 else None
     )
-    return [mask, lengths, numbers, 0.3]
+    starts = torch.arange(10).view(2, 5) if draw.random() < 0.3 else None
+    return [mask, lengths, starts, numbers, 0.3]
 
 
 def select(draw: Draw) -> list:
     query, key, _ = attention(draw)
     arguments = rule(draw)
-    blocks = index_rows((2, arguments[2][4], 3, 2), 3) if draw.random() < 0.5 else None
+    blocks = index_rows((2, arguments[3][4], 3, 2), 3) if draw.random() < 0.5 else None
     return [query, key, 4, *arguments, draw.random() < 0.3, blocks, 4, 2]
 
 
@@ -81,9 +82,9 @@ def blocks(draw: Draw) -> list:
 
 
 def blocks_backward(draw: Draw) -> list:
-    *inputs, chosen, size, tile, mask, lengths, numbers, scale = blocks(draw)
+    *inputs, chosen, size, tile, mask, lengths, starts, numbers, scale = blocks(draw)
     grad_out, grad_lse, lse = gradients(inputs[0])
-    return [grad_out, grad_lse, *inputs, chosen, lse, size, tile, mask, lengths, numbers, scale]
+    return [grad_out, grad_lse, *inputs, chosen, lse, size, tile, mask, lengths, starts, numbers, scale]
 
 
 def indexer(draw: Draw) -> list:

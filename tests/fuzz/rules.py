@@ -21,6 +21,9 @@ MASKS = (
 )
 
 
+STARTS = ("[B] int32", "[B] int64", "[B, Tq] int32", "[B, Tq] int64")
+
+
 def _offset(draw: Draw, case: Case) -> int | None:
     if not case.get("is_causal"):
         return None
@@ -49,6 +52,7 @@ OPTIONS: dict[str, Callable[[Draw, Case], Any]] = {
     ),
     "sinks": lambda draw, case: draw.maybe(0.3, lambda: _budget(draw, case)),
     "share": lambda draw, case: draw.choice((None, "kv", "all")),
+    "key_starts": lambda draw, case: draw.maybe(0.2, lambda: draw.choice(STARTS)),
 }
 
 
@@ -67,6 +71,14 @@ def rule_of(case: Case, heads: int | None = None) -> dict[str, Any]:
     if "key_lengths" in rule:
         lengths = torch.randint(case["Tk"] + 1, (case["B"],), generator=generator(case, "lengths"))
         rule["key_lengths"] = lengths.to(getattr(torch, rule["key_lengths"]))
+    if "key_starts" in rule:
+        axes, dtype = rule["key_starts"].rsplit(" ", 1)
+        shape = (case["B"], case["Tq"])[: 1 + ("Tq" in axes)]
+        starts = torch.randint(-2, case["Tk"] + 3, shape, generator=generator(case, "starts"))
+        limits = torch.iinfo(getattr(torch, dtype))
+        rare = torch.rand(shape, generator=generator(case, "rare"))
+        starts = starts.masked_fill(rare < 0.03, limits.min).masked_fill(rare > 0.97, limits.max)
+        rule["key_starts"] = starts.to(getattr(torch, dtype))
     if "attn_mask" in rule:
         spec = rule["attn_mask"]
         shared = case.get("share") is not None

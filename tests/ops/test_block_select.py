@@ -129,12 +129,20 @@ def test_nothing(sizes):
     assert chosen.shape == (batch, 2, -(-queries // 2), min(3, -(-keys // 4)))
 
 
+STARTS = {"key_starts": torch.tensor([2, 8])}
+
+
 @pytest.mark.parametrize("pool", ["mean", "bound"])
 def test_sizes_beyond_the_sequences(pool):
     """One block holds all keys, one tile all queries: memory is that of the tensors, whatever the sizes say."""
     query, key = normal(2, 2, 5, 4), normal(2, 1, 9, 4, seed=1)
     far = 2**40
-    for options in ({}, {"is_causal": True, "causal_offset": 4}, {"key_lengths": torch.tensor([9, 3])}):
+    for options in (
+        {},
+        {"is_causal": True, "causal_offset": 4},
+        {"key_lengths": torch.tensor([9, 3])},
+        STARTS,
+    ):
         chosen = sparse_attn.block_select(
             query, key, far, block_size=far, query_tile=far, pool=pool, **options
         )
