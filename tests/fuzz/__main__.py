@@ -248,13 +248,16 @@ def main() -> int:
         "--large", type=float, default=LARGE, help="the share of calls large enough for threads"
     )
     parser.add_argument("--failures", type=int, default=20, help="stop after so many")
+    parser.add_argument(
+        "--ignore-memory", action="store_true", help="of the soak: a sanitizer's own memory grows"
+    )
     parser.add_argument("--case", type=int, help="run this one again")
     parser.add_argument("--text", type=json.loads, help="run the case that the text says")
     arguments = parser.parse_args()
     if arguments.what == "soak":
         from fuzz import soak
 
-        return soak.main(arguments.seed, arguments.seconds or 3600.0)
+        return soak.main(arguments.seed, arguments.seconds or 3600.0, not arguments.ignore_memory)
     known = load()
     ops = arguments.ops or list(known)
     if unknown := set(ops) - set(known):
