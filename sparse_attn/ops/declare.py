@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sparse_attn import rule as rules
 from sparse_attn.ops.derivatives import AUTOCAST_KEYS, WITHOUT_AUTOCAST, Backward, Forward, Leaves, connect
@@ -111,7 +112,8 @@ class Op:
         implementation = wing.implementations[self.name]
         if implementation is not None:
             library.impl(label, self._with_rule(implementation), wing.dispatch_key)
-        torch.library.register_fake(f"{base.NAMESPACE}::{label}", self._with_rule(fake), lib=library)
+        checked = _on_one_device(label, self._with_rule(fake))
+        torch.library.register_fake(f"{base.NAMESPACE}::{label}", checked, lib=library)
         overload = getattr(getattr(getattr(torch.ops, base.NAMESPACE), self.name), wing.name)
         self._overloads[wing.name] = overload
         for key in AUTOCAST_KEYS:
@@ -162,6 +164,20 @@ class Op:
             elif "Tensor" in kind:
                 setattr(saved, name, next(tensors))
         return saved
+
+
+def _on_one_device(label: str, fake: Callable) -> Callable:
+    """The fake, which torch also calls for meta tensors among others: it would give them results without a value."""
+
+    def call(*arguments):
+        devices = {str(t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{label} takes tensors of one device, got some on {' and '.join(sorted(devices))}"
+            )
+        return fake(*arguments)
+
+    return call
 
 
 def _without_autocast(overload: Callable) -> Callable:
