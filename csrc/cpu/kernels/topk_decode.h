@@ -1,0 +1,43 @@
+// Between cpu/topk_decode.cpp and its kernels: the selection of a few queries, whose price is the reading of the
+// keys. No torch headers.
+#pragma once
+
+#include "cpu/kernels/lib/kernel.h"
+
+namespace sparse_attn {
+
+struct DecodeParams {
+    SelectParams select;    // neither rounded nor with blocks; the components of a key lie side by side
+    int64_t chunk, chunks;  // a head's keys are scanned in chunks of so many panels
+    // A selection per head: the best of each chunk, ascending.
+    int64_t kept;            // room for each
+    float* best_scores;      // [B, Hq, Tq, chunks, kept]
+    int32_t* best_indices;   // likewise
+    int32_t* best_counts;    // [B, Hq, Tq, chunks]
+    // One selection for several heads: all scores, then probabilities without their factor, and that factor.
+    int64_t length;  // whole panels
+    float* scores;   // [B, Hq, Tq, length]
+    float* weights;  // [B, Hq, Tq]
+};
+
+namespace cpu {
+
+// A chunk of the keys of one key head, for all queries of all heads that use it.
+struct DecodeChunk {
+    int64_t b, kv_head, chunk;
+};
+struct DecodeRow {
+    int64_t b, head, query;  // a query head, or the group of a selection
+};
+
+struct DecodeKernels {
+    int64_t (*panels)(const SelectParams&);  // of one key head
+    int64_t (*panel_keys)();
+    Kernel<DecodeParams, DecodeChunk> scan;  // to best_…, or to scores where heads share
+    void (*weigh)(const DecodeParams&, DecodeRow, void* scratch);  // where heads share: a head's probabilities
+    Kernel<DecodeParams, DecodeRow> choose;  // of a group: its row of indices; its scratch serves weigh too
+};
+
+}  // namespace cpu
+
+}  // namespace sparse_attn
