@@ -8,8 +8,9 @@ SPARSE_ATTN_FIND_KERNELS(topk_decode, DecodeKernels)
 
 namespace sparse_attn {
 
-constexpr int64_t kDecodeQueries = 16;         // at most so many
-constexpr int64_t kDecodeScores = int64_t{1} << 26;  // and so many scores stored where heads share a selection
+constexpr int64_t kDecodeQueries = 16;  // at most so many
+constexpr int64_t kDecodeScores = int64_t{1}
+                                  << 26;  // and so many scores stored where heads share a selection
 
 // Whether these queries take this way; the result is the same, to the bit.
 inline bool decodes(const SelectParams& p) {
@@ -18,8 +19,8 @@ inline bool decodes(const SelectParams& p) {
     return p.rule.groups == p.heads || p.batch * p.heads * p.query_length * p.key_length <= kDecodeScores;
 }
 
-// Fills the indices. As soon as the row of a group and query is there, row_done(b, group, query, scratch) is called
-// by some thread, with row_bytes of scratch.
+// Fills the indices. As soon as the row of a group and query is there, row_done(b, group, query, scratch) is
+// called by some thread, with row_bytes of scratch.
 template <class F>
 void decode(const SelectParams& p, int64_t row_bytes, const F& row_done) {
     const cpu::DecodeKernels& k = cpu::topk_decode_kernels();
@@ -29,7 +30,8 @@ void decode(const SelectParams& p, int64_t row_bytes, const F& row_done) {
     const int64_t rows = p.batch * p.heads * p.query_length, selections = p.batch * groups * p.query_length;
     const double products = static_cast<double>(rows) * p.key_length * p.head_dim;
     const bool parallel = worth_threads(products), shared = groups != p.heads;
-    // Enough tasks that no thread waits long for the last, none so short that its first keys, which all pass, count.
+    // Enough tasks that no thread waits long for the last, none so short that its first keys, which all pass,
+    // count.
     const int64_t threads = parallel ? torch::stable::get_num_threads() : 1;
     const int64_t wanted = heads % threads == 0 ? 1 : blocks(4 * threads, heads);
     const int64_t least = blocks(std::max<int64_t>(1024, 4 * p.top_k), k.panel_keys());

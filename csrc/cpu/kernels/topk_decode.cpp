@@ -1,5 +1,5 @@
-// topk_select for a few queries (decoding): no key is packed or read twice, and a head's keys may be split over
-// threads. Selections, ties and NaN are those of topk_select.cpp, to the bit.
+// topk_select for a few queries (decoding): no key is packed or read twice, and a head's keys may be split
+// over threads. Selections, ties and NaN are those of topk_select.cpp, to the bit.
 #include "topk_decode.h"
 
 #include "lib/decode_tile.h"
@@ -40,7 +40,8 @@ int64_t scan_scratch_bytes(const DecodeParams& d) {
     int64_t column = 0;
     with_exact_tile(p.dtype, [&]<class T, class Tile>() { column = words<Tile>(p); });
     const int64_t candidates = shared_heads(p) > 1 ? 0 : rows * (buffer * 8 + 128) + buffer * 4;
-    return column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4) + candidates + 1024;
+    return column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4) + candidates +
+           1024;
 }
 
 // Queries of a key head in tiles of up to MR rows, [words][R] each.
@@ -52,11 +53,12 @@ void pack_rows(const SelectParams& p, int64_t b, int64_t kv_head, float* to) {
         const int64_t width = tile_rows(minimum<int64_t>(MR, rows - first));
         float* tile = to + first * column;
         for (int64_t r = 0; r < width; ++r) {
-            const int64_t row = first + r, h = kv_head * per_kv + row / p.query_length, i = row % p.query_length;
+            const int64_t row = first + r, h = kv_head * per_kv + row / p.query_length,
+                          i = row % p.query_length;
             if (row < rows)
                 Tile::template pack_column<true>(tile + r, width,
-                                                 static_cast<const T*>(p.query) + b * s.b + h * s.h + i * s.t, s.d,
-                                                 p.head_dim, words<Tile>(p), sign_of(p.rule.scale));
+                                                 static_cast<const T*>(p.query) + b * s.b + h * s.h + i * s.t,
+                                                 s.d, p.head_dim, words<Tile>(p), sign_of(p.rule.scale));
             else
                 for (int64_t w = 0; w < column; ++w) tile[w * width + r] = 0.0f;
         }
@@ -68,9 +70,34 @@ SPARSE_ATTN_INLINE Range panels_between(const DecodeParams& d, int64_t chunk, in
     return {maximum(chunk * d.chunk, begin / NR), minimum((chunk + 1) * d.chunk, (end + NR - 1) / NR)};
 }
 
-template <class T>
-SPARSE_ATTN_INLINE const T* keys_at(const SelectParams& p, int64_t b, int64_t kv_head) {
-    return static_cast<const T*>(p.key) + b * p.key_strides.b + kv_head * p.key_strides.h;
+// Calls use(base, first, rows, tile, beaten, beats) for each panel and each of its tiles of up to MR rows.
+template <class T, class Tile, bool kCompare, class F>
+SPARSE_ATTN_INLINE void each_tile(const SelectParams& p, DecodeChunk t, Range panels, Scratch& scratch,
+                                  const float* threshold, const F& use) {
+    if (panels.begin >= panels.end) return;
+    const int64_t rows = rows_of(p), column = words<Tile>(p);
+    float* panel = scratch.take<float>(column * NR);
+    float* queries = scratch.take<float>(round_up(rows, MR) * column);
+    alignas(64) float tile[MR * NR];
+    uint32_t beats[MR];
+    pack_rows<T, Tile>(p, t.b, t.kv_head, queries);
+    const T* head_keys = static_cast<const T*>(p.key) + t.b * p.key_strides.b + t.kv_head * p.key_strides.h;
+    for (int64_t n = panels.begin; n < panels.end; ++n) {
+        const KeyPanel<T, Tile> keys{head_keys, n * NR, p.key_length, p.key_strides.t, p.head_dim};
+        const bool streamed = rows <= kStreamedRows;
+        if (!streamed) store_panel(keys, panel);
+        for (int64_t first = 0; first < rows; first += MR) {
+            const int64_t count = minimum<int64_t>(MR, rows - first);
+            const uint32_t beaten = with_rows(count, [&]<int R>() {
+                const float* own = threshold + (kCompare ? first : 0);
+                if constexpr (R <= kStreamedRows)
+                    if (streamed) return streamed_tile<T, Tile, R, kCompare>(keys, tile, queries, own, beats);
+                return stored_tile<Tile, R, kCompare>(tile, queries + first * column, panel, column, own,
+                                                      beats);
+            });
+            use(n * NR, first, count, tile, beaten & low_bits(count), beats);
+        }
+    }
 }
 
 // A selection per head: the best of the chunk for each row.
@@ -79,14 +106,10 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
     const SelectParams& p = d.select;
     Scratch scratch{static_cast<char*>(memory)};
     const int64_t rows = rows_of(p), padded = round_up(rows, MR), per_kv = p.heads / p.kv_heads;
-    const int64_t column = words<Tile>(p), capacity = candidate_capacity(d.kept), buffer = capacity + kSlack;
-    float* panel = scratch.take<float>(column * NR);
-    float* queries = scratch.take<float>(padded * column);
+    const int64_t capacity = candidate_capacity(d.kept), buffer = capacity + kSlack;
     float* threshold = scratch.take<float>(padded);
     ScanRow* row = scratch.take<ScanRow>(padded);
     int32_t* keys = scratch.take<int32_t>(buffer);
-    alignas(64) float tile[MR * NR];
-    uint32_t beats[MR];
 
     int64_t begin = INT64_MAX, end = 0;
     for (int64_t r = 0; r < padded; ++r) {
@@ -96,7 +119,8 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
         Visible& v = row[r].v;
         v = visible_to(p, t.b, h, r % p.query_length);
         const int64_t keep = p.top_k - forced_count(v);
-        row[r].c = {scratch.take<float>(buffer), scratch.take<int32_t>(buffer), 0, static_cast<int32_t>(keep)};
+        row[r].c = {scratch.take<float>(buffer), scratch.take<int32_t>(buffer), 0,
+                    static_cast<int32_t>(keep)};
         if (!chooses(v, keep)) {
             v.end = v.sink_end;  // nothing to scan
             continue;
@@ -105,18 +129,11 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
         begin = minimum(begin, v.sink_end);
         end = maximum(end, v.end);
     }
-    const Range panels = panels_between(d, t.chunk, begin, end);
-    if (begin < end && panels.begin < panels.end) pack_rows<T, Tile>(p, t.b, t.kv_head, queries);
-    const T* head_keys = keys_at<T>(p, t.b, t.kv_head);
-    for (int64_t n = panels.begin; n < panels.end; ++n) {
-        const int64_t base = n * NR;
-        gather_panel<T, Tile>(p, panel, head_keys, base, p.key_length);
-        for (int64_t first = 0; first < rows; first += MR) {
-            uint32_t beaten = with_rows(minimum<int64_t>(MR, rows - first), [&]<int R>() {
-                return decode_tile<Tile, R, true>(tile, queries + first * column, panel, words<Tile>(p),
-                                                  threshold + first, beats);
-            });
-            for (beaten &= low_bits(rows - first); beaten; beaten &= beaten - 1) {
+    const Range panels = begin < end ? panels_between(d, t.chunk, begin, end) : Range{0, 0};
+    each_tile<T, Tile, true>(
+        p, t, panels, scratch, threshold,
+        [&](int64_t base, int64_t first, int64_t, const float* tile, uint32_t beaten, const uint32_t* beats) {
+            for (; beaten; beaten &= beaten - 1) {
                 const int r = __builtin_ctz(beaten);
                 ScanRow& own = row[first + r];
                 const uint32_t bits = beats[r] & candidate_bits(own.v, base, NR);
@@ -128,8 +145,7 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
                                       load(tile + r * NR + v * W), static_cast<int32_t>(base + v * W));
                 if (c.count > capacity) threshold[first + r] = keep_best<true>(c, keys);
             }
-        }
-    }
+        });
     for (int64_t r = 0; r < rows; ++r) {
         Candidates& c = row[r].c;
         if (c.count > c.keep) keep_best<false>(c, keys);
@@ -146,35 +162,21 @@ template <class T, class Tile>
 void scan_all(const DecodeParams& d, DecodeChunk t, void* memory) {
     const SelectParams& p = d.select;
     Scratch scratch{static_cast<char*>(memory)};
-    const int64_t rows = rows_of(p), padded = round_up(rows, MR), column = words<Tile>(p);
     const int64_t per_kv = p.heads / p.kv_heads, group = t.kv_head * per_kv / shared_heads(p);
-    float* panel = scratch.take<float>(column * NR);
-    float* queries = scratch.take<float>(padded * column);
-    alignas(64) float tile[MR * NR];
-
     int64_t end = 0;  // the probabilities of all visible keys are needed
     for (int64_t i = 0; i < p.query_length; ++i) {
         const Visible v = visible_to(p, t.b, group, i);
         if (chooses(v, p.top_k - forced_count(v))) end = maximum(end, v.limit);
     }
-    const Range panels = panels_between(d, t.chunk, 0, end);
-    if (panels.begin < panels.end) pack_rows<T, Tile>(p, t.b, t.kv_head, queries);
-    const T* head_keys = keys_at<T>(p, t.b, t.kv_head);
-    for (int64_t n = panels.begin; n < panels.end; ++n) {
-        gather_panel<T, Tile>(p, panel, head_keys, n * NR, p.key_length);
-        for (int64_t first = 0; first < rows; first += MR) {
-            const int64_t count = minimum<int64_t>(MR, rows - first);
-            with_rows(count, [&]<int R>() {
-                return decode_tile<Tile, R, false>(tile, queries + first * column, panel, words<Tile>(p), nullptr,
-                                                   nullptr);
-            });
+    each_tile<T, Tile, false>(
+        p, t, panels_between(d, t.chunk, 0, end), scratch, nullptr,
+        [&](int64_t base, int64_t first, int64_t count, const float* tile, uint32_t, const uint32_t*) {
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t h = t.kv_head * per_kv + (first + r) / p.query_length;
-                memcpy(d.scores + row_of(p, t.b, h, (first + r) % p.query_length) * d.length + n * NR, tile + r * NR,
-                       NR * 4);
+                const int64_t to = row_of(p, t.b, h, (first + r) % p.query_length) * d.length + base;
+                memcpy(d.scores + to, tile + r * NR, NR * 4);
             }
-        }
-    }
+        });
 }
 
 void scan(const DecodeParams& d, DecodeChunk t, void* scratch) {
@@ -245,14 +247,15 @@ void choose(const DecodeParams& d, DecodeRow t, void* memory) {
     const int64_t keep = p.top_k - forced_count(v);
     Candidates c{scratch.take<float>(buffer), scratch.take<int32_t>(buffer), 0, static_cast<int32_t>(keep)};
     if (!chooses(v, keep)) {
-        for (int64_t j = v.sink_end; keep > 0 && j < v.end; ++j) c.indices[c.count++] = static_cast<int32_t>(j);
+        for (int64_t j = v.sink_end; keep > 0 && j < v.end; ++j)
+            c.indices[c.count++] = static_cast<int32_t>(j);
     } else if (shared_heads(p) > 1) {
         stream_mass(d, t, v, c, keys);
     } else {
         merge_best(d, row_of(p, t.b, t.head, t.query), c, keys);
     }
-    emit(p.indices + ((t.b * p.rule.groups + t.head) * p.query_length + t.query) * p.top_k, p.top_k, v, c.indices,
-         c.count);
+    emit(p.indices + ((t.b * p.rule.groups + t.head) * p.query_length + t.query) * p.top_k, p.top_k, v,
+         c.indices, c.count);
 }
 
 SPARSE_ATTN_KERNELS(topk_decode, DecodeKernels) = {

@@ -1,5 +1,5 @@
-// Between cpu/topk_decode.cpp and its kernels: the selection of a few queries, whose price is the reading of the
-// keys. No torch headers.
+// Between cpu/topk_decode.cpp and its kernels: the selection of a few queries, whose price is the reading of
+// the keys. No torch headers.
 #pragma once
 
 #include "cpu/kernels/lib/kernel.h"
@@ -10,10 +10,10 @@ struct DecodeParams {
     SelectParams select;    // neither rounded nor with blocks; the components of a key lie side by side
     int64_t chunk, chunks;  // a head's keys are scanned in chunks of so many panels
     // A selection per head: the best of each chunk, ascending.
-    int64_t kept;            // room for each
-    float* best_scores;      // [B, Hq, Tq, chunks, kept]
-    int32_t* best_indices;   // likewise
-    int32_t* best_counts;    // [B, Hq, Tq, chunks]
+    int64_t kept;           // room for each
+    float* best_scores;     // [B, Hq, Tq, chunks, kept]
+    int32_t* best_indices;  // likewise
+    int32_t* best_counts;   // [B, Hq, Tq, chunks]
     // One selection for several heads: all scores, then probabilities without their factor, and that factor.
     int64_t length;  // whole panels
     float* scores;   // [B, Hq, Tq, length]
@@ -34,7 +34,8 @@ struct DecodeKernels {
     int64_t (*panels)(const SelectParams&);  // of one key head
     int64_t (*panel_keys)();
     Kernel<DecodeParams, DecodeChunk> scan;  // to best_…, or to scores where heads share
-    void (*weigh)(const DecodeParams&, DecodeRow, void* scratch);  // where heads share: a head's probabilities
+    void (*weigh)(const DecodeParams&, DecodeRow,
+                  void* scratch);            // where heads share: a head's probabilities
     Kernel<DecodeParams, DecodeRow> choose;  // of a group: its row of indices; its scratch serves weigh too
 };
 

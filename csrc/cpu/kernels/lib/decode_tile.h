@@ -1,11 +1,26 @@
-// Score tiles of a few queries: keys are turned into a panel of columns in registers, W of them at a time, on the
-// way from memory; a panel stays in the first-level cache until all queries have seen it. Each score is the sum that
-// a tile of packed keys (select_tile.h) makes, term by term in the same order.
+// Score tiles of a few queries: keys are turned into a panel of columns in registers, W of them at a time, on
+// the way from memory; a panel stays in the first-level cache until all queries have seen it. Each score is
+// the sum that a tile of packed keys (select_tile.h) makes, term by term in the same order.
 #pragma once
 
 #include "select_tile.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+// FloatTile and BFloat16Tile with a step that takes the words of W keys in a register.
+template <class Base>
+struct Streamed : Base {
+    using Base::multiply_add;
+    static SPARSE_ATTN_INLINE Vec multiply_add(const float* query, Vec keys, Vec sum) {
+#if defined(__AVX512BF16__)
+        if constexpr (Base::kDepth == 2) {
+            const __m512i pair = _mm512_set1_epi32(static_cast<int>(bits_of(*query)));
+            return {_mm512_dpbf16_ps(sum.v, (__m512bh)pair, (__m512bh)keys.v)};
+        }
+#endif
+        return fma(broadcast(*query), keys, sum);
+    }
+};
 
 // W rows of W lanes → W columns.
 SPARSE_ATTN_INLINE void transpose(Vec (&v)[W]) {
@@ -28,7 +43,8 @@ SPARSE_ATTN_INLINE void transpose(Vec (&v)[W]) {
     // b[4 i + j] has in its four parts the components j, 4 + j, 8 + j, 12 + j of rows 4 i … 4 i + 3.
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-        const __m512 low = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88), high = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
+        const __m512 low = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88),
+                     high = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
         const __m512 low2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88),
                      high2 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
         v[j].v = _mm512_shuffle_f32x4(low, low2, 0x88);
@@ -66,72 +82,108 @@ SPARSE_ATTN_INLINE void transpose(Vec (&v)[W]) {
 #endif
 }
 
-// W words of a key from word w on; the first n of them, and zeros, where the key has no more.
+// W words of a key from word w on; the second: the first n of them, and zeros, where the key has no more.
 template <class Tile, class T>
-SPARSE_ATTN_INLINE Vec key_words(const T* key, int64_t w, int64_t n, int64_t head_dim) {
+SPARSE_ATTN_INLINE Vec load_words(const T* key, int64_t w) {
     if constexpr (Tile::kDepth == 1) {
-        return n == W ? load(key + w) : load_n(key + w, n);
+        return load(key + w);
     } else {
-        const int64_t left = head_dim - w * Tile::kDepth;
-        if (left < W * Tile::kDepth) {
-            T padded[W * Tile::kDepth] = {};
-            for (int64_t i = 0; i < left; ++i) padded[i] = key[w * Tile::kDepth + i];
-            Vec words;
-            memcpy(&words, padded, sizeof words);
-            return words;
-        }
         Vec words;
         memcpy(&words, key + w * Tile::kDepth, sizeof words);
         return words;
     }
 }
-
-// The panel of keys [first, first + NR); none past `end`, whose columns repeat the last key.
-template <class T, class Tile>
-__attribute__((noinline)) void gather_panel(const SelectParams& p, float* panel, const T* keys, int64_t first,
-                                            int64_t end) {
-    const int64_t word_count = words<Tile>(p), stride = p.key_strides.t;
-    const bool whole = first + NR <= end;
-    for (int64_t v = 0; v < NR; v += W) {
-        const T* row = keys + (first + v) * stride;
-        for (int64_t w = 0; w < word_count; w += W) {
-            const int64_t n = minimum<int64_t>(W, word_count - w);
-            Vec block[W];
-            if (whole && (w + W) * Tile::kDepth <= p.head_dim) {
-#pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) block[j] = key_words<Tile>(row + j * stride, w, W, (w + W) * Tile::kDepth);
-            } else {
-                for (int64_t j = 0; j < W; ++j)
-                    block[j] = key_words<Tile>(keys + minimum(first + v + j, end - 1) * stride, w, n, p.head_dim);
-            }
-            transpose(block);
-            float* to = panel + w * NR + v;
-            if (n == W) {
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) store(to + i * NR, block[i]);
-            } else {
-                for (int64_t i = 0; i < n; ++i) store(to + i * NR, block[i]);
-            }
-        }
+template <class Tile, class T>
+SPARSE_ATTN_INLINE Vec load_words_n(const T* key, int64_t w, int64_t n, int64_t head_dim) {
+    if (n == W && (w + W) * Tile::kDepth <= head_dim) return load_words<Tile>(key, w);
+    if constexpr (Tile::kDepth == 1) {
+        return load_n(key + w, n);
+    } else {
+        T padded[W * Tile::kDepth] = {};
+        for (int64_t i = w * Tile::kDepth; i < head_dim; ++i) padded[i - w * Tile::kDepth] = key[i];
+        return load_words<Tile>(padded, 0);
     }
 }
 
-// score_tile for R queries [words][R]; the tile is stored where a score beats its row's threshold, or always.
-template <class Tile, int R, bool kCompare>
-__attribute__((noinline)) uint32_t decode_tile(float* tile, const float* queries, const float* panel,
-                                               int64_t word_count, const float* threshold, uint32_t* beats) {
-    typename Tile::Sum sums[R][NV];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sums[r][v] = Tile::start(panel, word_count);
-    for (int64_t w = 0; w < word_count; ++w) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v)
-                sums[r][v] = Tile::multiply_add(queries + w * R + r, panel + w * NR + v * W, sums[r][v]);
+// Asks for the lines of rows to come, one row after the other: rows are too short, or too far apart, for the
+// machine to foresee them well.
+struct Ahead {
+    const char* row;
+    int64_t row_bytes, stride_bytes, at = 0;
+    SPARSE_ATTN_INLINE void ask(int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __builtin_prefetch(row + at);
+            at += 64;
+            if (at < row_bytes) continue;
+            at = 0;
+            row += stride_bytes;
+        }
     }
+};
+
+// The keys [first, first + NR) of a head, as columns of words; those past the end repeat the last one.
+template <class T, class Tile>
+struct KeyPanel {
+    const T* keys;  // of the head
+    int64_t first, end, stride, head_dim;
+
+    SPARSE_ATTN_INLINE int64_t words() const { return (head_dim + Tile::kDepth - 1) / Tile::kDepth; }
+
+    // Calls use(w, n, v, columns) for each block of W keys (vector v of the panel) and n <= W words from w
+    // on; each key's words come in ascending order.
+    template <class F>
+    SPARSE_ATTN_INLINE void each_block(const F& use) const {
+        constexpr int64_t kAhead = 16384;  // bytes
+        const int64_t row_bytes = head_dim * static_cast<int64_t>(sizeof(T)),
+                      full = head_dim / (W * Tile::kDepth);
+        const int64_t distance = maximum<int64_t>(NR, kAhead / row_bytes);
+        Ahead ahead{
+            reinterpret_cast<const char*>(keys + clamp<int64_t>(end - NR, first, first + distance) * stride),
+            row_bytes, stride * static_cast<int64_t>(sizeof(T))};
+        const bool whole = first + NR <= end;
+        const T* row = keys + first * stride;
+        for (int64_t b = 0; whole && b < full; ++b)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) {
+                ahead.ask(W * W * 4);
+                Vec block[W];
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j) block[j] = load_words<Tile>(row + (v * W + j) * stride, b * W);
+                transpose(block);
+                use(b * W, W, v, block);
+            }
+        for (int64_t w = whole ? full * W : 0; w < words(); w += W)
+            for (int v = 0; v < NV; ++v) {
+                const int64_t n = minimum<int64_t>(W, words() - w);
+                Vec block[W];
+                for (int64_t j = 0; j < W; ++j) {
+                    const T* key = keys + minimum(first + v * W + j, end - 1) * stride;
+                    block[j] = load_words_n<Tile>(key, w, n, head_dim);
+                }
+                transpose(block);
+                use(w, n, v, block);
+            }
+    }
+};
+
+// The panel as score_tile takes it, [words][NR].
+template <class T, class Tile>
+__attribute__((noinline)) void store_panel(const KeyPanel<T, Tile>& keys, float* panel) {
+    keys.each_block([&](int64_t w, int64_t n, int v, const Vec(&block)[W]) __attribute__((always_inline)) {
+        float* to = panel + w * NR + v * W;
+        if (n == W) {
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) store(to + i * NR, block[i]);
+        } else {
+            for (int64_t i = 0; i < n; ++i) store(to + i * NR, block[i]);
+        }
+    });
+}
+
+// Compares R rows of scores with their thresholds, as score_tile does, and stores them where one is better.
+template <int R, bool kCompare>
+SPARSE_ATTN_INLINE uint32_t finish_tile(const Vec (&scores)[R][NV], float* tile, const float* threshold,
+                                        uint32_t* beats) {
     uint32_t rows = kCompare ? 0u : ~0u;
     if constexpr (kCompare) {
 #pragma GCC unroll 16
@@ -139,7 +191,7 @@ __attribute__((noinline)) uint32_t decode_tile(float* tile, const float* queries
             const Vec bound = broadcast(threshold[r]);
             uint32_t bits = 0;
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) bits |= not_le(Tile::value(sums[r][v]), bound) << (v * W);
+            for (int v = 0; v < NV; ++v) bits |= not_le(scores[r][v], bound) << (v * W);
             beats[r] = bits;
             rows |= static_cast<uint32_t>(bits != 0) << r;
         }
@@ -148,17 +200,64 @@ __attribute__((noinline)) uint32_t decode_tile(float* tile, const float* queries
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) store(tile + r * NR + v * W, Tile::value(sums[r][v]));
+            for (int v = 0; v < NV; ++v) store(tile + r * NR + v * W, scores[r][v]);
     }
     return rows;
+}
+
+// The scores of R queries [words][R] with the panel that stands in memory.
+template <class Tile, int R, bool kCompare>
+__attribute__((noinline)) uint32_t stored_tile(float* tile, const float* queries, const float* panel,
+                                               int64_t word_count, const float* threshold, uint32_t* beats) {
+    Vec sums[R][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sums[r][v] = zero();
+    for (int64_t w = 0; w < word_count; ++w) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v)
+                sums[r][v] = Tile::multiply_add(queries + w * R + r, panel + w * NR + v * W, sums[r][v]);
+    }
+    return finish_tile<R, kCompare>(sums, tile, threshold, beats);
+}
+
+// The same with keys that go from memory through registers: for so few queries that this is all they are
+// needed for.
+template <class T, class Tile, int R, bool kCompare>
+__attribute__((noinline)) uint32_t streamed_tile(const KeyPanel<T, Tile>& keys, float* tile,
+                                                 const float* queries, const float* threshold,
+                                                 uint32_t* beats) {
+    Vec sums[R][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sums[r][v] = zero();
+    keys.each_block([&](int64_t w, int64_t n, int v, const Vec(&block)[W]) __attribute__((always_inline)) {
+        const float* query = queries + w * R;
+        if (n == W) {
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r)
+                    sums[r][v] = Tile::multiply_add(query + i * R + r, block[i], sums[r][v]);
+        } else {
+            for (int64_t i = 0; i < n; ++i)
+                for (int r = 0; r < R; ++r)
+                    sums[r][v] = Tile::multiply_add(query + i * R + r, block[i], sums[r][v]);
+        }
+    });
+    return finish_tile<R, kCompare>(sums, tile, threshold, beats);
 }
 
 // Calls f.template operator()<T, Tile>() with the tile of unrounded scores.
 template <class F>
 SPARSE_ATTN_INLINE void with_exact_tile(DType dtype, const F& f) {
-    if (dtype == DType::kFloat32) f.template operator()<float, FloatTile>();
-    if (dtype == DType::kBFloat16) f.template operator()<bfloat16, BFloat16Tile>();
-    if (dtype == DType::kFloat16) f.template operator()<float16, FloatTile>();
+    if (dtype == DType::kFloat32) f.template operator()<float, Streamed<FloatTile>>();
+    if (dtype == DType::kBFloat16) f.template operator()<bfloat16, Streamed<BFloat16Tile>>();
+    if (dtype == DType::kFloat16) f.template operator()<float16, Streamed<FloatTile>>();
 }
 
 // Calls f.template operator()<R>() for the smallest tile that holds `rows` queries.
@@ -176,6 +275,9 @@ SPARSE_ATTN_INLINE auto with_rows(int64_t rows, const F& f) {
     }
     return f.template operator()<MR>();
 }
+// So few rows that keys are not stored as a panel.
+constexpr int kStreamedRows = 4;
+
 SPARSE_ATTN_INLINE int64_t tile_rows(int64_t rows) {
     return with_rows(rows, []<int R>() -> int64_t { return R; });
 }
