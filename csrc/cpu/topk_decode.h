@@ -22,10 +22,11 @@ inline bool decodes(const SelectParams& p) {
 // Fills the indices. As soon as the row of a group and query is there, row_done(b, group, query, scratch) is
 // called by some thread, with row_bytes of scratch.
 template <class F>
-void decode(const SelectParams& p, int64_t row_bytes, const F& row_done) {
+void decode(const SelectParams& p, int64_t row_bytes, const F& row_done, const KeyIndexParams& index = {}) {
     const cpu::DecodeKernels& k = cpu::topk_decode_kernels();
     DecodeParams d{};
     d.select = p;
+    d.index = index;
     const int64_t panels = k.panels(p), heads = p.batch * p.kv_heads, groups = p.rule.groups;
     const int64_t rows = p.batch * p.heads * p.query_length, selections = p.batch * groups * p.query_length;
     const double products = static_cast<double>(rows) * p.key_length * p.head_dim;
@@ -35,7 +36,7 @@ void decode(const SelectParams& p, int64_t row_bytes, const F& row_done) {
     const int64_t threads = parallel ? torch::stable::get_num_threads() : 1;
     const int64_t wanted = heads % threads == 0 ? 1 : blocks(4 * threads, heads);
     const int64_t least = blocks(std::max<int64_t>(1024, 4 * p.top_k), k.panel_keys());
-    d.chunk = std::max(blocks(panels, wanted), least);
+    d.chunk = blocks(std::max(blocks(panels, wanted), least), 2) * 2;  // whole blocks of an index, too
     d.chunks = std::max<int64_t>(1, blocks(panels, d.chunk));
     d.kept = std::min(p.top_k, d.chunk * k.panel_keys());
 

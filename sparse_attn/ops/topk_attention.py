@@ -8,8 +8,10 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention, topk_select
+from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Op
+from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -38,6 +40,7 @@ def attend_best(
     top_k: int,
     rule: Rule,
     *,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices [B, G, Tq, K]) of the selection by true q·k."""
@@ -46,6 +49,14 @@ def attend_best(
     checks.value_of(key, value)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
+    if key_index is not None and key_indices.serves(key_index, query, key, packed):
+        # Two ops with the result of one: a selection through the index is no matter of attention.
+        indices = topk_select.select(
+            query, key, top_k, rule, key_index=key_index, backend=backend, function="topk_attention"
+        )
+        return *gathered_attention.attend(
+            query, key, value, indices, scale=packed.scale, backend=backend
+        ), indices
     wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
@@ -66,6 +77,7 @@ def topk_attention(
     share: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention of each query to its `top_k` best keys alone, in place of scaled_dot_product_attention.
@@ -93,6 +105,7 @@ def topk_attention(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
+        key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
@@ -115,7 +128,7 @@ def topk_attention(
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
-    out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
+    out, lse, indices = attend_best(query, key, value, top_k, rule, key_index=key_index, backend=backend)
     if not return_lse and not return_indices:
         return out
     return (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
@@ -184,6 +197,7 @@ def explain(
     share: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Explanation:
     """Says which wing `topk_attention` with these arguments would run on, and why not each other one; runs nothing.
@@ -199,5 +213,6 @@ def explain(
     return explain_call(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
-        return_lse=return_lse, return_indices=return_indices, backend=backend,
+        return_lse=return_lse, return_indices=return_indices, key_index=key_index,
+        backend=backend,
     )  # fmt: skip

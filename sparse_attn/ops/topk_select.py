@@ -14,8 +14,10 @@ from torch.nn.functional import pad
 
 from sparse_attn import checks
 from sparse_attn import rule as rules
+from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Op
+from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.rule import PackedRule, Rule, selection_shape
 
 
@@ -47,6 +49,7 @@ def select(
     *,
     rounded: bool = False,
     among: Among | None = None,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
     function: str = "topk_select",
 ) -> Tensor:  # int32 [B, G, Tq, K]
@@ -63,6 +66,10 @@ def select(
         blocks = checks.blocks_of(among.blocks, query, key, query_tile)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
+    if key_index is not None and key_indices.serves(key_index, query, key, packed):
+        wing = key_indices.OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
+        index = key_index.codes, key_index.bounds, key_index.shift
+        return key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index)
     options: tuple[bool, Tensor | None, int, int] = (rounded, None, 1, 1)
     if among is not None:
         blocks = _of_groups(blocks, -(-key.shape[2] // block_size), packed.groups, rule.share)
@@ -102,6 +109,7 @@ def topk_select(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each query the `top_k` keys of the largest :math:`q \cdot k`, exactly, without a [Tq, Tk] matrix.
@@ -122,6 +130,7 @@ def topk_select(
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
+        key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
@@ -142,7 +151,7 @@ def topk_select(
         torch.Size([1, 2, 128, 16])
     """
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
-    return select(query, key, top_k, rule, backend=backend)
+    return select(query, key, top_k, rule, key_index=key_index, backend=backend)
 
 
 def quantized_select(

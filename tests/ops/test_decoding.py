@@ -100,7 +100,9 @@ def test_number_of_threads(wing, dtype, share):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(assert_same(wing, inputs, 100, share=share, is_causal=True, causal_offset=8990, window=5))
+        results.append(
+            assert_same(wing, inputs, 100, share=share, is_causal=True, causal_offset=8990, window=5)
+        )
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)

@@ -2,7 +2,7 @@
 // over threads. Selections, ties and NaN are those of topk_select.cpp, to the bit.
 #include "topk_decode.h"
 
-#include "lib/decode_tile.h"
+#include "lib/decode_index.h"
 #include "lib/select_shared.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -40,8 +40,12 @@ int64_t scan_scratch_bytes(const DecodeParams& d) {
     int64_t column = 0;
     with_exact_tile(p.dtype, [&]<class T, class Tile>() { column = words<Tile>(p); });
     const int64_t candidates = shared_heads(p) > 1 ? 0 : rows * (buffer * 8 + 128) + buffer * 4;
-    return column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4) + candidates +
-           1024;
+    const int64_t plain = column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4);
+    const int64_t listed = survivor_room(d.kept) + kSlack, four = (p.head_dim + 3) / 4;
+    const int64_t of_row = static_cast<int64_t>(sizeof(RoundedQuery) + sizeof(Visible) + sizeof(Survivors));
+    const int64_t index =
+        (rows + kIndexRows) * (of_row + four * 4 + listed * 12 + 192) + listed * 4 + p.head_dim * 4;
+    return maximum(plain + candidates, d.index.codes ? index : 0) + 1024;
 }
 
 // Queries of a key head in tiles of up to MR rows, [words][R] each.
@@ -100,6 +104,17 @@ SPARSE_ATTN_INLINE void each_tile(const SelectParams& p, DecodeChunk t, Range pa
     }
 }
 
+// Hands over the best of a chunk for row r of its head.
+inline void keep_of_chunk(const DecodeParams& d, DecodeChunk t, int64_t r, Candidates& c, int32_t* keys) {
+    const SelectParams& p = d.select;
+    if (c.count > c.keep) keep_best<false>(c, keys);
+    const int64_t head = t.kv_head * (p.heads / p.kv_heads) + r / p.query_length;
+    const int64_t slot = row_of(p, t.b, head, r % p.query_length) * d.chunks + t.chunk;
+    d.best_counts[slot] = c.count;
+    memcpy(d.best_scores + slot * d.kept, c.scores, static_cast<size_t>(c.count) * 4);
+    memcpy(d.best_indices + slot * d.kept, c.indices, static_cast<size_t>(c.count) * 4);
+}
+
 // A selection per head: the best of the chunk for each row.
 template <class T, class Tile>
 void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
@@ -146,15 +161,113 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
                 if (c.count > capacity) threshold[first + r] = keep_best<true>(c, keys);
             }
         });
-    for (int64_t r = 0; r < rows; ++r) {
-        Candidates& c = row[r].c;
-        if (c.count > c.keep) keep_best<false>(c, keys);
-        const int64_t h = t.kv_head * per_kv + r / p.query_length;
-        const int64_t slot = row_of(p, t.b, h, r % p.query_length) * d.chunks + t.chunk;
-        d.best_counts[slot] = c.count;
-        memcpy(d.best_scores + slot * d.kept, c.scores, static_cast<size_t>(c.count) * 4);
-        memcpy(d.best_indices + slot * d.kept, c.indices, static_cast<size_t>(c.count) * 4);
+    for (int64_t r = 0; r < rows; ++r) keep_of_chunk(d, t, r, row[r].c, keys);
+}
+
+// The same through the key index; false where its bounds are of no use here.
+template <class T, class Tile>
+bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
+    const SelectParams& p = d.select;
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t rows = rows_of(p), per_kv = p.heads / p.kv_heads, column = words<Tile>(p);
+    const int64_t four = (p.head_dim + 3) / 4, room = survivor_room(d.kept), buffer = room + kSlack;
+    const int64_t head = t.b * p.kv_heads + t.kv_head;
+    RoundedQuery* rounded = scratch.take<RoundedQuery>(round_up(rows, kIndexRows));
+    int32_t* queries = scratch.take<int32_t>(round_up(rows, kIndexRows) * four);
+    Visible* visible = scratch.take<Visible>(rows);
+    Survivors* survivors = scratch.take<Survivors>(rows);
+    int32_t* order = scratch.take<int32_t>(buffer);
+    float* query = scratch.take<float>(maximum(p.head_dim, column));
+
+    int64_t begin = INT64_MAX, end = 0;
+    for (int64_t r = 0; r < round_up(rows, kIndexRows); ++r) {
+        rounded[r] = {};
+        for (int64_t w = 0; w < four; ++w) queries[r * four + w] = 0;
+        if (r >= rows) continue;
+        const int64_t h = t.kv_head * per_kv + r / p.query_length, i = r % p.query_length;
+        Visible& v = visible[r];
+        v = visible_to(p, t.b, h, i);
+        const int64_t keep = p.top_k - forced_count(v);
+        survivors[r] = {scratch.take<float>(buffer),   scratch.take<float>(buffer),
+                        scratch.take<int32_t>(buffer), 0,
+                        static_cast<int32_t>(keep),    closed_threshold()};
+        if (!chooses(v, keep)) {
+            v.end = v.sink_end;
+            continue;
+        }
+        const Strides& s = p.query_strides;
+        FloatTile::pack_column<true>(query, 1, static_cast<const T*>(p.query) + t.b * s.b + h * s.h + i * s.t,
+                                     s.d, p.head_dim, p.head_dim, sign_of(p.rule.scale));
+        rounded[r].fit(query, d.index.shift + head * p.head_dim, p.head_dim, queries + r * four);
+        if (!rounded[r].useful) return false;
+        survivors[r].threshold = open_threshold();
+        begin = minimum(begin, v.sink_end);
+        end = maximum(end, v.end);
     }
+    begin = maximum(begin, t.chunk * d.chunk * NR) / kIndexKeys;
+    end = minimum(end, (t.chunk + 1) * d.chunk * NR);
+    alignas(64) float products[kIndexRows * kIndexKeys];
+    for (int64_t n = begin; n * kIndexKeys < end; ++n) {
+        const int64_t base = n * kIndexKeys;
+        const int8_t* block = d.index.codes + (head * d.index.blocks + n) * four * 64;
+        const float* numbers = d.index.bounds + (head * d.index.blocks + n) * 3 * kIndexKeys;
+        for (int64_t first = 0; first < rows; first += kIndexRows) {
+            const int64_t count = minimum<int64_t>(kIndexRows, rows - first);
+            const auto multiply = [&]<int R>() __attribute__((always_inline)) {
+                byte_products<R>(block, four, queries + first * four, four, rounded + first, products);
+            };
+            if (count == 1)
+                multiply.template operator()<1>();
+            else if (count == 2)
+                multiply.template operator()<2>();
+            else if (count == 3)
+                multiply.template operator()<3>();
+            else
+                multiply.template operator()<4>();
+            for (int64_t r = 0; r < count; ++r) {
+                Survivors& own = survivors[first + r];
+                const RoundedQuery& q = rounded[first + r];
+                const Vec norm_factor = broadcast(q.norm_factor), error_factor = broadcast(q.error_factor),
+                          rest = broadcast(q.rest), threshold = broadcast(own.threshold);
+#pragma GCC unroll 4
+                for (int j = 0; j < kIndexKeys; j += W) {
+                    const Vec score = load(products + r * kIndexKeys + j) * load(numbers + j);
+                    const Vec bound = fma(load(numbers + 2 * kIndexKeys + j), norm_factor,
+                                          fma(load(numbers + kIndexKeys + j), error_factor, rest));
+                    const Vec high = score + bound;
+                    uint32_t bits = not_le(high, threshold);
+                    if (!bits) continue;
+                    bits &= candidate_bits(visible[first + r], base + j, W);
+                    if (!bits) continue;
+                    // The bits twice: high and low of the same keys.
+                    append(own.high + own.count, own.indices + own.count, bits, high,
+                           static_cast<int32_t>(base) + j);
+                    own.count += append(own.low + own.count, own.indices + own.count, bits, score - bound,
+                                        static_cast<int32_t>(base) + j);
+                }
+                if (own.count <= room - kIndexKeys) continue;
+                own.cut(order);
+                if (own.count > room / 4 * 3) return false;
+            }
+        }
+    }
+    const T* keys = static_cast<const T*>(p.key) + t.b * p.key_strides.b + t.kv_head * p.key_strides.h;
+    for (int64_t r = 0; r < rows; ++r) {
+        Survivors& own = survivors[r];
+        const int64_t h = t.kv_head * per_kv + r / p.query_length, i = r % p.query_length;
+        Candidates c{own.low, own.indices, own.count, own.keep};
+        if (own.count > 0) {
+            own.cut(order);
+            const Strides& s = p.query_strides;
+            Tile::template pack_column<true>(query, 1,
+                                             static_cast<const T*>(p.query) + t.b * s.b + h * s.h + i * s.t,
+                                             s.d, p.head_dim, column, sign_of(p.rule.scale));
+            c.count = own.count;
+            listed_scores<T, Tile>(keys, p.key_strides.t, p.head_dim, query, c.indices, c.count, c.scores);
+        }
+        keep_of_chunk(d, t, r, c, order);
+    }
+    return true;
 }
 
 // One selection for several heads: the scores of the chunk for each row that has to choose.
@@ -183,7 +296,7 @@ void scan(const DecodeParams& d, DecodeChunk t, void* scratch) {
     with_exact_tile(d.select.dtype, [&]<class T, class Tile>() {
         if (shared_heads(d.select) > 1)
             scan_all<T, Tile>(d, t, scratch);
-        else
+        else if (!d.index.codes || !scan_index<T, Tile>(d, t, scratch))
             scan_best<T, Tile>(d, t, scratch);
     });
 }

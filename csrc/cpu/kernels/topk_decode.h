@@ -6,6 +6,14 @@
 
 namespace sparse_attn {
 
+// 8-bit rows of the keys (lib/decode_index.h), or nulls.
+struct KeyIndexParams {
+    const int8_t* codes;  // [B, Hkv, N, ⌈D/4⌉, 16, 4]: four components each of 16 keys, k̂ / scale
+    const float* bounds;  // [B, Hkv, N, 3, 16]: scale, ≥ ‖k − μ − k̂‖, ≥ ‖k − μ‖
+    const float* shift;   // [B, Hkv, D]: μ
+    int64_t blocks;       // N
+};
+
 struct DecodeParams {
     SelectParams select;    // neither rounded nor with blocks; the components of a key lie side by side
     int64_t chunk, chunks;  // a head's keys are scanned in chunks of so many panels
@@ -14,6 +22,7 @@ struct DecodeParams {
     float* best_scores;     // [B, Hq, Tq, chunks, kept]
     int32_t* best_indices;  // likewise
     int32_t* best_counts;   // [B, Hq, Tq, chunks]
+    KeyIndexParams index;
     // One selection for several heads: all scores, then probabilities without their factor, and that factor.
     int64_t length;  // whole panels
     float* scores;   // [B, Hq, Tq, length]
@@ -21,6 +30,8 @@ struct DecodeParams {
 };
 
 namespace cpu {
+
+constexpr int kIndexKeys = 16;  // of a block
 
 // A chunk of the keys of one key head, for all queries of all heads that use it.
 struct DecodeChunk {
