@@ -140,20 +140,26 @@ struct Survivors {
             least = minimum(least, order[i]);
             most = maximum(most, order[i]);
         }
-        while (least != most) {  // the largest number that `keep` of them reach
+        // A number that `keep` of them reach, and few more: the closer, the better the threshold.
+        int32_t reached = count;
+        while (least != most && reached > keep + keep / 16) {
             const uint32_t distance = static_cast<uint32_t>(most) - static_cast<uint32_t>(least);
             const int32_t middle =
                 static_cast<int32_t>(static_cast<uint32_t>(least) + distance / 2 + (distance & 1));
-            if (count_ge(order, padded, middle) >= keep)
+            const int32_t n = count_ge(order, padded, middle);
+            if (n >= keep) {
                 least = middle;
-            else
+                reached = n;
+            } else {
                 most = middle - 1;
+            }
         }
         threshold = float_of_order(least);
         int32_t n = 0;
-        for (int32_t i = 0; i < count; ++i) {  // as in compress_to, in place and in order
-            low[n] = low[i], high[n] = high[i], indices[n] = indices[i];
-            n += !(high[i] <= threshold);
+        for (int32_t i = 0; i < count; i += W) {
+            const uint32_t bits = not_le(load(high + i), broadcast(threshold)) & low_bits(count - i);
+            compress_to(high + n, order, bits, high + i, order + i);  // the order has served
+            n += compress_to(low + n, indices + n, bits, low + i, indices + i);
         }
         count = n;
     }
