@@ -35,7 +35,7 @@ class KeyIndex:
 
     so most keys are ruled out by reading D + 12 bytes of each; the others are scored from the keys themselves.
     Indices, outputs and LSE are those without an index, to the bit. It serves up to 16 queries with a selection per
-    head (decoding); other calls take it and do without it.
+    head (decoding), on the CPU wing and the reference; other calls take it and do without it.
 
     The index knows the keys that it was made of and given since: it is for the caller to append, reorder and crop it
     as the cache is. What can be seen (sizes, dtype, device) is checked at each call.
@@ -136,6 +136,10 @@ class KeyIndex:
             f"KeyIndex of {self.length} keys (B={batch}, Hkv={heads}, D={self.shift.shape[2]}, {self.dtype})"
         )
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the op takes of it."""
+        return self.codes, self.bounds, self.shift
+
     def check(self, key: Tensor) -> None:
         """Raises a ValueError or TypeError where it cannot be the index of `key`."""
         self._check(key)
@@ -203,10 +207,12 @@ def _rounded(key: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def serves(index: object, query: Tensor, key: Tensor, rule: PackedRule) -> bool:
-    """Whether a call is one that an index makes cheaper; refuses what is no index of these keys.
+    """Whether there is an index, and the call is one that it makes cheaper; refuses what is no index of these keys.
 
     Heads that share a selection need every score, and many queries read a key once for all of them.
     """
+    if index is None:
+        return False
     if not isinstance(index, KeyIndex):
         raise TypeError(f"key_index must be a sparse_attn.KeyIndex, got {checks.describe(index)}")
     index.check(key)

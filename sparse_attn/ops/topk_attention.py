@@ -49,15 +49,15 @@ def attend_best(
     checks.value_of(key, value)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
-    if key_index is not None and key_indices.serves(key_index, query, key, packed):
-        # Two ops with the result of one: a selection through the index is no matter of attention.
-        indices = topk_select.select(
-            query, key, top_k, rule, key_index=key_index, backend=backend, function="topk_attention"
-        )
-        return *gathered_attention.attend(
-            query, key, value, indices, scale=packed.scale, backend=backend
-        ), indices
-    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
+    index = key_index if key_indices.serves(key_index, query, key, packed) else None
+    sizes = sizes_of(query, value)
+    if index is not None:
+        sizes["key_index"] = 1
+    wing = OP.choose(query, backend, rule=rule, sizes=sizes)
+    if index is not None and key_indices.OP.has(wing):
+        # Two ops with the result of one: attention does not depend on how its keys were found.
+        indices = key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
+        return *gathered_attention.OP.on(wing)(query, key, value, indices, packed.scale), indices
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 

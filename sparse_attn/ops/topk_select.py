@@ -66,15 +66,16 @@ def select(
         blocks = checks.blocks_of(among.blocks, query, key, query_tile)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
-    if key_index is not None and key_indices.serves(key_index, query, key, packed):
-        wing = key_indices.OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
-        index = key_index.codes, key_index.bounds, key_index.shift
-        return key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index)
+    index = key_index if key_indices.serves(key_index, query, key, packed) else None
+    if index is not None:
+        sizes["key_index"] = 1
     options: tuple[bool, Tensor | None, int, int] = (rounded, None, 1, 1)
     if among is not None:
         blocks = _of_groups(blocks, -(-key.shape[2] // block_size), packed.groups, rule.share)
         options = (rounded, blocks, block_size, query_tile)
     wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
+    if index is not None and key_indices.OP.has(wing):
+        return key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
     return OP.on(wing)(query, key, top_k, *packed.parts(), *options)
 
 

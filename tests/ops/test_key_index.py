@@ -204,6 +204,19 @@ def test_op(wing):
     torch.library.opcheck(overload("indexed_select", wing.name), arguments)
 
 
+@pytest.mark.skipif(not WINGS or bool(WINGS[0].missing), reason="the CPU wing has several ways")
+def test_explain_says_the_way():
+    query, key, value = qkv(1, 2, 2, 17, 50, 8)
+    one, index = query[:, :, :1], KeyIndex.of(key)
+    assert "keys are packed" in str(sparse_attn.explain(query, key, value, 5, key_index=index))
+    assert "each key is read once" in str(sparse_attn.explain(one, key, value, 5))
+    assert "each key is read once" in str(
+        sparse_attn.explain(one, key, value, 5, share="all", key_index=index)
+    )
+    assert "the key index" in str(sparse_attn.explain(one, key, value, 5, key_index=index))
+    assert sparse_attn.explain(one, key, value, 5, backend="reference").way is None
+
+
 @pytest.mark.skipif(not WINGS or bool(WINGS[0].missing), reason="the wings that have it")
 def test_refusals():
     query, key, value = qkv(2, 4, 2, 1, 50, 8)
