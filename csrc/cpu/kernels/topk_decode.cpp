@@ -213,7 +213,7 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
         const float* numbers = d.index.bounds + (head * d.index.blocks + n) * 3 * kIndexKeys;
         for (int64_t first = 0; first < rows; first += kIndexRows) {
             const int64_t count = minimum<int64_t>(kIndexRows, rows - first);
-            const auto multiply = [&]<int R>() __attribute__((always_inline)) {
+            const auto multiply = [&]<int R>() {
                 byte_products<R>(block, four, queries + first * four, four, rounded + first, products);
             };
             if (count == 1)
@@ -239,11 +239,7 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
                     if (!bits) continue;
                     bits &= candidate_bits(visible[first + r], base + j, W);
                     if (!bits) continue;
-                    // The bits twice: high and low of the same keys.
-                    append(own.high + own.count, own.indices + own.count, bits, high,
-                           static_cast<int32_t>(base) + j);
-                    own.count += append(own.low + own.count, own.indices + own.count, bits, score - bound,
-                                        static_cast<int32_t>(base) + j);
+                    own.add(bits, score - bound, high, static_cast<int32_t>(base) + j);
                 }
                 if (own.count <= room - kIndexKeys) continue;
                 own.cut(order);

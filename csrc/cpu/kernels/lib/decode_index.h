@@ -65,8 +65,8 @@ struct RoundedQuery {
 
 // The 16 keys of a block times R queries, in whole numbers: out[r][16]. `queries` is [R][words].
 template <int R>
-SPARSE_ATTN_INLINE void byte_products(const int8_t* block, int64_t words, const int32_t* queries,
-                                      int64_t stride, const RoundedQuery* of, float* out) {
+__attribute__((noinline)) void byte_products(const int8_t* block, int64_t words, const int32_t* queries,
+                                             int64_t stride, const RoundedQuery* of, float* out) {
 #if defined(__AVX512VNNI__)
     __m512i sums[R];
 #pragma GCC unroll 4
@@ -84,28 +84,28 @@ SPARSE_ATTN_INLINE void byte_products(const int8_t* block, int64_t words, const 
         _mm512_storeu_ps(out + r * kIndexKeys, _mm512_maskz_cvtepi32_ps(0xffff, sums[r]));
 #elif defined(__AVX2__)
     (void)of;
-    __m256i sums[R][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int64_t w = 0; w < words; ++w)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
+    for (int64_t half = 0; half < kIndexKeys;
+         half += 8) {  // one after the other: their sums stay in registers
+        __m256i sums[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r] = _mm256_setzero_si256();
+        for (int64_t w = 0; w < words; ++w) {
             const __m256i keys =
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + w * 64 + h * 32));
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + w * 64 + half * 4));
             const __m256i sizes = _mm256_abs_epi8(keys);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 // |k| times q with the sign of k: pairs sum to at most 2·127², which 16 bits hold.
                 const __m256i query = _mm256_sign_epi8(_mm256_set1_epi32(queries[r * stride + w]), keys);
                 const __m256i pairs = _mm256_maddubs_epi16(sizes, query);
-                sums[r][h] = _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(pairs, ones));
+                sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(pairs, ones));
             }
         }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-        for (int h = 0; h < 2; ++h)
-            _mm256_storeu_ps(out + r * kIndexKeys + h * 8, _mm256_cvtepi32_ps(sums[r][h]));
+        for (int r = 0; r < R; ++r)
+            _mm256_storeu_ps(out + r * kIndexKeys + half, _mm256_cvtepi32_ps(sums[r]));
+    }
 #else
     (void)of;
     for (int r = 0; r < R; ++r) {
@@ -128,6 +128,22 @@ struct Survivors {
     int32_t* indices;
     int32_t count, keep;
     float threshold;  // `keep` keys have at least this score
+
+    // The marked keys of a vector, the first of which is `first`.
+    SPARSE_ATTN_INLINE void add(uint32_t bits, Vec lowest, Vec highest, int32_t first) {
+#if defined(__AVX512F__)
+        append(high + count, indices + count, bits, highest, first);
+        count += append(low + count, indices + count, bits, lowest, first);
+#else
+        float both[2][W];
+        store(both[0], lowest);
+        store(both[1], highest);
+        for (; bits; bits &= bits - 1, ++count) {
+            const int lane = __builtin_ctz(bits);
+            low[count] = both[0][lane], high[count] = both[1][lane], indices[count] = first + lane;
+        }
+#endif
+    }
 
     // Drops what cannot be among the best. `order` is scratch of the same length.
     inline void cut(int32_t* order) {
@@ -181,13 +197,18 @@ inline void listed_scores(const T* keys, int64_t stride, int64_t head_dim, const
         for (int64_t j = i + W; j < minimum(n, i + 2 * W); ++j)
             for (int64_t at = 0; at < row_bytes; at += 64)
                 __builtin_prefetch(reinterpret_cast<const char*>(keys + indices[j] * stride) + at);
+        const T* rows[W];
+        for (int64_t j = 0; j < W; ++j) rows[j] = keys + indices[minimum(i + j, n - 1)] * stride;
         Vec total = zero();
         for (int64_t w = 0; w < word_count; w += W) {
             const int64_t count = minimum<int64_t>(W, word_count - w);
             Vec block[W];
-            for (int64_t j = 0; j < W; ++j)
-                block[j] =
-                    load_words_n<Tile>(keys + indices[minimum(i + j, n - 1)] * stride, w, count, head_dim);
+            if ((w + W) * Tile::kDepth <= head_dim) {
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j) block[j] = load_words<Tile>(rows[j], w);
+            } else {
+                for (int64_t j = 0; j < W; ++j) block[j] = load_words_n<Tile>(rows[j], w, count, head_dim);
+            }
             transpose(block);
             for (int64_t c = 0; c < count; ++c) total = Tile::multiply_add(query + w + c, block[c], total);
         }
