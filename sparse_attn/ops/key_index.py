@@ -22,6 +22,7 @@ OP = Op(
     "indexed_select",
     f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, Tensor codes, Tensor bounds, Tensor shift) -> Tensor",
     fake,
+    batch="query key codes bounds shift out",
 )
 
 

@@ -36,6 +36,10 @@ def among_many(wing, inputs, top_k, **options):
     if options.get("attn_mask") is not None and options["attn_mask"].shape[-2] > 1:
         seen = options["attn_mask"]
         options["attn_mask"] = torch.cat((seen, seen[..., :1, :].expand(*seen.shape[:-2], MANY, -1)), dim=-2)
+    if options.get("key_starts") is not None and options["key_starts"].dim() == 2:
+        options["key_starts"] = torch.cat(
+            (options["key_starts"], options["key_starts"].new_zeros(1, 1).expand(query.shape[0], MANY)), dim=1
+        )
     results = wing.topk_attention(longer, *inputs[1:], top_k, return_lse=True, return_indices=True, **options)
     return [t[:, :, : query.shape[2]] for t in results]
 

@@ -272,13 +272,15 @@ void scan_all(const DecodeParams& d, DecodeChunk t, void* memory) {
     const SelectParams& p = d.select;
     Scratch scratch{static_cast<char*>(memory)};
     const int64_t per_kv = p.heads / p.kv_heads, group = t.kv_head * per_kv / shared_heads(p);
-    int64_t end = 0;  // the probabilities of all visible keys are needed
+    int64_t begin = INT64_MAX, end = 0;  // the probabilities of all visible keys are needed
     for (int64_t i = 0; i < p.query_length; ++i) {
         const Visible v = visible_to(p, t.b, group, i);
-        if (chooses(v, p.top_k - forced_count(v))) end = maximum(end, v.limit);
+        if (!chooses(v, p.top_k - forced_count(v))) continue;
+        begin = minimum(begin, v.begin);
+        end = maximum(end, v.limit);
     }
     each_tile<T, Tile, false>(
-        p, t, panels_between(d, t.chunk, 0, end), scratch, nullptr,
+        p, t, panels_between(d, t.chunk, begin, end), scratch, nullptr,
         [&](int64_t base, int64_t first, int64_t count, const float* tile, uint32_t, const uint32_t*) {
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t h = t.kv_head * per_kv + (first + r) / p.query_length;
@@ -311,8 +313,9 @@ void weigh(const DecodeParams& d, DecodeRow t, void* memory) {
     const int64_t group = t.head / shared_heads(p), row = row_of(p, t.b, t.head, t.query);
     const Visible v = visible_to(p, t.b, group, t.query);
     if (!chooses(v, p.top_k - forced_count(v))) return;
-    const Panels panels = panels_of(p, t.b, group, {t.query, t.query + 1}, v.limit, scratch);
-    d.weights[row] = exponentiate(d.scores + row * d.length, panels, v, __builtin_fabsf(p.rule.scale));
+    const Panels panels = panels_of(p, t.b, group, {t.query, t.query + 1}, v, scratch);
+    d.weights[row] =
+        exponentiate(d.scores + row * d.length + panels.first[0], panels, v, __builtin_fabsf(p.rule.scale));
 }
 
 // The best of the chunks' best.
