@@ -4,7 +4,15 @@ One sentence per error: which argument, what came, what is accepted. All checks 
 numbers; the few that must read tensor values are marked and run only where that costs no device synchronisation.
 """
 
-from sparse_attn.checks.attention import blocks_of, indexer_weights, indices_of, query_key, value_of
+from sparse_attn.checks.attention import (
+    blocks_of,
+    indexer_weights,
+    indices_of,
+    keys,
+    query_key,
+    sequences,
+    value_of,
+)
 from sparse_attn.checks.rule import (
     SHARES,
     budget,
@@ -32,9 +40,11 @@ __all__ = [
     "indices_of",
     "integer",
     "kept",
+    "keys",
     "lengths_of",
     "mask_of",
     "query_key",
+    "sequences",
     "softmax_scale",
     "starts_of",
     "token_batch",

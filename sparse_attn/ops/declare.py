@@ -94,6 +94,10 @@ class Op:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
         return base.choose(self.name, tensor, backend, function or self.name, rule, sizes or base.NO_SIZES)
 
+    def has(self, wing: str) -> bool:
+        """Whether that wing has this op."""
+        return wing in self._overloads
+
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""
         return self._overloads[wing]

@@ -7,8 +7,10 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention, topk_select
+from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Forward, Op
+from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -44,6 +46,7 @@ def attend_best(
     top_k: int,
     rule: Rule,
     *,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices [B, G, Tq, K]) of the selection by true q·k."""
@@ -52,7 +55,15 @@ def attend_best(
     checks.value_of(key, value)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
-    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
+    index = key_index if key_indices.serves(key_index, query, key, packed) else None
+    sizes = sizes_of(query, value)
+    if index is not None:
+        sizes["key_index"] = 1
+    wing = OP.choose(query, backend, rule=rule, sizes=sizes)
+    if index is not None and key_indices.OP.has(wing):
+        # Two ops with the result of one: attention does not depend on how its keys were found.
+        indices = key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
+        return *gathered_attention.OP.on(wing)(query, key, value, indices, packed.scale), indices
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 
@@ -73,6 +84,7 @@ def topk_attention(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention of each query to its `top_k` best keys alone, in place of scaled_dot_product_attention.
@@ -102,6 +114,7 @@ def topk_attention(
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
+        key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
@@ -125,7 +138,7 @@ def topk_attention(
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
-    out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
+    out, lse, indices = attend_best(query, key, value, top_k, rule, key_index=key_index, backend=backend)
     if not return_lse and not return_indices:
         return out
     return (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
@@ -196,6 +209,7 @@ def explain(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Explanation:
     """Says which wing `topk_attention` with these arguments would run on, and why not each other one; runs nothing.
@@ -211,5 +225,6 @@ def explain(
     return explain_call(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
-        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, backend=backend,
+        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts,
+        key_index=key_index, backend=backend,
     )  # fmt: skip

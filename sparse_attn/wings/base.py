@@ -34,6 +34,7 @@ class Wing:
     `why_not(op, device_type, dtype)` is None where the wing takes such a call, else the reason in one clause.
     `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …); of an
     option that it does not have, 0. `rule` names the parts of the rule that its kernels know; None: all.
+    `way(op, sizes)` says how such a call goes, where the wing has more than one way.
     A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
@@ -44,6 +45,7 @@ class Wing:
     limits: dict[str, int] = field(default_factory=dict)
     rule: frozenset[str] | None = None
     by_name_only: bool = False
+    way: Callable[[str, dict[str, int]], str | None] = lambda op, sizes: None
 
     def __post_init__(self) -> None:
         if self.rule is not None and self.rule.issuperset(part.name for part in fields(Rule)):
@@ -243,7 +245,10 @@ def choose(
         why = reasons(op, device_type, dtype, rule, **sizes)
         raise ValueError(f"no backend runs {function or op} on {device_type} with {dtype}: {why}")
     if not plain and _here.thread.explaining:
-        raise _Explained(Explanation(function or op, chosen, reasons(op, device_type, dtype, rule, **sizes)))
+        way = _state.wings[chosen].way(op, sizes)
+        raise _Explained(
+            Explanation(function or op, chosen, reasons(op, device_type, dtype, rule, **sizes), way)
+        )
     if chosen == "reference" and forced is None and device_type not in ("cpu", "meta"):
         _warn_reference(op, device_type, dtype, sizes, rule)
     return chosen
@@ -256,9 +261,11 @@ class Explanation:
     op: str
     backend: str
     reasons: dict[str, str | None]  # None: it could take the call
+    way: str | None = None  # how it goes there, where the wing has several ways
 
     def __str__(self) -> str:
-        lines = [f"{self.op} runs on the {self.backend!r} wing"]
+        way = f": {self.way}" if self.way else ""
+        lines = [f"{self.op} runs on the {self.backend!r} wing{way}"]
         for name, reason in self.reasons.items():
             if name != self.backend:
                 lines.append(f"  {name}: {reason or 'it could, but is less preferred'}")
