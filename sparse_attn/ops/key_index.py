@@ -22,7 +22,6 @@ OP = Op(
     "indexed_select",
     f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, Tensor codes, Tensor bounds, Tensor shift) -> Tensor",
     fake,
-    batch="query key codes bounds shift out",
 )
 
 
@@ -68,7 +67,7 @@ class KeyIndex:
             TypeError, ValueError: `key` is no tensor of that shape in float32, float16, bfloat16 or float64.
         """
         checks.keys("key", key)
-        checks.integer("capacity", capacity, 0)
+        capacity = checks.integer("capacity", capacity, 0)
         batch, heads, length, dim = key.shape
         blocks = -(-max(length, capacity) // BLOCK)
         # Any shift is right; the mean of the keys makes what is rounded small.
@@ -184,6 +183,8 @@ class KeyIndex:
         whole = count // BLOCK
         for to, rows in ((self.codes, codes), (self.bounds, bounds)):
             blocks = rows[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).transpose(3, 4)
+            if to is self.codes:  # words of four, which copy faster than bytes
+                blocks, to = blocks.view(torch.int32), to.view(torch.int32)
             to[:, :, first : first + whole] = blocks
         if count % BLOCK:
             self._write(begin + whole * BLOCK, codes[:, :, whole * BLOCK :], bounds[:, :, whole * BLOCK :])
@@ -192,18 +193,34 @@ class KeyIndex:
 def _rounded(key: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """keys [B, Hkv, t, D] → (whole numbers int8 [B, Hkv, t, ⌈D/4⌉, 4], float32 [B, Hkv, t, 3]: their scale, and no
     less than the norms of what rounding changed and of the shifted key)."""
-    rows = key.double() - shift.double().unsqueeze(2)
-    norm = rows.norm(dim=-1)
+    dim, compute = key.shape[3], torch.promote_types(key.dtype, torch.float32)
+    rows = key.to(compute) - shift.to(compute).unsqueeze(2)
+    largest, norm = rows.abs().amax(-1), rows.norm(dim=-1)
     # Products with larger keys could leave float32; the infinite norm lets them pass every bound.
     useful = norm < 1e18
-    rows = torch.where(useful.unsqueeze(-1), rows, 0.0)
-    scale = (rows.abs().amax(-1) / 127.0).float()
-    step = scale.double().unsqueeze(-1)
-    numbers = torch.where(step > 0, (rows / step).round().clamp(-127.0, 127.0), 0.0)
-    error = (rows - numbers * step).norm(dim=-1)
-    bounds = torch.stack((scale.double(), error, torch.where(useful, norm, torch.inf)), dim=-1)
-    bounds[..., 1:] *= 1 + 1e-6
-    numbers = torch.nn.functional.pad(numbers, (0, -key.shape[3] % 4)).to(torch.int8)
+    if not bool(useful.all()):
+        rows = torch.where(useful.unsqueeze(-1), rows, 0.0)
+        largest = torch.where(useful, largest, 0.0)
+    scale = (largest / 127.0).float()
+    step = scale.to(compute).unsqueeze(-1)
+    # A scale of 0 has rows of next to nothing, which take no part in a product.
+    numbers = torch.where(step > 0, rows / step, 0.0).round_().clamp_(-127.0, 127.0)
+    error = rows.sub_(numbers * step).norm(dim=-1)
+    # What the arithmetic above can have lost: of each component a few units, of each sum of squares D of them, and
+    # all of it where squares vanish.
+    unit = torch.finfo(compute).eps
+    error = error + 4 * unit * norm
+    tiny = largest < 1e-10
+    more = 1 + 2 * dim * unit + 1e-6
+    bounds = torch.stack(
+        (
+            scale.to(compute),
+            torch.where(tiny, largest * dim**0.5, error) * more,
+            torch.where(useful, torch.where(tiny, largest * dim**0.5, norm) * more, torch.inf),
+        ),
+        dim=-1,
+    )
+    numbers = torch.nn.functional.pad(numbers, (0, -dim % 4)).to(torch.int8)
     return numbers.unflatten(-1, (-1, 4)), bounds.float()
 
 
