@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
 
 
-class Indexer(torch.nn.Module):
+class Indexer(WholeState):
     r"""From hidden states to the keys that each query should attend to, at a fraction of the attention's cost.
 
     A few narrow heads with one key each per group: :math:`\mathrm{score}_{ij} = \sum_h w_{hi} \max(0, q_{hi} \cdot
