@@ -188,6 +188,17 @@ SCALES = [
     case(ValueError, ["scale", "finite", "-inf"], scale=-math.inf),
     case(ValueError, ["scale", "finite"], scale=10**400),
 ]
+KEY_INDEXES = [
+    case(TypeError, ["key_index", "sparse_attn.KeyIndex", "3 (int)"], key_index=3),
+    case(TypeError, ["key_index", "tensor of shape [2, 2]"], key_index=torch.zeros(2, 2)),
+    case(
+        ValueError, ["key_index", "it knows 1", "key has"], key_index=sparse_attn.KeyIndex.of(KEY[:, :, :1])
+    ),
+    case(
+        TypeError, ["key_index", "torch.float64 keys", "torch.float32"],
+        key_index=sparse_attn.KeyIndex.of(KEY.double()),
+    ),
+]  # fmt: skip
 BACKENDS = [
     case(ValueError, ["backend", "'cpu'", "'reference'", "None", "'cuda:0'"], backend="cuda:0"),
     case(ValueError, ["backend", "'CPU'"], backend="CPU"),
@@ -221,10 +232,19 @@ SLOTS = [
     case(ValueError, ["indices", "[2, 0, 5, 3]"], indices=INDICES[:, :0]),
 ]
 CASES = {
-    "topk_attention": [*TENSORS, *VALUES, *SELECTION, *SCALES, *BACKENDS, *LSE_FLAG, *INDEX_FLAG],
-    "topk_select": [*TENSORS, *SELECTION, *SCALES, *BACKENDS],
+    "topk_attention": [
+        *TENSORS,
+        *VALUES,
+        *SELECTION,
+        *SCALES,
+        *KEY_INDEXES,
+        *BACKENDS,
+        *LSE_FLAG,
+        *INDEX_FLAG,
+    ],
+    "topk_select": [*TENSORS, *SELECTION, *SCALES, *KEY_INDEXES, *BACKENDS],
     "gathered_attention": [*TENSORS, *VALUES, *SLOTS, *SCALES, *BACKENDS, *LSE_FLAG],
-    "explain": [*TENSORS, *VALUES, *SELECTION, *SCALES, *BACKENDS],
+    "explain": [*TENSORS, *VALUES, *SELECTION, *SCALES, *KEY_INDEXES, *BACKENDS],
 }
 
 

@@ -220,7 +220,7 @@ def _rounded(key: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         ),
         dim=-1,
     )
-    numbers = torch.nn.functional.pad(numbers, (0, -dim % 4)).to(torch.int8)
+    numbers = torch.nn.functional.pad(numbers, (0, -dim % 4)).to(torch.int8).contiguous()
     return numbers.unflatten(-1, (-1, 4)), bounds.float()
 
 

@@ -63,7 +63,7 @@ def test_contenders_compute_the_right_thing(name, kind):
     case = AttentionCase(name, 72, top_k=9, **{**TINY, **kind})
     inputs = op.inputs(case)
     for contender in op.labels:
-        if contender != "flex":
+        if contender != "flex" and (contender != "sdpa_rows" or op.problem(contender, case) is None):
             op.check(contender, case, inputs, op.prepare(contender, case, inputs))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import oracle
 from helpers.compare import assert_best
-from helpers.inputs import OPTIONS, integers, normal, options_for, qkv
+from helpers.inputs import LAYOUTS, OPTIONS, integers, normal, options_for, qkv
 from helpers.wings import overload, wings_under_test
 
 import sparse_attn
@@ -65,6 +65,11 @@ def test_rules(wing, dtype, name):
     if options.get("is_causal"):
         options["causal_offset"] = 595 + options.get("causal_offset", 0)
     assert_same(wing, inputs, 8, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(wing, dtype, layout):
+    assert_same(wing, [LAYOUTS[layout](t) for t in qkv(2, 4, 2, 2, 333, 40, dtype=dtype)], 21)
 
 
 @pytest.mark.parametrize("share", ["kv", "all"])
