@@ -1,7 +1,7 @@
 """The rule of a selection: who may see whom, what is always kept, who shares, and the scale of the scores.
 
 One object from the public function to the kernel. `Rule` is what a caller says; `Rule.packed` checks it against the
-tensors, once, and gives the `PackedRule` that crosses the ops' schemas (`SCHEMA`) in four parts. The ops put it
+tensors, once, and gives the `PackedRule` that crosses the ops' schemas (`SCHEMA`) in six parts. The ops put it
 together again for Python wings; in C++ it is csrc/common/rule.h, which reads the numbers in the order of `_NUMBERS`.
 """
 
@@ -16,8 +16,10 @@ from torch import Tensor
 from sparse_attn import checks
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
-SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, SymInt[] rule, float scale"
-PARTS = 4
+SCHEMA = (
+    "Tensor? attn_mask, Tensor? key_lengths, SymInt[] rule, float scale, float softcap, Tensor? sink_logits"
+)
+PARTS = 6
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(
@@ -38,6 +40,8 @@ class Rule:
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         scale: factor of q·k, default 1/√D.
+        softcap: if given, a score is softcap · tanh(scale · q·k / softcap); positive.
+        sink_logits: float [Hq]; one more logit per query head in the softmax's denominator, without a value.
 
     Nothing is checked before the rule meets tensors: whatever takes it raises TypeError or ValueError then.
 
@@ -58,6 +62,8 @@ class Rule:
     sinks: int = 0
     share: str = "none"
     scale: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The rule in the keywords of the public functions."""
@@ -117,6 +123,8 @@ class Rule:
             sinks,
             groups,
             checks.softmax_scale(self.scale, head_dim),
+            0.0 if self.softcap is None else checks.soft_cap(self.softcap),
+            None if self.sink_logits is None else checks.sink_logits_of(self.sink_logits, query),
         )
 
 
@@ -134,22 +142,28 @@ class PackedRule(NamedTuple):
     sinks: int
     groups: int  # G: 1, Hkv or Hq
     scale: float
+    softcap: float = 0.0  # 0: none
+    sink_logits: Tensor | None = None  # float32 (of float64 queries float64) [Hq]
 
     def first_kept(self, key_length: int) -> int:
         """How many of the first keys are always kept."""
         return min(self.sinks, key_length)
 
-    def parts(self) -> tuple[Tensor | None, Tensor | None, list[int], float]:
+    def parts(self) -> tuple[Tensor | None, Tensor | None, list[int], float, float, Tensor | None]:
         """What `SCHEMA` names."""
         numbers = [int(self.is_causal), self.causal_offset, self.window, self.sinks, self.groups]
-        return self.attn_mask, self.key_lengths, numbers, self.scale
+        return self.attn_mask, self.key_lengths, numbers, self.scale, self.softcap, self.sink_logits
 
     @classmethod
     def of_parts(
-        cls, attn_mask: Tensor | None, key_lengths: Tensor | None, numbers: list[Any], scale: float
+        cls,
+        attn_mask: Tensor | None,
+        key_lengths: Tensor | None,
+        numbers: list[Any],
+        *scores: Any,  # scale, softcap, sink_logits
     ) -> PackedRule:
         is_causal, causal_offset, window, sinks, groups = numbers
-        return cls(attn_mask, key_lengths, bool(is_causal), causal_offset, window, sinks, groups, scale)
+        return cls(attn_mask, key_lengths, bool(is_causal), causal_offset, window, sinks, groups, *scores)
 
 
 def selection_shape(query: Tensor, key: Tensor, top_k: int, rule: PackedRule) -> tuple[int, int, int, Any]:

@@ -11,11 +11,13 @@ struct Rule {
     const uint8_t* mask;     // bool [B, G, Tq, Tk], 1 = may attend, or null
     const int64_t* lengths;  // [B], each in [0, Tk], or null: keys past it do not exist
     Strides mask_strides;
-    int64_t causal_offset;  // with is_causal query i sees keys 0 … i + causal_offset
-    int64_t window;         // always kept: the last keys up to that one
-    int64_t sinks;          // always kept: the first keys
-    int64_t groups;         // G, selections per batch entry: Hq, Hkv or 1
-    float scale;            // of q·k
+    int64_t causal_offset;     // with is_causal query i sees keys 0 … i + causal_offset
+    int64_t window;            // always kept: the last keys up to that one
+    int64_t sinks;             // always kept: the first keys
+    int64_t groups;            // G, selections per batch entry: Hq, Hkv or 1
+    float scale;               // of q·k
+    float softcap;             // scores are softcap · tanh(scale · q·k / softcap); 0: none
+    const float* sink_logits;  // [Hq], contiguous: one more logit per query head, without a value; or null
     bool is_causal;
 
     // At most so many keys of a query are always kept.

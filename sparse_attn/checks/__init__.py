@@ -13,6 +13,8 @@ from sparse_attn.checks.rule import (
     kept,
     lengths_of,
     mask_of,
+    sink_logits_of,
+    soft_cap,
     softmax_scale,
     top_k_of,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "lengths_of",
     "mask_of",
     "query_key",
+    "sink_logits_of",
+    "soft_cap",
     "softmax_scale",
     "token_batch",
     "top_k_of",

@@ -10,6 +10,7 @@ from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.gathered_attention import attend
 from sparse_attn.rule import Rule
 from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.rule import capped
 from sparse_attn.wings.reference.topk_select import products
 
 
@@ -31,7 +32,8 @@ def with_tail(
         return out
     seen_by = rule.packed(query, key)
     # What a query sees must be a prefix of the keys.
-    rule.visibility().only("means of what is left out", "is_causal", "causal_offset", "key_lengths", "scale")
+    known = "is_causal", "causal_offset", "key_lengths", "scale", "softcap", "sink_logits"
+    rule.visibility().only("means of what is left out", *known)
     scale = seen_by.scale
     heads, query_length = query.shape[1:3]
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -59,8 +61,10 @@ def with_tail(
     keys = key.to(compute)
     position = torch.arange(key.shape[2], device=key.device)
     for rows in query_chunks(query_length, 2 * query.shape[0] * heads * key.shape[2]):
-        scores = products(query[:, :, rows].to(compute), keys) * scale
+        scores = capped(products(query[:, :, rows].to(compute), keys) * scale, seen_by.softcap)
         every = scores.masked_fill_(position >= seen[:, None, rows, None], -torch.inf).logsumexp(-1)
+        if seen_by.sink_logits is not None:
+            every = torch.logaddexp(every, seen_by.sink_logits.unsqueeze(-1))
         outside = -torch.expm1((lse[:, :, rows] - every).clamp(max=0.0)).unsqueeze(-1).to(compute)
         part = out[:, :, rows].to(compute)
         mixed = part + outside * (tail[:, :, rows] - part)

@@ -17,7 +17,7 @@ from sparse_attn.wings.base import Explanation, explain_call
 
 def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
     indices = topk_select.fake(query, key, top_k, rule)
-    return *gathered_attention.fake(query, key, value, indices, rule.scale), indices
+    return *gathered_attention.fake(query, key, value), indices
 
 
 OP = Op(
@@ -66,6 +66,8 @@ def topk_attention(
     share: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention of each query to its `top_k` best keys alone, in place of scaled_dot_product_attention.
@@ -93,11 +95,13 @@ def topk_attention(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
+        softcap, sink_logits: as in :func:`gathered_attention`: scores bounded by softcap · tanh(· / softcap), and one
+            more logit per query head, float [Hq], in the denominator (differentiable).
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for,
-        in that order. A query that sees no key has out 0, lse −inf and gradient 0.
+        in that order. A query that sees no key has out 0, lse −inf (with sink_logits the head's sink) and gradient 0.
         A row with NaN or a score of +inf among its keys is NaN (inf − inf, as the formula has it).
 
     Raises:
@@ -114,7 +118,9 @@ def topk_attention(
     """
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+    rule = Rule(
+        is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits
+    )
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     if not return_lse and not return_indices:
         return out
@@ -135,6 +141,8 @@ def topk_attention_with_residual(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values. Inference only.
@@ -148,8 +156,9 @@ def topk_attention_with_residual(
     selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix.
 
     Args:
-        query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, backend: as in
-            :func:`topk_attention`. There is no attn_mask: what a query sees must be a prefix of the keys.
+        query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, softcap,
+            sink_logits, backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must be a
+            prefix of the keys.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype, without a gradient.
@@ -163,7 +172,9 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale)
+    rule = Rule(
+        is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, softcap, sink_logits
+    )
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
 
@@ -184,6 +195,8 @@ def explain(
     share: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Explanation:
     """Says which wing `topk_attention` with these arguments would run on, and why not each other one; runs nothing.
@@ -199,5 +212,6 @@ def explain(
     return explain_call(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
-        return_lse=return_lse, return_indices=return_indices, backend=backend,
+        return_lse=return_lse, return_indices=return_indices, softcap=softcap, sink_logits=sink_logits,
+        backend=backend,
     )  # fmt: skip

@@ -102,6 +102,8 @@ def topk_select(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each query the `top_k` keys of the largest :math:`q \cdot k`, exactly, without a [Tq, Tk] matrix.
@@ -122,6 +124,9 @@ def topk_select(
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
+        softcap, sink_logits: those of the attention, as in :func:`gathered_attention`. Where heads share, their
+            probabilities are of capped scores, with the sink in the denominator; a selection per head is by the
+            uncapped q·k, bit for bit what it is without them (the cap is monotone).
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
@@ -141,7 +146,9 @@ def topk_select(
         >>> sparse_attn.topk_select(q, k, 16, is_causal=True, share="kv").shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+    rule = Rule(
+        is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits
+    )
     return select(query, key, top_k, rule, backend=backend)
 
 
@@ -158,6 +165,8 @@ def quantized_select(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects as :func:`topk_select` does, by scores of queries and keys that are rounded to 8 bits.
@@ -185,7 +194,9 @@ def quantized_select(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 64, 16])
     """
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+    rule = Rule(
+        is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits
+    )
     return select(query, key, top_k, rule, rounded=True, backend=backend, function="quantized_select")
 
 
@@ -204,6 +215,8 @@ def refine_blocks(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     """Selects for each query the `top_k` best keys by q·k among those of its tile's blocks: indices of tokens.
@@ -212,7 +225,8 @@ def refine_blocks(
     their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
-        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, backend: as in :func:`topk_select`.
+        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, softcap, sink_logits, backend: as in
+            :func:`topk_select`.
         blocks, block_size, query_tile: what :func:`block_select` gave, and what it was given. Its G must divide the
             number of selections that `share` asks for. Numbers out of range are empty slots.
         window, sinks: always kept, in the blocks or not.
@@ -232,6 +246,8 @@ def refine_blocks(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 512, 16])
     """
-    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale)
+    rule = Rule(
+        is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, softcap, sink_logits
+    )
     among = Among(blocks, block_size, query_tile)
     return select(query, key, top_k, rule, among=among, backend=backend, function="refine_blocks")

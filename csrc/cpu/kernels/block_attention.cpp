@@ -114,8 +114,10 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
         int64_t most = 0, least = keys;
         for (int r = 0; r < kTileRows; ++r) {
             const int64_t row = start + r, h = heads.begin + row / length, i = begin + row % length;
-            state.peak[r] = -__builtin_inff();
-            state.total[r] = 0.0f;
+            const float sink = row < rows ? sink_of(a.sink_logits, h) : -__builtin_inff();
+            state.peak[r] = sink;
+            // e^0, or NaN of a logit that is no number.
+            state.total[r] = sink == -__builtin_inff() ? 0.0f : 1.0f + (sink - sink);
             end[r] = 0;
             if (row < rows) {
                 end[r] = p.rule.is_causal ? clamp<int64_t>(i + p.rule.causal_offset + 1, 0, keys) : keys;
@@ -146,6 +148,8 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
                 for (int64_t j = 0; j < c.count; j += kTileCols)
                     gemm_tile<1, kTileRows, false>(scores + j, kChunk, queries, key + j * a.head_dim,
                                                    a.head_dim);
+                for (int r = 0; a.softcap > 0 && r < kTileRows; ++r)
+                    soft_cap(scores + r * kChunk, c.count, 1.0f, a.softcap);
                 softmax_chunk(state, scores, c.count, limit);
                 if (p.special[first_chunk + n] && least < c.first + c.count) {
                     add_visible(state, scores, value, c.count, limit, a.value_dim);

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from sparse_attn.rule import PackedRule
 from sparse_attn.wings.reference.chunks import query_chunks
-from sparse_attn.wings.reference.gathered_attention import add_rows, softmax
+from sparse_attn.wings.reference.gathered_attention import add_rows, cap_slopes, lse_of_nothing, softmax
+from sparse_attn.wings.reference.rule import capped
 from sparse_attn.wings.reference.wing import implements
 
 
@@ -27,9 +28,9 @@ class _Tiles:
     key: Tensor  # [B, U, n, C, D]
     value: Tensor  # [B, U, n, C, Dv]
 
-    def scores(self, scale: float) -> Tensor:
+    def scores(self, rule: PackedRule) -> Tensor:
         """[B, U, n, R·S, C], −inf where a query does not see a key."""
-        scores = (self.query @ self.key.mT) * scale
+        scores = capped((self.query @ self.key.mT) * rule.scale, rule.softcap)
         return scores.masked_fill(~self.seen(), -torch.inf)
 
     def seen(self) -> Tensor:
@@ -63,6 +64,10 @@ class _TiledAttention:
         base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
         base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
         self.base = base.view(batch, self.units, 1, 1) * self.block_count
+        self.sinks = None  # [U, 1, R·S, 1]
+        if rule.sink_logits is not None:
+            sinks = rule.sink_logits.view(self.units, 1, self.share, 1, 1)
+            self.sinks = sinks.expand(-1, -1, -1, self.tile, -1).flatten(2, 3)
 
     def _in_blocks(self, rows: Tensor) -> Tensor:
         """[B, H, T, D] → [B·H·blocks, block, D], zeros behind the last."""
@@ -130,9 +135,9 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse float32 [B, Hq, Tq]
     p = _TiledAttention(query, key, value, blocks, block_size, query_tile, rule)
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    lse = lse_of_nothing(query, rule.sink_logits)
     for tiles in p.chunks():
-        probabilities, total = softmax(tiles.scores(rule.scale))
+        probabilities, total = softmax(tiles.scores(rule), p.sinks)
         rows = p.rows_of(tiles.slice)
         attended = _weighted(probabilities, tiles.value, tiles.seen())
         out[:, :, rows] = p.from_tiles(attended, tiles.slice).to(out.dtype)
@@ -160,16 +165,16 @@ def block_attention_backward(
     )
     for tiles in p.chunks():
         rows = p.rows_of(tiles.slice)
-        probabilities, _ = softmax(tiles.scores(rule.scale))
+        scores = tiles.scores(rule)
+        probabilities, _ = softmax(scores, p.sinks)
         grads = p.in_tiles(grad_out, tiles.slice)
         # dS = P ∘ (dO·Vᵀ − Σ P ∘ (dO·Vᵀ) + dLSE)
         grad_probabilities = torch.where(tiles.seen(), grads @ tiles.value.mT, 0.0)
         centre = (probabilities * grad_probabilities).sum(-1, keepdim=True)
         if grad_lse is not None:
             centre = centre - p.in_tiles(grad_lse.unsqueeze(-1), tiles.slice)
-        grad_scores = torch.where(
-            tiles.seen(), probabilities * (grad_probabilities - centre) * rule.scale, 0.0
-        )
+        slopes = cap_slopes(scores, rule.softcap) * rule.scale
+        grad_scores = torch.where(tiles.seen(), probabilities * (grad_probabilities - centre) * slopes, 0.0)
         grad_query[:, :, rows] = p.from_tiles(grad_scores @ tiles.key, tiles.slice).to(query.dtype)
         for total, terms in (
             (grad_key, grad_scores.mT @ tiles.query),

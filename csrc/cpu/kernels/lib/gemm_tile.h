@@ -6,8 +6,8 @@
 //   packed B  [N / kTileCols panels][K][kTileCols]
 #pragma once
 
+#include "convert.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
