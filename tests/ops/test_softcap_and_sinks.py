@@ -347,34 +347,6 @@ QUERY, KEY, VALUE = qkv(1, 4, 2, 3, 5, 8)
 
 
 @pytest.mark.parametrize(
-    ("error", "says", "wrong"),
-    [
-        (ValueError, "softcap must be positive, from 1e-30 to 1e30 .None: no cap., got 0.0", {"softcap": 0}),
-        (ValueError, "softcap must be positive", {"softcap": -30.0}),
-        (ValueError, "softcap must be finite, got inf", {"softcap": math.inf}),
-        (ValueError, "softcap must be finite, got nan", {"softcap": math.nan}),
-        (TypeError, "softcap must be a float or None, got", {"softcap": "30"}),
-        (TypeError, "softcap must be a float or None, got", {"softcap": True}),
-        (TypeError, r"sink_logits must be a tensor of shape \[Hq\] or None, got", {"sink_logits": [1.0] * 4}),
-        (TypeError, "sink_logits must be float32, float16, bfloat16 or", {"sink_logits": torch.ones(4).int()}),
-        (ValueError, r"sink_logits must have shape \[Hq\] = \[4\], got", {"sink_logits": torch.ones(2)}),
-        (ValueError, r"sink_logits must have shape \[Hq\] = \[4\], got", {"sink_logits": torch.ones(1, 4)}),
-        (ValueError, "sink_logits must be on the query's device cpu", {"sink_logits": torch.ones(4, device="meta")}),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("op", ["topk_select", "topk_attention", "gathered_attention", "block_attention"])
-def test_errors(op, error, says, wrong):
-    last = {
-        "topk_select": (QUERY, KEY, 2),
-        "topk_attention": (QUERY, KEY, VALUE, 2),
-        "gathered_attention": (QUERY, KEY, VALUE, torch.zeros(1, 1, 3, 1, dtype=torch.int32)),
-        "block_attention": (QUERY, KEY, VALUE, torch.zeros(1, 1, 1, 1, dtype=torch.int32)),
-    }
-    with pytest.raises(error, match=says):
-        getattr(sparse_attn, op)(*last[op], **wrong)
-
-
-@pytest.mark.parametrize(
     "sinks",
     [
         torch.ones(3),
