@@ -32,6 +32,7 @@ def select(
     split: bool = False,
     with_scores: bool = False,
     candidate: int = 0,
+    capped: bool = False,
     **options,
 ) -> Case:
     heavy = sharing > 1 or masked
@@ -41,6 +42,7 @@ def select(
     name += f" share {sharing}" if sharing > 1 else ""
     name += (" mask" if masked else "") + (" split" if split else "") + (" scores" if with_scores else "")
     name += f" candidate {candidate}" if candidate else ""
+    name += ", cap and sinks" if capped else ""
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
@@ -65,7 +67,8 @@ def select(
         "causal_offset": 17,
         "window_offset": 15,
         "first_kept": 0,
-        "scale": 0.1,
+        "factor": 0.1,
+        "bound": 0.2 if capped else None,
         "tiles": 12345,
         "query_blocks": LENGTH // c.block_m,
         "splits": 8 if split else 1,
@@ -95,13 +98,14 @@ def both(*arguments, **options) -> list[Case]:
     return [select(*arguments, amd=amd, **options) for amd in (False, True)]
 
 
-def lse(dtype: str, head_dim: int, amd: bool) -> Case:
+def lse(dtype: str, head_dim: int, amd: bool, capped: bool = False) -> Case:
     c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True)[0]
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
         "mask": None,
         "lengths": None,
+        "sink_logits": "*fp32" if capped else None,
         "shift": "*fp32",
         **_strides("query", head_dim),
         **_strides("key", head_dim),
@@ -111,7 +115,8 @@ def lse(dtype: str, head_dim: int, amd: bool) -> Case:
         "key_length": LENGTH,
         "head_dim": head_dim,
         "causal_offset": 17,
-        "scale": 0.1,
+        "factor": 0.1,
+        "bound": 0.2 if capped else None,
         "query_blocks": LENGTH // c.block_m,
         "IS_CAUSAL": True,
         "SHARING": 4,
@@ -121,7 +126,7 @@ def lse(dtype: str, head_dim: int, amd: bool) -> Case:
         "BLOCK_D": head_dim,
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
-    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "")
+    name = f"LSE {dtype} D{head_dim}" + (", cap and sinks" if capped else "") + (" amd" if amd else "")
     return Case(name, log_sum_exp, arguments, c.num_warps, c.num_stages, targets=targets)
 
 
@@ -170,10 +175,11 @@ def cases() -> list[Case]:
     # 32 bytes: the sum over the heads is in registers beside a head's scores.
     found += both("bf16", 128, 64, sharing=4, may_spill=True)
     found += both("bf16", 64, 256, sharing=4)
+    found += both("bf16", 64, 256, sharing=4, capped=True)
     for amd in (False, True):
         for dtype in ("bf16", "fp32"):
             some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False)
             found += [select(dtype, 64, 64, amd=amd, candidate=n) for n in range(1, len(some))]
-    found += [lse("bf16", 128, amd) for amd in (False, True)]
+    found += [lse("bf16", 128, amd, capped) for amd in (False, True) for capped in (False, True)]
     found += [merge(64, 16, amd) for amd in (False, True)]
     return found
