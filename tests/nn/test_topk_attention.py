@@ -214,7 +214,7 @@ def test_bad_input(hidden):
     "options", [{"softcap": 1.5}, {"sink_logits": True}, {"softcap": 1.5, "sink_logits": True}]
 )
 def test_a_soft_cap_and_learned_sinks(wing, options):
-    """With all keys the formula; the sinks are a parameter, zeros at first, with a gradient and a place in the state."""
+    """With all keys the formula; the sinks are a parameter, zeros at first, with a gradient, in the state."""
     hidden, results = hidden_of(wing), []
     for top_k in (None, T):
         attention = make(wing, top_k, num_kv_heads=2, **options)

@@ -18,16 +18,18 @@ def factors(scale: float, softcap: float, unit: float) -> tuple[float, float | N
 @triton.jit
 def tanh(x):
     """tanh of float32: no difference of nearly equal numbers, so x itself near 0; ±1 at the ends; NaN stays NaN."""
+    size = tl.abs(x)
+    small = tl.exp2(size * -2.8853900817779268)  # e^(−2|x|), −2 · log2 e
+    far = (1.0 - small) / (1.0 + small)
     square = x * x
     # Minimax on |x| <= 0.55: relative error 1e-9.
     series = -0.0062824733 * square + 0.021077758
     series = series * square - 0.053853858
     series = series * square + 0.13332602
     series = series * square - 0.33333318
-    near = x + x * (square * series)
-    small = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e^(−2|x|), −2 · log2 e
-    far = (1.0 - small) / (1.0 + small)
-    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -far, far))
+    near = size + size * (square * series)
+    bent = tl.where(size < 0.55, near, far)
+    return tl.where(x < 0.0, -bent, bent)
 
 
 @triton.jit
