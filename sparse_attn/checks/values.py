@@ -45,6 +45,11 @@ def boolean(name: str, value: object) -> bool:
 def dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if type(value) is not Tensor and hasattr(value, "placements"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor with placements {value.placements}: no op of sparse_attn "
+            "knows how to shard itself; call it on local tensors (DTensor.to_local, or local_map around the call)"
+        )
 
 
 def has_values(tensor: Tensor) -> bool:
