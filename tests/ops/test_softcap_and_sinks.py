@@ -12,6 +12,7 @@ from helpers.inputs import index_rows, normal, qkv
 from helpers.wings import HALF_DTYPES, overload
 
 import sparse_attn
+from sparse_attn import selection
 from sparse_attn.rule import PackedRule
 
 SCORING = ["softcap", "sink_logits", "both"]
@@ -305,6 +306,58 @@ def test_special_values(wing, dtype):
     want, want_lse = oracle.gathered_attention(query, finite, value, indices, None, 2.0)
     assert_close(out, want, "out")
     assert_close(lse, want_lse, "lse")
+
+
+def selectors() -> dict:
+    query, key, weights = normal(1, 4, 24, 8, seed=4), normal(1, 2, 24, 8, seed=5), normal(1, 4, 24, seed=6)
+    scorer = sparse_attn.nn.LowRankScorer(2, 16, 4)
+    scorer.calibrate(normal(1, 4, 24, 16, seed=7), normal(1, 2, 24, 16, seed=8)).fit()
+    return {
+        "exact": selection.Exact(),
+        "rounded": selection.Rounded(),
+        "low_rank": selection.LowRank(scorer),
+        "indexer": selection.FromIndexer(query, key, weights),
+        "refined": selection.Refined(factor=1, blocks=selection.Blocks(block_size=8, query_tile=4)),
+        "blocks": selection.Blocks(block_size=8, query_tile=4),
+    }
+
+
+@pytest.mark.parametrize("share", ["none", "kv"])
+@pytest.mark.parametrize("name", ["exact", "rounded", "low_rank", "indexer", "refined", "blocks"])
+def test_a_rule_carries_them_through_every_selector(name, share):
+    """Chosen by whom it may be, the attention is capped and has its sinks; the fused call is the same."""
+    query, key, value = qkv(1, 4, 2, 24, 24, 16)
+    rule = selection.Rule(is_causal=True, share=share, **scoring("both", 4))
+    chosen = selectors()[name].select(query, key, 16, rule)
+    out, lse = sparse_attn.attend(query, key, value, chosen, rule=rule, return_lse=True)
+    indices = chosen.indices
+    if name == "blocks":
+        indices = indices.unsqueeze(-1) * 8 + torch.arange(8).where(indices.unsqueeze(-1) >= 0, -99)
+        indices = indices.flatten(3).repeat_interleave(4, dim=2)
+        indices = torch.where(indices <= torch.arange(24).view(-1, 1), indices, -1).int()
+    want, want_lse = oracle.gathered_attention(query, key, value, indices, None, 1.5, rule.sink_logits)
+    assert_close(out, want, "out")
+    assert_close(lse, want_lse, "lse")
+    assert torch.equal(selection.select_and_attend(query, key, value, 16, selectors()[name], rule), out)
+
+
+def test_what_is_left_out_has_its_share_of_the_whole_softmax():
+    query, key, value = qkv(1, 4, 2, 9, 24, 8)
+    rule = {"is_causal": True, "causal_offset": 15, "share": "kv"} | scoring("both", 4)
+    out = sparse_attn.topk_attention_with_residual(query, key, value, 5, **rule)
+    indices = sparse_attn.topk_select(query, key, 5, **rule)
+    seen = oracle.visible(query, key, **rule)
+    scores = oracle.scores(query, key, None, rule["softcap"]).masked_fill(~seen, -math.inf)
+    column = oracle.sink_column(scores, rule["sink_logits"])
+    probabilities = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
+    chosen = oracle.multiplicity(query, key, indices) > 0
+    left, values = seen & ~chosen, value.double().repeat_interleave(2, dim=1)
+    mean = left.double() @ values / left.sum(-1, keepdim=True).clamp(min=1)
+    want = (
+        probabilities.where(chosen, 0.0) @ values
+        + probabilities.where(left, 0.0).sum(-1, keepdim=True) * mean
+    )
+    assert_close(out, want, "out")
 
 
 @pytest.mark.torch_defaults
