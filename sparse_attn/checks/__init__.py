@@ -16,9 +16,10 @@ from sparse_attn.checks.rule import (
     sink_logits_of,
     soft_cap,
     softmax_scale,
+    starts_of,
     top_k_of,
 )
-from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
+from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, inference_only, integer, token_batch
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -31,6 +32,7 @@ __all__ = [
     "groups_of",
     "indexer_weights",
     "indices_of",
+    "inference_only",
     "integer",
     "kept",
     "lengths_of",
@@ -39,6 +41,7 @@ __all__ = [
     "sink_logits_of",
     "soft_cap",
     "softmax_scale",
+    "starts_of",
     "token_batch",
     "top_k_of",
     "value_of",

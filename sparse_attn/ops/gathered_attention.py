@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.ops.declare import Backward, Forward, Op
 from sparse_attn.rule import Rule
+from sparse_attn.wings.reference.gathered_attention import along
 
 
 def fake(query, key, value, *others) -> tuple[Tensor, Tensor]:
@@ -29,6 +30,7 @@ BACKWARD = Op(
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake_gradients,
     gradient_of="attention",
+    batch="grad_out grad_lse query key value indices out lse grad_query grad_key grad_value",
 )
 
 
@@ -64,6 +66,11 @@ def sink_gradient(
     return (share * change).expand(2, *lse.shape).sum((1, 3))[0]
 
 
+def tangent(call: Forward, query, key, value, indices, scale, softcap, sink_logits) -> dict[str, Tensor]:
+    out, lse = along(query, key, value, indices, scale, softcap, sink_logits, call.tangents)
+    return {"out": out, "lse": lse}
+
+
 def uses_atomics() -> bool:
     """Whether the GPU wings may add up dK and dV in no fixed order; the others never do."""
     asked = os.environ.get("SPARSE_ATTN_ATOMICS") == "1"
@@ -78,6 +85,8 @@ OP = Op(
     fake,
     saved=SAVED,
     backward=backward,
+    tangent=tangent,
+    batch="query key value indices out lse",
 )
 
 
@@ -154,6 +163,7 @@ def gathered_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Example:
         >>> import torch, sparse_attn

@@ -28,6 +28,7 @@ OP = Op(
     f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, bool rounded, Tensor? blocks, SymInt block_size, "
     "SymInt query_tile) -> Tensor",
     fake,
+    batch="query key blocks out",
 )
 
 
@@ -102,6 +103,7 @@ def topk_select(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_starts: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
@@ -124,6 +126,8 @@ def topk_select(
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
+        key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
+            `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
         softcap, sink_logits: those of the attention, as in :func:`gathered_attention`. Where heads share, their
             probabilities are of capped scores, with the sink in the denominator; a selection per head is by the
             uncapped q·k, bit for bit what it is without them (the cap is monotone).
@@ -146,9 +150,8 @@ def topk_select(
         >>> sparse_attn.topk_select(q, k, 16, is_causal=True, share="kv").shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(
-        is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits
-    )
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     return select(query, key, top_k, rule, backend=backend)
 
 
@@ -165,6 +168,7 @@ def quantized_select(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_starts: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
@@ -194,9 +198,8 @@ def quantized_select(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 64, 16])
     """
-    rule = Rule(
-        is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits
-    )
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     return select(query, key, top_k, rule, rounded=True, backend=backend, function="quantized_select")
 
 
@@ -215,6 +218,7 @@ def refine_blocks(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_starts: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
@@ -225,7 +229,8 @@ def refine_blocks(
     their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
-        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, softcap, sink_logits, backend: as in
+        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, softcap, sink_logits,
+            backend: as in :func:`topk_select`.
             :func:`topk_select`.
         blocks, block_size, query_tile: what :func:`block_select` gave, and what it was given. Its G must divide the
             number of selections that `share` asks for. Numbers out of range are empty slots.
@@ -246,8 +251,7 @@ def refine_blocks(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 512, 16])
     """
-    rule = Rule(
-        is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, softcap, sink_logits
-    )
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, *scoring, key_starts)
     among = Among(blocks, block_size, query_tile)
     return select(query, key, top_k, rule, among=among, backend=backend, function="refine_blocks")

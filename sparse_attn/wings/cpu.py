@@ -21,7 +21,5 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-CPU_WING = Wing(
-    "cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERYWHERE | {"softcap", "sink_logits"}
-)
+CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERYWHERE)
 register(CPU_WING)

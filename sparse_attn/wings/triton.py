@@ -123,7 +123,7 @@ TRITON_WING = Wing(
     implementations={op: _on_first_call(op) for op in OPS},
     why_not=_why_not,
     limits=LIMITS,
-    rule=EVERYWHERE | {"softcap", "sink_logits"},
+    rule=EVERYWHERE,
     # The interpreter is thousands of times slower than any other wing: nobody gets it without a word.
     by_name_only=interpreted,
 )

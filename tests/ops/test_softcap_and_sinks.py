@@ -269,7 +269,8 @@ def test_saturation(wing, dtype, softcap):
 
 def test_the_cap_is_accurate_everywhere(wing):
     """With one key the LSE is the capped score: near 0, in between, at the ends, of infinities and of NaN."""
-    size = torch.logspace(-37, 4, 400, dtype=torch.float64).float()
+    count = 40 if wing.name == "triton" else 4000  # the interpreter takes its time
+    size = torch.logspace(-37, 4, count, dtype=torch.float64).float()
     x = torch.cat((size, -size, torch.tensor([0.0, math.inf, -math.inf, math.nan])))
     key = value = torch.ones(1, 1, 1, 1)
     for softcap in (1.0, 30.0):
@@ -279,10 +280,10 @@ def test_the_cap_is_accurate_everywhere(wing):
         lse, true = lse.flatten().double(), softcap * torch.tanh(x.double() / softcap)
         assert torch.equal(lse.isnan(), true.isnan())
         assert lse[-4] == 0
-        assert torch.equal(lse[-3:-1], torch.tensor([softcap, -softcap], dtype=torch.float64))
+        assert_close(lse[-3:-1].float(), torch.tensor([softcap, -softcap]), "ends", units=2)
         error = (lse - true)[:-4].abs() / true[:-4].abs()
         assert error.max() < 6 * 2**-24
-        assert lse[:-1].abs().max() <= softcap
+        assert lse[:-1].abs().max() <= softcap * (1 + 2**-22)
 
 
 def test_special_values(wing, dtype):
@@ -306,6 +307,51 @@ def test_special_values(wing, dtype):
     want, want_lse = oracle.gathered_attention(query, finite, value, indices, None, 2.0)
     assert_close(out, want, "out")
     assert_close(lse, want_lse, "lse")
+
+
+@pytest.mark.parametrize("op", ["gathered_attention", "topk_attention", "block_attention"])
+def test_forward_mode(wing, op):
+    """The tangent along all four inputs is that of the formula."""
+    inputs = (*qkv(1, 4, 2, 6, 24, 8), 2 * normal(4, seed=9))
+    moves = tuple(normal(*t.shape, seed=30 + number) for number, t in enumerate(inputs))
+    indices = torch.arange(24, dtype=torch.int32).expand(1, 1, 6, 24).contiguous()
+    blocks = torch.arange(3, dtype=torch.int32).expand(1, 1, 2, 3)
+    calls = {
+        "gathered_attention": lambda q, k, v, **o: wing.gathered_attention(q, k, v, indices, **o),
+        "topk_attention": lambda q, k, v, **o: wing.topk_attention(q, k, v, 24, **o),
+        "block_attention": lambda q, k, v, **o: wing.block_attention(
+            q, k, v, blocks, block_size=8, query_tile=4, **o
+        ),
+    }
+
+    def ours(query, key, value, sinks):
+        return calls[op](query, key, value, softcap=1.5, sink_logits=sinks, return_lse=True)
+
+    def formula(query, key, value, sinks):
+        return oracle.gathered_attention(query, key, value, indices, None, 1.5, sinks)
+
+    doubles = [tuple(t.double() for t in tensors) for tensors in (inputs, moves)]
+    (_, along), (_, true) = torch.func.jvp(ours, inputs, moves), torch.func.jvp(formula, *doubles)
+    for name, mine, want in zip(("out", "lse"), along, true, strict=True):
+        assert_close(mine, want, f"tangent of {name}")
+
+
+def test_per_sample_gradients_and_a_batch_of_sinks(wing):
+    """vmap over a batch gives each sample its own gradient of the sinks; over sinks it is a call each."""
+    query, key, value = qkv(3, 4, 2, 5, 9, 8)
+    sinks = normal(4, seed=9)
+
+    def loss(query, key, value, sinks):
+        options = {"softcap": 1.5, "sink_logits": sinks, "backend": wing.name}
+        return sparse_attn.topk_attention(query[None], key[None], value[None], 4, **options).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss, argnums=(0, 3)), in_dims=(0, 0, 0, None))
+    each = [torch.func.grad(loss, argnums=(0, 3))(query[i], key[i], value[i], sinks) for i in range(3)]
+    for mine, want in zip(gradients(query, key, value, sinks), zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(want))
+    many = torch.stack((sinks, 2 * sinks))
+    own = torch.func.vmap(loss, in_dims=(None, None, None, 0))(query[0], key[0], value[0], many)
+    torch.testing.assert_close(own, torch.stack([loss(query[0], key[0], value[0], s) for s in many]))
 
 
 def selectors() -> dict:

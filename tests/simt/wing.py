@@ -140,12 +140,12 @@ class SimulatedWing:
 
     def topk_select(
         self, query, key, top_k, *, is_causal=False, causal_offset=None, attn_mask=None, key_lengths=None, scale=None,
-        window=0, sinks=0, share="none", softcap=None, sink_logits=None,
+        window=0, sinks=0, share="none", key_starts=None, softcap=None, sink_logits=None,
     ):  # fmt: skip
         query, key = query.detach(), key.detach()
         sink_logits = None if sink_logits is None else sink_logits.detach()
-        kept = window, sinks, share
-        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, *kept, scale, softcap, sink_logits)
+        kept, scoring = (window, sinks, share), (scale, softcap, sink_logits)
+        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, *kept, *scoring, key_starts)
         packed = rule.packed(query, key, top_k)
         gpu = Device(self.schedule)
         call = select_call(gpu, query, key, top_k, *packed.parts())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,17 @@ def softmax(
 def cap_slopes(scores: Tensor, softcap: float) -> Tensor | float:
     """d capped / d score = 1 − (capped / softcap)²."""
     return 1.0 - (scores / softcap).square() if softcap else 1.0
+
+
+def sink_share(sinks: Tensor, lse: Tensor) -> Tensor:
+    """exp(sink − LSE): what the sinks have of the probability. Where nothing weighs anything the LSE is −inf."""
+    return torch.where(lse == -torch.inf, 0.0, (sinks - lse).exp())
+
+
+def lse_along_nothing(query: Tensor, sink_move: Tensor | None) -> Tensor:
+    """float32 [B, Hq, Tq]: the tangent of `lse_of_nothing`."""
+    move = query.new_zeros(query.shape[1], dtype=torch.float32) if sink_move is None else sink_move.float()
+    return move.unsqueeze(-1).expand(query.shape[:3])
 
 
 def lse_of_nothing(query: Tensor, sink_logits: Tensor | None) -> Tensor:
@@ -146,3 +159,51 @@ def add_rows(total: Tensor, rows: Tensor, terms: Tensor, filled: Tensor) -> None
         total.scatter_add_(0, rows.unsqueeze(-1).expand_as(terms), terms)
     else:
         total.index_put_((rows,), terms, accumulate=True)
+
+
+def along(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    indices: Tensor,  # int32 [B, G, Tq, K]
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,  # [Hq]
+    tangents: SimpleNamespace,  # of query, key, value and sink_logits, each of its tensor's shape; None is 0
+) -> tuple[Tensor, Tensor]:  # of out [B, Hq, Tq, Dv] and of lse float32 [B, Hq, Tq]
+    """Forward mode of `gathered_attention`; differentiable itself, and nothing is changed in place."""
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    budget = indices.shape[3]
+    query_move, key_move, value_move = tangents.query, tangents.key, tangents.value
+    if query_length == 0 or budget == 0 or key_length == 0:
+        nothing = query.new_zeros((*query.shape[:3], value_dim))
+        return nothing, lse_along_nothing(query, tangents.sink_logits)
+    sinks = None if sink_logits is None else sink_logits.view(-1, 1, 1)
+    compute = torch.promote_types(query.dtype, torch.float32)
+    outs, lses = [], []
+    for chunk in query_chunks(query_length, 4 * batch * heads * budget * max(head_dim, value_dim)):
+        rows, filled = _rows_of(indices[:, :, chunk], heads, kv_heads, key_length)
+
+        def gathered(tensor: Tensor, rows=rows, filled=filled) -> Tensor:  # [B, Hq, t, K, D]
+            return torch.where(filled.unsqueeze(-1), tensor.flatten(0, 2)[rows].to(compute), 0.0)
+
+        queries, keys, values = query[:, :, chunk].to(compute), gathered(key), gathered(value)
+        scores = _scores(queries, keys, filled, scale, softcap)
+        probabilities, own = softmax(scores, sinks)
+        # dLSE = Σ P ∘ dS, dO = Σ P ∘ (dS − dLSE) · V + P · dV; of a sink V is 0
+        moves = torch.zeros_like(probabilities)
+        if query_move is not None:
+            moves = moves + (keys @ query_move[:, :, chunk].to(compute).unsqueeze(-1)).squeeze(-1)
+        if key_move is not None:
+            moves = moves + (gathered(key_move) @ queries.unsqueeze(-1)).squeeze(-1)
+        moves = torch.where(filled, moves * cap_slopes(scores, softcap) * scale, 0.0)
+        lse = (probabilities * moves).sum(-1)
+        if sinks is not None and tangents.sink_logits is not None:
+            lse = lse + sink_share(sinks, own.unsqueeze(-1)).squeeze(-1) * tangents.sink_logits.view(-1, 1)
+        out = (probabilities * (moves - lse.unsqueeze(-1))).unsqueeze(-2) @ values
+        if value_move is not None:
+            out = out + probabilities.unsqueeze(-2) @ gathered(value_move)
+        outs.append(out.squeeze(-2).to(query.dtype))
+        lses.append(lse.to(torch.float32))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

@@ -23,7 +23,7 @@ def test_gathered_attention(wing, number):
 
 
 @pytest.mark.parametrize(
-    ("share", "which", "dtype"), zip(("none", "kv", "all"), SCORING, DTYPES, strict=True)
+    ("share", "which", "dtype"), list(zip(("none", "kv", "all"), SCORING, DTYPES, strict=True))
 )
 def test_topk_attention(wing, share, which, dtype):
     of_the_ops.test_topk_attention(wing, dtype, which, share)
