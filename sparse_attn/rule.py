@@ -21,7 +21,8 @@ SCHEMA = (
     "Tensor? sink_logits"
 )
 PARTS = 7
-OF_BATCH = ("attn_mask", "key_lengths", "key_starts")  # parts whose first dimension is the batch
+# For torch.func.vmap: those of its tensors whose first dimension is the batch, and the others.
+BATCH, SHARED = "attn_mask key_lengths key_starts", "sink_logits"
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(

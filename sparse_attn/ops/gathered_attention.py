@@ -31,6 +31,7 @@ BACKWARD = Op(
     fake_gradients,
     gradient_of="attention",
     batch="grad_out grad_lse query key value indices out lse grad_query grad_key grad_value",
+    shared="sink_logits",
 )
 
 
@@ -87,6 +88,7 @@ OP = Op(
     backward=backward,
     tangent=tangent,
     batch="query key value indices out lse",
+    shared="sink_logits",
 )
 
 

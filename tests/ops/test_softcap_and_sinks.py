@@ -388,9 +388,11 @@ def test_a_rule_carries_them_through_every_selector(name, share):
 
 
 def test_what_is_left_out_has_its_share_of_the_whole_softmax():
-    query, key, value = qkv(1, 4, 2, 9, 24, 8)
-    rule = {"is_causal": True, "causal_offset": 15, "share": "kv"} | scoring("both", 4)
-    out = sparse_attn.topk_attention_with_residual(query, key, value, 5, **rule)
+    leaves = [t.requires_grad_() for t in (*qkv(1, 4, 2, 9, 24, 8), 2 * normal(4, seed=9))]
+    rule = {"is_causal": True, "causal_offset": 15, "share": "kv", "softcap": 1.5, "sink_logits": leaves[3]}
+    out = sparse_attn.topk_attention_with_residual(*leaves[:3], 5, **rule)
+    query, key, value, sinks = doubles = [t.detach().double().requires_grad_() for t in leaves]
+    rule = rule | {"sink_logits": sinks}
     indices = sparse_attn.topk_select(query, key, 5, **rule)
     seen = oracle.visible(query, key, **rule)
     scores = oracle.scores(query, key, None, rule["softcap"]).masked_fill(~seen, -math.inf)
@@ -404,6 +406,10 @@ def test_what_is_left_out_has_its_share_of_the_whole_softmax():
         + probabilities.where(left, 0.0).sum(-1, keepdim=True) * mean
     )
     assert_close(out, want, "out")
+    grad = normal(*out.shape, seed=5)
+    ours, true = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(want, doubles, grad.double())
+    for name, mine, exact in zip(("query", "key", "value", "sink_logits"), ours, true, strict=True):
+        assert_close(mine, exact, f"gradient of {name}")
 
 
 @pytest.mark.torch_defaults

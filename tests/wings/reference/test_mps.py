@@ -50,8 +50,10 @@ def record(device: str, dtype: torch.dtype) -> Recorder:
             causal, offset = options.get("is_causal", False), options.get("causal_offset", 0)
             window, sinks = options.get("window", 0), options.get("sinks", 0)
             scale = options.get("scale", 0.3)
+            starts = options.get("key_starts")
+            starts = None if starts is None else starts.to(device).view(2, -1).expand(2, 9)
             scoring = (scale, 1.5, logits) if name == "everything" else (scale, 0.0, None)
-            rule = PackedRule(seen, lengths, causal, offset, window, sinks, groups, *scoring)
+            rule = PackedRule(seen, lengths, causal, offset, window, sinks, groups, *scoring, starts)
             with recorder:
                 RUN["topk_select"](query, key, 5, rule, False, None, 1, 1)
                 RUN["topk_attention"](query, key, value, 5, rule)
