@@ -18,12 +18,13 @@ from sparse_attn.wings.base import Explanation, explain_call
 
 def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
     indices = topk_select.fake(query, key, top_k, rule)
-    return *gathered_attention.fake(query, key, value, indices, rule.scale), indices
+    return *gathered_attention.fake(query, key, value), indices
 
 
 def tangent(call: Forward, query, key, value, top_k, rule: PackedRule) -> dict[str, Tensor]:
     """Through the selected keys; the choice is constant."""
-    return gathered_attention.tangent(call, query, key, value, call.results.indices, rule.scale)
+    scoring = rule.scale, rule.softcap, rule.sink_logits
+    return gathered_attention.tangent(call, query, key, value, call.results.indices, *scoring)
 
 
 OP = Op(
@@ -63,7 +64,8 @@ def attend_best(
     if index is not None and key_indices.OP.has(wing):
         # Two ops with the result of one: attention does not depend on how its keys were found.
         indices = key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
-        return *gathered_attention.OP.on(wing)(query, key, value, indices, packed.scale), indices
+        scoring = packed.scale, packed.softcap, packed.sink_logits
+        return *gathered_attention.OP.on(wing)(query, key, value, indices, *scoring), indices
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 
@@ -84,6 +86,8 @@ def topk_attention(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -114,12 +118,14 @@ def topk_attention(
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
+        softcap, sink_logits: as in :func:`gathered_attention`: scores bounded by softcap · tanh(· / softcap), and one
+            more logit per query head, float [Hq], in the denominator (differentiable).
         key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for,
-        in that order. A query that sees no key has out 0, lse −inf and gradient 0.
+        in that order. A query that sees no key has out 0, lse −inf (with sink_logits the head's sink) and gradient 0.
         A row with NaN or a score of +inf among its keys is NaN (inf − inf, as the formula has it).
 
     Raises:
@@ -137,7 +143,8 @@ def topk_attention(
     """
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, key_index=key_index, backend=backend)
     if not return_lse and not return_indices:
         return out
@@ -158,6 +165,8 @@ def topk_attention_with_residual(
     sinks: int = 0,
     share: str = "none",
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values.
@@ -173,7 +182,8 @@ def topk_attention_with_residual(
 
     Args:
         query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, key_starts,
-            backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must be keys in a row.
+            softcap, sink_logits, backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must
+            be keys in a row.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype.
@@ -187,7 +197,8 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, *scoring, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
 
@@ -209,6 +220,8 @@ def explain(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Explanation:
@@ -225,6 +238,6 @@ def explain(
     return explain_call(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
-        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts,
-        key_index=key_index, backend=backend,
+        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, softcap=softcap,
+        sink_logits=sink_logits, key_index=key_index, backend=backend,
     )  # fmt: skip

@@ -222,7 +222,9 @@ def test_tangents_of_the_overloads(wing):
         lambda *x: sparse_attn.gathered_attention(*x, indices, scale=1.0, backend=wing.name), inputs, moves
     )
     with forward_ad.dual_level():
-        out, _ = op(*(forward_ad.make_dual(x, m) for x, m in zip(inputs, moves, strict=True)), indices, 1.0)
+        out, _ = op(
+            *(forward_ad.make_dual(x, m) for x, m in zip(inputs, moves, strict=True)), indices, 1.0, 0.0, None
+        )
         assert torch.equal(forward_ad.unpack_dual(out).tangent, want)
     assert bool(want.any())
 

@@ -314,8 +314,7 @@ void weigh(const DecodeParams& d, DecodeRow t, void* memory) {
     const Visible v = visible_to(p, t.b, group, t.query);
     if (!chooses(v, p.top_k - forced_count(v))) return;
     const Panels panels = panels_of(p, t.b, group, {t.query, t.query + 1}, v, scratch);
-    d.weights[row] =
-        exponentiate(d.scores + row * d.length + panels.first[0], panels, v, __builtin_fabsf(p.rule.scale));
+    d.weights[row] = weigh_head(p, d.scores + row * d.length + panels.first[0], panels, v, t.head);
 }
 
 // The best of the chunks' best.

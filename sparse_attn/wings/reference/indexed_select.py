@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_attn.rule import PackedRule, selection_shape
 from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.rounding import rounded
-from sparse_attn.wings.reference.rule import VisibleKeys, attention_mass, best_of
+from sparse_attn.wings.reference.rule import VisibleKeys, attention_mass, best_of, capped
 from sparse_attn.wings.reference.topk_select import products
 from sparse_attn.wings.reference.wing import implements
 
@@ -35,7 +35,8 @@ def indexed_select(
         tile = products(few, wide) * rule.scale
         visible, forced = keys.of(rows)
         if rule.groups < heads:  # the mass of a key needs every score
-            tile = attention_mass(tile.unflatten(1, (rule.groups, heads // rule.groups)), visible)
+            tile = capped(tile, rule.softcap).unflatten(1, (rule.groups, heads // rule.groups))
+            tile = attention_mass(tile, visible, rule.sink_logits)
             left = visible
         else:
             budget = shape[3] - forced.sum(-1, keepdim=True)

@@ -2,6 +2,7 @@
 // probabilities, summed over the heads, and the sums are streamed past each query's threshold.
 #pragma once
 
+#include "elementary.h"
 #include "select_stream.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -65,12 +66,12 @@ inline Panels panels_of(const SelectParams& p, int64_t b, int64_t group, Range q
 }
 
 // scores of one query and head, a panel after the other → exp(score − max) where it sees the key, 0
-// elsewhere, NaN where the score is NaN; returns 1 / their sum without NaN (0 where nothing weighs), so that
-// a NaN marks its own key alone.
-inline float exponentiate(float* scores, const Panels& panels, const Visible& v, float scale) {
+// elsewhere, NaN where the score is NaN; returns 1 / their sum with the sink's and without NaN (0 where
+// nothing weighs), so that a NaN marks its own key alone.
+inline float exponentiate(float* scores, const Panels& panels, const Visible& v, float scale, float sink) {
     const Vec factor = broadcast(scale);
     const Vec nothing = broadcast(-__builtin_inff());
-    Vec top = nothing;
+    Vec top = max(broadcast(sink), nothing);
     for (int64_t n = 0; n < panels.count; ++n) {
         const uint32_t seen = panels.seen(n, v);
         for (int64_t j = 0; j < NR; j += W) {
@@ -97,8 +98,17 @@ inline float exponentiate(float* scores, const Panels& panels, const Visible& v,
     alignas(64) float lanes[2 * W];
     store(lanes, total);
     store(lanes + W, total);
-    const float weight = sum(load(lanes + v.begin % W));
+    float weight = sum(load(lanes + v.begin % W));
+    if (sink > -__builtin_inff()) weight += max_lane(exp(broadcast(sink - peak)));
     return weight > 0 ? 1.0f / weight : 0.0f;
+}
+
+// The same of a query head's products, by the rule's scale, cap and sink.
+inline float weigh_head(const SelectParams& p, float* scores, const Panels& panels, const Visible& v,
+                        int64_t head) {
+    const float scale = __builtin_fabsf(p.rule.scale), cap = p.rule.softcap;
+    if (cap > 0) soft_cap(scores, panels.count * NR, scale, cap);
+    return exponentiate(scores, panels, v, cap > 0 ? 1.0f : scale, sink_of(p.rule.sink_logits, head));
 }
 
 template <class T, class Tile>
@@ -174,8 +184,9 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
             float* row = scores + i * sharing * length;
             Panels own = panels;  // up to the last that this query sees
             while (own.count > 0 && own.first[own.count - 1] >= v.limit) --own.count;
-            for (int64_t h = 0; h < sharing; ++h)
-                weight[h] = exponentiate(row + h * length, own, v, __builtin_fabsf(p.rule.scale));
+            for (int64_t h = 0; h < sharing; ++h) {
+                weight[h] = weigh_head(p, row + h * length, own, v, group * sharing + h);
+            }
             float threshold = open_threshold();
             for (int64_t n = 0; n < own.count; ++n)
                 for (int64_t j = 0; j < NR; j += W) {
