@@ -13,6 +13,7 @@ from helpers.wings import overload, wings_under_test
 
 import sparse_attn
 from sparse_attn import KeyIndex
+from sparse_attn.selection import Rule
 
 WINGS = [wing for wing in wings_under_test() if wing.refuses("indexed_select") is None or wing.missing]
 
@@ -203,8 +204,8 @@ def test_gradients(wing):
 def test_op(wing):
     query, key, _ = (t.to(wing.device) for t in qkv(1, 2, 1, 2, 60, 9))
     index = KeyIndex.of(key)
-    rule = None, None, None, [0, 0, 0, 0, 2], 1.0
-    arguments = query, key, 5, *rule, index.codes, index.bounds, index.shift
+    rule = Rule(scale=1.0).packed(query, key, 5)
+    arguments = query, key, 5, *rule.parts(), index.codes, index.bounds, index.shift
     torch.library.opcheck(overload("indexed_select", wing.name), arguments)
 
 
