@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.integrations.options import NAME
 from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
 from sparse_attn.selection import FromIndexer
@@ -160,6 +161,8 @@ def load_indexers(model: torch.nn.Module, path: str | PathLike) -> torch.nn.Modu
 
 def uses_indexer(module: torch.nn.Module) -> bool:
     """Whether its config's options make this attention layer select with its indexer."""
+    if module.config._attn_implementation != NAME:
+        return False
     layers = getattr(module.config, "sparse_attn_layers", None)
     chosen = layers is None or module.layer_idx in layers
     return chosen and getattr(module.config, "sparse_attn_selector", "exact") == "indexer"
