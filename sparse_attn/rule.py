@@ -103,19 +103,20 @@ class Rule:
         """
         is_causal = checks.boolean("is_causal", self.is_causal)
         window, sinks = checks.kept(self.window, self.sinks, is_causal, top_k)
-        groups = key.shape[1] if per_group else checks.groups_of(self.share, query.shape[1], key.shape[1])
-        length = query.shape[2], key.shape[2]
+        _, heads, query_length, head_dim = query.shape
+        _, kv_heads, key_length, _ = key.shape
+        groups = kv_heads if per_group else checks.groups_of(self.share, heads, kv_heads)
         return PackedRule(
             None
             if self.attn_mask is None
             else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
             None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
             is_causal,
-            checks.causal_offset_of(is_causal, self.causal_offset, *length),
+            checks.causal_offset_of(is_causal, self.causal_offset, query_length, key_length),
             window,
             sinks,
             groups,
-            checks.softmax_scale(self.scale, query.shape[3]),
+            checks.softmax_scale(self.scale, head_dim),
         )
 
 
