@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe
 
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+
 
 def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
     """Its shape, read once: each reading of a tensor's shape costs a call as much as several comparisons."""
@@ -25,6 +27,8 @@ def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
 
 def query_key(query: Tensor, key: Tensor) -> None:
     """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
+    if torch.nn.functional.scaled_dot_product_attention is not _SDPA:
+        _outside_context_parallel()
     batch, heads, _, dim = _attention_tensor("query", query, "[B, Hq, Tq, D]")
     key_batch, kv_heads, _, key_dim = _attention_tensor("key", key, "[B, Hkv, Tk, D]")
     if key.dtype != query.dtype:
@@ -44,6 +48,16 @@ def query_key(query: Tensor, key: Tensor) -> None:
         raise ValueError(
             f"the number of query heads must be a positive multiple of the number of key heads, "
             f"got {heads} query heads and {kv_heads} key heads"
+        )
+
+
+def _outside_context_parallel() -> None:
+    """torch's context_parallel puts a function of its own in the place of scaled_dot_product_attention, of no other."""
+    now = torch.nn.functional.scaled_dot_product_attention
+    if getattr(now, "__module__", "").endswith("_context_parallel._attention"):
+        raise NotImplementedError(
+            "sparse_attn does not work inside torch's context_parallel, which splits the sequence over ranks for "
+            "scaled_dot_product_attention alone: each rank would select among its own keys; call it outside"
         )
 
 
