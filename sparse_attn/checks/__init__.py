@@ -14,6 +14,7 @@ from sparse_attn.checks.rule import (
     lengths_of,
     mask_of,
     softmax_scale,
+    starts_of,
     top_k_of,
 )
 from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
@@ -35,6 +36,7 @@ __all__ = [
     "mask_of",
     "query_key",
     "softmax_scale",
+    "starts_of",
     "token_batch",
     "top_k_of",
     "value_of",

@@ -28,6 +28,7 @@ def indexer_loss(
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
+    key_starts: Tensor | None = None,
 ) -> Tensor:
     r"""KL divergence from the attention of frozen heads to the softmax of an indexer's scores, mean over queries.
 
@@ -48,7 +49,7 @@ def indexer_loss(
         key: [B, Hkv, Tk, D]; Hq must be a multiple of Hkv.
         indices: int32 or int64 [B, G, Tq, K]: the keys that count, each once; the others do not exist. Empty slots
             are −1. With it, the mask, the lengths and causality are those that made it, and are not given again.
-        is_causal, causal_offset, attn_mask, key_lengths: as in :func:`indexer_select`.
+        is_causal, causal_offset, attn_mask, key_lengths, key_starts: as in :func:`indexer_select`.
         scale: factor of q·k of the attention, default 1/√D.
 
     Returns:
@@ -83,16 +84,16 @@ def indexer_loss(
     is_causal = checks.boolean("is_causal", is_causal)
     scale = checks.softmax_scale(scale, query.shape[3])
     if indices is not None:
-        if is_causal or attn_mask is not None or key_lengths is not None:
+        if is_causal or any(t is not None for t in (attn_mask, key_lengths, key_starts)):
             raise ValueError(
-                "indices name what each query sees: is_causal, attn_mask and key_lengths go without"
+                "indices name what each query sees: is_causal, attn_mask, key_lengths and key_starts go without"
             )
         checks.causal_offset_of(is_causal, causal_offset, query.shape[2], key.shape[2])
         indices = checks.indices_of(indices, index_query[:, :groups], index_key)
         indices = indices.expand(-1, groups, -1, -1)
         keys = None
     else:
-        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths)
+        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, key_starts=key_starts)
         keys = VisibleKeys(index_key, rule.packed(index_query, index_key, per_group=True))
     problem = _Divergence(query.detach(), key.detach(), indices, keys, groups, scale)
     return _Loss.apply(index_query, index_key, index_weights, problem)

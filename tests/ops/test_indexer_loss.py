@@ -146,7 +146,7 @@ def test_errors():
     for error, says, wrong in (
         (ValueError, "batch size and the lengths of query and key", {"query": inputs["query"][:, :, 1:]}),
         (ValueError, "multiple of the indexer's groups, got 1 and 2", {"key": inputs["key"][:, :1]}),
-        (ValueError, "is_causal, attn_mask and key_lengths go without",
+        (ValueError, "is_causal, attn_mask, key_lengths and key_starts go without",
          {"indices": index_rows((1, 2, 7, 3), 16), "is_causal": True}),
         (ValueError, "needs causal_offset", {"is_causal": True}),
         (ValueError, "scale must be finite", {"scale": math.inf}),

@@ -69,8 +69,9 @@ def attend_params(
 
 class Rule(Structure):
     _fields_ = [
-        *((n, c_void_p) for n in ("mask", "lengths")),
+        *((n, c_void_p) for n in ("mask", "lengths", "narrow_starts", "wide_starts")),
         ("mask_strides", Strides),
+        *((n, c_int64) for n in ("starts_b", "starts_t")),
         *((n, c_int64) for n in ("causal_offset", "window", "sinks", "groups")),
         ("scale", c_float),
         ("is_causal", c_bool),

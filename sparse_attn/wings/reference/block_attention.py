@@ -60,6 +60,9 @@ class _TiledAttention:
         self.key, self.value = self._in_blocks(key), self._in_blocks(value)
         self.block_count = self.key.shape[0] // max(1, batch * kv_heads)
         self.limits = None if rule.key_lengths is None else rule.key_lengths.view(-1, 1, 1, 1, 1)
+        self.starts = None  # [B, 1, N · S]: of the queries of all tiles
+        if rule.key_starts is not None:
+            self.starts = pad(rule.key_starts, (0, -self.query_length % max(1, self.tile))).unsqueeze(1)
         base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
         base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
         self.base = base.view(batch, self.units, 1, 1) * self.block_count
@@ -102,6 +105,9 @@ class _TiledAttention:
             queries = queries.view(-1, self.tile, 1)  # [n, S, 1]
             if self.rule.is_causal:
                 visible = visible & (position <= queries + self.rule.causal_offset)
+            if self.starts is not None:
+                starts = self.starts[..., tiles.start * self.tile : tiles.stop * self.tile]
+                visible = visible & (position >= starts.unflatten(2, (-1, self.tile)).unsqueeze(-1))
             visible = visible & (queries < self.query_length)
             # What no query of the tile sees must not reach a product: 0 · NaN is NaN.
             used = visible.any(3).unsqueeze(-1)
