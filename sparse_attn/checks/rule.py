@@ -77,7 +77,7 @@ def softmax_scale(scale: object, head_dim: int) -> float:
         scale = float(scale)
     except OverflowError:
         raise ValueError("scale must be finite, got an int beyond the range of floats") from None
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # math.isfinite takes no float of a compiler's
         raise ValueError(f"scale must be finite, got {scale}")
     return scale
 

@@ -8,6 +8,7 @@ sparse_transformers.save_indexers(model, "indexers.safetensors")
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from os import PathLike
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.integrations.options import NAME
+from sparse_attn.integrations.saved import tensors_beside
 from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
 from sparse_attn.selection import FromIndexer
@@ -24,18 +26,23 @@ ATTRIBUTE = "sparse_attn_indexer"  # of an attention module: its indexer
 _STATE = "_sparse_attn_index"  # of an attention module: what its indexer made of this call's hidden states
 _CACHE = "sparse_attn_index_keys"  # of a key/value cache: layer → index keys [B, G, keys so far, Di]
 _NEEDED = (
-    "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers, or load_indexers, "
-    "give it one"
+    "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers give it one, or load_indexers: "
+    "from its file, or from the folder that save_pretrained wrote, which from_pretrained does not do"
 )
 
 
 def attention_layers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     """Number of the layer → its attention module."""
-    found = {
-        module.layer_idx: module
-        for module in model.modules()
-        if type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None
-    }
+    found: dict[int, torch.nn.Module] = {}
+    for module in model.modules():
+        if not type(module).__name__.endswith("Attention") or getattr(module, "layer_idx", None) is None:
+            continue
+        if module.layer_idx in found:
+            raise TypeError(
+                f"model must have one attention module per layer, got {type(model).__name__} with several for layer "
+                f"{module.layer_idx} (encoders with decoders have no indexers and no low-rank scorers)"
+            )
+        found[module.layer_idx] = module
     if not found:
         raise TypeError(
             f"model must be a transformers decoder whose attention modules have a layer_idx, got {type(model).__name__}"
@@ -129,13 +136,15 @@ def save_indexers(model: torch.nn.Module, path: str | PathLike) -> None:
 
 
 def load_indexers(model: torch.nn.Module, path: str | PathLike) -> torch.nn.Module:
-    """Adds the indexers of a file that :func:`save_indexers` wrote.
+    """Adds the indexers of a file that :func:`save_indexers` wrote, or of a folder that `save_pretrained` wrote.
 
     Raises:
-        ValueError: the file holds no indexers, or not those of such a model.
+        ValueError: there are no indexers, or not those of such a model.
     """
     from safetensors import safe_open
 
+    if os.path.isdir(path):
+        return _load_beside(model, path)
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("sparse_attn_indexers")
         if text is None:
@@ -155,6 +164,20 @@ def load_indexers(model: torch.nn.Module, path: str | PathLike) -> torch.nn.Modu
         indexer.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
+        _set(module, indexer)
+    return model
+
+
+def _load_beside(model: torch.nn.Module, folder: str | PathLike) -> torch.nn.Module:
+    """The indexers that `save_pretrained` wrote with the model's own weights; their sizes are those of the tensors."""
+    attention = set(attention_layers(model).values())
+    layers = {name: module for name, module in model.named_modules() if module in attention}
+    for module, tensors in tensors_beside(folder, ATTRIBUTE, layers).items():
+        keys, width = tensors["key.weight"].shape  # [G·Di, C]
+        head_dim = tensors["key_norm.weight"].shape[0]
+        groups, queries = keys // head_dim, tensors["query.weight"].shape[0]  # [G·Hi·Di, C]
+        indexer = Indexer(width, queries // keys, head_dim, groups=groups)
+        indexer.load_state_dict(tensors)
         _set(module, indexer)
     return model
 

@@ -43,16 +43,16 @@ def refuse_model(model: torch.nn.Module) -> None:
 
 def refuse_call(module: torch.nn.Module, dropout: float, others: dict[str, Any]) -> None:
     """What a layer asks for at its call."""
-    if dropout:
-        raise ValueError(
-            f"attn_implementation='sparse_attn' has no attention dropout, got dropout={dropout}: "
-            "set the model's attention_dropout to 0"
-        )
     for name in UNKNOWN:
         if others.get(name) is not None:
             raise ValueError(
                 f"attn_implementation='sparse_attn' has no {name}, which {type(module).__name__} needs"
             )
+    if dropout:
+        raise ValueError(
+            f"attn_implementation='sparse_attn' has no attention dropout, got dropout={dropout}: "
+            "set the model's attention_dropout to 0"
+        )
 
 
 def refuse_unordered(seen: Visibility, options: dict[str, Any]) -> None:

@@ -99,4 +99,3 @@ def selector_of(module: torch.nn.Module, options: dict[str, Any], index: FromInd
     if name in ("blocks", "refined_blocks"):
         _check_blocks(None, options["top_k"], kept(options), None)
     return _NAMED[name].of(module, options, index)
-

@@ -83,7 +83,11 @@ def prove(
         )
     if missed:
         reached = sorted(
-            {m.layer_idx for m in model.modules() if id(m) in called and getattr(m, "layer_idx", None) is not None}
+            {
+                m.layer_idx
+                for m in model.modules()
+                if id(m) in called and getattr(m, "layer_idx", None) is not None
+            }
         )
         raise ValueError(
             f"the self-test did not reach the attention of {', '.join(missed)}: choose among layers={reached}, give "

@@ -32,7 +32,7 @@ from sparse_attn.integrations.indexers import (
     save_indexers,
     uses_indexer,
 )
-from sparse_attn.integrations.low_rank import fit_low_rank
+from sparse_attn.integrations.low_rank import fit_low_rank, load_low_rank
 from sparse_attn.integrations.masks import attention_mask
 from sparse_attn.integrations.options import (
     NAME,
@@ -55,6 +55,7 @@ __all__ = [
     "fit_low_rank",
     "indexers",
     "load_indexers",
+    "load_low_rank",
     "register",
     "remove_indexers",
     "save_indexers",

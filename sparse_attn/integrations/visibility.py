@@ -21,12 +21,16 @@ class Visibility:
     offset: int | None = None  # query i sees keys 0 … i + offset; None: its own key does not end what it sees
     padding: Tensor | None = None  # bool [B, Tk], True = a token
     mask: Tensor | None = None  # bool [B or 1, 1 or Hq, Tq or 1, Tk], True = visible
-    starts: Tensor | None = None  # int [B] or [B, Tq]: the first key of the query's sequence, maybe before key 0
+    starts: Tensor | None = (
+        None  # int [B] or [B, Tq]: the first key of the query's sequence, maybe before key 0
+    )
     dropped: int = 0  # so many first keys a sliding cache no longer holds
     # int []: how many keys follow the last query's own. A static cache under torch.compile counts its keys in a
     # tensor; then `offset` is not known as a number.
     behind: Tensor | None = None
-    ndim: ClassVar[int] = 4  # what generate() has made in advance comes back to the mask function as a made mask
+    ndim: ClassVar[int] = (
+        4  # what generate() has made in advance comes back to the mask function as a made mask
+    )
 
     @classmethod
     def of(cls, mask: Tensor | Visibility | None, query: Tensor, key: Tensor, causal: bool) -> Visibility:
@@ -134,7 +138,9 @@ class Visibility:
         if seen.starts is not None:
             after = torch.arange(keys, device=key.device) >= seen.starts.view(len(seen.starts), 1, -1, 1)
             mask = after if mask is None else mask & after
-        causal = offset is not None and offset < keys - 1  # else the first query sees them all, and so do the others
+        causal = (
+            offset is not None and offset < keys - 1
+        )  # else the first query sees them all, and so do the others
         if causal and (mask is not None or offset != 0):
             diagonal = self._diagonal(offset or 0, keys, query.device)
             mask, causal = diagonal if mask is None else mask & diagonal, False
@@ -166,7 +172,9 @@ class Visibility:
         return torch.where(visible, indices, -1)
 
 
-UNORDERED = "window, blocks and residual need causal attention: a query's own key must be the last that it sees"
+UNORDERED = (
+    "window, blocks and residual need causal attention: a query's own key must be the last that it sees"
+)
 
 
 def none_beyond(mask: Tensor, offset: int | Tensor) -> bool:
