@@ -45,7 +45,7 @@ MODELS = {
             use_mamba_kernels=False,
             mamba_d_state=4,
             mamba_dt_rank=4,
-        )  # fmt: skip
+        )
     ),
     "BERT": lambda: t.BertModel(t.BertConfig(**TEXT)),
     "ViT": lambda: t.ViTModel(t.ViTConfig(**VISION)),

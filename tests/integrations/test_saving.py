@@ -54,7 +54,7 @@ def test_low_rank_scorers(tmp_path, int8):
     sparse_transformers.configure(model, top_k=6, selector="low_rank")
     model.save_pretrained(tmp_path)
     again = loaded(tmp_path)
-    with pytest.raises(ValueError, match="a scorer in layer 0: .* load_low_rank from the folder"):
+    with pytest.raises(ValueError, match=r"a scorer in layer 0: .* load_low_rank from the folder"):
         logits(again, ids())
     sparse_transformers.load_low_rank(again, tmp_path)
     assert torch.equal(logits(again, ids()), logits(model, ids()))

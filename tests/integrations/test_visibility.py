@@ -9,11 +9,15 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
 from tests.integrations.models import (  # noqa: E402
     LENGTH,
+    SHAPE,
+    cached,
     close,
     ids,
+    llama,
     logits,
     padding,
     pair,
+    positions_of,
     small,
 )  # fmt: skip
 
