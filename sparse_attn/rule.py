@@ -21,7 +21,17 @@ PARTS = 5
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(
-    ("is_causal", "causal_offset", "attn_mask", "key_lengths", "window", "sinks", "share", "scale")
+    (
+        "is_causal",
+        "causal_offset",
+        "attn_mask",
+        "key_lengths",
+        "window",
+        "sinks",
+        "share",
+        "scale",
+        "key_starts",
+    )
 )
 
 

@@ -217,7 +217,8 @@ def refine_blocks(
     their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
-        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in :func:`topk_select`.
+        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in
+            :func:`topk_select`.
         blocks, block_size, query_tile: what :func:`block_select` gave, and what it was given. Its G must divide the
             number of selections that `share` asks for. Numbers out of range are empty slots.
         window, sinks: always kept, in the blocks or not.

@@ -21,5 +21,5 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERYWHERE | {"key_starts"})
+CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERYWHERE)
 register(CPU_WING)
