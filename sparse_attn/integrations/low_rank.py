@@ -104,7 +104,7 @@ def require_low_rank(model: torch.nn.Module, layers: Iterable[int] | None) -> No
 def low_rank_of(module: torch.nn.Module | None, layer: int) -> LowRankScorer:
     if not hasattr(module, ATTRIBUTE):
         raise ValueError(
-            f"selector='low_rank' needs a scorer in layer {layer}: fit_low_rank gives it one, or load_low_rank from the "
-            "folder that save_pretrained wrote, which from_pretrained does not do"
+            f"selector='low_rank' needs a scorer in layer {layer}: fit_low_rank gives it one, or load_low_rank from "
+            "the folder that save_pretrained wrote, which from_pretrained does not do"
         )
     return getattr(module, ATTRIBUTE)

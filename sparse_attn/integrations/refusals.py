@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,16 +29,21 @@ class Refused(ValueError):
     """A refusal of ours, told from what a model raises."""
 
 
-def refuse_model(model: torch.nn.Module) -> None:
-    """A model whose attention this package would never see."""
+def refuse_no_model(model: torch.nn.Module) -> None:
     if not configs_of(model) or not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model must be a transformers model (it has no config), got {type(model).__name__}")
-    for part in model.modules():
-        can = getattr(part, "_can_set_attn_implementation", None)
-        if can is not None and not can():
+
+
+def refuse_unreachable(model: torch.nn.Module, meant: Iterable[str]) -> None:
+    """Layers, by name, of a model or a part of one that calls an attention of its own."""
+    modules = dict(model.named_modules())
+    for layer in meant:
+        above = [modules[layer[:at]] for at in range(len(layer)) if layer[:at] in modules]
+        parts = [m for m in above if hasattr(m, "_can_set_attn_implementation")]
+        if parts and not parts[-1]._can_set_attn_implementation():
             raise ValueError(
-                f"{type(part).__name__} does not call its attention through transformers' attention interface, so "
-                "sparse_attn cannot take its place; docs/huggingface.md lists models that do"
+                f"layer {layer}: {type(parts[-1]).__name__} does not call its attention through transformers' "
+                "attention interface, so sparse_attn cannot take its place; docs/huggingface.md lists models that do"
             )
 
 

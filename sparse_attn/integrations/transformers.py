@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ def configure(
         raise ValueError(f"residual=True needs selector='exact', got {checks.describe(selector)}")
     if not isinstance(self_test, Mapping):
         checks.boolean("self_test", self_test)
-    refusals.refuse_model(model)
+    refusals.refuse_no_model(model)
     options = {
         "top_k": top_k,
         "window": window,
@@ -157,11 +158,12 @@ def configure(
         "backend": backend,
     }
     meant = meant_layers(model, layers)
+    refusals.refuse_unreachable(model, meant)
     check_named(model, selector, options)
     register()
     with unchanged_if_refused(model):
-        if self_test is not False:
-            prove(model, meant, options, None if self_test is True else self_test)
+        if self_test is not False or not meant:
+            prove(model, meant, options, self_test if isinstance(self_test, Mapping) else None)
         set_options(model, options)
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
@@ -230,6 +232,10 @@ def _sparse(
     scores: dict[str, Any],  # the rule's scale, softcap and sink_logits
 ) -> Tensor:  # [B, Hq, Tq, Dv]
     sinks = max(0, options["sinks"] - seen.dropped)
+    known = selector.key.shape[2] if isinstance(selector, FromIndexer) else None
+    if known is not None and seen.behind is not None:
+        # The index keys are those of the queries and of what came before, whatever room a static cache has.
+        seen = replace(seen, offset=known - seen.query_length, behind=None)
     if needs_order(options):
         seen, key, value = seen.in_order().at_the_end(key, value)
         refusals.refuse_unordered(seen, options)
@@ -239,10 +245,8 @@ def _sparse(
         seen = seen.in_a_mask(query.device)
     if sinks:
         seen = seen.with_starts(query.shape[0])
-    if isinstance(selector, FromIndexer):
-        known = selector.key.shape[2]
-        last = key.shape[2] if seen.offset is None else min(key.shape[2], query.shape[2] + seen.offset)
-        if seen.offset is not None and known < last:
+    if known is not None:
+        if seen.offset is not None and known < min(key.shape[2], query.shape[2] + seen.offset):
             raise ValueError(
                 f"selector='indexer' has {known} index keys for {key.shape[2]} keys: this layer's keys "
                 "come from a cache that is no transformers.Cache"
