@@ -84,7 +84,7 @@ def test_an_embedding_of_variable_width():
     model.config.tie_word_embeddings = True  # after which transformers looks for `embed_tokens.weight`
     refusals = {
         r"no `weight`: VariableWidthHead\(embedding\)": lambda: model.resize_token_embeddings(80),
-        r"model\.embed_tokens\.weight is neither a parameter": model.tie_weights,
+        r"model\.embed_tokens\.weight. is neither a parameter": model.tie_weights,
     }
     for words, call in refusals.items():
         with pytest.raises(AttributeError, match=words):
