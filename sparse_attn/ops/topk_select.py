@@ -28,6 +28,7 @@ OP = Op(
     f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, bool rounded, Tensor? blocks, SymInt block_size, "
     "SymInt query_tile) -> Tensor",
     fake,
+    batch="query key blocks out",
 )
 
 
