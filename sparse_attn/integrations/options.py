@@ -19,6 +19,16 @@ DEFAULTS: dict[str, Any] = {
     "layers": None,
     "backend": None,
 }
+# Arguments of other attention functions that change what comes out.
+UNKNOWN = (
+    "position_bias",
+    "relative_position_bias",
+    "token_attention_bias",
+    "head_mask",
+    "sinks",
+    "block_indices",
+    "cache",
+)
 _MARK = "attn_implementation"  # of a saved config: what from_pretrained is to use
 _INTERNAL = "_attn_implementation_internal"
 _FIELDS = [f"{NAME}_{name}" for name in DEFAULTS]

@@ -9,20 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.integrations.options import configs_of
+from sparse_attn.integrations.options import UNKNOWN, configs_of
 from sparse_attn.integrations.visibility import Visibility, holds, holes
 from sparse_attn.selection import FromIndexer
-
-# Arguments of other attention functions that change what comes out.
-UNKNOWN = (
-    "position_bias",
-    "relative_position_bias",
-    "token_attention_bias",
-    "head_mask",
-    "sinks",
-    "block_indices",
-    "cache",
-)
 
 
 class Refused(ValueError):

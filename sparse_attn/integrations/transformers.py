@@ -45,7 +45,7 @@ from sparse_attn.integrations.options import (
 )
 from sparse_attn.integrations.selectors import OWN, SELECTORS, check_named, remember, selector_of
 from sparse_attn.integrations.self_test import meant_layers, prove
-from sparse_attn.integrations.visibility import Visibility
+from sparse_attn.integrations.visibility import Visibility, scores_of
 from sparse_attn.rule import Rule
 from sparse_attn.selection import FromIndexer, Selection, Selector, attend, select_and_attend
 
@@ -190,7 +190,7 @@ def attention_forward(
     refusals.refuse_call(module, dropout, others)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     seen = Visibility.of(attention_mask, query, key, causal)
-    scores = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    scores = scores_of(scaling, softcap, s_aux)
     if indices is not None:
         chosen = Selection(seen.only_visible(indices))
         out = attend(query, key, value, chosen, rule=Rule(**scores))
@@ -229,7 +229,7 @@ def _sparse(
     selector: Selector,
     seen: Visibility,
     options: dict[str, Any],
-    scores: dict[str, Any],  # the rule's scale, softcap and sink_logits
+    scores: dict[str, Any],  # parts of the rule
 ) -> Tensor:  # [B, Hq, Tq, Dv]
     sinks = max(0, options["sinks"] - seen.dropped)
     known = selector.key.shape[2] if isinstance(selector, FromIndexer) else None

@@ -124,9 +124,9 @@ class Visibility:
         return torch.arange(keys, device=device) <= (queries + offset).unsqueeze(-1)
 
     def dense_attention(self, query: Tensor, key: Tensor, value: Tensor, scores: dict[str, Any]) -> Tensor:
-        """Attention to all that is visible: [B, Hq, Tq, Dv]; `scores` are the rule's scale, softcap, sink_logits."""
+        """Attention to all that is visible: [B, Hq, Tq, Dv]; `scores` as `scores_of` gives them."""
         seen = self.in_a_mask(query.device)
-        if scores["softcap"] is not None or scores["sink_logits"] is not None:
+        if len(scores) > 1:  # of which scaled_dot_product_attention knows nothing
             rule = seen.rule(share="none", **scores)
             return select_and_attend(query, key, value, key.shape[2], Exact(), rule)
         offset, keys = seen.offset, self.key_length
@@ -170,6 +170,12 @@ class Visibility:
                 rows = mask[:, 0].expand(indices.shape[0], self.query_length, self.key_length)
                 visible = visible & rows.gather(-1, places)
         return torch.where(visible, indices, -1)
+
+
+def scores_of(scale: float | None, softcap: float | None, sink_logits: Tensor | None) -> dict[str, Any]:
+    """What a layer says of its scores, as parts of the rule."""
+    said = {"softcap": softcap, "sink_logits": sink_logits}
+    return {"scale": scale, **{name: value for name, value in said.items() if value is not None}}
 
 
 UNORDERED = (

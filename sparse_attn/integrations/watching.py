@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.integrations.masks import attention_mask as make_mask
 from sparse_attn.integrations.options import configs_of
-from sparse_attn.integrations.visibility import Visibility
+from sparse_attn.integrations.visibility import Visibility, scores_of
 
 _IMPLEMENTATION = "sparse_attn_watching"
 
@@ -63,8 +63,8 @@ def dense_but_shown(model: torch.nn.Module, look: Callable[[Given], None]):
         seen = Visibility.of(attention_mask, query, key, causal)
         asked = {"dropout": dropout, "softcap": softcap, "s_aux": s_aux, **others}
         look(Given(module, None, None, query, key, value, scaling, seen, asked))
-        scores = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
-        return seen.dense_attention(query, key, value, scores).transpose(1, 2), None
+        out = seen.dense_attention(query, key, value, scores_of(scaling, softcap, s_aux))
+        return out.transpose(1, 2), None
 
     AttentionInterface.register(_IMPLEMENTATION, attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, make_mask)
