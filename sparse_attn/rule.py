@@ -18,6 +18,8 @@ from sparse_attn import checks
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
 SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale"
 PARTS = 5
+# For torch.func.vmap: those of its tensors whose first dimension is the batch, and the others.
+BATCH, SHARED = "attn_mask key_lengths key_starts", ""
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.files import parse_json, refusal
 from sparse_attn.integrations.options import NAME
 from sparse_attn.integrations.saved import tensors_beside
 from sparse_attn.integrations.watching import layer_inputs
@@ -88,10 +89,13 @@ def add_indexers(
     if share not in ("all", "kv"):
         raise ValueError(f"share must be 'all' or 'kv' for indexers, got {share!r}")
     found = attention_layers(model)
+    made = {}
     for number in chosen_layers(found, layers):
-        module = found[number]
-        groups = 1 if share == "all" else module.config.num_key_value_heads
-        _set(module, Indexer(module.config.hidden_size, num_heads, head_dim, groups=groups))
+        config = found[number].config
+        groups = 1 if share == "all" else config.num_key_value_heads
+        made[number] = Indexer(config.hidden_size, num_heads, head_dim, groups=groups)
+    for number, indexer in made.items():
+        _set(found[number], indexer)
     return model
 
 
@@ -139,47 +143,80 @@ def load_indexers(model: torch.nn.Module, path: str | PathLike) -> torch.nn.Modu
     """Adds the indexers of a file that :func:`save_indexers` wrote, or of a folder that `save_pretrained` wrote.
 
     Raises:
-        ValueError: there are no indexers, or not those of such a model.
+        ValueError: it holds no indexers, not those of such a model, or is broken; the message begins with the
+            path, and the model is as it was.
+        OSError: the file cannot be read.
     """
-    from safetensors import safe_open
-
+    found, made = attention_layers(model), {}
     if os.path.isdir(path):
-        return _load_beside(model, path)
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("sparse_attn_indexers")
-        if text is None:
-            raise ValueError(f"{path} holds no indexers: save_indexers writes such files")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    found = attention_layers(model)
-    for number, (num_heads, head_dim, groups) in json.loads(text).items():
-        module = found.get(int(number))
-        width = tensors[f"{number}.key.weight"].shape[1]
-        if module is None or module.config.hidden_size != width:
-            raise ValueError(
-                f"{path} has an indexer of layer {number} for hidden states of width {width}, "
-                f"which this model of {len(found)} layers does not have"
-            )
-        indexer = Indexer(width, num_heads, head_dim, groups=groups)
-        prefix = f"{number}."
-        indexer.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for number, state in tensors_beside(path, ATTRIBUTE, model, found).items():
+            made[number] = _indexer_of(path, number, _sizes_of(state), state, found)
+        shapes, tensors = {}, {}
+    else:
+        shapes, tensors = _read(path)
+    for name, sizes in shapes.items():
+        number = int(name) if name.isdecimal() else -1
+        prefix = f"{name}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        made[number] = _indexer_of(path, number, sizes, state, found)
+    for number, indexer in made.items():
+        _set(found[number], indexer)
+    return model
+
+
+def _read(path: str | PathLike) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """What a file says of its indexers, by layer, and its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("sparse_attn_indexers")
+            if text is None:
+                raise ValueError(f"{path} holds no indexers: save_indexers writes such files")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise refusal(path, "indexers", error) from None
+    try:
+        shapes = parse_json(text)
+    except ValueError as error:
+        raise refusal(path, "indexers", error) from None
+    if not isinstance(shapes, dict):
+        raise refusal(path, "indexers", f"their sizes must be an object, got {checks.describe(shapes)}")
+    return shapes, tensors
+
+
+def _sizes_of(state: dict[str, Tensor]) -> list[int] | None:
+    """num_heads, head_dim and groups of an indexer, which its tensors say; None where some are missing."""
+    names = "key.weight", "query.weight", "key_norm.weight"  # [G·Di, C], [G·Hi·Di, C], [Di]
+    if not all(name in state and state[name].numel() for name in names):
+        return None
+    keys, queries, head_dim = (len(state[name]) for name in names)
+    return [queries // keys, head_dim, keys // head_dim]
+
+
+def _indexer_of(path, number: int, sizes: object, state: dict[str, Tensor], found: dict) -> Indexer:
+    """The indexer of a layer with what a file holds for it, if both fit together and the model."""
+    key = state.get("key.weight")
+    if not isinstance(sizes, list) or len(sizes) != 3 or key is None or key.dim() != 2:
+        raise refusal(path, "indexers", f"it has no sizes or no keys of layer {number}")
+    width = key.shape[1]
+    if number not in found or found[number].config.hidden_size != width:
+        raise ValueError(
+            f"{path} has an indexer of layer {number} for hidden states of width {width}, "
+            f"which this model of {len(found)} layers does not have"
         )
-        _set(module, indexer)
-    return model
-
-
-def _load_beside(model: torch.nn.Module, folder: str | PathLike) -> torch.nn.Module:
-    """The indexers that `save_pretrained` wrote with the model's own weights; their sizes are those of the tensors."""
-    attention = set(attention_layers(model).values())
-    layers = {name: module for name, module in model.named_modules() if module in attention}
-    for module, tensors in tensors_beside(folder, ATTRIBUTE, layers).items():
-        keys, width = tensors["key.weight"].shape  # [G·Di, C]
-        head_dim = tensors["key_norm.weight"].shape[0]
-        groups, queries = keys // head_dim, tensors["query.weight"].shape[0]  # [G·Hi·Di, C]
-        indexer = Indexer(width, queries // keys, head_dim, groups=groups)
-        indexer.load_state_dict(tensors)
-        _set(module, indexer)
-    return model
+    try:
+        with torch.device("meta"):  # nothing is allocated before the tensors are known to be of these sizes
+            indexer = Indexer(width, sizes[0], sizes[1], groups=sizes[2])
+        why = indexer._why_not_load(state, "")
+        if why is None and state.keys() != indexer.state_dict().keys():
+            why = f"it has {', '.join(sorted(state))}, an indexer {', '.join(indexer.state_dict())}"
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = str(error)
+    if why is not None:
+        raise refusal(path, f"indexer of layer {number}", why)
+    indexer.to_empty(device="cpu").load_state_dict(state)
+    return indexer
 
 
 def uses_indexer(module: torch.nn.Module) -> bool:

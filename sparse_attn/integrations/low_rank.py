@@ -72,8 +72,10 @@ def fit_low_rank(
             run(tokens)
     if not scorers:
         raise ValueError("batches must hold at least one batch of token ids, got none")
-    for layer, scorer in scorers.items():
-        setattr(found[layer], ATTRIBUTE, scorer.fit())
+    for scorer in scorers.values():
+        scorer.fit()
+    for layer, scorer in scorers.items():  # all of them or, where one cannot be fitted, none
+        setattr(found[layer], ATTRIBUTE, scorer)
         setattr(found[layer].config, _INT8, int8)
     return model
 
@@ -84,13 +86,15 @@ def load_low_rank(model: torch.nn.Module, folder: str | PathLike) -> torch.nn.Mo
     Raises:
         ValueError: the folder holds none, or not those of such a model.
     """
-    attention = set(attention_layers(model).values())
-    layers = {name: module for name, module in model.named_modules() if module in attention}
-    for module, tensors in tensors_beside(folder, ATTRIBUTE, layers).items():
-        projection = tensors["key_projection"]  # [Hkv, D, rank]
-        scorer = LowRankScorer(*projection.shape, int8=getattr(module.config, _INT8, False))
-        scorer.load_state_dict(tensors)
-        setattr(module, ATTRIBUTE, scorer.to(next(module.parameters()).device))
+    found, made = attention_layers(model), {}
+    for layer, tensors in tensors_beside(folder, ATTRIBUTE, model, found).items():
+        projection = tensors.get("key_projection")  # [Hkv, D, rank]
+        if projection is None or projection.dim() != 3:
+            raise ValueError(f"{folder} holds no whole scorer of layer {layer}")
+        made[layer] = LowRankScorer(*projection.shape, int8=getattr(found[layer].config, _INT8, False))
+        made[layer].load_state_dict(tensors)
+    for layer, scorer in made.items():
+        setattr(found[layer], ATTRIBUTE, scorer.to(next(found[layer].parameters()).device))
     return model
 
 

@@ -11,26 +11,28 @@ from torch import Tensor
 
 
 def tensors_beside(
-    folder: str | PathLike, attribute: str, layers: dict[str, torch.nn.Module]
-) -> dict[torch.nn.Module, dict[str, Tensor]]:
-    """For each attention module in `layers` (by its name in the model) the tensors of its `attribute`, where saved.
+    folder: str | PathLike, attribute: str, model: torch.nn.Module, found: dict[int, torch.nn.Module]
+) -> dict[int, dict[str, Tensor]]:
+    """For each attention module, by the number of its layer in `found`, the tensors of its `attribute`, where saved.
 
     Raises:
         ValueError: the folder holds none, or those of layers that the model does not have.
     """
-    found: dict[torch.nn.Module, dict[str, Tensor]] = {}
-    for file, names in _files(Path(folder)).items():
-        from safetensors import safe_open
+    from safetensors import safe_open
 
+    numbers = {id(module): number for number, module in found.items()}
+    layers = {name: numbers[id(m)] for name, m in model.named_modules() if id(m) in numbers}
+    tensors: dict[int, dict[str, Tensor]] = {}
+    for file, names in _files(Path(folder)).items():
         with safe_open(file, framework="pt") as opened:
             for name in names if names is not None else opened.keys():
                 layer, inside, rest = name.partition(f".{attribute}.")
                 if inside:
-                    module = _module(layers, layer, folder)
-                    found.setdefault(module, {})[rest] = opened.get_tensor(name)
-    if not found:
+                    number = _number(layers, layer, folder)
+                    tensors.setdefault(number, {})[rest] = opened.get_tensor(name)
+    if not tensors:
         raise ValueError(f"{folder} holds nothing called {attribute}: save_pretrained did not write it")
-    return found
+    return tensors
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
@@ -44,9 +46,9 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
     return dict(files)
 
 
-def _module(layers: dict[str, torch.nn.Module], saved: str, folder: str | PathLike) -> torch.nn.Module:
-    """The module whose name ends as a saved one does, or begins later: with or without the head's prefix."""
-    for name, module in layers.items():
+def _number(layers: dict[str, int], saved: str, folder: str | PathLike) -> int:
+    """Of the module whose name ends as a saved one does, or begins later: with or without the head's prefix."""
+    for name, number in layers.items():
         if f".{saved}".endswith(f".{name}") or f".{name}".endswith(f".{saved}"):
-            return module
+            return number
     raise ValueError(f"{folder} has something for {saved}, which this model does not have")

@@ -38,8 +38,9 @@ class Op:
 
     `tangent(Forward, **arguments) -> {result: tangent}` is forward mode: it takes every argument of the schema by
     name, the rule as one, so that none is overlooked. Without it forward mode is refused.
-    `batch` names the tensors, arguments and results, whose first dimension is the batch (those of the rule are known):
-    `vmap` folds its own dimension into it. What is summed over the batch is not among them: then `vmap` is a loop.
+    `batch` names the tensors, arguments and results, whose first dimension is the batch (the rule says its own):
+    `vmap` folds its own dimension into it. `shared` names the other tensors among the arguments; a `vmap` over them,
+    and one of a result that is summed over the batch, calls the op once per entry, as it does without any `batch`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Op:
         gradient_of: str | None = None,
         tangent: Callable[..., dict[str, Tensor]] | None = None,
         batch: str = "",
+        shared: str = "",
     ) -> None:
         self.name, self.schema = name, schema
         parsed = torch._C.parse_schema(f"{base.NAMESPACE}::{name}{schema}")
@@ -67,12 +69,13 @@ class Op:
         self.differentiable = backward is not None or gradient_of is not None
         self.constant = constant.split() if self.differentiable else self.outputs.names
         self._rule_at = self.inputs.names.index("attn_mask") if "rule" in kinds else None
-        parts = (
-            [] if self._rule_at is None else self.inputs.names[self._rule_at : self._rule_at + rules.PARTS]
-        )
-        self.batch = frozenset((*batch.split(), *(part for part in parts if "Tensor" in kinds[part])))
-        unknown = self.batch.difference(kinds)
-        assert not unknown, f"{name} has no {unknown}"
+        if batch and self._rule_at is not None:
+            batch, shared = f"{batch} {rules.BATCH}", f"{shared} {rules.SHARED}"
+        self.batch = frozenset(batch.split())
+        if batch:
+            tensors = {n for n in self.inputs.names if "Tensor" in kinds[n]}
+            unsaid = tensors ^ self.batch.union(shared.split()).difference(self.outputs.names)
+            assert not unsaid, f"{name}: is {unsaid} in `batch` or in `shared`?"
         self._overloads: dict[str, Callable] = {}
         for wing in base.wings():
             if name in wing.implementations:
@@ -88,7 +91,7 @@ class Op:
         sizes: dict[str, int] | None = None,
     ) -> str:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
-        return base.choose(self.name, tensor, backend, function or self.name, rule, **(sizes or {}))
+        return base.choose(self.name, tensor, backend, function or self.name, rule, sizes or base.NO_SIZES)
 
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""

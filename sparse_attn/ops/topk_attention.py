@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_attn import checks
@@ -132,7 +131,6 @@ def topk_attention(
     return (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
 
 
-@torch.no_grad()
 def topk_attention_with_residual(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -149,7 +147,7 @@ def topk_attention_with_residual(
     key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values. Inference only.
+    r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values.
 
     With p the softmax over all visible keys V_i and S_i the selection:
 
@@ -157,14 +155,15 @@ def topk_attention_with_residual(
               \mathop{\mathrm{mean}}_{j \in V_i \setminus S_i} v_j
 
     The mean comes from prefix sums. The normaliser of p needs every score, so this is for the quality of a given
-    selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix.
+    selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix, in the
+    backward neither. Differentiable in query, key and value; the choice itself is not differentiated.
 
     Args:
         query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, key_starts,
             backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must be keys in a row.
 
     Returns:
-        out [B, Hq, Tq, Dv] in the query's dtype, without a gradient.
+        out [B, Hq, Tq, Dv] in the query's dtype.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -175,7 +174,6 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
-    checks.inference_only("topk_attention_with_residual", query, key, value)
     rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
