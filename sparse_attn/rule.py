@@ -16,10 +16,13 @@ from torch import Tensor
 from sparse_attn import checks
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
-SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale"
-PARTS = 5
+SCHEMA = (
+    "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale, float softcap, "
+    "Tensor? sink_logits"
+)
+PARTS = 7
 # For torch.func.vmap: those of its tensors whose first dimension is the batch, and the others.
-BATCH, SHARED = "attn_mask key_lengths key_starts", ""
+BATCH, SHARED = "attn_mask key_lengths key_starts", "sink_logits"
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(
@@ -33,6 +36,8 @@ EVERYWHERE = frozenset(
         "share",
         "scale",
         "key_starts",
+        "softcap",
+        "sink_logits",
     )
 )
 
@@ -50,6 +55,8 @@ class Rule:
         sinks: always keep the first `sinks` keys, from key_starts on.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         scale: factor of q·k, default 1/√D.
+        softcap: if given, a score is softcap · tanh(scale · q·k / softcap); positive.
+        sink_logits: float [Hq]; one more logit per query head in the softmax's denominator, without a value.
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or query.
 
     Nothing is checked before the rule meets tensors: whatever takes it raises TypeError or ValueError then.
@@ -71,6 +78,8 @@ class Rule:
     sinks: int = 0
     share: str = "none"
     scale: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
     key_starts: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -131,6 +140,8 @@ class Rule:
             sinks,
             groups,
             checks.softmax_scale(self.scale, head_dim),
+            0.0 if self.softcap is None else checks.soft_cap(self.softcap),
+            None if self.sink_logits is None else checks.sink_logits_of(self.sink_logits, query),
             None if self.key_starts is None else checks.starts_of(self.key_starts, query),
         )
 
@@ -149,16 +160,21 @@ class PackedRule(NamedTuple):
     sinks: int
     groups: int  # G: 1, Hkv or Hq
     scale: float
+    softcap: float = 0.0  # 0: none
+    sink_logits: Tensor | None = None  # float32 (of float64 queries float64) [Hq]
     key_starts: Tensor | None = None  # int [B, Tq], any values
 
     def first_kept(self, key_length: int) -> int:
         """How many of the first keys are always kept."""
         return min(self.sinks, key_length)
 
-    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[int], float]:
+    def parts(
+        self,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[int], float, float, Tensor | None]:
         """What `SCHEMA` names."""
         numbers = [int(self.is_causal), self.causal_offset, self.window, self.sinks, self.groups]
-        return self.attn_mask, self.key_lengths, self.key_starts, numbers, self.scale
+        visible = self.attn_mask, self.key_lengths, self.key_starts
+        return *visible, numbers, self.scale, self.softcap, self.sink_logits
 
     @classmethod
     def of_parts(
@@ -168,10 +184,12 @@ class PackedRule(NamedTuple):
         key_starts: Tensor | None,
         numbers: list[Any],
         scale: float,
+        softcap: float,
+        sink_logits: Tensor | None,
     ) -> PackedRule:
         is_causal, causal_offset, window, sinks, groups = numbers
         of_numbers = bool(is_causal), causal_offset, window, sinks, groups
-        return cls(attn_mask, key_lengths, *of_numbers, scale, key_starts)
+        return cls(attn_mask, key_lengths, *of_numbers, scale, softcap, sink_logits, key_starts)
 
 
 def selection_shape(query: Tensor, key: Tensor, top_k: int, rule: PackedRule) -> tuple[int, int, int, Any]:

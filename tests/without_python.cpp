@@ -49,7 +49,9 @@ int main(int, char** argv) {
         none,
         none,  // attn_mask, key_lengths, key_starts
         value_of(rule),
-        value_of(1.0),  // scale
+        value_of(1.0),
+        value_of(0.0),
+        none,  // scale, softcap, sink_logits
         value_of(false),
         none,  // rounded, blocks
         value_of(int64_t{1}),

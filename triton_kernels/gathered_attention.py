@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lib.common import LN2, LOG2E, grid_of, is_half, outer_program, rounded
+from .lib.common import LN2, LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
 from .lib.dot import dot
 from .lib.rows import gather_rows, load_rows, vector_configs
+from .lib.soft_cap import capped, factors
 from .lib.tuning import distinct, run_tuned, size_class
 
 
@@ -27,6 +28,7 @@ def _tile(
     key,  # [B, Hkv, Tk, D]
     value,  # [B, Hkv, Tk, Dv]
     indices,  # int32 [B, G, Tq, K]
+    sink_logits,  # float32 [Hq], contiguous, or None
     out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
     query_b, query_h, query_t, query_d,
@@ -41,7 +43,8 @@ def _tile(
     groups,
     key_length,
     budget,
-    factor,  # scale · log2 e
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -70,13 +73,17 @@ def _tile(
 
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    if sink_logits is not None:
+        largest = tl.load(sink_logits + head, mask=present, other=float("-inf")) * LOG2_OF_E
+        # exp2(0), or NaN of a logit that is no number.
+        total = tl.where(largest == float("-inf"), 0.0, 1.0 + (largest - largest))
     mean = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
     for start in range(0, budget, BLOCK_K):
         row, filled = gather_rows(rows_of, start, indices_k, budget, key_length, BLOCK_K)
         keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
         scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
-        scores = tl.where(filled[None, :], scores, float("-inf"))
+        scores = tl.where(filled[None, :], capped(scores, bound), float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         base = tl.where(larger == float("-inf"), 0.0, larger)  # −inf − −inf would be NaN
         weights = tl.exp2(scores - base[:, None])
@@ -102,6 +109,7 @@ def _vector(
     key,  # [B, Hkv, Tk, D]
     value,  # [B, Hkv, Tk, Dv]
     indices,  # int32 [B, G, Tq, K]
+    sink_logits,  # float32 [Hq], contiguous, or None
     out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
     query_b, query_h, query_t, query_d,
@@ -114,7 +122,8 @@ def _vector(
     groups,
     key_length,
     budget,
-    factor,  # scale · log2 e
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -147,7 +156,8 @@ def _vector(
         next_row, next_filled = gather_rows(rows_of, start + BLOCK_K, indices_k, budget, key_length, BLOCK_K)
         keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM).to(tl.float32)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE).to(tl.float32)
-        scores = tl.where(filled, tl.sum(keys * vector[None, :], axis=1) * factor, float("-inf"))
+        scores = capped(tl.sum(keys * vector[None, :], axis=1) * factor, bound)
+        scores = tl.where(filled, scores, float("-inf"))
         larger = tl.maximum(largest, scores)
         base = tl.where(larger == float("-inf"), 0.0, larger)
         weights = tl.exp2(scores - base)
@@ -157,8 +167,14 @@ def _vector(
         largest, row, filled = larger, next_row, next_filled
 
     top = tl.max(largest, axis=0)
-    shrink = tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top))
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + head) * LOG2_OF_E
+        top = tl.maximum(top, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    shrink = tl.exp2(largest - base)
     whole = tl.sum(total * shrink, axis=0)
+    if sink_logits is not None:
+        whole += tl.exp2(sink - base)
     whole = tl.where(whole == 0.0, 1.0, whole)
     result = tl.sum(mean * shrink[:, None], axis=0) / whole
     place = (b * heads + head) * tl.num_programs(0) + t
@@ -194,6 +210,8 @@ def gathered_attention(
     value: Tensor,  # [B, Hkv, Tk, Dv]
     indices: Tensor,  # int32 [B, G, Tq, K]
     scale: float,
+    softcap: float,  # 0: none
+    sink_logits: Tensor | None,  # float32 [Hq]
 ) -> tuple[Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse float32 [B, Hq, Tq]
     batch, heads, query_length, dim = query.shape
     kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -204,9 +222,9 @@ def gathered_attention(
         return out, lse
     units = max(groups, kv_heads)
     shared = heads // units
-    tensors = (query, key, value, indices, out, lse)
+    tensors = (query, key, value, indices, sink_logits, out, lse)
     strides = (*query.stride(), *key.stride(), *value.stride(), *indices.stride())
-    sizes = (kv_heads, groups, key_length, budget, scale * LOG2E)
+    sizes = (kv_heads, groups, key_length, budget, *factors(scale, softcap, LOG2E))
     dims = {
         "DIM": dim,
         "VALUE_DIM": value_dim,

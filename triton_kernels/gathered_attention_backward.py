@@ -1,9 +1,9 @@
 """`gathered_attention`, backward: queries in their own order for dQ, keys in theirs for dK and dV.
 
 With P the probabilities and δ = Σ dO ∘ O − dLSE of a row: dS = P ∘ (dO·Vᵀ − δ), dQ = s·dS·K, dK = s·dSᵀ·Q,
-dV = Pᵀ·dO. Two queries may share a key, so dK and dV are sums over lists "key → entries (query, slot)". The lists are
-a stable sort of `indices` on the device: entries of one key end up in query order, so each sum has one order and the
-result never differs. Bytes decide how a sum is fed:
+dV = Pᵀ·dO; with a soft cap, whose tanh is t, dS has the factor 1 − t². Two queries may share a key, so dK and dV are
+sums over lists "key → entries (query, slot)". The lists are a stable sort of `indices` on the device: entries of one
+key end up in query order, so each sum has one order and the result never differs. Bytes decide how a sum is fed:
 
 - Heads that share selection and key head (`_tile_queries`): the kernel that makes dQ has each key's dS and P of all
   heads in one tile, so it also writes each entry's dK and dV, summed over the heads, and `sum_entries` adds the
@@ -33,6 +33,7 @@ from .lib.common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, round
 from .lib.dot import dot
 from .lib.gathered_attention_sums import entries_by_key, sum_configs, sum_entries, sum_queries
 from .lib.rows import gather_rows, load_rows, vector_configs
+from .lib.soft_cap import factors, tanh
 from .lib.tuning import run_tuned, size_class
 
 SCRATCH_BYTES = 1 << 29  # of entries' gradients
@@ -66,7 +67,8 @@ def _tile_queries(
     query_length,
     key_length,
     budget,
-    factor,  # scale · log2 e
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
     scale,
     ATOMICS: tl.constexpr,
     DIM: tl.constexpr,
@@ -117,10 +119,16 @@ def _tile_queries(
         keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
         scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
+        if bound is not None:
+            bent = tanh(scores)
+            scores = bent * bound
         real = filled[None, :] & present[:, None]  # 0 · inf of a head that is not there is NaN too
         weights = tl.where(real, tl.exp2(scores - base[:, None]), 0.0)
         slopes = dot(grads, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
-        slopes = rounded(tl.where(real, weights * (slopes - delta[:, None]), 0.0), keys.dtype)
+        slopes = weights * (slopes - delta[:, None])
+        if bound is not None:
+            slopes *= 1.0 - bent * bent
+        slopes = rounded(tl.where(real, slopes, 0.0), keys.dtype)
         weights = rounded(weights, values.dtype)
         gradient = dot(slopes, keys, gradient)
         to_key = dot(tl.trans(slopes), queries, tl.zeros((BLOCK_K, BLOCK_DIM), tl.float32)) * scale
@@ -157,6 +165,7 @@ def _vector_queries(
     indices,  # int32 [B, G, Tq, K]
     out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
+    sink_logits,  # float32 [Hq], contiguous, or None
     grad_query,  # [B, Hq, Tq, D], contiguous
     rows,  # float32 [2, B, Hq, Tq]: δ, and 1 over the sum of the row's exp(score − LSE)
     grad_key,  # with atomics float32 dK [B, Hkv, Tk, D]
@@ -173,7 +182,8 @@ def _vector_queries(
     key_length,
     budget,
     rows_half,  # B · Hq · Tq
-    factor,  # scale · log2 e
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
     scale,
     ATOMICS: tl.constexpr,
     DIM: tl.constexpr,
@@ -184,8 +194,8 @@ def _vector_queries(
 ):  # fmt: skip
     """One query of one head: dQ, and the two numbers of its row that `sum_queries` needs.
 
-    The rounding of a large LSE would be a factor on the whole row: the sum of exp(score − LSE), 1 but for that
-    rounding, takes it out again.
+    The rounding of a large LSE would be a factor on the whole row: the sum of exp(score − LSE), with the sink's 1 but
+    for that rounding, takes it out again.
     """
     program = outer_program()
     if program >= programs:
@@ -219,9 +229,14 @@ def _vector_queries(
         keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM).to(tl.float32)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE).to(tl.float32)
         scores = tl.sum(keys * vector[None, :], axis=1) * factor
+        if bound is not None:
+            bent = tanh(scores)
+            scores = bent * bound
         weights = tl.where(filled, tl.exp2(scores - base), 0.0)
-        slopes = tl.sum(values * grad[None, :], axis=1) - delta
-        slopes = tl.where(filled, weights * slopes, 0.0)
+        slopes = weights * (tl.sum(values * grad[None, :], axis=1) - delta)
+        if bound is not None:
+            slopes *= 1.0 - bent * bent
+        slopes = tl.where(filled, slopes, 0.0)
         gradient += slopes[:, None] * keys
         total += weights
         if ATOMICS:
@@ -240,6 +255,8 @@ def _vector_queries(
             )
 
     whole = tl.sum(total, axis=0)
+    if sink_logits is not None:
+        whole += tl.exp2(tl.load(sink_logits + head) * LOG2_OF_E - base)
     inverse = tl.where(whole == 0.0, 0.0, 1.0 / tl.where(whole == 0.0, 1.0, whole))
     result = tl.sum(gradient, axis=0) * (scale * inverse)
     tl.store(
@@ -284,6 +301,8 @@ def gathered_attention_backward(
     out: Tensor,  # [B, Hq, Tq, Dv]
     lse: Tensor,  # float32 [B, Hq, Tq]
     scale: float,
+    softcap: float,  # 0: none
+    sink_logits: Tensor | None,  # float32 [Hq]
     atomics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # gradients of query, key, value
     batch, heads, query_length, dim = query.shape
@@ -303,7 +322,8 @@ def gathered_attention_backward(
     }
     launch = _by_tiles if takes_tiles(query.dtype, heads // max(groups, kv_heads)) else _by_heads
     sizes = (batch, heads, kv_heads, groups, query_length, key_length, budget)
-    grad_query, grad_key, grad_value = launch(inputs, strides, sizes, scale, dims, atomics)
+    scales = (*factors(scale, softcap, LOG2E), scale)
+    grad_query, grad_key, grad_value = launch(inputs, sink_logits, strides, sizes, scales, dims, atomics)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -315,7 +335,8 @@ def _sums(key: Tensor, value: Tensor, chunks: int, atomics: bool) -> tuple[Tenso
     return key.new_empty(key.shape, dtype=dtype), value.new_empty(value.shape, dtype=dtype)
 
 
-def _by_tiles(inputs, strides, sizes, scale, dims, atomics):
+def _by_tiles(inputs, sink_logits, strides, sizes, scales, dims, atomics):
+    # The LSE has the sinks in it, and nothing else is needed of them here.
     _, _, query, key, value, indices, _, _ = inputs
     batch, heads, kv_heads, groups, query_length, key_length, budget = sizes
     shared = heads // kv_heads
@@ -340,7 +361,7 @@ def _by_tiles(inputs, strides, sizes, scale, dims, atomics):
         _run(
             "tile", shape, configs, atomics, _tile_queries,
             grid_of(size, programs), *inputs, grad_query, *totals, *strides, programs, tiles, shared, kv_heads,
-            groups, first, query_length, key_length, budget, scale * LOG2E, scale, ATOMICS=atomics, **dims,
+            groups, first, query_length, key_length, budget, *scales, ATOMICS=atomics, **dims,
         )  # fmt: skip
         if atomics:
             continue
@@ -353,20 +374,19 @@ def _by_tiles(inputs, strides, sizes, scale, dims, atomics):
     return grad_query, grad_key, grad_value
 
 
-def _by_heads(inputs, strides, sizes, scale, dims, atomics):
+def _by_heads(inputs, sink_logits, strides, sizes, scales, dims, atomics):
     grad_out, _, query, key, value, indices, _, lse = inputs
     batch, heads, kv_heads, groups, query_length, key_length, budget = sizes
     chunk = chunk_of(query_length, SORTED_ENTRIES // (batch * groups * budget))
     grad_query = query.new_empty(query.shape)
     grad_key, grad_value = _sums(key, value, triton.cdiv(query_length, chunk), atomics)
     rows = query.new_empty((2, batch, heads, query_length), dtype=torch.float32)
-    scales = (scale * LOG2E, scale)
     shape = _shape(query, heads // kv_heads, dims, budget, query_length * batch * heads)
     _run(
         "vector", shape, vector_configs(dims["DIM"], dims["VALUE_DIM"], 4096),
-        atomics, _vector_queries, grid_of(query_length, batch * heads), *inputs, grad_query, rows, grad_key,
-        grad_value, *strides, batch * heads, heads, kv_heads, groups, key_length, budget, lse.numel(), *scales,
-        ATOMICS=atomics, **dims,
+        atomics, _vector_queries, grid_of(query_length, batch * heads), *inputs, sink_logits, grad_query, rows,
+        grad_key, grad_value, *strides, batch * heads, heads, kv_heads, groups, key_length, budget, lse.numel(),
+        *scales, ATOMICS=atomics, **dims,
     )  # fmt: skip
     for first in range(0, 0 if atomics else query_length, chunk):
         size = min(chunk, query_length - first)

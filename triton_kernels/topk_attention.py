@@ -18,8 +18,9 @@ from torch import Tensor
 from sparse_attn.rule import PackedRule
 
 from .gathered_attention import gathered_attention
-from .lib.common import LN2, LOG2E, grid_of, outer_program, rounded
+from .lib.common import LN2, LOG2_OF_E, LOG2E, grid_of, outer_program, rounded
 from .lib.rows import gather_rows, load_rows
+from .lib.soft_cap import capped, factors
 from .lib.tuning import run_tuned, size_class
 from .topk_select import select
 
@@ -31,7 +32,8 @@ LARGEST_BUDGET = 4096
 def _weigh_values(
     value,  # [B, Hkv, Tk, Dv]
     indices,  # int32 [B, Hq, Tq, K], contiguous
-    scores,  # float32 [B, Hq, Tq, K], contiguous: what `factor` makes the exponent, −inf in empty slots
+    scores,  # float32 [B, Hq, Tq, K], contiguous: sign(scale) · q·k, −inf in empty slots
+    sink_logits,  # float32 [Hq], contiguous, or None
     out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
     value_b,
@@ -44,7 +46,8 @@ def _weigh_values(
     query_length,
     key_length,
     budget,
-    factor,  # |scale| · log2 e
+    factor,  # |scale| · log2 e; with a cap |scale| / softcap
+    bound,  # softcap · log2 e, or None
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_BUDGET: tl.constexpr,
@@ -58,19 +61,24 @@ def _weigh_values(
         indices += row * budget
         scores += row * budget
         slot = tl.arange(0, BLOCK_BUDGET)
-        exponent = tl.load(scores + slot, mask=slot < budget, other=float("-inf")) * factor
+        exponent = capped(tl.load(scores + slot, mask=slot < budget, other=float("-inf")) * factor, bound)
         # −inf times a scale of 0 is NaN, and an empty slot is one whatever the scale.
         filled = tl.load(indices + slot, mask=slot < budget, other=-1) >= 0
         exponent = tl.where(filled, exponent, float("-inf"))
         top = tl.max(exponent, 0)
+        if sink_logits is not None:
+            sink = tl.load(sink_logits + outer % heads) * LOG2_OF_E
+            top = tl.maximum(top, sink)
         base = tl.where(top == float("-inf"), 0.0, top)
         total = tl.sum(tl.exp2(exponent - base), 0)
+        if sink_logits is not None:
+            total += tl.exp2(sink - base)
 
         mean = tl.zeros([BLOCK_K, BLOCK_VALUE], tl.float32)
         for start in range(0, budget, BLOCK_K):
             chunk = start + tl.arange(0, BLOCK_K)
             key_row, valid = gather_rows(indices, start, 1, budget, key_length, BLOCK_K)
-            weight = tl.load(scores + chunk, mask=valid, other=float("-inf")) * factor
+            weight = capped(tl.load(scores + chunk, mask=valid, other=float("-inf")) * factor, bound)
             weight = tl.where(valid, tl.exp2(weight - base), 0.0)
             rows = load_rows(values, key_row, valid, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
             mean += weight[:, None] * rows.to(tl.float32)
@@ -102,15 +110,16 @@ def topk_attention(
     fused = rule.groups == query.shape[1] and min(top_k, key.shape[2]) <= LARGEST_BUDGET
     indices, scores = select(query, key, top_k, rule, fused)
     if not fused:
-        return *gathered_attention(query, key, value, indices, rule.scale), indices
-    return *weigh_values(value, indices, scores, rule.scale, query.dtype), indices
+        scoring = rule.scale, rule.softcap, rule.sink_logits
+        return *gathered_attention(query, key, value, indices, *scoring), indices
+    return *weigh_values(value, indices, scores, rule, query.dtype), indices
 
 
 def weigh_values(
     value: Tensor,  # [B, Hkv, Tk, Dv]
     indices: Tensor,  # int32 [B, Hq, Tq, K]
     scores: Tensor,  # float32 [B, Hq, Tq, K], sign(scale) · q·k
-    scale: float,
+    rule: PackedRule,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse float32 [B, Hq, Tq]
     batch, heads, query_length, budget = indices.shape
@@ -125,8 +134,8 @@ def weigh_values(
         (value.dtype, value_dim, size_class(budget), size_class(query_length * batch * heads)),
         value_configs(value_dim),
         lambda config: _weigh_values[grid](
-            value, indices, scores, out, lse, *value.stride(), batch * heads, heads, heads // kv_heads,
-            query_length, key_length, budget, abs(scale) * LOG2E,
+            value, indices, scores, rule.sink_logits, out, lse, *value.stride(), batch * heads, heads,
+            heads // kv_heads, query_length, key_length, budget, *factors(abs(rule.scale), rule.softcap, LOG2E),
             VALUE_DIM=value_dim, BLOCK_BUDGET=max(16, triton.next_power_of_2(budget)), **config,
         ),
         value.device,

@@ -43,6 +43,7 @@ from sparse_attn.rule import PackedRule
 from .lib.dot import INTERPRETED
 from .lib.select_tiles import merge_pieces, select_tiles
 from .lib.shared_scores import log_sum_exp
+from .lib.soft_cap import factors
 from .lib.tuning import run_tuned, size_class
 
 
@@ -175,6 +176,8 @@ def select(
     starts_strides = (0, 0) if starts is None else starts.stride()
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     block_d = max(16, triton.next_power_of_2(head_dim))
+    # A head's own selection is by the uncapped q·k.
+    scoring = factors(scale, rule.softcap if sharing > 1 else 0.0, 1.0)
     amd = torch.version.hip is not None
 
     def launch(c: Config) -> None:
@@ -194,8 +197,9 @@ def select(
         if sharing > 1:
             shift = query.new_empty((batch, heads, query_length), dtype=torch.float32)
             log_sum_exp[(batch * heads * blocks,)](
-                query, key, mask, key_lengths, starts, shift, *query.stride(), *key.stride(), *mask_strides,
-                *starts_strides, heads, query_length, key_length, head_dim, causal_offset, scale, blocks,
+                query, key, mask, key_lengths, starts, rule.sink_logits, shift, *query.stride(), *key.stride(),
+                *mask_strides, *starts_strides, heads, query_length, key_length, head_dim, causal_offset, *scoring,
+                blocks,
                 is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
@@ -203,7 +207,7 @@ def select(
             query, key, mask, key_lengths, starts, shift, slots, counts, thresholds, queue, found,
             scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *starts_strides,
             groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, first_kept,
-            scale, tiles * splits, blocks, splits, split_length,
+            *scoring, tiles * splits, blocks, splits, split_length,
             1 if sharing > 1 else (scale > 0) - (scale < 0), is_causal, sharing, repeat, splits > 1,
             c.block_m, c.block_n, block_d, c.capacity, *cut, 1 if mask is None else c.num_stages,
             num_warps=c.num_warps, num_stages=c.num_stages, **limit,

@@ -30,8 +30,26 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
     return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
 }
 
+// The same words and checks for all who take them, with a rule or without. Null where there are none.
+inline float soft_cap_of(const char* op, double softcap) {
+    STD_TORCH_CHECK(softcap == 0.0 || (softcap >= 1e-30 && softcap <= 1e30), op,
+                    ": softcap must be from 1e-30 to 1e30, or 0 for none; got ", softcap);
+    return static_cast<float>(softcap);
+}
+inline const float* sink_logits_of(const char* op, const std::optional<Tensor>& sink_logits,
+                                   const Tensor& query) {
+    if (!sink_logits) return nullptr;
+    const Tensor& s = *sink_logits;
+    STD_TORCH_CHECK(s.scalar_type() == ScalarType::Float && s.dim() == 1 && s.size(0) == query.size(1) &&
+                        (s.stride(0) == 1 || s.size(0) <= 1) && s.is_cuda() == query.is_cuda() &&
+                        s.get_device_index() == query.get_device_index(),
+                    op, ": sink_logits must be float32 [Hq], contiguous, on the query's device; got ",
+                    shape_of(s));
+    return static_cast<const float*>(s.const_data_ptr());
+}
+
 inline AttendParams attend_params(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                                  double scale) {
+                                  double scale, double softcap, const std::optional<Tensor>& sink_logits) {
     AttendParams p{};
     p.query = query.const_data_ptr();
     p.key = key.const_data_ptr();
@@ -43,6 +61,8 @@ inline AttendParams attend_params(const char* op, const Tensor& query, const Ten
     p.query_length = query.size(2), p.key_length = key.size(2), p.head_dim = query.size(3),
     p.value_dim = value.size(3);
     p.scale = static_cast<float>(scale);
+    p.softcap = soft_cap_of(op, softcap);
+    p.sink_logits = sink_logits_of(op, sink_logits, query);
     p.dtype = dtype_of(op, query);
     return p;
 }
@@ -90,7 +110,8 @@ struct RuleArguments {
     const std::optional<Tensor>& key_lengths;  // int32 or int64 [B]
     const std::optional<Tensor>& key_starts;   // int32 or int64 [B, Tq]
     const std::vector<int64_t>& numbers;       // read_rule() in rule.h
-    double scale;
+    double scale, softcap;
+    const std::optional<Tensor>& sink_logits;  // float32 [Hq]
 };
 
 // Checked, all but `lengths`: each device has its own.
@@ -105,6 +126,8 @@ inline Rule rule_of(const char* op, const Tensor& query, const Tensor& key, cons
     STD_TORCH_CHECK(rule.groups == heads || rule.groups == kv_heads || rule.groups == 1, op,
                     ": groups must be Hq, Hkv or 1; got ", rule.groups);
     rule.scale = static_cast<float>(given.scale);
+    rule.softcap = soft_cap_of(op, given.softcap);
+    rule.sink_logits = sink_logits_of(op, given.sink_logits, query);
     if (given.attn_mask) {
         const Tensor& m = *given.attn_mask;
         STD_TORCH_CHECK(m.scalar_type() == ScalarType::Bool && m.dim() == 4 && m.size(0) == batch &&

@@ -38,6 +38,8 @@ struct AttendParams {
     int64_t batch, heads, kv_heads, groups, query_length, key_length, head_dim, value_dim;
     int64_t slots;  // K
     float scale;
+    float softcap;             // scores are softcap · tanh(scale · q·k / softcap); 0: none
+    const float* sink_logits;  // [Hq], contiguous: one more logit per query head, without a value; or null
     DType dtype;
 };
 

@@ -20,6 +20,8 @@ struct Rule {
     int64_t sinks;               // always kept: the first keys from the start on
     int64_t groups;              // G, selections per batch entry: Hq, Hkv or 1
     float scale;                 // of q·k
+    float softcap;               // scores are softcap · tanh(scale · q·k / softcap); 0: none
+    const float* sink_logits;    // [Hq], contiguous: one more logit per query head, without a value; or null
     bool is_causal;
 
     // At most so many keys of a query are always kept.

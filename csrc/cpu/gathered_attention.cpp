@@ -20,13 +20,14 @@ bool attend_worth_threads(const AttendParams& p) {
 }
 
 std::tuple<Tensor, Tensor> gathered_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor indices,
-                                                  double scale) {
+                                                  double scale, double softcap,
+                                                  std::optional<Tensor> sink_logits) {
     const char* op = "gathered_attention.cpu";
     check_qkv(op, query, key, &value);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     indices = with_contiguous_rows(indices);
-    AttendParams p = attend_params(op, query, key, value, scale);
+    AttendParams p = attend_params(op, query, key, value, scale, softcap, sink_logits);
     set_indices(p, op, indices);
     Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.value_dim});
     Tensor lse = new_lse(query);
@@ -43,11 +44,10 @@ std::tuple<Tensor, Tensor> gathered_attention_cpu(Tensor query, Tensor key, Tens
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(Tensor grad_out,
-                                                                   std::optional<Tensor> grad_lse,
-                                                                   Tensor query, Tensor key, Tensor value,
-                                                                   Tensor indices, Tensor out, Tensor lse,
-                                                                   double scale, bool /* atomics */) {
+std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor indices,
+    Tensor out, Tensor lse, double scale, double softcap, std::optional<Tensor> sink_logits,
+    bool /* atomics */) {
     const char* op = "gathered_attention_backward.cpu";
     (void)out;  // Σ P∘dP is taken over the slots: more exact than dO·out where out is a half type
     check_qkv(op, query, key, &value);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(Tensor grad_o
     if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
     AttendBackwardParams p{};
     AttendParams& f = p.forward;
-    f = attend_params(op, query, key, value, scale);
+    f = attend_params(op, query, key, value, scale, softcap, sink_logits);
     set_indices(f, op, indices);
     check_gradients(op, f, grad_out, grad_lse, lse);
     Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
@@ -108,11 +108,13 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(Tensor grad_o
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
-        "gathered_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor indices, float scale) "
+        "gathered_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor indices, float scale, float "
+        "softcap, Tensor? sink_logits) "
         "-> (Tensor out, Tensor lse)");
     m.def(
         "gathered_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-        "Tensor value, Tensor indices, Tensor out, Tensor lse, float scale, bool atomics) "
+        "Tensor value, Tensor indices, Tensor out, Tensor lse, float scale, float softcap, Tensor? "
+        "sink_logits, bool atomics) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {

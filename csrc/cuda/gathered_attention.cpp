@@ -25,7 +25,8 @@ void check_dims(const char* op, const AttendParams& p) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> gathered_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor indices,
-                                                   double scale) {
+                                                   double scale, double softcap,
+                                                   std::optional<Tensor> sink_logits) {
     const char* op = "gathered_attention.cuda";
     check_qkv(op, query, key, &value);
     const CudaCall call(op, {&query, &key, &value, &indices});
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor> gathered_attention_cuda(Tensor query, Tensor key, Ten
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     indices = with_contiguous_rows(indices);
-    AttendParams p = attend_params(op, query, key, value, scale);
+    AttendParams p = attend_params(op, query, key, value, scale, softcap, sink_logits);
     set_indices(p, op, indices);
     check_dims(op, p);
     Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, p.value_dim});
@@ -44,11 +45,9 @@ std::tuple<Tensor, Tensor> gathered_attention_cuda(Tensor query, Tensor key, Ten
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_out,
-                                                                    std::optional<Tensor> grad_lse,
-                                                                    Tensor query, Tensor key, Tensor value,
-                                                                    Tensor indices, Tensor out, Tensor lse,
-                                                                    double scale, bool atomics) {
+std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor indices,
+    Tensor out, Tensor lse, double scale, double softcap, std::optional<Tensor> sink_logits, bool atomics) {
     const char* op = "gathered_attention_backward.cuda";
     check_qkv(op, query, key, &value);
     const CudaCall call(op, {&query, &key, &value, &indices, &grad_out, &out, &lse});
@@ -61,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_
     lse = torch::stable::contiguous(lse);
     cuda::AttendGradients g{};
     AttendParams& p = g.forward;
-    p = attend_params(op, query, key, value, scale);
+    p = attend_params(op, query, key, value, scale, softcap, sink_logits);
     set_indices(p, op, indices);
     check_dims(op, p);
     check_gradients(op, p, grad_out, grad_lse, lse);
@@ -114,11 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(Tensor grad_
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
-        "gathered_attention.cuda(Tensor query, Tensor key, Tensor value, Tensor indices, float scale) "
+        "gathered_attention.cuda(Tensor query, Tensor key, Tensor value, Tensor indices, float scale, float "
+        "softcap, Tensor? sink_logits) "
         "-> (Tensor out, Tensor lse)");
     m.def(
         "gathered_attention_backward.cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-        "Tensor value, Tensor indices, Tensor out, Tensor lse, float scale, bool atomics) "
+        "Tensor value, Tensor indices, Tensor out, Tensor lse, float scale, float softcap, Tensor? "
+        "sink_logits, bool atomics) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from sparse_attn.checks.values import bare, dense, describe, has_values, integer
+from sparse_attn.checks.values import FLOAT_DTYPES, bare, dense, describe, has_values, integer
 
 SHARES = ("none", "kv", "all")
 
@@ -71,15 +71,50 @@ def softmax_scale(scale: object, head_dim: int) -> float:
     """The factor of q·k; None is the standard 1/√D."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale must be a float or None, got {describe(scale)}")
+    return _finite("scale", scale)
+
+
+def soft_cap(softcap: object) -> float:
+    """The bound of the scores; 0 for none (None)."""
+    if softcap is None:
+        return 0.0
+    number = _finite("softcap", softcap)
+    # Within these its reciprocal is a normal number of float32.
+    if not 1e-30 <= number <= 1e30:
+        raise ValueError(f"softcap must be positive, from 1e-30 to 1e30 (None: no cap), got {number}")
+    return number
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a float or None, got {describe(value)}")
     try:
-        scale = float(scale)
+        number = float(value)
     except OverflowError:
-        raise ValueError("scale must be finite, got an int beyond the range of floats") from None
-    if not -math.inf < scale < math.inf:  # math.isfinite takes no float of a compiler's
-        raise ValueError(f"scale must be finite, got {scale}")
-    return scale
+        raise ValueError(f"{name} must be finite, got an int beyond the range of floats") from None
+    if not -math.inf < number < math.inf:  # math.isfinite takes no float of a compiler's
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def sink_logits_of(sink_logits: object, query: Tensor) -> Tensor:
+    """sink_logits [Hq] in the dtype of the softmax: float32, with a float64 query float64."""
+    if not isinstance(sink_logits, Tensor):
+        raise TypeError(f"sink_logits must be a tensor of shape [Hq] or None, got {describe(sink_logits)}")
+    if sink_logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"sink_logits must be float32, float16, bfloat16 or float64, got {describe(sink_logits)}"
+        )
+    dense("sink_logits", sink_logits)
+    if sink_logits.shape != query.shape[1:2]:
+        raise ValueError(
+            f"sink_logits must have shape [Hq] = [{query.shape[1]}], got {describe(sink_logits)}"
+        )
+    if sink_logits.device != query.device:
+        raise ValueError(
+            f"sink_logits must be on the query's device {query.device}, got {sink_logits.device}"
+        )
+    return sink_logits.to(torch.promote_types(query.dtype, torch.float32)).contiguous()
 
 
 def mask_of(

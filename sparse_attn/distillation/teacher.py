@@ -60,6 +60,11 @@ def attention_layers(model: torch.nn.Module) -> dict[str, TopKAttention]:
             f"model must have attention modules of class sparse_attn.nn.TopKAttention, got {type(model).__name__} "
             "without any"
         )
+    for name, layer in layers.items():
+        if layer.softcap is not None or layer.sink_logits is not None:
+            raise ValueError(
+                f"attention modules must have a plain softmax, got {name} with softcap or sink_logits"
+            )
     return layers
 
 

@@ -122,6 +122,8 @@ class HybridAttention(TopKAttention):
             raise TypeError(f"attention must be a TopKAttention, got {checks.describe(attention)}")
         if attention.token_selector is not None:
             raise ValueError("attention must choose its keys by true q·k, got one with a selector")
+        if attention.softcap is not None or attention.sink_logits is not None:
+            raise ValueError("attention must have a plain softmax, got one with softcap or sink_logits")
         weight = attention.qkv.weight
         settings = {
             "top_k": attention.top_k,

@@ -18,7 +18,8 @@ class TopKAttention(WholeState):
     Drop-in for the attention of a nanoGPT-style block: [B, T, C] in, [B, T, C] out. With fewer `num_kv_heads`
     than `num_heads` it is grouped-query attention. ``top_k=None`` is dense attention by
     scaled_dot_product_attention, with the same parameters, for comparison and for switching at run time
-    (`module.top_k` may be changed between calls).
+    (`module.top_k` may be changed between calls); with a soft cap or sink logits, which that does not have, by
+    topk_attention with a budget for all keys.
 
     Args:
         embed_dim: C, the model width; a multiple of num_heads.
@@ -27,7 +28,8 @@ class TopKAttention(WholeState):
         num_kv_heads: key/value heads, a divisor of num_heads; None means num_heads.
         bias: whether the projections have biases.
         dropout: probability of zeroing an element of the output (residual dropout), in training.
-        window, sinks, share, backend: as in :func:`sparse_attn.topk_attention`.
+        window, sinks, share, softcap, backend: as in :func:`sparse_attn.topk_attention`.
+        sink_logits: whether each head learns one more logit of its softmax (a parameter [num_heads], zeros at first).
         selector: how keys are chosen: None by true q·k, a selector of :mod:`sparse_attn.selection` or any object with
             its `select` method, or a :class:`sparse_attn.nn.Indexer` of embed_dim, which reads the hidden states.
 
@@ -54,6 +56,8 @@ class TopKAttention(WholeState):
         sinks: int = 0,
         share: str = "none",
         selector: Selector | Indexer | None = None,
+        softcap: float | None = None,
+        sink_logits: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,12 +81,18 @@ class TopKAttention(WholeState):
                 f"window and sinks need a top_k, got window={window}, sinks={sinks} with top_k=None"
             )
         checks.groups_of(share, self.num_heads, self.num_kv_heads)
+        checks.soft_cap(softcap)
+        self.softcap = softcap
+        learned = checks.boolean("sink_logits", sink_logits)
         self.head_dim = self.embed_dim // self.num_heads
         self.top_k, self.window, self.sinks, self.share, self.backend = top_k, window, sinks, share, backend
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = torch.nn.Linear(self.embed_dim, width, bias=bias, device=device, dtype=dtype)
         self.out = torch.nn.Linear(self.embed_dim, self.embed_dim, bias=bias, device=device, dtype=dtype)
         self.dropout = torch.nn.Dropout(dropout)
+        logits = torch.empty(self.num_heads, device=device, dtype=dtype) if learned else None
+        self.sink_logits = None if logits is None else torch.nn.Parameter(logits)
+        self.reset_parameters()
         if isinstance(selector, Indexer) and selector.hidden_size != self.embed_dim:
             raise ValueError(
                 f"selector must be an Indexer of hidden_size {self.embed_dim}, got one of {selector.hidden_size}"
@@ -92,6 +102,11 @@ class TopKAttention(WholeState):
         self.token_selector = (
             selector if selector is None or isinstance(selector, Indexer) else check_selector(selector)
         )
+
+    def reset_parameters(self) -> None:
+        """The module's own parameters as they begin; its layers have theirs."""
+        if self.sink_logits is not None:
+            torch.nn.init.zeros_(self.sink_logits)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, embed_dim] → [B, T, embed_dim]."""
@@ -117,16 +132,22 @@ class TopKAttention(WholeState):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, selector: Selector | None = None) -> Tensor:
         """The outputs of the heads, before the output projection: [B, H, T, Dh], of what `split_heads` returns."""
-        if self.top_k is None:
+        plain = self.softcap is None and self.sink_logits is None
+        if self.top_k is None and plain:
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
             )
-        rule = Rule(is_causal=True, window=self.window, sinks=self.sinks, share=self.share)
+        rule = Rule(
+            is_causal=True, window=self.window, sinks=self.sinks, share=self.share, softcap=self.softcap,
+            sink_logits=self.sink_logits,
+        )  # fmt: skip
         selector = Exact(self.backend) if selector is None else selector
-        return select_and_attend(query, key, value, self.top_k, selector, rule, backend=self.backend)
+        top_k = max(1, key.shape[2]) if self.top_k is None else self.top_k
+        return select_and_attend(query, key, value, top_k, selector, rule, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"top_k={self.top_k}, window={self.window}, sinks={self.sinks}, share={self.share!r}"
+            f"top_k={self.top_k}, window={self.window}, sinks={self.sinks}, share={self.share!r}, "
+            f"softcap={self.softcap}, sink_logits={self.sink_logits is not None}"
         )

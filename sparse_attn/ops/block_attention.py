@@ -17,7 +17,7 @@ _SIZES = f"SymInt block_size, SymInt query_tile, {rules.SCHEMA}"
 
 
 def fake(query, key, value, blocks, *options) -> tuple[Tensor, Tensor]:
-    return gathered_attention.fake(query, key, value, blocks, 1.0)
+    return gathered_attention.fake(query, key, value)
 
 
 BACKWARD = Op(
@@ -36,16 +36,20 @@ def backward(call: Backward) -> dict[str, Tensor]:
         grad_out = s.query.new_zeros((*s.query.shape[:3], s.value.shape[3]))
     found = BACKWARD.on(call.wing)(
         grad_out, call.grads.lse, s.query, s.key, s.value, s.blocks, s.lse, s.block_size, s.query_tile,
-        s.attn_mask, s.key_lengths, s.key_starts, s.rule, s.scale,
+        s.attn_mask, s.key_lengths, s.key_starts, s.rule, s.scale, s.softcap, s.sink_logits,
     )  # fmt: skip
-    return dict(zip(("query", "key", "value"), found, strict=True))
+    of_sinks = {}
+    if call.needs["sink_logits"]:
+        of_sinks["sink_logits"] = gathered_attention.sink_gradient(
+            s.sink_logits, s.out, s.lse, grad_out, call.grads.lse
+        )
+    return dict(zip(("query", "key", "value"), found, strict=True)) | of_sinks
 
 
 def tangent(
     call: Forward, query, key, value, blocks, block_size, query_tile, rule: PackedRule
 ) -> dict[str, Tensor]:
-    sizes, moves = (block_size, query_tile), call.tangents
-    out, lse = along(query, key, value, blocks, *sizes, rule, moves.query, moves.key, moves.value)
+    out, lse = along(query, key, value, blocks, block_size, query_tile, rule, call.tangents)
     return {"out": out, "lse": lse}
 
 
@@ -53,7 +57,8 @@ OP = Op(
     "block_attention",
     f"({_INPUTS}, {_SIZES}) -> (Tensor out, Tensor lse)",
     fake,
-    saved="query key value blocks lse block_size query_tile attn_mask key_lengths key_starts rule scale",
+    saved="query key value blocks out lse block_size query_tile attn_mask key_lengths key_starts rule scale softcap "
+    "sink_logits",
     backward=backward,
     tangent=tangent,
     batch="query key value blocks out lse",
@@ -71,7 +76,7 @@ def attend(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); of the rule, causality, lengths, starts and scale."""
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); of the rule, causality, lengths, starts and what scores are."""
     query, key, value = autocast(query, key, value)
     checks.query_key(query, key)
     checks.value_of(key, value)
@@ -79,7 +84,8 @@ def attend(
     query_tile = checks.integer("query_tile", query_tile, 1)
     blocks = checks.blocks_of(blocks, query, key, query_tile)
     packed = rule.packed(query, key)._replace(groups=blocks.shape[1])
-    rule.only("whole blocks", "is_causal", "causal_offset", "key_lengths", "key_starts", "scale")
+    known = "is_causal", "causal_offset", "key_lengths", "key_starts", "scale", "softcap", "sink_logits"
+    rule.only("whole blocks", *known)
     wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, blocks, block_size, query_tile, *packed.parts())
 
@@ -98,6 +104,8 @@ def block_attention(
     scale: float | None = None,
     return_lse: bool = False,
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of each tile of queries to the blocks of keys that it chose, in matrix products.
@@ -124,11 +132,12 @@ def block_attention(
         is_causal, causal_offset, key_lengths, key_starts: as in :func:`topk_select`.
         scale: factor of q·k, default 1/√D.
         return_lse: also return the log-sum-exp of the attended scores (differentiable).
+        softcap, sink_logits: as in :func:`gathered_attention`.
         backend: force one wing; None chooses.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with return_lse (out, lse float32 [B, Hq, Tq]). A query that sees
-        no key has out 0, lse −inf and gradient 0.
+        no key has out 0, lse −inf (with sink_logits the head's sink) and gradient 0.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -145,6 +154,9 @@ def block_attention(
         torch.Size([1, 2, 512, 16])
     """
     return_lse = checks.boolean("return_lse", return_lse)
-    rule = Rule(is_causal, causal_offset, key_lengths=key_lengths, scale=scale, key_starts=key_starts)
+    rule = Rule(
+        is_causal, causal_offset, key_lengths=key_lengths, scale=scale, softcap=softcap, sink_logits=sink_logits,
+        key_starts=key_starts,
+    )  # fmt: skip
     out, lse = attend(query, key, value, blocks, block_size, query_tile, rule, backend=backend)
     return (out, lse) if return_lse else out

@@ -30,6 +30,8 @@ def block_select(
     scale: float | None = None,
     share: str = "none",
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each tile of queries the `top_blocks` best blocks of keys by pooled queries and keys.
@@ -51,8 +53,9 @@ def block_select(
         block_size: keys per block.
         query_tile: queries that share a choice; 1 gives each query its own.
         pool: "mean" or "bound".
-        is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in :func:`topk_select`; heads that
-            share rank blocks by the attention mass of the pooled scores. scale must not be negative.
+        is_causal, causal_offset, key_lengths, scale, share, key_starts, softcap, sink_logits, backend: as in
+            :func:`topk_select`; heads that share rank blocks by the attention mass of the pooled scores. scale must
+            not be negative.
 
     Returns:
         int32 [B, G, ⌈Tq / query_tile⌉, min(top_blocks, ⌈Tk / block_size⌉)], numbers of blocks: unique, ascending,
@@ -115,7 +118,10 @@ def block_select(
     else:
         keys = _extremes(key, block_size, exists)
         queries = torch.cat((queries.clamp(min=0), queries.clamp(max=0)), dim=-1)
-    rule = Rule(attn_mask=visible, sinks=1, share=share, scale=scale, key_starts=first_block)
+    rule = Rule(
+        attn_mask=visible, sinks=1, share=share, scale=scale, softcap=softcap, sink_logits=sink_logits,
+        key_starts=first_block,
+    )  # fmt: skip
     if not is_causal:
         return select(queries, keys, budget, rule, backend=backend)
 

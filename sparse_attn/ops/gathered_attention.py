@@ -10,10 +10,11 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.rule import Rule
 from sparse_attn.wings.reference.gathered_attention import along
 
 
-def fake(query, key, value, indices, scale) -> tuple[Tensor, Tensor]:
+def fake(query, key, value, *others) -> tuple[Tensor, Tensor]:
     rows = query.shape[:3]
     return query.new_empty((*rows, value.shape[3])), query.new_empty(rows, dtype=torch.float32)
 
@@ -25,10 +26,12 @@ def fake_gradients(grad_out, grad_lse, query, key, value, *others) -> tuple[Tens
 BACKWARD = Op(
     "gathered_attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor indices, Tensor out, "
-    "Tensor lse, float scale, bool atomics) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    "Tensor lse, float scale, float softcap, Tensor? sink_logits, bool atomics) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake_gradients,
     gradient_of="attention",
     batch="grad_out grad_lse query key value indices out lse grad_query grad_key grad_value",
+    shared="sink_logits",
 )
 
 
@@ -37,14 +40,35 @@ def backward(call: Backward) -> dict[str, Tensor]:
     s, grads = call.saved, call.grads
     grad_out = torch.zeros_like(s.out) if grads.out is None else grads.out
     found = BACKWARD.on(call.wing)(
-        grad_out, grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.scale, uses_atomics()
-    )
-    return dict(zip(("query", "key", "value"), found, strict=True))
+        grad_out, grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.scale, s.softcap,
+        s.sink_logits, uses_atomics(),
+    )  # fmt: skip
+    of_sinks = {}
+    if call.needs["sink_logits"]:
+        of_sinks["sink_logits"] = sink_gradient(s.sink_logits, s.out, s.lse, grad_out, grads.lse)
+    return dict(zip(("query", "key", "value"), found, strict=True)) | of_sinks
 
 
-def tangent(call: Forward, query, key, value, indices, scale) -> dict[str, Tensor]:
-    moves = call.tangents
-    out, lse = along(query, key, value, indices, scale, moves.query, moves.key, moves.value)
+def sink_gradient(
+    sink_logits: Tensor,  # [Hq]
+    out: Tensor,  # [B, Hq, Tq, Dv]
+    lse: Tensor,  # float32 [B, Hq, Tq]
+    grad_out: Tensor,  # [B, Hq, Tq, Dv]
+    grad_lse: Tensor | None,  # float32 [B, Hq, Tq]
+) -> Tensor:  # [Hq]
+    """Σ_{b,i} exp(sink − LSE) · (dLSE − Σ_d dO ∘ O): a sink is a key whose value is 0."""
+    dtype = sink_logits.dtype
+    change = -(grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    if grad_lse is not None:
+        change = change + grad_lse
+    # Where not even the sink weighs anything the LSE is −inf.
+    share = torch.where(lse == -torch.inf, 0.0, (sink_logits.unsqueeze(-1) - lse).exp())
+    # All of it twice: torch divides a sum that is a single number among its threads.
+    return (share * change).expand(2, *lse.shape).sum((1, 3))[0]
+
+
+def tangent(call: Forward, query, key, value, indices, scale, softcap, sink_logits) -> dict[str, Tensor]:
+    out, lse = along(query, key, value, indices, scale, softcap, sink_logits, call.tangents)
     return {"out": out, "lse": lse}
 
 
@@ -54,15 +78,17 @@ def uses_atomics() -> bool:
     return asked and not torch.are_deterministic_algorithms_enabled()
 
 
-SAVED = "query key value indices out lse scale"
+SAVED = "query key value indices out lse scale softcap sink_logits"
 OP = Op(
     "gathered_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor indices, float scale) -> (Tensor out, Tensor lse)",
+    "(Tensor query, Tensor key, Tensor value, Tensor indices, float scale, float softcap, Tensor? sink_logits) -> "
+    "(Tensor out, Tensor lse)",
     fake,
     saved=SAVED,
     backward=backward,
     tangent=tangent,
     batch="query key value indices out lse",
+    shared="sink_logits",
 )
 
 
@@ -73,6 +99,8 @@ def attend(
     indices: Tensor,  # int32 [B, G, Tq, K]
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]) of `gathered_attention`."""
@@ -81,8 +109,14 @@ def attend(
     checks.value_of(key, value)
     indices = checks.indices_of(indices, query, key)
     scale = checks.softmax_scale(scale, query.shape[3])
-    wing = OP.choose(query, backend, sizes=sizes_of(query, value))
-    return OP.on(wing)(query, key, value, indices, scale)
+    cap, said = 0.0, None
+    if softcap is not None or sink_logits is not None:
+        said = Rule(softcap=softcap, sink_logits=sink_logits)
+        cap = checks.soft_cap(softcap)
+        if sink_logits is not None:
+            sink_logits = checks.sink_logits_of(sink_logits, query)
+    wing = OP.choose(query, backend, rule=said, sizes=sizes_of(query, value))
+    return OP.on(wing)(query, key, value, indices, scale, cap, sink_logits)
 
 
 def gathered_attention(
@@ -93,6 +127,8 @@ def gathered_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of each query to its own gathered keys, differentiable in query, key and value.
@@ -100,6 +136,10 @@ def gathered_attention(
     With S the filled slots of the query's row of `indices`:
 
     .. math:: \mathrm{out}_i = \sum_{j \in S_i} \mathrm{softmax}_{j \in S_i}(s\, q_i \cdot k_j)\, v_j
+
+    With `softcap` = c a score is :math:`c \tanh(s\, q_i \cdot k_j / c)`. With `sink_logits` the softmax of head h has
+    one more logit, without a value:
+    :math:`\mathrm{out}_i = \sum_j e^{s_{ij}} v_j / (e^{\mathrm{sink}_h} + \sum_j e^{s_{ij}})`.
 
     Nothing of size [Tq, Tk] is stored; half types accumulate in float32; the backward is deterministic, the same
     for any number of threads, unless SPARSE_ATTN_ATOMICS=1 in the environment asks the GPU wings for atomic additions
@@ -113,11 +153,14 @@ def gathered_attention(
             ≥ Tk is an empty slot and is never read through. An index given twice counts twice.
         scale: factor of q·k, default 1/√D.
         return_lse: also return the natural-log-sum-exp of the attended scores (differentiable).
+        softcap: bound of the scores, positive (Gemma 2 has 50); None: none.
+        sink_logits: float [Hq] on the query's device (`sinks` of gpt-oss), differentiable; None: none. The LSE has
+            them in it.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with return_lse (out, lse float32 [B, Hq, Tq]). A query with no
-        filled slot has out 0, lse −inf and gradient 0.
+        filled slot has out 0, lse −inf (with sink_logits the head's sink) and gradient 0.
         A row with NaN or a score of +inf among its keys is NaN (inf − inf, as the formula has it).
 
     Raises:
@@ -132,5 +175,7 @@ def gathered_attention(
         torch.Size([1, 2, 64, 16])
     """
     return_lse = checks.boolean("return_lse", return_lse)
-    out, lse = attend(query, key, value, indices, scale=scale, backend=backend)
+    out, lse = attend(
+        query, key, value, indices, scale=scale, softcap=softcap, sink_logits=sink_logits, backend=backend
+    )
     return (out, lse) if return_lse else out

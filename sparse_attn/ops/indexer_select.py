@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -34,11 +36,13 @@ def select(
     int8: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # int32 [B, G, Tq, K]
-    """`indexer_select` by a rule, of which `share` and `scale` say nothing here."""
+    """`indexer_select` by a rule, of which `share` and what it says of scores say nothing here."""
     query, key = autocast(query, key)
     checks.query_key(query, key)
     weights = checks.indexer_weights(weights, query)
     top_k = checks.top_k_of(top_k)
+    if rule.softcap is not None or rule.sink_logits is not None:
+        rule = replace(rule, softcap=None, sink_logits=None)  # of the attention's heads, not of these
     packed = rule.packed(query, key, top_k, per_group=True)
     int8 = checks.boolean("int8", int8)
     wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query))

@@ -14,6 +14,7 @@ from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.gathered_attention import attend
 from sparse_attn.rule import Rule
 from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.rule import capped
 from sparse_attn.wings.reference.topk_select import products
 
 
@@ -34,9 +35,8 @@ def with_tail(
         return out
     seen_by = rule.packed(query, key)
     # What a query sees must be keys in a row.
-    rule.visibility().only(
-        "means of what is left out", "is_causal", "causal_offset", "key_lengths", "key_starts", "scale"
-    )
+    known = "is_causal", "causal_offset", "key_lengths", "key_starts", "scale", "softcap", "sink_logits"
+    rule.visibility().only("means of what is left out", *known)
     heads, query_length = query.shape[1:3]
     compute = torch.promote_types(query.dtype, torch.float32)
     seen = torch.full(
@@ -64,7 +64,12 @@ def with_tail(
 
     # Forward mode goes through what it is made of.
     normalise = _Normaliser.apply if forward_ad._current_level < 0 else _in_chunks
-    gap = lse - normalise(query, key, first, seen, seen_by.scale)
+    every = normalise(query, key, first, seen, seen_by.scale, seen_by.softcap)
+    if seen_by.sink_logits is not None:
+        # Two of −inf would have no gradient.
+        sinks = seen_by.sink_logits.clamp(min=torch.finfo(compute).min)
+        every = torch.logaddexp(every, sinks.unsqueeze(-1))
+    gap = lse - every
     # Where nothing is left out the gap may be −inf − −inf, which has no gradient.
     gap = torch.where(left.squeeze(-1) > 0, gap, 0.0).clamp(max=0.0)
     outside = -torch.expm1(gap).unsqueeze(-1).to(compute)
@@ -82,12 +87,14 @@ class _Normaliser(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, first: Tensor | None, end: Tensor, scale: float) -> Tensor:
-        return _in_chunks(query, key, first, end, scale)
+    def forward(
+        query: Tensor, key: Tensor, first: Tensor | None, end: Tensor, scale: float, softcap: float
+    ) -> Tensor:
+        return _in_chunks(query, key, first, end, scale, softcap)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        query, key, first, end, ctx.scale = inputs
+        query, key, first, end, *ctx.scoring = inputs
         ctx.save_for_backward(query, key, first, end)
 
     @staticmethod
@@ -97,12 +104,12 @@ class _Normaliser(torch.autograd.Function):
         of_query, of_key = [], torch.zeros_like(keys)
         for rows in _chunks(query, key):
             seen = {"first": _at(rows, first), "end": end[:, rows]}
-            chunk = partial(_normaliser, **seen, scale=ctx.scale)
+            chunk = partial(_normaliser, **seen, scale=ctx.scoring[0], softcap=ctx.scoring[1])
             gradient = torch.func.vjp(chunk, query[:, :, rows], keys)[1]
             of_rows, of_keys = gradient(grad[:, :, rows])
             of_query.append(of_rows)
             of_key = of_key + of_keys
-        return torch.cat(of_query, dim=2), of_key.to(key.dtype), None, None, None
+        return torch.cat(of_query, dim=2), of_key.to(key.dtype), None, None, None, None
 
 
 def _in_chunks(
@@ -111,18 +118,21 @@ def _in_chunks(
     first: Tensor | None,  # int64 [B, Tq]: the keys from there on
     end: Tensor,  # int64 [B, Tq]: and before there
     scale: float,
+    softcap: float,  # 0: none
 ) -> Tensor:  # [B, Hq, Tq]
     keys = key.to(torch.promote_types(key.dtype, torch.float32))
     found = [
-        _normaliser(query[:, :, rows], keys, _at(rows, first), end[:, rows], scale)
+        _normaliser(query[:, :, rows], keys, _at(rows, first), end[:, rows], scale, softcap)
         for rows in _chunks(query, key)
     ]
     return torch.cat(found, dim=2)
 
 
-def _normaliser(query: Tensor, keys: Tensor, first: Tensor | None, end: Tensor, scale: float) -> Tensor:
+def _normaliser(
+    query: Tensor, keys: Tensor, first: Tensor | None, end: Tensor, scale: float, softcap: float
+) -> Tensor:
     """query [B, Hq, t, D], keys [B, Hkv, Tk, D] as they are computed with, int64 [B, t] twice → [B, Hq, t]."""
-    scores = products(query.to(keys.dtype), keys) * scale
+    scores = capped(products(query.to(keys.dtype), keys) * scale, softcap)
     position = torch.arange(keys.shape[2], device=keys.device)
     scores = scores.masked_fill_(position >= end[:, None, :, None], -torch.inf)
     if first is not None:

@@ -16,12 +16,13 @@ from sparse_attn.wings.base import Explanation, explain_call
 
 def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
     indices = topk_select.fake(query, key, top_k, rule)
-    return *gathered_attention.fake(query, key, value, indices, rule.scale), indices
+    return *gathered_attention.fake(query, key, value), indices
 
 
 def tangent(call: Forward, query, key, value, top_k, rule: PackedRule) -> dict[str, Tensor]:
     """Through the selected keys; the choice is constant."""
-    return gathered_attention.tangent(call, query, key, value, call.results.indices, rule.scale)
+    scoring = rule.scale, rule.softcap, rule.sink_logits
+    return gathered_attention.tangent(call, query, key, value, call.results.indices, *scoring)
 
 
 OP = Op(
@@ -73,6 +74,8 @@ def topk_attention(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention of each query to its `top_k` best keys alone, in place of scaled_dot_product_attention.
@@ -102,11 +105,13 @@ def topk_attention(
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
+        softcap, sink_logits: as in :func:`gathered_attention`: scores bounded by softcap · tanh(· / softcap), and one
+            more logit per query head, float [Hq], in the denominator (differentiable).
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for,
-        in that order. A query that sees no key has out 0, lse −inf and gradient 0.
+        in that order. A query that sees no key has out 0, lse −inf (with sink_logits the head's sink) and gradient 0.
         A row with NaN or a score of +inf among its keys is NaN (inf − inf, as the formula has it).
 
     Raises:
@@ -124,7 +129,8 @@ def topk_attention(
     """
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     if not return_lse and not return_indices:
         return out
@@ -145,6 +151,8 @@ def topk_attention_with_residual(
     sinks: int = 0,
     share: str = "none",
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values.
@@ -160,7 +168,8 @@ def topk_attention_with_residual(
 
     Args:
         query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, key_starts,
-            backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must be keys in a row.
+            softcap, sink_logits, backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must
+            be keys in a row.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype.
@@ -174,7 +183,8 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, *scoring, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
 
@@ -196,6 +206,8 @@ def explain(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Explanation:
     """Says which wing `topk_attention` with these arguments would run on, and why not each other one; runs nothing.
@@ -211,5 +223,6 @@ def explain(
     return explain_call(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
-        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, backend=backend,
+        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, softcap=softcap,
+        sink_logits=sink_logits, backend=backend,
     )  # fmt: skip

@@ -104,6 +104,8 @@ def topk_select(
     sinks: int = 0,
     share: str = "none",
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each query the `top_k` keys of the largest :math:`q \cdot k`, exactly, without a [Tq, Tk] matrix.
@@ -126,6 +128,9 @@ def topk_select(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
+        softcap, sink_logits: those of the attention, as in :func:`gathered_attention`. Where heads share, their
+            probabilities are of capped scores, with the sink in the denominator; a selection per head is by the
+            uncapped q·k, bit for bit what it is without them (the cap is monotone).
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
@@ -145,7 +150,8 @@ def topk_select(
         >>> sparse_attn.topk_select(q, k, 16, is_causal=True, share="kv").shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     return select(query, key, top_k, rule, backend=backend)
 
 
@@ -163,6 +169,8 @@ def quantized_select(
     sinks: int = 0,
     share: str = "none",
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects as :func:`topk_select` does, by scores of queries and keys that are rounded to 8 bits.
@@ -190,7 +198,8 @@ def quantized_select(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 64, 16])
     """
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     return select(query, key, top_k, rule, rounded=True, backend=backend, function="quantized_select")
 
 
@@ -210,6 +219,8 @@ def refine_blocks(
     sinks: int = 0,
     share: str = "none",
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
 ) -> Tensor:
     """Selects for each query the `top_k` best keys by q·k among those of its tile's blocks: indices of tokens.
@@ -218,7 +229,8 @@ def refine_blocks(
     their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
-        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in
+        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, softcap, sink_logits,
+            backend: as in :func:`topk_select`.
             :func:`topk_select`.
         blocks, block_size, query_tile: what :func:`block_select` gave, and what it was given. Its G must divide the
             number of selections that `share` asks for. Numbers out of range are empty slots.
@@ -239,6 +251,7 @@ def refine_blocks(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 512, 16])
     """
-    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
+    scoring = scale, softcap, sink_logits
+    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, *scoring, key_starts)
     among = Among(blocks, block_size, query_tile)
     return select(query, key, top_k, rule, among=among, backend=backend, function="refine_blocks")

@@ -39,7 +39,7 @@ def attend(
         value: [B, Hkv, Tk, Dv]; Dv may differ from D.
         selection: what a selector returned: tokens, or blocks of keys.
         rule: who sees whom; needed for blocks (a block's keys are not all visible) and for a tail. Selected tokens
-            are attended to as they are.
+            are attended to as they are; of its parts the scale, the soft cap and the sink logits count for them.
         scale: factor of q·k; None takes the rule's, and without one 1/√D.
         tail: "none", or "mean": the mass of the visible keys that were not selected goes to the mean of their values
             (tokens only).
@@ -77,9 +77,11 @@ def attend(
     else:
         if tail != "none":
             rule = _rule_of_tail(rule, return_lse)
+        softcap, sink_logits = (None, None) if rule is None else (rule.softcap, rule.sink_logits)
         out, lse = gathered_attention.attend(
-            query, key, value, selection.indices, scale=scale, backend=backend
-        )
+            query, key, value, selection.indices, scale=scale, softcap=softcap, sink_logits=sink_logits,
+            backend=backend,
+        )  # fmt: skip
         if rule is not None and tail != "none":
             indices = checks.indices_of(selection.indices, query, key)
             out = with_tail(query, key, value, out, lse, indices, rule, backend=backend)

@@ -85,8 +85,9 @@ class FromIndexer:
 
     Args:
         query: [B, G·Hi, Tq, Di], key: [B, G, Tk, Di], weights: [B, G·Hi, Tq]: what a :class:`sparse_attn.nn.Indexer`
-            made of the hidden states. Its groups say who shares a selection; the rule's `share` and `scale` say
-            nothing here. It may know fewer keys than there are: no query may see those that it does not know.
+            made of the hidden states. Its groups say who shares a selection; the rule's `share`, and what it says of
+            scores (scale, soft cap, sink logits), say nothing here. It may know fewer keys than there are: no query may
+            see those that it does not know.
         int8: score from rounded queries and keys.
     """
 
@@ -125,13 +126,23 @@ class Blocks:
 
     def select_count(self, query: Tensor, key: Tensor, count: int, rule: Rule) -> Selection:
         """`count` blocks."""
-        known = ("is_causal", "causal_offset", "key_lengths", "key_starts", "scale", "share")
+        known = (
+            "is_causal",
+            "causal_offset",
+            "key_lengths",
+            "key_starts",
+            "scale",
+            "share",
+            "softcap",
+            "sink_logits",
+        )
         check_rule(rule).only("whole blocks", *known)
         tile = self.query_tile if query.shape[2] > 1 else 1
         blocks = block_select(
             query, key, count, block_size=self.block_size, query_tile=tile, pool=self.pool,
             is_causal=rule.is_causal, causal_offset=rule.causal_offset, key_lengths=rule.key_lengths,
-            scale=rule.scale, share=rule.share, key_starts=rule.key_starts, backend=self.backend,
+            scale=rule.scale, share=rule.share, key_starts=rule.key_starts, softcap=rule.softcap,
+            sink_logits=rule.sink_logits, backend=self.backend,
         )  # fmt: skip
         return Selection(blocks, self.block_size, tile)
 

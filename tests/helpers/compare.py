@@ -51,10 +51,13 @@ def is_chosen(indices: Tensor, length: int) -> Tensor:
     return chosen.scatter_(-1, places, True)[..., :length]
 
 
-def rank_errors(query: Tensor, key: Tensor, *, scale=None, share: str = "none", **options) -> Tensor:
+def rank_errors(
+    query: Tensor, key: Tensor, *, scale=None, share: str = "none", softcap=None, **options
+) -> Tensor:
     """How far a wing's rank may lie from the true one, float64 [B, G, Tq, Tk].
 
-    A score is a sum of D products and two more roundings: (D + 3) units of Σ|q·k|. A mass is a sum of
+    A score is a sum of D products and two more roundings: (D + 3) units of Σ|q·k|; its cap, whose slope is at most
+    1, makes 8 more of what it gives. A mass is a sum of
     exponentials of score − LSE, so the scores' errors and the rounding of that difference make it relative.
     """
     unit = accumulation(query.dtype)
@@ -66,11 +69,14 @@ def rank_errors(query: Tensor, key: Tensor, *, scale=None, share: str = "none", 
     if count == query.shape[1]:
         return errors
     seen = oracle.visible(query, key, **options)
-    each = oracle.scores(query, key, scale).masked_fill(~seen, -math.inf)
+    each = oracle.scores(query, key, scale, softcap)
+    if softcap is not None:
+        errors = errors + 8 * unit * each.abs()
+    each = each.masked_fill(~seen, -math.inf)
     spread = (each.logsumexp(-1, keepdim=True) - each).masked_fill(~seen, 0.0).abs()
     worst = (2 * errors + unit * (spread + 16)).masked_fill(~seen, 0.0).amax(-1, keepdim=True)
     relative = worst.unflatten(1, (count, -1)).amax(2).expm1()
-    masses = oracle.ranks(query, key, scale=scale, share=share, **options)
+    masses = oracle.ranks(query, key, scale=scale, share=share, softcap=softcap, **options)
     return masses * relative + query.shape[1] * _TINY
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 
-def scores(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
-    """scale · q·k as float64 [B, Hq, Tq, Tk]."""
+def scores(query: Tensor, key: Tensor, scale: float | None = None, softcap: float | None = None) -> Tensor:
+    """scale · q·k as float64 [B, Hq, Tq, Tk], with a cap softcap · tanh(scale · q·k / softcap)."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return torch.einsum("bhid,bhjd->bhij", query.double(), key) * scale
+    each = torch.einsum("bhid,bhjd->bhij", query.double(), key) * scale
+    return each if softcap is None else softcap * torch.tanh(each / softcap)
 
 
 def visible(
@@ -73,15 +74,27 @@ def groups(query: Tensor, key: Tensor, share: str) -> int:
     return {"none": query.shape[1], "kv": key.shape[1], "all": 1}[share]
 
 
-def ranks(query: Tensor, key: Tensor, *, scale=None, share: str = "none", **options) -> Tensor:
-    """What a key is chosen by, float64 [B, G, Tq, Tk]: its score, or its attention mass where heads share."""
-    each = scores(query, key, scale)
+def ranks(
+    query: Tensor, key: Tensor, *, scale=None, share: str = "none", softcap=None, sink_logits=None, **options
+) -> Tensor:
+    """What a key is chosen by, float64 [B, G, Tq, Tk]: its score, or its attention mass where heads share.
+
+    A score alone is never capped: among equal keys of the cap's end the larger q·k is better.
+    """
     count = groups(query, key, share)
     if count == query.shape[1]:
-        return each
+        return scores(query, key, scale)
     seen = visible(query, key, **options)
-    probabilities = each.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
+    each = scores(query, key, scale, softcap).masked_fill(~seen, -math.inf)
+    each = torch.cat((each, sink_column(each, sink_logits)), dim=-1)
+    probabilities = each.softmax(-1)[..., :-1].masked_fill(~seen, 0.0)
     return probabilities.unflatten(1, (count, -1)).sum(2)
+
+
+def sink_column(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """The logits of the sinks beside scores [B, Hq, Tq, Tk]: float64 [B, Hq, Tq, 1], −inf where there are none."""
+    column = scores.new_full((scores.shape[1],), -math.inf) if sink_logits is None else sink_logits.double()
+    return column.view(-1, 1, 1).expand(*scores.shape[:3], 1)
 
 
 def topk_select(query: Tensor, key: Tensor, top_k: int, **options) -> Tensor:
@@ -137,17 +150,24 @@ def multiplicity(query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
 
 
 def gathered_attention(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) in float64, differentiable: softmax over each row's keys, repeated ones counting again."""
     counts = multiplicity(query, key, indices)
-    attended = scores(query, key, scale).masked_fill(counts == 0, -math.inf)
-    alive = (counts > 0).any(-1)
+    attended = scores(query, key, scale, softcap).masked_fill(counts == 0, -math.inf)
+    sink = sink_column(attended, sink_logits)
+    alive = (counts > 0).any(-1) | (sink.squeeze(-1) > -math.inf)
     # The maximum only guards against overflow: it is a constant to the gradient.
-    top = attended.detach().amax(-1, keepdim=True) if key.shape[2] else attended.new_zeros((*alive.shape, 1))
+    top = torch.cat((attended, sink), dim=-1).detach().amax(-1, keepdim=True)
     top = top.masked_fill(~alive.unsqueeze(-1), 0.0)
     weights = counts * (attended - top).exp()
-    total = weights.sum(-1)
+    total = weights.sum(-1) + (sink - top).exp().squeeze(-1)
     lse = torch.where(alive, total.where(alive, 1.0).log() + top.squeeze(-1), -math.inf)
     value = value.double().repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return (weights / total.where(alive, 1.0).unsqueeze(-1)) @ value, lse
@@ -159,7 +179,8 @@ def topk_attention(
     """(out, lse, indices); out and lse differentiable."""
     with torch.no_grad():
         indices = topk_select(query, key, top_k, **options)
-    return *gathered_attention(query, key, value, indices, options.get("scale")), indices
+    scoring = (options.get(name) for name in ("scale", "softcap", "sink_logits"))
+    return *gathered_attention(query, key, value, indices, *scoring), indices
 
 
 def gradients(
@@ -170,10 +191,13 @@ def gradients(
     grad_out: Tensor,
     grad_lse: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> list[Tensor]:
-    """float64 gradients of query, key and value by autograd."""
-    inputs = [t.detach().double().requires_grad_() for t in (query, key, value)]
-    out, lse = gathered_attention(*inputs, indices, scale)
+    """float64 gradients of query, key and value, and of sinks if there are any, by autograd."""
+    given = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
+    inputs = [t.detach().double().requires_grad_() for t in given]
+    out, lse = gathered_attention(*inputs[:3], indices, scale, softcap, *inputs[3:])
     loss = (out * grad_out.double()).sum()
     if grad_lse is not None:
         loss = loss + (lse.where(lse > -math.inf, 0.0) * grad_lse.double()).sum()

@@ -208,3 +208,46 @@ def test_window_without_top_k():
 def test_bad_input(hidden):
     with pytest.raises((ValueError, TypeError), match=r"hidden must have shape \[B, T, 24\], got "):
         TopKAttention(C, H, 5)(hidden)
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 1.5}, {"sink_logits": True}, {"softcap": 1.5, "sink_logits": True}]
+)
+def test_a_soft_cap_and_learned_sinks(wing, options):
+    """With all keys the formula; the sinks are a parameter, zeros at first, with a gradient, in the state."""
+    hidden, results = hidden_of(wing), []
+    for top_k in (None, T):
+        attention = make(wing, top_k, num_kv_heads=2, **options)
+        if attention.sink_logits is not None:
+            assert torch.equal(attention.sink_logits, torch.zeros(H, device=wing.device))
+            torch.nn.init.normal_(attention.sink_logits, std=2.0)
+        out = attention(hidden)
+        out.sum().backward()
+        results.append([out, *(p.grad for p in attention.parameters())])
+        assert all(p.grad.any() for p in attention.parameters())
+    torch.testing.assert_close(*results)
+    query, key, value = attention.split_heads(attention.qkv(hidden))
+    key, value = (t.repeat_interleave(2, dim=1) for t in (key, value))
+    scores = query @ key.mT / 6**0.5
+    if attention.softcap:
+        scores = 1.5 * (scores / 1.5).tanh()
+    weights = scores.masked_fill(torch.ones(T, T, device=wing.device).triu(1).bool(), -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if attention.sink_logits is not None:
+        total = total + attention.sink_logits.exp().view(-1, 1, 1)
+    want = attention.out((weights / total @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(results[1][0], want, rtol=1e-4, atol=1e-5)
+    assert ("sink_logits" in attention.state_dict()) == ("sink_logits" in options)
+
+
+def test_what_has_no_cap_refuses_it():
+    from sparse_attn.distillation import observe
+
+    attention = TopKAttention(C, H, 4, softcap=2.0)
+    with pytest.raises(ValueError, match="must have a plain softmax, got one with softcap"):
+        sparse_attn.nn.HybridAttention.from_attention(attention, approximated_heads=[0], max_length=8)
+    model = torch.nn.Sequential(TopKAttention(C, H, 4, sink_logits=True))
+    with pytest.raises(ValueError, match="must have a plain softmax, got 0 with softcap or sink_logits"):
+        observe(model, torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        TopKAttention(C, H, 4, softcap=0.0)

@@ -199,7 +199,7 @@ def test_opcheck(wing, name):
     wing.block_attention(*inputs, blocks, **options)  # skips where the wing has none
     lengths, causal = options.get("key_lengths"), options.get("is_causal", False)
     numbers = causal, options.get("causal_offset", 0), 0, 0, blocks.shape[1]
-    rule = PackedRule(None, lengths, *numbers, 0.3, options.get("key_starts"))
+    rule = PackedRule(None, lengths, *numbers, 0.3, key_starts=options.get("key_starts"))
     leaves = [t.to(wing.device).requires_grad_() for t in inputs]
     sizes = options["block_size"], options["query_tile"]
     arguments = [*leaves, blocks.to(wing.device), *sizes, *rule.parts()]

@@ -21,6 +21,7 @@ FILES = (
     "test_gathered_attention.py",
     "test_topk_attention.py",
     "test_special_values.py",
+    "test_softcap_and_sinks.py",
     "test_error_budget.py",
     "test_variable_width_embedding.py",
     "test_variable_width_embedding_errors.py",

@@ -29,16 +29,19 @@ def op_arguments(wing, dtype, op: str, variant: str):
     indices = index_rows((2, groups, 6, 4), 9).to(wing.device)
     rule = PackedRule(None, None, False, 0, 0, 0, groups, 0.3)
     if variant == "options":
-        seen = mask(2, groups, 6, 9).to(wing.device)
-        rule = PackedRule(seen, torch.tensor([9, 7], device=wing.device), True, 3, 2, 1, groups, 0.3)
+        seen, logits = mask(2, groups, 6, 9).to(wing.device), normal(heads, seed=7).to(wing.device)
+        lengths = torch.tensor([9, 7], device=wing.device)
+        rule = PackedRule(seen, lengths, True, 3, 2, 1, groups, 0.3, 1.5, logits.requires_grad_())
+    scoring = rule.scale, rule.softcap, rule.sink_logits
     if op == "gathered_attention_backward":
-        out, lse = overload("gathered_attention", wing)(query, key, value, indices, 0.3)
+        scoring = [x.detach() if isinstance(x, torch.Tensor) else x for x in scoring]
+        out, lse = overload("gathered_attention", wing)(query, key, value, indices, *scoring)
         grad_lse = torch.zeros_like(lse) if variant == "options" else None
-        return [torch.ones_like(out), grad_lse, query, key, value, indices, out, lse, 0.3, False]
+        return [torch.ones_like(out), grad_lse, query, key, value, indices, out, lse, *scoring, False]
     inputs = [t.requires_grad_() for t in (query, key, value)]
     return {
         "topk_select": [query.detach(), key.detach(), 4, *rule.parts(), False, None, 1, 1],
-        "gathered_attention": [*inputs, indices, 0.3],
+        "gathered_attention": [*inputs, indices, *scoring],
         "topk_attention": [*inputs, 4, *rule.parts()],
     }[op]
 

@@ -25,6 +25,8 @@ FULL = Rule(
     sinks=1,
     share="kv",
     scale=0.5,
+    softcap=3.0,
+    sink_logits=normal(4),
     key_starts=torch.tensor([2, 0]),
 )
 
@@ -36,14 +38,15 @@ def test_its_parts_are_those_of_the_schema_and_come_back():
     again = PackedRule.of_parts(*parts)
     assert again.attn_mask is packed.attn_mask
     assert again.key_lengths is packed.key_lengths
-    assert again[2:-1] == packed[2:-1] == (True, 4, 2, 1, 2, 0.5)
+    assert again.sink_logits is packed.sink_logits is FULL.sink_logits
+    assert again[2:9] == packed[2:9] == (True, 4, 2, 1, 2, 0.5, 3.0)
     assert again.key_starts is packed.key_starts
     assert again.key_starts.tolist() == [[2] * 9, [0] * 9]
 
 
 def test_what_was_left_out_has_its_value():
     packed = Rule(is_causal=True).packed(QUERY[:, :, :5], KEY[:, :, :5])
-    assert packed == (None, None, True, 0, 0, 0, 4, 1 / math.sqrt(8), None)
+    assert packed == (None, None, True, 0, 0, 0, 4, 1 / math.sqrt(8), 0.0, None, None)
 
 
 def test_its_arguments_are_those_of_the_functions():
@@ -63,6 +66,8 @@ def test_its_arguments_are_those_of_the_functions():
         (Rule(share="heads"), "share must be one of"),
         (Rule(sinks=6), "top_k is the whole budget"),
         (Rule(scale="big"), "scale must be a float"),
+        (Rule(softcap=-1.0), "softcap must be positive"),
+        (Rule(sink_logits=torch.ones(3)), "sink_logits must have shape"),
         (Rule(key_lengths=torch.tensor([1, 99])), "key_lengths must lie in"),
         (Rule(attn_mask=torch.ones(3, 13, dtype=torch.bool)), "attn_mask must broadcast"),
     ],

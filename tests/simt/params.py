@@ -20,7 +20,8 @@ class AttendParams(Structure):
         *((f"{n}_strides", Strides) for n in ("query", "key", "value", "indices")),
         *((n, c_int64) for n in ("batch", "heads", "kv_heads", "groups", "query_length", "key_length")),
         *((n, c_int64) for n in ("head_dim", "value_dim", "slots")),
-        ("scale", c_float),
+        *((n, c_float) for n in ("scale", "softcap")),
+        ("sink_logits", c_void_p),
         ("dtype", c_int32),
     ]
 
@@ -46,7 +47,14 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def attend_params(
-    gpu, query: Tensor, key: Tensor, value: Tensor, indices: Tensor, scale: float
+    gpu,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
 ) -> AttendParams:
     query, key, value, indices = map(contiguous_rows, (query, key, value, indices))
     named = {"query": query, "key": key, "value": value, "indices": indices}
@@ -63,6 +71,8 @@ def attend_params(
         value_dim=value.shape[3],
         slots=indices.shape[3],
         scale=scale,
+        softcap=softcap,
+        sink_logits=gpu.put(sink_logits),
         dtype=DTYPES[query.dtype],
     )
 
@@ -73,7 +83,8 @@ class Rule(Structure):
         ("mask_strides", Strides),
         *((n, c_int64) for n in ("starts_b", "starts_t")),
         *((n, c_int64) for n in ("causal_offset", "window", "sinks", "groups")),
-        ("scale", c_float),
+        *((n, c_float) for n in ("scale", "softcap")),
+        ("sink_logits", c_void_p),
         ("is_causal", c_bool),
     ]
 
@@ -97,7 +108,9 @@ class SelectCall(Structure):
     _fields_ = [("select", SelectParams), ("narrow_lengths", c_void_p), ("lse", c_void_p)]
 
 
-def select_call(gpu, query, key, top_k, mask, lengths, starts, rule, scale) -> SelectCall:
+def select_call(
+    gpu, query, key, top_k, mask, lengths, starts, rule, scale, softcap, sink_logits
+) -> SelectCall:
     """Arguments as the schema of topk_select has them; `rule` is [is_causal, causal_offset, window, sinks, groups]."""
     is_causal, causal_offset, window, sinks, groups = rule
     query, key = contiguous_rows(query), contiguous_rows(key)
@@ -114,6 +127,8 @@ def select_call(gpu, query, key, top_k, mask, lengths, starts, rule, scale) -> S
             sinks=min(sinks, 1 << 40),
             groups=groups,
             scale=scale,
+            softcap=softcap,
+            sink_logits=gpu.put(sink_logits),
             is_causal=is_causal,
         ),
         batch=query.shape[0],

@@ -18,6 +18,7 @@ from simt.params import (
     embed_params,
     select_call,
 )
+from sparse_attn.ops.gathered_attention import sink_gradient
 from sparse_attn.rule import Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,24 +26,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, indices, scale, schedule, atomics, chunk):
+    def forward(ctx, query, key, value, sink_logits, indices, scale, softcap, schedule, atomics, chunk):
         gpu = Device(schedule)
-        p = attend_params(gpu, query, key, value, indices, scale)
+        p = attend_params(gpu, query, key, value, indices, scale, softcap, sink_logits)
         p.out = gpu.empty((*query.shape[:3], value.shape[3]), query.dtype)
         p.lse = gpu.empty(query.shape[:3], torch.float32)
         gpu.run("run_gathered_attention", ctypes.byref(p))
         out, lse = gpu.get(p.out), gpu.get(p.lse)
-        ctx.save_for_backward(query, key, value, indices, out, lse)
-        ctx.scale, ctx.schedule, ctx.atomics, ctx.chunk = scale, schedule, atomics, chunk
+        ctx.save_for_backward(query, key, value, sink_logits, indices, out, lse)
+        ctx.scoring, ctx.schedule, ctx.atomics, ctx.chunk = (scale, softcap), schedule, atomics, chunk
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, indices, out, lse = ctx.saved_tensors
+        query, key, value, sink_logits, indices, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         gpu = Device(ctx.schedule)
-        p = attend_params(gpu, query, key, value, indices, ctx.scale)
+        p = attend_params(gpu, query, key, value, indices, *ctx.scoring, sink_logits)
         p.out, p.lse = gpu.put(out), gpu.put(lse)
         for name in ("key_list_blocks", "gradient_chunk", "partial_floats"):
             getattr(gpu.library, f"run_{name}").restype = ctypes.c_int64
@@ -77,7 +78,10 @@ class _Attention(torch.autograd.Function):
             atomics=atomics,
         )
         gpu.run("run_gathered_attention_backward", ctypes.byref(g))
-        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), *(None,) * 5
+        of_sinks = None
+        if ctx.needs_input_grad[3]:
+            of_sinks = sink_gradient(sink_logits, out, lse, grad_out, grad_lse)
+        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), of_sinks, *(None,) * 6
 
 
 class _Embedding(torch.autograd.Function):
@@ -136,10 +140,12 @@ class SimulatedWing:
 
     def topk_select(
         self, query, key, top_k, *, is_causal=False, causal_offset=None, attn_mask=None, key_lengths=None, scale=None,
-        window=0, sinks=0, share="none", key_starts=None,
+        window=0, sinks=0, share="none", key_starts=None, softcap=None, sink_logits=None,
     ):  # fmt: skip
         query, key = query.detach(), key.detach()
-        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
+        sink_logits = None if sink_logits is None else sink_logits.detach()
+        kept, scoring = (window, sinks, share), (scale, softcap, sink_logits)
+        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, *kept, *scoring, key_starts)
         packed = rule.packed(query, key, top_k)
         gpu = Device(self.schedule)
         call = select_call(gpu, query, key, top_k, *packed.parts())
@@ -150,17 +156,27 @@ class SimulatedWing:
 
     def topk_attention(self, query, key, value, top_k, *, return_lse=False, return_indices=False, **options):
         indices = self.topk_select(query, key, top_k, **options)
-        results = self.gathered_attention(
-            query, key, value, indices, scale=options.get("scale"), return_lse=True
-        )
+        scoring = {name: options.get(name) for name in ("scale", "softcap", "sink_logits")}
+        results = self.gathered_attention(query, key, value, indices, return_lse=True, **scoring)
         results = (results[0], *results[1:][:return_lse], *[indices][:return_indices])
         return results if len(results) > 1 else results[0]
 
-    def gathered_attention(self, query, key, value, indices, *, scale=None, return_lse=False):
+    def gathered_attention(
+        self, query, key, value, indices, *, scale=None, return_lse=False, softcap=None, sink_logits=None
+    ):
         scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
         indices = (indices.unsqueeze(1) if indices.dim() == 3 else indices).to(torch.int32)
         out, lse = _Attention.apply(
-            query, key, value, indices, scale, self.schedule, self.atomics, self.chunk
+            query,
+            key,
+            value,
+            sink_logits,
+            indices,
+            scale,
+            softcap or 0.0,
+            self.schedule,
+            self.atomics,
+            self.chunk,
         )
         return (out, lse) if return_lse else out
 

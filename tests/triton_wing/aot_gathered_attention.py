@@ -26,6 +26,7 @@ def common(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
         **strides("query", HEADS, "d", dim), **strides("key", kv_heads, "d", dim),
         **strides("value", kv_heads, "d", dim), **indices,
         "kv_heads": kv_heads, "groups": groups, "key_length": LENGTH, "budget": BUDGET, "factor": 0.1,
+        "bound": None, "sink_logits": None,
         "DIM": dim, "VALUE_DIM": dim, "BLOCK_DIM": dim, "BLOCK_VALUE": dim,
     }  # fmt: skip
 
@@ -127,6 +128,11 @@ def cases() -> list[aot.Case]:
         found.append(
             case(f"queries, tile bf16 D128, {heads} heads", backward._tile_queries, arguments, configs)
         )
+    scoring = {"bound": 0.2, "sink_logits": "*fp32"}
+    for dtype, dim in (("bf16", 128), ("fp32", 128), ("bf16", 256)):
+        for name, kernel, arguments, configs in launches(dtype, dim):
+            if kernel is not sums.sum_entries:
+                found.append(case(f"{name}, cap and sinks", kernel, arguments | scoring, configs))
     # One batch entry, one head, one key: every such number is compiled in.
     ones = {"heads": 1, "shared": 1, "units": 1, "tiles": 1, "programs": 1, "key_length": 1, "budget": 1}
     ones |= {"query_length": 1, "first_query": 0, "entries": 1, "rows_half": 1}

@@ -9,7 +9,8 @@ from triton_wing.aot import Case
 LENGTH, HEADS = 16384, 16
 
 
-def case(dtype: str, value_dim: int, budget: int, candidate: int = 0) -> Case:
+def case(dtype: str, value_dim: int, budget: int, candidate: int = 0, *, scoring: bool = False) -> Case:
+    """`scoring`: with a soft cap and sinks."""
     config = dict(topk_attention.value_configs(value_dim)[candidate])
     num_warps = config.pop("num_warps")
     arguments = {
@@ -29,11 +30,14 @@ def case(dtype: str, value_dim: int, budget: int, candidate: int = 0) -> Case:
         "key_length": LENGTH,
         "budget": budget,
         "factor": 0.1,
+        "bound": 0.2 if scoring else None,
+        "sink_logits": "*fp32" if scoring else None,
         "VALUE_DIM": value_dim,
         "BLOCK_BUDGET": budget,
         **config,
     }
     name = f"values {dtype} Dv{value_dim} K{budget}" + (f" candidate {candidate}" if candidate else "")
+    name += ", cap and sinks" if scoring else ""
     return Case(name, topk_attention._weigh_values, arguments, num_warps, candidate=candidate > 0)
 
 
@@ -42,4 +46,5 @@ def cases() -> list[Case]:
     found = [case(dtype, *shape) for dtype in ("bf16", "fp32") for shape in shapes]
     for dtype in ("bf16", "fp32"):
         found += [case(dtype, 128, 64, n) for n in range(1, len(topk_attention.value_configs(128)))]
+    found += [case(dtype, 128, 64, scoring=True) for dtype in ("bf16", "fp32")]
     return [*found, case("fp16", 128, 256), case("bf16", 128, 4096)]

@@ -37,6 +37,7 @@ def select(
     with_scores: bool = False,
     packed: bool = False,
     candidate: int = 0,
+    capped: bool = False,
     **options,
 ) -> Case:
     heavy = sharing > 1 or masked
@@ -51,6 +52,7 @@ def select(
         + (" scores" if with_scores else "")
     )
     name += f" candidate {candidate}" if candidate else ""
+    name += ", cap and sinks" if capped else ""
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
@@ -77,7 +79,8 @@ def select(
         "causal_offset": 17,
         "window_offset": 15,
         "first_kept": 0,
-        "scale": 0.1,
+        "factor": 0.1,
+        "bound": 0.2 if capped else None,
         "tiles": 12345,
         "query_blocks": LENGTH // c.block_m,
         "splits": 8 if split else 1,
@@ -107,7 +110,7 @@ def both(*arguments, **options) -> list[Case]:
     return [select(*arguments, amd=amd, **options) for amd in (False, True)]
 
 
-def lse(dtype: str, head_dim: int, amd: bool, packed: bool) -> Case:
+def lse(dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False) -> Case:
     c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True)[0]
     arguments = {
         "query": f"*{dtype}",
@@ -115,6 +118,7 @@ def lse(dtype: str, head_dim: int, amd: bool, packed: bool) -> Case:
         "mask": None,
         "lengths": None,
         "starts": "*i64" if packed else None,
+        "sink_logits": "*fp32" if capped else None,
         "shift": "*fp32",
         **_strides("query", head_dim),
         **_strides("key", head_dim),
@@ -125,7 +129,8 @@ def lse(dtype: str, head_dim: int, amd: bool, packed: bool) -> Case:
         "key_length": LENGTH,
         "head_dim": head_dim,
         "causal_offset": 17,
-        "scale": 0.1,
+        "factor": 0.1,
+        "bound": 0.2 if capped else None,
         "query_blocks": LENGTH // c.block_m,
         "IS_CAUSAL": True,
         "SHARING": 4,
@@ -136,6 +141,7 @@ def lse(dtype: str, head_dim: int, amd: bool, packed: bool) -> Case:
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
     name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "") + (" starts" if packed else "")
+    name += ", cap and sinks" if capped else ""
     return Case(name, log_sum_exp, arguments, c.num_warps, c.num_stages, targets=targets)
 
 
@@ -189,6 +195,7 @@ def cases() -> list[Case]:
     # 32 bytes: the sum over the heads is in registers beside a head's scores.
     found += both("bf16", 128, 64, sharing=4, may_spill=True)
     found += both("bf16", 64, 256, sharing=4)
+    found += both("bf16", 64, 256, sharing=4, capped=True)
     for amd in (False, True):
         for dtype in ("bf16", "fp32"):
             some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False)
@@ -196,4 +203,5 @@ def cases() -> list[Case]:
     for amd in (False, True):
         for packed in (False, True):
             found += [lse("bf16", 128, amd, packed), merge(64, 16, amd, packed)]
+        found.append(lse("bf16", 128, amd, False, capped=True))
     return found

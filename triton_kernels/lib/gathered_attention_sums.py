@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .common import LOG2_OF_E, outer_program, rounded
 from .rows import load_rows
+from .soft_cap import tanh
 
 
 @triton.jit
@@ -109,7 +110,8 @@ def sum_queries(
     entries,  # chunk · K
     budget,
     rows_half,  # B · Hq · Tq
-    factor,  # scale · log2 e
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
     scale,
     ADD: tl.constexpr,
     DIM: tl.constexpr,
@@ -154,8 +156,13 @@ def sum_queries(
             delta = tl.load(rows + row_of + t, mask=valid, other=0.0)
             inverse = tl.load(rows + rows_half + row_of + t, mask=valid, other=0.0)
             scores = tl.sum(queries * own_key[None, :], axis=1) * factor
+            if bound is not None:
+                bent = tanh(scores)
+                scores = bent * bound
             weights = tl.where(valid, tl.exp2(scores - base) * inverse, 0.0)
             slopes = weights * (tl.sum(grads * own_value[None, :], axis=1) - delta)
+            if bound is not None:
+                slopes *= 1.0 - bent * bent
             slopes = tl.where(valid, slopes * scale, 0.0)
             to_key += slopes[:, None] * queries
             to_value += weights[:, None] * grads

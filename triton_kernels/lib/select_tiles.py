@@ -80,7 +80,8 @@ def select_tiles(
     causal_offset,  # query i sees keys up to i + causal_offset
     window_offset,  # and always keeps those beyond i + window_offset
     first_kept,
-    scale,
+    factor,  # of q·k where heads share: the scale; with a cap scale / softcap
+    bound,  # softcap, or None
     tiles,
     query_blocks,
     splits,
@@ -212,7 +213,7 @@ def select_tiles(
                     else:
                         score = attention_mass(
                             query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
-                            head, index, index < tile_end, inside_depth, depth, scale,
+                            head, index, index < tile_end, inside_depth, depth, factor, bound,
                             SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
                     # The threshold stands first: the type of the comparison follows its first operand.
@@ -240,7 +241,7 @@ def select_tiles(
                     else:
                         score = attention_mass(
                             query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
-                            head, index, exists, inside_depth, depth, scale,
+                            head, index, exists, inside_depth, depth, factor, bound,
                             SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
                     passes = ~(threshold[None, :] >= score)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .dot import dot
+from .soft_cap import capped
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -19,11 +20,12 @@ def _head_scores(
     exists,
     inside_depth,
     depth,
-    scale,
+    factor,
+    bound,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """scale · q·k of one head, float32 [BN, BM]."""
+    """Scores of one head, float32 [BN, BM]."""
     queries = tl.load(
         query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
     )
@@ -32,7 +34,7 @@ def _head_scores(
         mask=exists[:, None] & inside_depth[None, :],
         other=0.0,
     )
-    return dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
+    return capped(dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * factor, bound)
 
 
 @triton.jit
@@ -51,7 +53,8 @@ def attention_mass(
     exists,  # int1 [BN]
     inside_depth,
     depth,
-    scale,
+    factor,  # the scale; with a cap scale / softcap
+    bound,  # softcap, or None
     SHARING: tl.constexpr,
     REPEAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,7 +67,7 @@ def attention_mass(
         score = _head_scores(
             query_rows + (this - head) * query_h,
             key_head + (this // REPEAT - head // REPEAT) * key_h + index.to(tl.int64) * key_t,
-            query_d, key_d, exists, inside_depth, depth, scale, BLOCK_M, BLOCK_N,
+            query_d, key_d, exists, inside_depth, depth, factor, bound, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shift = tl.load(shift_rows + (this - head) * query_length)
         mass += tl.exp2((score - shift[None, :]) * LOG2_E)
@@ -85,6 +88,7 @@ def log_sum_exp(
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    sink_logits,  # float32 [Hq] or None
     shift,  # float32 [B, Hq, Tq], written
     query_b,
     query_h,
@@ -105,7 +109,8 @@ def log_sum_exp(
     key_length,
     head_dim,
     causal_offset,
-    scale,
+    factor,  # the scale; with a cap scale / softcap
+    bound,  # softcap, or None
     query_blocks,
     IS_CAUSAL: tl.constexpr,
     SHARING: tl.constexpr,
@@ -114,7 +119,9 @@ def log_sum_exp(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """LSE of each query over the keys it sees, NaN left out; +inf where that is −inf, so that exp(x − it) is 0."""
+    """LSE of each query over the keys it sees and its head's sink, NaN left out; +inf where that is −inf, so that
+    exp(x − it) is 0.
+    """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_D)
@@ -148,6 +155,10 @@ def log_sum_exp(
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + head)
+        top = tl.maximum(top, tl.where(sink == sink, sink, float("-inf")))
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
     for first in range(tile_start, tile_end, BLOCK_N):
         index = first + column
         keys = tl.load(
@@ -155,7 +166,7 @@ def log_sum_exp(
             mask=(index < tile_end)[:, None] & inside_depth[None, :],
             other=0.0,
         )
-        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
+        score = capped(dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * factor, bound)
         seen = (index[:, None] < row_end[None, :]) & (score == score)
         if starts is not None:
             seen &= index[:, None] >= row_start[None, :]

@@ -116,8 +116,10 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
         Range every{0, a.key_length};  // and to all
         for (int r = 0; r < kTileRows; ++r) {
             const int64_t row = start + r, h = heads.begin + row / length, i = begin + row % length;
-            state.peak[r] = -__builtin_inff();
-            state.total[r] = 0.0f;
+            const float sink = row < rows ? sink_of(a.sink_logits, h) : -__builtin_inff();
+            state.peak[r] = sink;
+            // e^0, or NaN of a logit that is no number.
+            state.total[r] = sink == -__builtin_inff() ? 0.0f : 1.0f + (sink - sink);
             keys[r] = row < rows ? key_range(p.rule, b, i, a.key_length) : Range{0, 0};
             if (keys[r].begin < keys[r].end)
                 any = {minimum(any.begin, keys[r].begin), maximum(any.end, keys[r].end)};
@@ -148,6 +150,8 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
                 for (int64_t j = 0; j < c.count; j += kTileCols)
                     gemm_tile<1, kTileRows, false>(scores + j, kChunk, queries, key + j * a.head_dim,
                                                    a.head_dim);
+                for (int r = 0; a.softcap > 0 && r < kTileRows; ++r)
+                    soft_cap(scores + r * kChunk, c.count, 1.0f, a.softcap);
                 softmax_chunk(state, scores, c.count, seen);
                 const bool whole = every.begin <= c.first && c.first + c.count <= every.end;
                 if (p.special[first_chunk + n] && !whole) {

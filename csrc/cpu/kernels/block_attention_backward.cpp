@@ -1,6 +1,7 @@
 // block_attention, backward, in two passes that are the same for any number of threads. With P = exp(s − LSE)
 // and dP = dO·Vᵀ:
 //     dS = P ∘ (dP − Σ P∘dP + dLSE)   dQ = scale · dS·K   dV = Pᵀ·dO   dK = scale · dSᵀ·Q
+// With a soft cap s is the capped score, and dS has the factor 1 − (s / cap)².
 // The query pass owns up to 64 rows (head, query) of a tile and walks its blocks; it leaves the sums behind.
 // The key pass owns a chunk of up to 64 keys and walks the queries of the tiles that chose its block, in
 // order. What a pass owns are the columns of its products, packed once; what it walks past are their rows,
@@ -101,6 +102,33 @@ SPARSE_ATTN_INLINE int64_t most_chunks(const BlockParams& p) {
 
 // ---- dQ
 
+// Of a chunk's keys [rows] and the owned queries [kCols].
+struct QueryWeights {
+    float *score, *grad;            // [rows, kCols]: q·k and dO·v; then P (times the cap's slope), and dP
+    const float* lse;               // [kCols]
+    float* centre;                  // [kCols] += Σ P∘dP
+    const int32_t *begin_of, *end;  // [kCols]: the keys that each query sees
+    int64_t cols;
+};
+
+template <bool kCapped>
+SPARSE_ATTN_INLINE void weigh_keys(const QueryWeights& w, const Chunk& c, float cap) {
+    for (int64_t r = 0; r < c.count; ++r) {
+        float *s = w.score + r * kCols, *g = w.grad + r * kCols;
+        if (kCapped) soft_cap(s, w.cols, 1.0f, cap);
+        for (int64_t j = 0; j < w.cols; j += Vec::W) {
+            const int32_t next = static_cast<int32_t>(c.first + r + 1);
+            const uint32_t seen = keys_ge(w.end + j, next) & ~keys_ge(w.begin_of + j, next);
+            const Vec score = load(s + j);
+            const Vec weight = where(seen, exp(score - load(w.lse + j)), zero());
+            const Vec grad = where(seen, load(g + j), zero());
+            store(s + j, kCapped ? where(seen, weight * cap_slope(score, 1.0f / cap), zero()) : weight);
+            store(g + j, grad);
+            store(w.centre + j, fma(weight, grad, load(w.centre + j)));
+        }
+    }
+}
+
 template <class T>
 void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t tile, void* memory) {
     const BlockParams& f = p.forward;
@@ -170,17 +198,11 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
                 value.pad(c.count);
                 multiply(to, key, c.count, queries, cols);
                 multiply(grad_to, value, c.count, grads, cols);
-                for (int64_t r = 0; r < c.count; ++r)
-                    for (int64_t j = 0; j < cols; j += Vec::W) {
-                        const int32_t next = static_cast<int32_t>(c.first + r + 1);
-                        const uint32_t seen = keys_ge(end + j, next) & ~keys_ge(begin_of + j, next);
-                        float *s = to + r * kCols + j, *g = grad_to + r * kCols + j;
-                        const Vec weight = where(seen, exp(load(s) - load(lse + j)), zero());
-                        const Vec grad = where(seen, load(g), zero());
-                        store(s, weight);
-                        store(g, grad);
-                        store(centre + j, fma(weight, grad, load(centre + j)));
-                    }
+                const QueryWeights weights{to, grad_to, lse, centre, begin_of, end, cols};
+                if (a.softcap > 0)
+                    weigh_keys<true>(weights, c, a.softcap);
+                else
+                    weigh_keys<false>(weights, c, 0.0f);
             }
         }
 
@@ -225,7 +247,27 @@ struct KeySums {
     const float *key, *value;  // columns
     float *grad_key, *grad_value, *probability, *grad_score;
     int64_t cols;
+    float softcap;
 };
+
+// q·k and dO·v of the passing rows → P and dS.
+template <bool kCapped>
+SPARSE_ATTN_INLINE void weigh_queries(const Passing& rows, const KeySums& k) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+        if (kCapped) soft_cap(k.probability + r * kCols, k.cols, 1.0f, k.softcap);
+        for (int64_t j = 0; j < k.cols; j += Vec::W) {
+            const uint32_t seen = low_bits(clamp<int64_t>(rows.seen[r].end - j, 0, Vec::W)) &
+                                  ~low_bits(clamp<int64_t>(rows.seen[r].begin - j, 0, Vec::W));
+            float *s = k.probability + r * kCols + j, *g = k.grad_score + r * kCols + j;
+            const Vec score = load(s);
+            const Vec weight = where(seen, exp(score - broadcast(rows.lse[r])), zero());
+            Vec grad = weight * (load(g) - broadcast(rows.centre[r]));
+            if (kCapped) grad = grad * cap_slope(score, 1.0f / k.softcap);
+            store(s, weight);
+            store(g, where(seen, grad, zero()));
+        }
+    }
+}
 
 inline void flush(Passing& rows, const KeySums& k) {
     if (rows.count == 0) return;
@@ -233,15 +275,10 @@ inline void flush(Passing& rows, const KeySums& k) {
     rows.grad.pad(rows.count);
     multiply(k.probability, rows.query, rows.count, k.key, k.cols);
     multiply(k.grad_score, rows.grad, rows.count, k.value, k.cols);
-    for (int64_t r = 0; r < rows.count; ++r)
-        for (int64_t j = 0; j < k.cols; j += Vec::W) {
-            const uint32_t seen = low_bits(clamp<int64_t>(rows.seen[r].end - j, 0, Vec::W)) &
-                                  ~low_bits(clamp<int64_t>(rows.seen[r].begin - j, 0, Vec::W));
-            float *s = k.probability + r * kCols + j, *g = k.grad_score + r * kCols + j;
-            const Vec weight = where(seen, exp(load(s) - broadcast(rows.lse[r])), zero());
-            store(s, weight);
-            store(g, where(seen, weight * (load(g) - broadcast(rows.centre[r])), zero()));
-        }
+    if (k.softcap > 0)
+        weigh_queries<true>(rows, k);
+    else
+        weigh_queries<false>(rows, k);
     add_weighted(k.grad_value, k.probability, rows.grad, rows.count, k.cols);
     add_weighted(k.grad_key, k.grad_score, rows.query, rows.count, k.cols);
     rows.count = 0;
@@ -263,7 +300,8 @@ void key_chunk(const BlockBackwardParams& p, int64_t b, int64_t kv_head, int64_t
               scratch.take<float>(kPadded * rows.grad.stride),
               scratch.take<float>(kPadded * kCols + kTileRows),
               scratch.take<float>(kPadded * kCols + kTileRows),
-              c.count};
+              c.count,
+              a.softcap};
     for (int64_t i = 0; i < kPadded * rows.query.stride; ++i) k.grad_key[i] = 0.0f;
     for (int64_t i = 0; i < kPadded * rows.grad.stride; ++i) k.grad_value[i] = 0.0f;
     const float nothing = 0.0f;

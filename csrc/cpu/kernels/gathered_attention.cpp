@@ -9,11 +9,12 @@ int64_t attend_scratch_bytes(const AttendParams& p) {
     return 4 * (round_up(p.head_dim, 16) + round_up(p.value_dim, 16) + 3 * (p.slots + 32)) + 512;
 }
 
-// Probabilities of n scores in place (unnormalised) and their sum; returns the largest score, −inf for none.
-inline float softmax_terms(float* scores, int64_t n, float* total) {
+// Probabilities of n scores in place (unnormalised) and their sum with the sink's; returns the largest score,
+// −inf for none.
+inline float softmax_terms(float* scores, int64_t n, float sink, float* total) {
     const float nothing = -__builtin_inff();
     for (int64_t i = n; i < round_up(n, Vec::W); ++i) scores[i] = nothing;
-    Vec top = broadcast(nothing);
+    Vec top = broadcast(sink);
     for (int64_t i = 0; i < n; i += Vec::W) top = max(load(scores + i), top);  // skips NaN
     const float peak = max_lane(top);
     Vec acc = zero();
@@ -25,6 +26,7 @@ inline float softmax_terms(float* scores, int64_t n, float* total) {
         acc = acc + e;
     }
     *total = sum(acc);
+    if (sink != nothing) *total += max_lane(exp(broadcast(sink - peak)));
     return peak;
 }
 
@@ -54,8 +56,9 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
             load_padded(query, static_cast<const T*>(p.query) + b * sq.b + h * sq.h + i * sq.t, p.head_dim,
                         sq.d);
             key_rows.dots(query, keys, filled, p.scale, scores);
+            if (p.softcap > 0) soft_cap(scores, filled, 1.0f, p.softcap);
             float total = 0.0f;
-            const float peak = softmax_terms(scores, filled, &total);
+            const float peak = softmax_terms(scores, filled, sink_of(p.sink_logits, h), &total);
             T* out = static_cast<T*>(p.out) + row * p.value_dim;
             value_rows.weighted_sum(scores, keys, filled, result);
             const float inverse = total == 0.0f ? 0.0f : 1.0f / total;

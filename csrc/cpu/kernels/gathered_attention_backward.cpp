@@ -2,9 +2,9 @@
 //
 // The query pass recomputes P from the scores and the LSE, row by row:
 //     P = exp(scale·q·k − LSE)   dP = dO·v   dS = P ∘ (dP − Σ P∘dP + dLSE)   dQ = scale · dS·K
-// and leaves P and scale·dS behind, T·K numbers each. The key pass owns a block of keys, walks all queries in
-// order and adds P·dO to dV and scale·dS·q to dK: each key's sum has one order, wherever the blocks and
-// threads begin.
+// (with a soft cap P is of capped scores s, and dS has the factor 1 − (s / cap)²), and leaves P and scale·dS
+// behind, T·K numbers each. The key pass owns a block of keys, walks all queries in order and adds P·dO to dV
+// and scale·dS·q to dK: each key's sum has one order, wherever the blocks and threads begin.
 #include "gathered_attention.h"
 #include "lib/rows.h"
 #include "lib/scratch.h"
@@ -13,7 +13,7 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 int64_t backward_query_scratch_bytes(const AttendBackwardParams& p) {
     const AttendParams& f = p.forward;
-    return 4 * (2 * round_up(f.head_dim, 16) + round_up(f.value_dim, 16) + 4 * (f.slots + 32)) + 1024;
+    return 4 * (2 * round_up(f.head_dim, 16) + round_up(f.value_dim, 16) + 5 * (f.slots + 32)) + 1024;
 }
 
 template <class T, int D, int Dv>
@@ -25,6 +25,7 @@ void query_rows(const AttendBackwardParams& p, int64_t b, Range heads, Range que
     float* grad_out = scratch.take<float>(f.value_dim + 16);
     float* scores = scratch.take<float>(f.slots + 16);
     float* grad_scores = scratch.take<float>(f.slots + 16);
+    float* slopes = scratch.take<float>(f.slots + 16);  // of the soft cap
     int32_t* keys = scratch.take<int32_t>(f.slots + 16);
     int32_t* slot_of = scratch.take<int32_t>(f.slots + 16);
     const int64_t per_kv_head = f.heads / f.kv_heads, per_group = f.heads / f.groups;
@@ -47,6 +48,11 @@ void query_rows(const AttendBackwardParams& p, int64_t b, Range heads, Range que
                         f.value_dim, sg.d);
             key_rows.dots(query, keys, filled, f.scale, scores);
             value_rows.dots(grad_out, keys, filled, 1.0f, grad_scores);
+            if (f.softcap > 0) {
+                soft_cap(scores, filled, 1.0f, f.softcap);
+                for (int64_t n = 0; n < filled; n += Vec::W)
+                    store(slopes + n, cap_slope(load(scores + n), 1.0f / f.softcap));
+            }
 
             const float lse = f.lse[row];
             const bool dead = lse == -__builtin_inff();
@@ -62,6 +68,9 @@ void query_rows(const AttendBackwardParams& p, int64_t b, Range heads, Range que
                 Vec d = load(scores + n) * (load(grad_scores + n) - broadcast(shift)) * broadcast(f.scale);
                 store(grad_scores + n, dead ? zero() : d);
             }
+            if (f.softcap > 0 && !dead)
+                for (int64_t n = 0; n < filled; n += Vec::W)
+                    store(grad_scores + n, load(grad_scores + n) * load(slopes + n));
             key_rows.weighted_sum(grad_scores, keys, filled, grad_query);
             store_row(static_cast<T*>(p.grad_query) + row * f.head_dim, grad_query, f.head_dim);
             // Back to the slots; the key pass reads filled slots alone.

@@ -13,7 +13,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kAhead = 4;  // keys that a set of lanes reads at once
 
-template <class T, int kHeads>
+template <class T, int kHeads, bool kCapped>
 __global__ void __launch_bounds__(32 * kWarps, kHeads == 1 ? 3 : 2)
     attend_kernel(const AttendParams p, const Aligned aligned, const int lanes, const int64_t tiles) {
     const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(32 * kWarps, kHeads == 1 ? 3 : 2)
     const HeadTile tile = head_tile(p, n, kHeads);
     const int lane = threadIdx.x % 32, at = lane % lanes * kVector, set = lane / lanes, sets = 32 / lanes;
     const int D = static_cast<int>(p.head_dim), Dv = static_cast<int>(p.value_dim);
-    const float scale = p.scale * kLog2E;
+    const Scoring<kCapped> scoring(p.scale, p.softcap);
 
     float query[kHeads][kVector], sum[kHeads][kVector], maximum[kHeads], total[kHeads];
 #pragma unroll
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(32 * kWarps, kHeads == 1 ? 3 : 2)
                 float score[kAhead], most = maximum[h];
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i) {
-                    score[i] = row_dot(query[h], key[i], lanes) * scale;
+                    score[i] = scoring.score(scoring.bend(row_dot(query[h], key[i], lanes)));
                     if (!filled[i]) score[i] = -INFINITY;
                     most = fmaxf(most, score[i]);
                 }
@@ -88,6 +88,8 @@ __global__ void __launch_bounds__(32 * kWarps, kHeads == 1 ? 3 : 2)
         }
         if (h >= tile.count || set != 0) continue;
         const int64_t row = (tile.b * p.heads + tile.first + h) * p.query_length + tile.t;
+        if (p.sink_logits)
+            scale_by(sum[h], add_sink(p.sink_logits[tile.first + h] * kLog2E, maximum[h], total[h]));
         const bool dead = total[h] == 0.f;
         scale_by(sum[h], dead ? 0.f : 1.f / total[h]);
         store_vector(static_cast<T*>(p.out) + row * Dv, sum[h], at, Dv);
@@ -98,8 +100,10 @@ __global__ void __launch_bounds__(32 * kWarps, kHeads == 1 ? 3 : 2)
 template <class T, int kHeads>
 const char* attend(const AttendParams& p, int32_t device, void* stream) {
     const int64_t tiles = head_tiles(p, kHeads);
-    return launch(attend_kernel<T, kHeads>, static_cast<unsigned>(divide_up(tiles, kWarps)), 32 * kWarps, 0,
-                  device, stream, p, aligned_rows(p), lanes_per_row(p), tiles);
+    return with_cap(p.softcap, [&](auto capped) {
+        return launch(attend_kernel<T, kHeads, capped.value>, static_cast<unsigned>(divide_up(tiles, kWarps)),
+                      32 * kWarps, 0, device, stream, p, aligned_rows(p), lanes_per_row(p), tiles);
+    });
 }
 
 }  // namespace

@@ -15,8 +15,9 @@ constexpr int kKeyWarps = 8;  // warps that divide the queries of one key
 
 // With S the scores, P = softmax(S), dP = dO·V and C = Σ P·dP − dLSE: dS = P·(dP − C), dQ = scale · Σ dS·k.
 // The sum is taken as Σ P·dP'·k − C'·Σ P·k with dP' = dP − dO·out, so that one pass suffices and C' is no
-// more than the rounding of `out`: nothing cancels.
-template <class T, int kHeads>
+// more than the rounding of `out`: nothing cancels. A sink is a key whose value is 0: its dP' is −dO·out.
+// With a soft cap whose tanh is t, dS has the factor 1 − t².
+template <class T, int kHeads, bool kCapped>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     attend_backward_query_kernel(const AttendGradients g, const Aligned aligned, const int lanes,
                                  const int64_t tiles) {
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     const HeadTile tile = head_tile(p, n, kHeads);
     const int lane = threadIdx.x % 32, at = lane % lanes * kVector, set = lane / lanes, sets = 32 / lanes;
     const int D = static_cast<int>(p.head_dim), Dv = static_cast<int>(p.value_dim);
-    const float scale = p.scale * kLog2E;
+    const Scoring<kCapped> scoring(p.scale, p.softcap);
     const int64_t first_row = (tile.b * p.heads + tile.first) * p.query_length + tile.t;
 
     float query[kHeads][kVector], grad[kHeads][kVector];
@@ -70,10 +71,11 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
             }
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
-                float score[kAhead], change[kAhead], most = maximum[h];
+                float score[kAhead], bent[kAhead], change[kAhead], most = maximum[h];
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i) {
-                    score[i] = row_dot(query[h], key[i], lanes) * scale;
+                    bent[i] = scoring.bend(row_dot(query[h], key[i], lanes));
+                    score[i] = scoring.score(bent[i]);
                     change[i] = row_dot(grad[h], value[i], lanes) - shift[h];
                     if (!filled[i]) score[i] = -INFINITY, change[i] = 0.f;
                     most = fmaxf(most, score[i]);
@@ -88,8 +90,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
                     const float weight = exp2_below(score[i], most);
                     total[h] += weight;
                     centre[h] = fmaf(weight, change[i], centre[h]);
-                    add_scaled(keys[h], weight, key[i]);
-                    add_scaled(moved[h], weight * change[i], key[i]);
+                    add_scaled(keys[h], scoring.times_slope(weight, bent[i]), key[i]);
+                    add_scaled(moved[h], scoring.times_slope(weight * change[i], bent[i]), key[i]);
                 }
             }
         }
@@ -112,6 +114,13 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
         }
         if (h >= tile.count || set != 0) continue;
         const int64_t row = first_row + h * p.query_length;
+        if (p.sink_logits) {
+            const float sink = p.sink_logits[tile.first + h] * kLog2E;
+            const float mine = add_sink(sink, maximum[h], total[h]);
+            centre[h] = centre[h] * mine - exp2_below(sink, maximum[h]) * shift[h];
+            scale_by(keys[h], mine);
+            scale_by(moved[h], mine);
+        }
         const bool dead = total[h] == 0.f;
         const float inverse = dead ? 0.f : 1.f / total[h];
         const float rest = centre[h] * inverse - (g.grad_lse && !dead ? g.grad_lse[row] : 0.f);  // C'
@@ -126,7 +135,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 
 // Key j of key head kv in batch entry b; grid (Tk, Hkv, B). Its sets of lanes take (query, head) pairs in
 // turn.
-template <class T>
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(32 * kKeyWarps, 2)
     attend_backward_key_kernel(const AttendGradients g, const Aligned aligned, const int lanes) {
     const AttendParams& p = g.forward;
@@ -134,7 +143,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps, 2)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = lane % lanes * kVector;
     const int set = threadIdx.x / lanes, sets = 32 * kKeyWarps / lanes;
     const int D = static_cast<int>(p.head_dim), Dv = static_cast<int>(p.value_dim);
-    const float scale = p.scale * kLog2E;
+    const Scoring<kCapped> scoring(p.scale, p.softcap);
     const int64_t per_kv = p.heads / p.kv_heads;
     // With a selection for each query head, the heads of kv have a list each; else one for all of them.
     const int64_t listed = p.groups > p.kv_heads ? 1 : per_kv;
@@ -167,13 +176,14 @@ __global__ void __launch_bounds__(32 * kKeyWarps, 2)
             }
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const float score = row_dot(query[i], key, lanes) * scale;
+                const float bent = scoring.bend(row_dot(query[i], key, lanes)), score = scoring.score(bent);
                 const float change = row_dot(grad[i], value, lanes) - softmax[i].centre;
                 // A pair that is not there has an inverse of 0, but the key may hold infinities.
                 const bool real = first + i * sets + set < pairs;
                 const float weight = real ? exp2f(score - softmax[i].maximum) * softmax[i].inverse : 0.f;
                 add_scaled(grad_value, weight, grad[i]);
-                add_scaled(grad_key, real ? weight * change * p.scale : 0.f, query[i]);
+                add_scaled(grad_key, real ? scoring.times_slope(weight * change * p.scale, bent) : 0.f,
+                           query[i]);
             }
         }
     }
@@ -214,8 +224,11 @@ template <class T, int kHeads>
 const char* query_pass(const AttendGradients& g, int32_t device, void* stream) {
     const AttendParams& p = g.forward;
     const int64_t tiles = head_tiles(p, kHeads);
-    return launch(attend_backward_query_kernel<T, kHeads>, static_cast<unsigned>(divide_up(tiles, kWarps)),
-                  32 * kWarps, 0, device, stream, g, aligned_rows(p), lanes_per_row(p), tiles);
+    return with_cap(p.softcap, [&](auto capped) {
+        return launch(attend_backward_query_kernel<T, kHeads, capped.value>,
+                      static_cast<unsigned>(divide_up(tiles, kWarps)), 32 * kWarps, 0, device, stream, g,
+                      aligned_rows(p), lanes_per_row(p), tiles);
+    });
 }
 
 }  // namespace
@@ -236,8 +249,10 @@ const char* gathered_attention_backward(const AttendGradients& g, int32_t device
         const dim3 keys(static_cast<unsigned>(p.key_length), static_cast<unsigned>(p.kv_heads),
                         static_cast<unsigned>(p.batch));
         const int lanes = lanes_per_row(p);
-        return launch(attend_backward_key_kernel<T>, keys, 32 * kKeyWarps, 8 * kKeyWarps * lanes * kVector,
-                      device, stream, g, aligned_rows(p), lanes);
+        return with_cap(p.softcap, [&](auto capped) {
+            return launch(attend_backward_key_kernel<T, capped.value>, keys, 32 * kKeyWarps,
+                          8 * kKeyWarps * lanes * kVector, device, stream, g, aligned_rows(p), lanes);
+        });
     });
 }
 

@@ -1,7 +1,8 @@
 // gathered_attention backward on tensor cores: a block is one query and up to 64 heads that share its keys.
 //
 // As in the forward, keys and values of kTile slots are gathered by asynchronous copies while the tile before
-// is worked on. With S the scores, P = softmax(S), dP = dO·Vᵀ and C = Σ dO·out − dLSE: dS = P·(dP − C).
+// is worked on. With S the scores, P = softmax(S), dP = dO·Vᵀ and C = Σ dO·out − dLSE: dS = P·(dP − C)
+// (with a soft cap whose tanh is t, dS has the factor 1 − t²).
 // 1. A warp has 16 heads: S and dP of the tile, P and dS of it into shared memory, dQ += dS·K.
 // 2. Of the tile's keys dK = dSᵀ·Q and dV = Pᵀ·dO, the heads summed by the tensor cores.
 // What 2. gives goes to `partials`, a place of its own for each (query, slot), and a pass over the keys adds
@@ -91,7 +92,7 @@ __device__ __forceinline__ void multiply_along(float (&c)[kTile / 8][4], const u
 }
 
 // Tile n of head_tiles(part): those of the queries [first_query, first_query + part.query_length).
-template <class T>
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(32 * kMostHeadWarps, 2)
     attend_backward_tiles_kernel(const AttendGradients g, const Aligned aligned, const int head_warps,
                                  const int64_t first_query, const int64_t queries) {
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(32 * kMostHeadWarps, 2)
     float* const row_lse = reinterpret_cast<float*>(shared + l.lse);
     float* const row_centre = reinterpret_cast<float*>(shared + l.centre);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, heads = head_warps * kRows;
-    const float scale = p.scale * kLog2E;
+    const Scoring<kCapped> scoring(p.scale, p.softcap);
     const int64_t first_row = (tile.b * p.heads + tile.first) * p.query_length + tile.t;
 
     auto load_rows = [&](int to, int pitch, int chunks, int size, bool whole, const T* anything,
@@ -188,8 +189,10 @@ __global__ void __launch_bounds__(32 * kMostHeadWarps, 2)
             for (int i = 0; i < 4; ++i) {
                 // Also of heads that are not there: zeros times infinite keys would be NaN.
                 const bool filled = ids[8 * n + i % 2] >= 0 && lse[i / 2] != INFINITY;
-                weight[n][i] = filled ? exp2f(weight[n][i] * scale - lse[i / 2]) : 0.f;
-                change[n][i] = filled ? weight[n][i] * (change[n][i] - centre[i / 2]) : 0.f;
+                const float bent = scoring.bend(weight[n][i]);
+                weight[n][i] = filled ? exp2f(scoring.score(bent) - lse[i / 2]) : 0.f;
+                change[n][i] =
+                    filled ? scoring.times_slope(weight[n][i] * (change[n][i] - centre[i / 2]), bent) : 0.f;
             }
             for (int r = 0; r < 2; ++r) {
                 const int at = (first + 8 * r) * kPitch + 2 * (8 * n + lane % 4 * 2);
@@ -340,9 +343,11 @@ const char* backward_tiles(const AttendGradients& g, int32_t device, void* strea
         part.query_length = queries;
         part.indices = p.indices + at * p.indices_strides.t;
         if (!error && queries > 0)
-            error = launch(attend_backward_tiles_kernel<T>,
-                           static_cast<unsigned>(head_tiles(part, head_warps * kRows)), 32 * head_warps,
-                           l.size, device, stream, g, aligned_rows(p), head_warps, at, queries);
+            error = with_cap(p.softcap, [&](auto capped) {
+                return launch(attend_backward_tiles_kernel<T, capped.value>,
+                              static_cast<unsigned>(head_tiles(part, head_warps * kRows)), 32 * head_warps,
+                              l.size, device, stream, g, aligned_rows(p), head_warps, at, queries);
+            });
         if (!error && !g.atomics && p.key_length > 0) error = list_keys(part, g.lists, true, device, stream);
         const bool first = at == 0 && !g.atomics, last = at + queries == p.query_length;
         if (!error && p.key_length > 0 && (last || !g.atomics))

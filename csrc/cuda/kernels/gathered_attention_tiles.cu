@@ -38,7 +38,7 @@ __host__ __device__ inline Layout layout_of(int head_dim, int value_dim, int hea
     return l;
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kCapped>
 __global__ void __launch_bounds__(32 * Shape<kDim>::kHeadWarps)
     attend_tiles_kernel(const AttendParams p, const Aligned aligned, const int head_warps) {
     constexpr int kTile = Shape<kDim>::kTile, kChunk = Shape<kDim>::kChunk;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(32 * Shape<kDim>::kHeadWarps)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int head_warp = warp % head_warps, part = warp / head_warps, parts = warps / head_warps;
     const int matrix = lane / 8, row8 = lane % 8;  // as load_matrices takes addresses
-    const float scale = p.scale * kLog2E;
+    const Scoring<kCapped> scoring(p.scale, p.softcap);
 
     for (int i = threadIdx.x; i < head_warps * kRows * (l.D / kVector); i += blockDim.x) {
         const int h = i / (l.D / kVector), at = i % (l.D / kVector) * kVector;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(32 * Shape<kDim>::kHeadWarps)
 #pragma unroll
         for (int n = 0; n < kScores; ++n)
             for (int i = 0; i < 4; ++i) {
-                score[n][i] = filled[8 * n + i % 2] ? score[n][i] * scale : -INFINITY;
+                score[n][i] = filled[8 * n + i % 2] ? scoring.score(scoring.bend(score[n][i])) : -INFINITY;
                 most[i / 2] = fmaxf(most[i / 2], score[n][i]);
             }
 #pragma unroll
@@ -216,8 +216,10 @@ __global__ void __launch_bounds__(32 * Shape<kDim>::kHeadWarps)
         const int h = head_warp * kRows + lane / 4 + 8 * r;
         if (h >= tile.count) continue;
         const int64_t row = (tile.b * p.heads + tile.first + h) * p.query_length + tile.t;
+        const float mine =
+            p.sink_logits ? add_sink(p.sink_logits[tile.first + h] * kLog2E, maximum[r], total[r]) : 1.f;
         const bool dead = total[r] == 0.f;
-        const float inverse = dead ? 0.f : 1.f / total[r];
+        const float inverse = dead ? 0.f : mine / total[r];
         if (lane % 4 == 0) p.lse[row] = dead ? -INFINITY : (maximum[r] + log2f(total[r])) * kLn2;
         T* to = static_cast<T*>(p.out) + row * p.value_dim;
 #pragma unroll
@@ -242,8 +244,11 @@ const char* attend_tiles(const AttendParams& p, int32_t device, void* stream) {
     const int parts = head_warps <= 2 && 2 * head_warps <= S::kHeadWarps ? 2 : 1;
     const Layout l =
         layout_of(static_cast<int>(p.head_dim), static_cast<int>(p.value_dim), head_warps, S::kTile);
-    return launch(attend_tiles_kernel<T, kDim>, static_cast<unsigned>(head_tiles(p, head_warps * kRows)),
-                  32 * head_warps * parts, l.size, device, stream, p, aligned_rows(p), head_warps);
+    return with_cap(p.softcap, [&](auto capped) {
+        return launch(attend_tiles_kernel<T, kDim, capped.value>,
+                      static_cast<unsigned>(head_tiles(p, head_warps * kRows)), 32 * head_warps * parts,
+                      l.size, device, stream, p, aligned_rows(p), head_warps);
+    });
 }
 
 }  // namespace

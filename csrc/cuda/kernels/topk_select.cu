@@ -115,12 +115,11 @@ __device__ __forceinline__ uint32_t rank_of(const SelectParams& p, const SelectT
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// scale · q·k of 64 queries of head h and 64 keys from `key` on, in base 2 where `in_base_2`: each(i, j,
-// score).
+// factor · q·k of 64 queries of head h and 64 keys from `key` on: each(i, j, product).
 template <class T, class Each>
 __device__ __forceinline__ void score_tile(const SelectParams& p, const SelectTile& tile, int64_t h,
                                            int64_t key, unsigned char* shared, bool aligned_query,
-                                           bool aligned_key, float scale, const Each& each) {
+                                           bool aligned_key, float factor, const Each& each) {
     const T* queries = row_of<T>(p.query, p.query_strides, tile.b, h, 0);
     const T* keys = row_of<T>(p.key, p.key_strides, tile.b, h / (p.heads / p.kv_heads), 0);
     GatheredGemm<T, false, false> gemm;
@@ -133,7 +132,7 @@ __device__ __forceinline__ void score_tile(const SelectParams& p, const SelectTi
         [&](int64_t j) {
             return Line<T>{key + j < tile.limit ? keys + (key + j) * p.key_strides.t : nullptr, p.head_dim};
         });
-    gemm.each([&](int i, int j, float value) { each(i, j, value * scale); });
+    gemm.each([&](int i, int j, float value) { each(i, j, value * factor); });
 }
 
 // Where order does not matter, a lane has one query of a tile and half of its keys: a warp's lanes then meet
@@ -148,8 +147,9 @@ struct LaneKeys {
     }
 };
 
-// LSE of every head and query over its visible keys, NaN left out, in base 2. grid (tiles, Hq, B)
-template <class T>
+// LSE of every head and query over its visible keys and the head's sink, NaN left out, in base 2. grid
+// (tiles, Hq, B)
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(kGemmThreads, 4)
     score_lse_kernel(const SelectCall call, const bool aligned_query, const bool aligned_key) {
     const SelectParams& p = call.select;
@@ -159,10 +159,13 @@ __global__ void __launch_bounds__(kGemmThreads, 4)
     unsigned char* shared = dynamic_shared();
     float* scores = reinterpret_cast<float*>(shared);  // [kRows, kPitch]
     const int i = LaneKeys::row();
+    const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
     float maximum = -INFINITY, total = 0.f;
     for (int64_t key = tile.begin; key < tile.limit; key += kGemmTile) {
-        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, p.rule.scale * kLog2E,
-                      [&](int row, int j, float score) { scores[row * kPitch + j] = score; });
+        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, 1.f,
+                      [&](int row, int j, float product) {
+                          scores[row * kPitch + j] = scoring.score(scoring.bend(product));
+                      });
         __syncthreads();
 #pragma unroll 4
         for (int c = 0; c < 32; ++c) {
@@ -178,15 +181,18 @@ __global__ void __launch_bounds__(kGemmThreads, 4)
     const float theirs = __shfl_xor_sync(kWarp, maximum, kWarpRows), most = fmaxf(maximum, theirs);
     const float sum = __shfl_xor_sync(kWarp, total, kWarpRows);
     total = total * exp2_below(maximum, most) + sum * exp2_below(theirs, most);
+    maximum = most;
+    const float sink = p.rule.sink_logits ? p.rule.sink_logits[h] * kLog2E : -INFINITY;
+    if (sink == sink) add_sink(sink, maximum, total);
     const int64_t t = tile.first + i;
     if (threadIdx.x % 32 < kWarpRows && t < p.query_length)
         call.lse[(tile.b * p.heads + h) * p.query_length + t] =
-            most == INFINITY ? INFINITY : most + log2f(total);
+            maximum == INFINITY ? INFINITY : maximum + log2f(total);
 }
 
 // The scores of a tile of keys into shared memory [kRows, kPitch]: of the one head, or the summed
 // probabilities of those that share. The block's threads are together before and after.
-template <class T>
+template <class T, bool kCapped>
 __device__ __forceinline__ void rank_tile(const SelectCall& call, const SelectTile& tile, int64_t key,
                                           unsigned char* shared, bool aligned_query, bool aligned_key) {
     const SelectParams& p = call.select;
@@ -198,6 +204,7 @@ __device__ __forceinline__ void rank_tile(const SelectCall& call, const SelectTi
         __syncthreads();
         return;
     }
+    const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
     float sum[8][4];  // of each of the thread's elements, in the order in which `each` comes to them
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -205,8 +212,9 @@ __device__ __forceinline__ void rank_tile(const SelectCall& call, const SelectTi
     for (int64_t h = tile.group * share; h < (tile.group + 1) * share; ++h) {
         const float* lse = call.lse + (tile.b * p.heads + h) * p.query_length;
         int number = 0;
-        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, p.rule.scale * kLog2E,
-                      [&](int i, int, float score) {
+        score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, 1.f,
+                      [&](int i, int, float product) {
+                          const float score = scoring.score(scoring.bend(product));
                           const int64_t t = tile.first + i;
                           const float most = t < p.query_length ? lse[t] : -INFINITY;
                           const float probability = score != score     ? score
@@ -353,7 +361,7 @@ __device__ __forceinline__ void merge_candidates(int32_t* row, int taken, const 
 }
 
 // grid (tiles, G, B)
-template <class T>
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(kGemmThreads)
     select_kernel(const SelectCall call, const bool aligned_query, const bool aligned_key) {
     using Shared = SelectShared<T>;
@@ -380,7 +388,7 @@ __global__ void __launch_bounds__(kGemmThreads)
             for (int i = threadIdx.x; i < kRows * kBinPitch; i += kGemmThreads) counts[i] = 0;
         __syncthreads();
         for (int64_t key = tile.begin; key < tile.limit; key += kGemmTile) {
-            rank_tile<T>(call, tile, key, shared, aligned_query, aligned_key);
+            rank_tile<T, kCapped>(call, tile, key, shared, aligned_query, aligned_key);
             if (!last) {
                 count_digits(p, tile, key, scores, states, counts, above, shift);
             } else {
@@ -433,13 +441,19 @@ const char* select(const SelectCall& call, int32_t device, void* stream) {
     const bool aligned_key = aligned_rows(p.key, p.key_strides, p.head_dim, p.dtype);
     const unsigned tiles = static_cast<unsigned>(divide_up(p.query_length, kRows));
     const unsigned batch = static_cast<unsigned>(p.batch);
-    const char* error = nullptr;
-    if (p.rule.groups < p.heads)
-        error = launch(score_lse_kernel<T>, dim3(tiles, static_cast<unsigned>(p.heads), batch), kGemmThreads,
-                       SelectShared<T>::kTileBytes, device, stream, call, aligned_query, aligned_key);
-    if (error) return error;
-    return launch(select_kernel<T>, dim3(tiles, static_cast<unsigned>(p.rule.groups), batch), kGemmThreads,
-                  SelectShared<T>::kSize, device, stream, call, aligned_query, aligned_key);
+    const bool shared = p.rule.groups < p.heads;
+    // A head's own selection is by the uncapped q·k.
+    return with_cap(shared ? p.rule.softcap : 0.f, [&](auto capped) {
+        const char* error = nullptr;
+        if (shared)
+            error = launch(score_lse_kernel<T, capped.value>,
+                           dim3(tiles, static_cast<unsigned>(p.heads), batch), kGemmThreads,
+                           SelectShared<T>::kTileBytes, device, stream, call, aligned_query, aligned_key);
+        if (error) return error;
+        return launch(select_kernel<T, capped.value>,
+                      dim3(tiles, static_cast<unsigned>(p.rule.groups), batch), kGemmThreads,
+                      SelectShared<T>::kSize, device, stream, call, aligned_query, aligned_key);
+    });
 }
 
 }  // namespace

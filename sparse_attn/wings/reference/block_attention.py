@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,15 @@ from torch.nn.functional import pad
 
 from sparse_attn.rule import PackedRule
 from sparse_attn.wings.reference.chunks import query_chunks
-from sparse_attn.wings.reference.gathered_attention import add_rows, softmax
+from sparse_attn.wings.reference.gathered_attention import (
+    add_rows,
+    cap_slopes,
+    lse_along_nothing,
+    lse_of_nothing,
+    sink_share,
+    softmax,
+)
+from sparse_attn.wings.reference.rule import capped
 from sparse_attn.wings.reference.wing import implements
 
 
@@ -27,9 +36,9 @@ class _Tiles:
     key: Tensor  # [B, U, n, C, D]
     value: Tensor  # [B, U, n, C, Dv]
 
-    def scores(self, scale: float) -> Tensor:
+    def scores(self, rule: PackedRule) -> Tensor:
         """[B, U, n, R·S, C], −inf where a query does not see a key."""
-        scores = (self.query @ self.key.mT) * scale
+        scores = capped((self.query @ self.key.mT) * rule.scale, rule.softcap)
         return scores.masked_fill(~self.seen(), -torch.inf)
 
     def seen(self) -> Tensor:
@@ -66,10 +75,16 @@ class _TiledAttention:
         base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
         base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
         self.base = base.view(batch, self.units, 1, 1) * self.block_count
+        self.sinks = None if rule.sink_logits is None else self.of_heads(rule.sink_logits)
 
     def in_blocks(self, rows: Tensor) -> Tensor:
         """[B, H, T, D] → [B·H·blocks, block, D], zeros behind the last."""
         return pad(rows, (0, 0, 0, -rows.shape[2] % self.size)).reshape(-1, self.size, rows.shape[3])
+
+    def of_heads(self, numbers: Tensor) -> Tensor:
+        """[Hq] → [U, 1, R·S, 1]."""
+        numbers = numbers.view(self.units, 1, self.share, 1, 1)
+        return numbers.expand(-1, -1, -1, self.tile, -1).flatten(2, 3)
 
     def in_tiles(self, rows: Tensor, tiles: slice) -> Tensor:
         """[B, Hq, Tq, D] → [B, U, n, R·S, D] of some tiles, zeros behind the last query."""
@@ -136,9 +151,9 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse float32 [B, Hq, Tq]
     p = _TiledAttention(query, key, value, blocks, block_size, query_tile, rule)
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    lse = lse_of_nothing(query, rule.sink_logits)
     for tiles in p.chunks():
-        probabilities, total = softmax(tiles.scores(rule.scale))
+        probabilities, total = softmax(tiles.scores(rule), p.sinks)
         rows = p.rows_of(tiles.slice)
         attended = _weighted(probabilities, tiles.value, tiles.seen())
         out[:, :, rows] = p.from_tiles(attended, tiles.slice).to(out.dtype)
@@ -166,16 +181,16 @@ def block_attention_backward(
     )
     for tiles in p.chunks():
         rows = p.rows_of(tiles.slice)
-        probabilities, _ = softmax(tiles.scores(rule.scale))
+        scores = tiles.scores(rule)
+        probabilities, _ = softmax(scores, p.sinks)
         grads = p.in_tiles(grad_out, tiles.slice)
         # dS = P ∘ (dO·Vᵀ − Σ P ∘ (dO·Vᵀ) + dLSE)
         grad_probabilities = torch.where(tiles.seen(), grads @ tiles.value.mT, 0.0)
         centre = (probabilities * grad_probabilities).sum(-1, keepdim=True)
         if grad_lse is not None:
             centre = centre - p.in_tiles(grad_lse.unsqueeze(-1), tiles.slice)
-        grad_scores = torch.where(
-            tiles.seen(), probabilities * (grad_probabilities - centre) * rule.scale, 0.0
-        )
+        slopes = cap_slopes(scores, rule.softcap) * rule.scale
+        grad_scores = torch.where(tiles.seen(), probabilities * (grad_probabilities - centre) * slopes, 0.0)
         grad_query[:, :, rows] = p.from_tiles(grad_scores @ tiles.key, tiles.slice).to(query.dtype)
         for total, terms in (
             (grad_key, grad_scores.mT @ tiles.query),
@@ -202,12 +217,11 @@ def along(
     block_size: int,
     query_tile: int,
     rule: PackedRule,
-    query_move: Tensor | None,  # the tangents, each of its tensor's shape; None is 0
-    key_move: Tensor | None,
-    value_move: Tensor | None,
+    tangents: SimpleNamespace,  # of query, key, value and sink_logits, each of its tensor's shape; None is 0
 ) -> tuple[Tensor, Tensor]:  # of out [B, Hq, Tq, Dv] and of lse float32 [B, Hq, Tq]
     """Forward mode of `block_attention`; differentiable itself, and nothing is changed in place."""
     p = _TiledAttention(query, key, value, blocks, block_size, query_tile, rule)
+    query_move, key_move, value_move = tangents.query, tangents.key, tangents.value
     outs = [query.new_zeros((*query.shape[:2], 0, value.shape[3]))]
     lses = [query.new_zeros((*query.shape[:2], 0), dtype=torch.float32)]
     for tiles in p.chunks():
@@ -217,20 +231,24 @@ def along(
         def gathered(tensor: Tensor, tiles=tiles, used=used) -> Tensor:  # [B, U, n, C, D]
             return torch.where(used, p.in_blocks(tensor)[tiles.rows].flatten(3, 4).to(p.compute), 0.0)
 
-        probabilities, _ = softmax(tiles.scores(rule.scale))
-        # dLSE = Σ P ∘ dS, dO = Σ P ∘ (dS − dLSE) · V + P · dV
+        scores = tiles.scores(rule)
+        probabilities, own = softmax(scores, p.sinks)
+        # dLSE = Σ P ∘ dS, dO = Σ P ∘ (dS − dLSE) · V + P · dV; of a sink V is 0
         moves = torch.zeros_like(probabilities)
         if query_move is not None:
             moves = moves + p.in_tiles(query_move, tiles.slice) @ tiles.key.mT
         if key_move is not None:
             moves = moves + tiles.query @ gathered(key_move).mT
-        moves = torch.where(seen, moves * rule.scale, 0.0)
+        moves = torch.where(seen, moves * cap_slopes(scores, rule.softcap) * rule.scale, 0.0)
         lse = (probabilities * moves).sum(-1, keepdim=True)
+        if p.sinks is not None and tangents.sink_logits is not None:
+            lse = lse + sink_share(p.sinks, own.unsqueeze(-1)) * p.of_heads(tangents.sink_logits)
         out = _weighted(probabilities * (moves - lse), tiles.value, seen)
         if value_move is not None:
             out = out + _weighted(probabilities, gathered(value_move), seen)
         outs.append(p.from_tiles(out, tiles.slice).to(query.dtype))
         lses.append(p.from_tiles(lse, tiles.slice).squeeze(-1).to(torch.float32))
     if len(outs) == 1:
-        return query.new_zeros((*query.shape[:3], value.shape[3])), query.new_zeros(query.shape[:3]).float()
+        nothing = query.new_zeros((*query.shape[:3], value.shape[3]))
+        return nothing, lse_along_nothing(query, tangents.sink_logits)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

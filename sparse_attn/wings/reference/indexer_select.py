@@ -30,7 +30,7 @@ def indexer_select(
     key: Tensor,  # [B, G, Tk, D]
     weights: Tensor,  # [B, G·Hi, Tq], float32 or float64
     top_k: int,
-    rule: PackedRule,  # its scale plays no part
+    rule: PackedRule,  # what it says of scores plays no part
     int8: bool,
 ) -> Tensor:  # int32 [B, G, Tq, K]
     batch, heads, query_length = query.shape[:3]

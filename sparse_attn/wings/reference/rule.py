@@ -81,13 +81,25 @@ def best_of(
     return torch.where(best < hidden, best, -1).to(torch.int32)
 
 
-def attention_mass(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax probability summed over the heads that share: scores [B, G, R, t, Tk] → [B, G, t, Tk].
+def capped(scores: Tensor, softcap: float) -> Tensor:
+    """softcap · tanh(scores / softcap); without a cap (0) the scores."""
+    return (scores / softcap).tanh() * softcap if softcap else scores
+
+
+def attention_mass(
+    scores: Tensor,  # [B, G, R, t, Tk]
+    visible: Tensor,  # bool [B, G, t, Tk]
+    sink_logits: Tensor | None,  # [G·R]
+) -> Tensor:  # [B, G, t, Tk]
+    """Softmax probability summed over the R heads that share.
 
     The normaliser skips NaN, so that a NaN marks its own key alone and that key is chosen first.
     """
     scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf)
     lse = scores.masked_fill(scores.isnan(), -torch.inf).logsumexp(-1, keepdim=True)
+    if sink_logits is not None:
+        sinks = sink_logits.masked_fill(sink_logits.isnan(), -torch.inf).view(*scores.shape[1:3], 1, 1)
+        lse = torch.logaddexp(lse, sinks)
     probabilities = torch.where(lse > -torch.inf, (scores - lse).exp(), 0.0)
     return torch.where(scores.isnan(), scores, probabilities).sum(2)
 

@@ -19,5 +19,5 @@ def topk_attention(
     rule: PackedRule,
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices int32 [B, G, Tq, K]
     indices = topk_select(query, key, top_k, rule, False, None, 1, 1)
-    out, lse = gathered_attention(query, key, value, indices, rule.scale)
+    out, lse = gathered_attention(query, key, value, indices, rule.scale, rule.softcap, rule.sink_logits)
     return out, lse, indices

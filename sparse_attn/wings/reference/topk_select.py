@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_attn.rule import PackedRule, selection_shape
 from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.rounding import rounded as rounded_rows
-from sparse_attn.wings.reference.rule import VisibleKeys, attention_mass, best_of
+from sparse_attn.wings.reference.rule import VisibleKeys, attention_mass, best_of, capped
 from sparse_attn.wings.reference.wing import implements
 
 
@@ -34,7 +34,8 @@ def topk_select(
         tile = scores.of(rows) * rule.scale
         visible, forced = keys.of(rows)
         if rule.groups < heads:
-            tile = attention_mass(tile.unflatten(1, (rule.groups, heads // rule.groups)), visible)
+            tile = capped(tile, rule.softcap).unflatten(1, (rule.groups, heads // rule.groups))
+            tile = attention_mass(tile, visible, rule.sink_logits)
         indices[:, :, rows] = best_of(tile, visible, forced, shape[3])
     return indices
 

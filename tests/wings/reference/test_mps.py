@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.embeddings import make_ids, make_tables
-from helpers.inputs import OPTIONS, index_rows, mask, options_for, qkv
+from helpers.inputs import OPTIONS, index_rows, mask, normal, options_for, qkv
 from helpers.native_functions import has_kernel, native_functions, parse
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):
 def record(device: str, dtype: torch.dtype) -> Recorder:
     """Runs every function of the wing with every option, the gradient formulas included."""
     query, key, value = (t.to(device) for t in qkv(2, 4, 2, 9, 13, 8, 5, dtype=dtype))
-    recorder = Recorder()
+    recorder, logits = Recorder(), normal(4).to(device)
     for name in OPTIONS:
         for groups in (4, 2, 1):
             options = options_for(name, query, key)
@@ -52,17 +52,18 @@ def record(device: str, dtype: torch.dtype) -> Recorder:
             scale = options.get("scale", 0.3)
             starts = options.get("key_starts")
             starts = None if starts is None else starts.to(device).view(2, -1).expand(2, 9)
-            rule = PackedRule(seen, lengths, causal, offset, window, sinks, groups, scale, starts)
+            scoring = (scale, 1.5, logits) if name == "everything" else (scale, 0.0, None)
+            rule = PackedRule(seen, lengths, causal, offset, window, sinks, groups, *scoring, starts)
             with recorder:
                 RUN["topk_select"](query, key, 5, rule, False, None, 1, 1)
                 RUN["topk_attention"](query, key, value, 5, rule)
     for groups in (4, 2, 1):
         indices = index_rows((2, groups, 9, 5), 13, garbage=True).to(device)
         with recorder:
-            out, lse = RUN["gathered_attention"](query, key, value, indices, 0.3)
+            out, lse = RUN["gathered_attention"](query, key, value, indices, 0.3, 1.5, logits)
             for grad_lse in (None, lse):
                 inputs = (query, key, value, indices, out, lse)
-                RUN["gathered_attention_backward"](out, grad_lse, *inputs, 0.3, False)
+                RUN["gathered_attention_backward"](out, grad_lse, *inputs, 0.3, 1.5, logits, False)
     return recorder
 
 
@@ -78,6 +79,8 @@ def record_public(device: str, dtype: torch.dtype) -> Recorder:
             attn_mask=seen[:, :1],
             key_lengths=lengths,
             share="kv",
+            softcap=2.0,
+            sink_logits=torch.ones(4, device=device, requires_grad=True),
             return_lse=True,
             return_indices=True,
         )

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/block_attention.h"
+#include "elementary.h"
 #include "gemm_tile.h"
 #include "key_range.h"
 

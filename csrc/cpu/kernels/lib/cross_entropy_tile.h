@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/variable_width_cross_entropy.h"
+#include "elementary.h"
 #include "gemm_tile.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {

@@ -8,8 +8,8 @@
 // What stands there is float32 and K the depth, or (Pairs below) two bfloat16 and K half the depth.
 #pragma once
 
+#include "convert.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 

@@ -3,7 +3,8 @@
 #pragma once
 
 #include "common/params.h"
-#include "simd.h"
+#include "convert.h"
+#include "elementary.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 

@@ -2,6 +2,7 @@
 // probabilities, summed over the heads, and the sums are streamed past each query's threshold.
 #pragma once
 
+#include "elementary.h"
 #include "select_stream.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -65,12 +66,12 @@ inline Panels panels_of(const SelectParams& p, int64_t b, int64_t group, Range q
 }
 
 // scores of one query and head, a panel after the other → exp(score − max) where it sees the key, 0
-// elsewhere, NaN where the score is NaN; returns 1 / their sum without NaN (0 where nothing weighs), so that
-// a NaN marks its own key alone.
-inline float exponentiate(float* scores, const Panels& panels, const Visible& v, float scale) {
+// elsewhere, NaN where the score is NaN; returns 1 / their sum with the sink's and without NaN (0 where
+// nothing weighs), so that a NaN marks its own key alone.
+inline float exponentiate(float* scores, const Panels& panels, const Visible& v, float scale, float sink) {
     const Vec factor = broadcast(scale);
     const Vec nothing = broadcast(-__builtin_inff());
-    Vec top = nothing;
+    Vec top = max(broadcast(sink), nothing);
     for (int64_t n = 0; n < panels.count; ++n) {
         const uint32_t seen = panels.seen(n, v);
         for (int64_t j = 0; j < NR; j += W) {
@@ -97,7 +98,8 @@ inline float exponentiate(float* scores, const Panels& panels, const Visible& v,
     alignas(64) float lanes[2 * W];
     store(lanes, total);
     store(lanes + W, total);
-    const float weight = sum(load(lanes + v.begin % W));
+    float weight = sum(load(lanes + v.begin % W));
+    if (sink > -__builtin_inff()) weight += max_lane(exp(broadcast(sink - peak)));
     return weight > 0 ? 1.0f / weight : 0.0f;
 }
 
@@ -174,8 +176,12 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
             float* row = scores + i * sharing * length;
             Panels own = panels;  // up to the last that this query sees
             while (own.count > 0 && own.first[own.count - 1] >= v.limit) --own.count;
-            for (int64_t h = 0; h < sharing; ++h)
-                weight[h] = exponentiate(row + h * length, own, v, __builtin_fabsf(p.rule.scale));
+            for (int64_t h = 0; h < sharing; ++h) {
+                const float scale = __builtin_fabsf(p.rule.scale), cap = p.rule.softcap;
+                if (cap > 0) soft_cap(row + h * length, own.count * NR, scale, cap);
+                weight[h] = exponentiate(row + h * length, own, v, cap > 0 ? 1.0f : scale,
+                                         sink_of(p.rule.sink_logits, group * sharing + h));
+            }
             float threshold = open_threshold();
             for (int64_t n = 0; n < own.count; ++n)
                 for (int64_t j = 0; j < NR; j += W) {

@@ -5,9 +5,9 @@
 //   panel    [words + kExtra][NR]        query tile    [words + kExtra][MR]
 #pragma once
 
+#include "convert.h"
 #include "cpu/kernels/topk_select.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 

@@ -85,6 +85,9 @@ SPARSE_ATTN_INLINE Vec operator-(Vec a, Vec b) {
 SPARSE_ATTN_INLINE Vec operator*(Vec a, Vec b) {
     return {_mm512_mul_ps(a.v, b.v)};
 }
+SPARSE_ATTN_INLINE Vec operator/(Vec a, Vec b) {
+    return {_mm512_div_ps(a.v, b.v)};
+}
 SPARSE_ATTN_INLINE Vec fma(Vec a, Vec b, Vec c) {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
@@ -230,6 +233,9 @@ SPARSE_ATTN_INLINE Vec operator-(Vec a, Vec b) {
 SPARSE_ATTN_INLINE Vec operator*(Vec a, Vec b) {
     return {_mm256_mul_ps(a.v, b.v)};
 }
+SPARSE_ATTN_INLINE Vec operator/(Vec a, Vec b) {
+    return {_mm256_div_ps(a.v, b.v)};
+}
 SPARSE_ATTN_INLINE Vec fma(Vec a, Vec b, Vec c) {
     return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
@@ -355,6 +361,9 @@ SPARSE_ATTN_INLINE Vec operator-(Vec a, Vec b) {
 SPARSE_ATTN_INLINE Vec operator*(Vec a, Vec b) {
     SPARSE_ATTN_LANES(a.v[i] * b.v[i]);
 }
+SPARSE_ATTN_INLINE Vec operator/(Vec a, Vec b) {
+    SPARSE_ATTN_LANES(a.v[i] / b.v[i]);
+}
 SPARSE_ATTN_INLINE Vec fma(Vec a, Vec b, Vec c) {
     SPARSE_ATTN_LANES(a.v[i] * b.v[i] + c.v[i]);
 }
@@ -471,79 +480,6 @@ SPARSE_ATTN_INLINE int compress_to(float* values, int32_t* indices, uint32_t bit
 // The float whose order key this is (the map is its own inverse on bits); NaN's key gives NaN.
 SPARSE_ATTN_INLINE float float_of_order(int32_t key) {
     return float_of(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
-}
-
-SPARSE_ATTN_INLINE uint16_t round_to_bfloat16(float x) {
-    uint32_t u = bits_of(x);
-    if (x != x) return static_cast<uint16_t>((u >> 16) | 0x40);
-    return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-SPARSE_ATTN_INLINE void convert(float x, float* to) {
-    *to = x;
-}
-SPARSE_ATTN_INLINE void convert(float x, bfloat16* to) {
-    to->bits = round_to_bfloat16(x);
-}
-SPARSE_ATTN_INLINE void convert(float x, float16* to) {
-#if defined(__F16C__)
-    to->bits =
-        static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
-#else
-    _Float16 half = static_cast<_Float16>(x);
-    memcpy(&to->bits, &half, 2);
-#endif
-}
-SPARSE_ATTN_INLINE float to_float(float x) {
-    return x;
-}
-SPARSE_ATTN_INLINE float to_float(bfloat16 x) {
-    return float_of(static_cast<uint32_t>(x.bits) << 16);
-}
-SPARSE_ATTN_INLINE float to_float(float16 x) {
-#if defined(__F16C__)
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits)));
-#else
-    _Float16 half;
-    memcpy(&half, &x.bits, 2);
-    return static_cast<float>(half);
-#endif
-}
-
-// The first n < W elements, zeros behind; nothing past them is read.
-template <class T>
-SPARSE_ATTN_INLINE Vec load_n(const T* p, int64_t n) {
-    T padded[Vec::W] = {};
-    for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-    return load(padded);
-}
-
-// n floats to n elements of another type, and back.
-template <class T>
-SPARSE_ATTN_INLINE void store_row(T* to, const float* from, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) convert(from[i], to + i);
-}
-template <class T>
-SPARSE_ATTN_INLINE void load_row(float* to, const T* from, int64_t n, int64_t stride = 1) {
-    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i * stride]);
-}
-
-// e^x to about one unit in the last place for x <= 88; 0 below −87.3; NaN stays NaN.
-SPARSE_ATTN_INLINE Vec exp(Vec x) {
-    const float kLowest = -87.33654f;
-    Vec clamped = max(broadcast(kLowest), x);
-    Vec n = round_even(clamped * broadcast(1.44269504f));
-    Vec r = fma(n, broadcast(-0.693145752f), clamped);
-    r = fma(n, broadcast(-1.42860677e-6f), r);
-    // Minimax on |r| <= ln(2)/2 with the first two coefficients fixed: relative error 3e-9.
-    Vec p = broadcast(1.38145e-3f);
-    p = fma(p, r, broadcast(8.36875e-3f));
-    p = fma(p, r, broadcast(4.166839e-2f));
-    p = fma(p, r, broadcast(1.666652e-1f));
-    p = fma(p, r, broadcast(0.49999993f));
-    p = fma(p, r, broadcast(1.0f));
-    p = fma(p, r, broadcast(1.0f));
-    // Keeps x > lowest, and NaN.
-    return where(not_le(x, broadcast(kLowest)), scale_by_power(p, n), zero());
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

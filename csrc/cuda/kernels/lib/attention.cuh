@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/kernels/gathered_attention.h"
 #include "device.cuh"
@@ -125,6 +126,38 @@ __device__ __forceinline__ void scale_by(float (&x)[kVector], float factor) {
 // exp2 relative to a row's maximum; of a row of −inf alone every term is 0.
 __device__ __forceinline__ float exp2_below(float score, float maximum) {
     return exp2f(score - (maximum == -INFINITY ? 0.f : maximum));
+}
+
+// q·k as a score in base 2: scale · q·k, or with a soft cap cap · tanh(scale · q·k / cap).
+template <bool kCapped>
+struct Scoring {
+    float factor, bound;
+
+    __device__ __forceinline__ Scoring(float scale, float softcap)
+        : factor(kCapped ? scale / softcap : scale * kLog2E), bound(softcap * kLog2E) {}
+    // What score() and slope() are made of.
+    __device__ __forceinline__ float bend(float product) const {
+        return kCapped ? tanhf(product * factor) : product * factor;
+    }
+    __device__ __forceinline__ float score(float bent) const { return kCapped ? bent * bound : bent; }
+    // weight · d score / d (scale · q·k)
+    __device__ __forceinline__ float times_slope(float weight, float bent) const {
+        return kCapped ? weight * fmaf(-bent, bent, 1.f) : weight;
+    }
+};
+
+// Calls run(std::bool_constant) by whether there is a soft cap.
+template <class Run>
+const char* with_cap(float softcap, Run&& run) {
+    return softcap > 0.f ? run(std::true_type()) : run(std::false_type());
+}
+
+// One more logit beside a row's online softmax: what was summed so far is to be scaled by the result.
+__device__ __forceinline__ float add_sink(float sink, float& maximum, float& total) {
+    const float most = fmaxf(maximum, sink), mine = exp2_below(maximum, most);
+    maximum = most;
+    total = total * mine + exp2_below(sink, most);
+    return mine;
 }
 
 // Lanes of a warp that hold one row of D or of Dv elements.
