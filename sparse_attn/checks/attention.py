@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values
 
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+
 
 def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
     """Its shape, read once: each reading of a tensor's shape costs a call as much as several comparisons."""
@@ -25,6 +27,8 @@ def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
 
 def query_key(query: Tensor, key: Tensor) -> None:
     """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
+    if torch.nn.functional.scaled_dot_product_attention is not _SDPA:
+        _outside_context_parallel()
     batch, heads, _, dim = _attention_tensor("query", query, "[B, Hq, Tq, D]")
     key_batch, kv_heads, _, key_dim = _attention_tensor("key", key, "[B, Hkv, Tk, D]")
     if key.dtype != query.dtype:
@@ -65,6 +69,16 @@ def sequences(name: str, numbers: object, batch: int, device: torch.device) -> T
         if low < 0 or high >= batch:
             raise IndexError(f"{name} must name sequences 0 … {batch - 1}, got {low if low < 0 else high}")
     return numbers.to(torch.int64)
+
+
+def _outside_context_parallel() -> None:
+    """torch's context_parallel puts a function of its own in the place of scaled_dot_product_attention, of no other."""
+    now = torch.nn.functional.scaled_dot_product_attention
+    if getattr(now, "__module__", "").endswith("_context_parallel._attention"):
+        raise NotImplementedError(
+            "sparse_attn does not work inside torch's context_parallel, which splits the sequence over ranks for "
+            "scaled_dot_product_attention alone: each rank would select among its own keys; call it outside"
+        )
 
 
 def value_of(key: Tensor, value: Tensor) -> None:

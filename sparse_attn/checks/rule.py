@@ -92,7 +92,7 @@ def _finite(name: str, value: object) -> float:
         number = float(value)
     except OverflowError:
         raise ValueError(f"{name} must be finite, got an int beyond the range of floats") from None
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # math.isfinite takes no float of a compiler's
         raise ValueError(f"{name} must be finite, got {number}")
     return number
 

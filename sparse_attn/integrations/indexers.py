@@ -8,6 +8,7 @@ sparse_transformers.save_indexers(model, "indexers.safetensors")
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from os import PathLike
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.files import parse_json, refusal
+from sparse_attn.integrations.options import NAME
+from sparse_attn.integrations.saved import tensors_beside
 from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
 from sparse_attn.selection import FromIndexer
@@ -24,18 +27,23 @@ ATTRIBUTE = "sparse_attn_indexer"  # of an attention module: its indexer
 _STATE = "_sparse_attn_index"  # of an attention module: what its indexer made of this call's hidden states
 _CACHE = "sparse_attn_index_keys"  # of a key/value cache: layer → index keys [B, G, keys so far, Di]
 _NEEDED = (
-    "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers, or load_indexers, "
-    "give it one"
+    "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers give it one, or load_indexers: "
+    "from its file, or from the folder that save_pretrained wrote, which from_pretrained does not do"
 )
 
 
 def attention_layers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     """Number of the layer → its attention module."""
-    found = {
-        module.layer_idx: module
-        for module in model.modules()
-        if type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None
-    }
+    found: dict[int, torch.nn.Module] = {}
+    for module in model.modules():
+        if not type(module).__name__.endswith("Attention") or getattr(module, "layer_idx", None) is None:
+            continue
+        if module.layer_idx in found:
+            raise TypeError(
+                f"model must have one attention module per layer, got {type(model).__name__} with several for layer "
+                f"{module.layer_idx} (encoders with decoders have no indexers and no low-rank scorers)"
+            )
+        found[module.layer_idx] = module
     if not found:
         raise TypeError(
             f"model must be a transformers decoder whose attention modules have a layer_idx, got {type(model).__name__}"
@@ -132,15 +140,20 @@ def save_indexers(model: torch.nn.Module, path: str | PathLike) -> None:
 
 
 def load_indexers(model: torch.nn.Module, path: str | PathLike) -> torch.nn.Module:
-    """Adds the indexers of a file that :func:`save_indexers` wrote.
+    """Adds the indexers of a file that :func:`save_indexers` wrote, or of a folder that `save_pretrained` wrote.
 
     Raises:
-        ValueError: the file holds no indexers, not those of such a model, or is broken; the message begins with the
+        ValueError: it holds no indexers, not those of such a model, or is broken; the message begins with the
             path, and the model is as it was.
         OSError: the file cannot be read.
     """
-    shapes, tensors = _read(path)
     found, made = attention_layers(model), {}
+    if os.path.isdir(path):
+        for number, state in tensors_beside(path, ATTRIBUTE, model, found).items():
+            made[number] = _indexer_of(path, number, _sizes_of(state), state, found)
+        shapes, tensors = {}, {}
+    else:
+        shapes, tensors = _read(path)
     for name, sizes in shapes.items():
         number = int(name) if name.isdecimal() else -1
         prefix = f"{name}."
@@ -172,6 +185,15 @@ def _read(path: str | PathLike) -> tuple[dict[str, object], dict[str, Tensor]]:
     return shapes, tensors
 
 
+def _sizes_of(state: dict[str, Tensor]) -> list[int] | None:
+    """num_heads, head_dim and groups of an indexer, which its tensors say; None where some are missing."""
+    names = "key.weight", "query.weight", "key_norm.weight"  # [G·Di, C], [G·Hi·Di, C], [Di]
+    if not all(name in state and state[name].numel() for name in names):
+        return None
+    keys, queries, head_dim = (len(state[name]) for name in names)
+    return [queries // keys, head_dim, keys // head_dim]
+
+
 def _indexer_of(path, number: int, sizes: object, state: dict[str, Tensor], found: dict) -> Indexer:
     """The indexer of a layer with what a file holds for it, if both fit together and the model."""
     key = state.get("key.weight")
@@ -199,6 +221,8 @@ def _indexer_of(path, number: int, sizes: object, state: dict[str, Tensor], foun
 
 def uses_indexer(module: torch.nn.Module) -> bool:
     """Whether its config's options make this attention layer select with its indexer."""
+    if module.config._attn_implementation != NAME:
+        return False
     layers = getattr(module.config, "sparse_attn_layers", None)
     chosen = layers is None or module.layer_idx in layers
     return chosen and getattr(module.config, "sparse_attn_selector", "exact") == "indexer"

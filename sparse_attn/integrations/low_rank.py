@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from os import PathLike
 
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.integrations.indexers import attention_layers, chosen_layers
+from sparse_attn.integrations.saved import tensors_beside
 from sparse_attn.integrations.watching import Given, watching
 from sparse_attn.nn import LowRankScorer
 
 ATTRIBUTE = "sparse_attn_low_rank"  # of an attention module: its scorer
+_INT8 = "sparse_attn_low_rank_int8"  # of a config: what the scorers' tensors do not say
 
 
 def fit_low_rank(
@@ -73,6 +76,25 @@ def fit_low_rank(
         scorer.fit()
     for layer, scorer in scorers.items():  # all of them or, where one cannot be fitted, none
         setattr(found[layer], ATTRIBUTE, scorer)
+        setattr(found[layer].config, _INT8, int8)
+    return model
+
+
+def load_low_rank(model: torch.nn.Module, folder: str | PathLike) -> torch.nn.Module:
+    """Adds the scorers of :func:`fit_low_rank` that `save_pretrained` wrote with a model's own weights.
+
+    Raises:
+        ValueError: the folder holds none, or not those of such a model.
+    """
+    found, made = attention_layers(model), {}
+    for layer, tensors in tensors_beside(folder, ATTRIBUTE, model, found).items():
+        projection = tensors.get("key_projection")  # [Hkv, D, rank]
+        if projection is None or projection.dim() != 3:
+            raise ValueError(f"{folder} holds no whole scorer of layer {layer}")
+        made[layer] = LowRankScorer(*projection.shape, int8=getattr(found[layer].config, _INT8, False))
+        made[layer].load_state_dict(tensors)
+    for layer, scorer in made.items():
+        setattr(found[layer], ATTRIBUTE, scorer.to(next(found[layer].parameters()).device))
     return model
 
 
@@ -85,5 +107,8 @@ def require_low_rank(model: torch.nn.Module, layers: Iterable[int] | None) -> No
 
 def low_rank_of(module: torch.nn.Module | None, layer: int) -> LowRankScorer:
     if not hasattr(module, ATTRIBUTE):
-        raise ValueError(f"selector='low_rank' needs a scorer in layer {layer}: fit_low_rank gives it one")
+        raise ValueError(
+            f"selector='low_rank' needs a scorer in layer {layer}: fit_low_rank gives it one, or load_low_rank from "
+            "the folder that save_pretrained wrote, which from_pretrained does not do"
+        )
     return getattr(module, ATTRIBUTE)

@@ -10,6 +10,7 @@ import torch
 
 from sparse_attn.integrations.indexers import require_indexers
 from sparse_attn.integrations.low_rank import low_rank_of, require_low_rank
+from sparse_attn.integrations.options import kept
 from sparse_attn.selection import Blocks, Exact, FromIndexer, LowRank, Refined, Rounded, Selector
 from sparse_attn.selection.selection import check_selector
 
@@ -59,21 +60,11 @@ _NAMED = {
 SELECTORS = tuple(_NAMED)
 
 
-def named(
-    model: torch.nn.Module,
-    selector: Any,
-    top_k: int | None,
-    kept: dict[str, int],  # what is always kept: window and first keys
-    layers: Iterable[int] | None,
-) -> str:
-    """The name for the config, checked against the model; an object is remembered by the model's modules."""
+def check_named(model: torch.nn.Module, selector: Any, options: dict[str, Any]) -> None:
+    """That `selector` is a name that this model has what it needs for, or an object that can select."""
     if not isinstance(selector, str):
         check_selector(selector)
-        for module in model.modules():
-            if hasattr(module, "config"):
-                # Not as a submodule: it is no part of the model's state.
-                object.__setattr__(module, _ATTRIBUTE, selector)
-        return OWN
+        return
     if selector not in _NAMED:
         raise ValueError(
             f"selector must be one of {', '.join(map(repr, SELECTORS))} or an object with a method select, "
@@ -81,13 +72,17 @@ def named(
         )
     check = _NAMED[selector].check
     if check is not None:
-        check(model, top_k, kept, layers)
-    return selector
+        check(model, options["top_k"], kept(options), options["layers"])
 
 
-def selector_of(
-    module: torch.nn.Module, options: dict, kept: dict[str, int], index: FromIndexer | None
-) -> Selector:
+def remember(model: torch.nn.Module, selector: Selector) -> None:
+    """Leaves an object with the model's modules; not as a submodule: it is no part of the model's state."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            object.__setattr__(module, _ATTRIBUTE, selector)
+
+
+def selector_of(module: torch.nn.Module, options: dict[str, Any], index: FromIndexer | None) -> Selector:
     """What chooses keys in an attention module; `index` is what its indexer made of this call."""
     name = options["selector"]
     if name == OWN:
@@ -102,18 +97,5 @@ def selector_of(
             f"config.sparse_attn_selector must be one of {', '.join(map(repr, SELECTORS))}, got {name!r}"
         )
     if name in ("blocks", "refined_blocks"):
-        _check_blocks(None, options["top_k"], kept, None)
+        _check_blocks(None, options["top_k"], kept(options), None)
     return _NAMED[name].of(module, options, index)
-
-
-def row_of(selector: Selector, b: int, first: int, start: int) -> Selector:
-    """The selector for sequence b alone, its queries from `first` and its keys from `start` on."""
-    if not isinstance(selector, FromIndexer):
-        return selector
-    one = slice(b, b + 1)
-    return replace(
-        selector,
-        query=selector.query[one, :, first:],
-        key=selector.key[one, :, start:],
-        weights=selector.weights[one, :, first:],
-    )

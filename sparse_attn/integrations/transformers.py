@@ -7,19 +7,22 @@
     sparse_transformers.configure(model, top_k=256, window=64, sinks=4)
     model.generate(**tokenizer(text, return_tensors="pt"))
 
-Prefill and decoding are sparse alike, with dynamic and static caches, padding on either side and grouped queries.
-The options stand in the model's config (``config.sparse_attn_top_k`` …), are saved with it, and may change between
-calls.
+Prefill and decoding are sparse alike, with dynamic and static caches, padding on either side, packed documents and
+grouped queries. The options stand in the model's config (``config.sparse_attn_top_k`` …), are saved with it, and may
+change between calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.integrations import refusals
 from sparse_attn.integrations.indexers import (
     add_indexers,
     index_of,
@@ -29,11 +32,21 @@ from sparse_attn.integrations.indexers import (
     save_indexers,
     uses_indexer,
 )
-from sparse_attn.integrations.low_rank import fit_low_rank
-from sparse_attn.integrations.selectors import SELECTORS, named, row_of, selector_of
-from sparse_attn.integrations.visibility import CausalMask, Visibility, attention_mask, last_visible
-from sparse_attn.ops.gathered_attention import gathered_attention
-from sparse_attn.selection import Blocks, FromIndexer, Refined, Selector, select_and_attend
+from sparse_attn.integrations.low_rank import fit_low_rank, load_low_rank
+from sparse_attn.integrations.masks import attention_mask
+from sparse_attn.integrations.options import (
+    NAME,
+    maskless,
+    needs_order,
+    options_of,
+    set_options,
+    unchanged_if_refused,
+)
+from sparse_attn.integrations.selectors import OWN, SELECTORS, check_named, remember, selector_of
+from sparse_attn.integrations.self_test import meant_layers, prove
+from sparse_attn.integrations.visibility import Visibility, scores_of
+from sparse_attn.rule import Rule
+from sparse_attn.selection import FromIndexer, Selection, Selector, attend, select_and_attend
 
 __all__ = [
     "SELECTORS",
@@ -42,22 +55,11 @@ __all__ = [
     "fit_low_rank",
     "indexers",
     "load_indexers",
+    "load_low_rank",
     "register",
     "remove_indexers",
     "save_indexers",
 ]
-
-NAME = "sparse_attn"
-_DEFAULTS = {
-    "top_k": None,
-    "window": 0,
-    "sinks": 0,
-    "share": "none",
-    "selector": "exact",
-    "residual": False,
-    "layers": None,
-    "backend": None,
-}
 
 
 def register() -> None:
@@ -87,14 +89,17 @@ def configure(
     residual: bool = False,
     layers: Iterable[int] | None = None,
     backend: str | None = None,
+    self_test: bool | Mapping[str, Any] = True,
 ) -> torch.nn.Module:
     """Sets the options of every attention layer of `model` and makes it use this package's attention.
+
+    What would mean nothing for this model is refused, by the names of the layers, and a refused call changes nothing.
 
     Args:
         model: a transformers model.
         top_k: keys per query, the whole budget; None is dense attention, for comparison.
-        window: the last `window` keys are always kept.
-        sinks: the first `sinks` keys of each sequence are always kept (behind its padding, if any).
+        window: the last `window` keys are always kept; the layers must be causal.
+        sinks: the first `sinks` keys of each sequence (behind its padding), or packed document, are always kept.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         selector: how keys are chosen: "exact" by true q·k, "int8" by q·k of rounded queries and keys
             (:func:`sparse_attn.quantized_select`), "low_rank" by q·k in a few components (:func:`fit_low_rank`),
@@ -109,12 +114,15 @@ def configure(
             selector="exact" alone, padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
+        self_test: run the model once on a few tokens, to see that each attention layer that is meant reaches this
+            package and what it asks for. A mapping gives the keyword arguments of that forward, for a model that
+            needs more than tokens; False leaves it out, and some refusals to the first forward.
 
     Returns:
         the model.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named in the message.
+        TypeError, ValueError: a wrong argument, or one that this model cannot honour, named in the message.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,18 +143,31 @@ def configure(
         layers = [checks.integer("layers", layer, 0) for layer in layers]
     if checks.boolean("residual", residual) and selector != "exact":
         raise ValueError(f"residual=True needs selector='exact', got {checks.describe(selector)}")
-    selector = named(model, selector, top_k, {"window": window, "sinks": sinks}, layers)
-    values = (top_k, window, sinks, share, selector, residual, layers, backend)
-    options = dict(zip(_DEFAULTS, values, strict=True))
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    if not configs:
-        raise TypeError(f"model must be a transformers model (it has no config), got {type(model).__name__}")
-    for config in configs.values():
-        for name, value in options.items():
-            setattr(config, f"{NAME}_{name}", value)
+    if not isinstance(self_test, Mapping):
+        checks.boolean("self_test", self_test)
+    refusals.refuse_no_model(model)
+    options = {
+        "top_k": top_k,
+        "window": window,
+        "sinks": sinks,
+        "share": share,
+        "selector": selector if isinstance(selector, str) else OWN,
+        "residual": residual,
+        "layers": layers,
+        "backend": backend,
+    }
+    meant = meant_layers(model, layers)
+    refusals.refuse_unreachable(model, meant)
+    check_named(model, selector, options)
     register()
-    if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
+    with unchanged_if_refused(model):
+        if self_test is not False or not meant:
+            prove(model, meant, options, self_test if isinstance(self_test, Mapping) else None)
+        set_options(model, options)
+        if model.config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
+    if not isinstance(selector, str):
+        remember(model, selector)
     return model
 
 
@@ -155,111 +176,83 @@ def attention_forward(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D], of the whole cache
     value: Tensor,  # [B, Hkv, Tk, Dv]
-    attention_mask: Tensor | CausalMask | None,  # bool [B, 1 or Hq, Tq, Tk]
+    attention_mask: Tensor | Visibility | None,  # bool [B, 1 or Hq, Tq, Tk]
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     indices: Tensor | None = None,  # int [B, Tq, K]: the selection of a model that has an indexer of its own
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # [Hq]: a logit more in each head's softmax, without a value
     **others,
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it: out [B, Tq, Hq, Dv] and no weights."""
-    _refuse(dropout, others)
+    refusals.refuse_call(module, dropout, others)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     seen = Visibility.of(attention_mask, query, key, causal)
+    scores = scores_of(scaling, softcap, s_aux)
     if indices is not None:
-        out = gathered_attention(query, key, value, seen.only_visible(indices), scale=scaling)
+        chosen = Selection(seen.only_visible(indices))
+        out = attend(query, key, value, chosen, rule=Rule(**scores))
         return out.transpose(1, 2), None
-    options = {name: getattr(module.config, f"{NAME}_{name}", value) for name, value in _DEFAULTS.items()}
+    options = options_of(module.config)
     if options["top_k"] is None and not hasattr(module.config, f"{NAME}_top_k"):
         raise ValueError(
             "config.sparse_attn_top_k is not set: say how many keys a query may attend to with "
             "sparse_attn.integrations.transformers.configure(model, top_k=…)"
         )
-    index = (
-        index_of(module) if uses_indexer(module) else None
-    )  # also where the layer is dense: it is of this call
+    # Also where the layer is dense: it is of this call.
+    index = index_of(module) if uses_indexer(module) else None
     if _is_dense(module, key, options):
-        out = seen.dense_attention(query, key, value, scaling)
+        out = seen.dense_attention(query, key, value, scores)
     else:
-        selector = selector_of(module, options, _kept(options), index)
-        out = _sparse(query, key, value, selector, seen, options, scaling)
+        refusals.refuse_sharded(module, query, options, index)
+        selector = selector_of(module, options, index)
+        out = _sparse(query, key, value, selector, seen, options, scores)
     return out.transpose(1, 2), None
-
-
-def _refuse(dropout: float, others: dict) -> None:
-    """Whatever would be ignored silently is an error."""
-    if dropout:
-        raise ValueError(
-            f"attn_implementation='sparse_attn' has no attention dropout, got dropout={dropout}: "
-            "set the model's attention_dropout to 0"
-        )
-    for name in ("softcap", "position_bias", "s_aux", "head_mask", "cache"):
-        if others.get(name) is not None:
-            raise ValueError(
-                f"attn_implementation='sparse_attn' has no {name}, which this model's layers need"
-            )
 
 
 def _is_dense(module: torch.nn.Module, key: Tensor, options: dict) -> bool:
     """Whether a layer attends to all keys: it was asked to, or its budget holds them all."""
     top_k, layers = options["top_k"], options["layers"]
-    return top_k is None or top_k >= key.shape[2] or (layers is not None and module.layer_idx not in layers)
-
-
-def _kept(options: dict) -> dict[str, int]:
-    """What is always kept."""
-    return {name: options[name] for name in ("window", "sinks")}
+    return (
+        top_k is None
+        or top_k >= key.shape[2]
+        or (layers is not None and getattr(module, "layer_idx", None) not in layers)
+    )
 
 
 def _sparse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    selector: Selector,
-    seen: Visibility,
-    options: dict,
-    scale: float | None,
-) -> Tensor:
-    if options["window"] and not seen.is_causal:
-        seen = last_visible(seen, query)
-    maskless = options["residual"] or isinstance(selector, (Blocks, Refined))
-    if maskless:
-        seen = seen.without_padding_behind()
-    starts = seen.starts() if options["sinks"] or maskless else None
-    if starts is None or not any(starts):
-        return _attend(query, key, value, selector, seen, options, scale, maskless)
-    # Sequences that begin at different keys: sinks are the first of each, so each has a call of its own.
-    out = query.new_zeros((*query.shape[:3], value.shape[3]))
-    for b, start in enumerate(starts):
-        row, first = seen.row(b, start)
-        one = slice(b, b + 1)
-        sequence = query[one, :, first:], key[one, :, start:], value[one, :, start:]
-        if row.query_length > 0 and row.key_length > 0:
-            part = row_of(selector, b, first, start)
-            out[one, :, first:] = _attend(*sequence, part, row, options, scale, maskless)
-    return out
-
-
-def _attend(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
     value: Tensor,  # [B, Hkv, Tk, Dv]
     selector: Selector,
     seen: Visibility,
-    options: dict,
-    scale: float | None,
-    maskless: bool,
+    options: dict[str, Any],
+    scores: dict[str, Any],  # parts of the rule
 ) -> Tensor:  # [B, Hq, Tq, Dv]
-    if isinstance(selector, FromIndexer):
-        known = selector.key.shape[2]
-        if seen.is_causal and known < min(key.shape[2], query.shape[2] + seen.offset):
+    sinks = max(0, options["sinks"] - seen.dropped)
+    known = selector.key.shape[2] if isinstance(selector, FromIndexer) else None
+    if known is not None and seen.behind is not None:
+        # The index keys are those of the queries and of what came before, whatever room a static cache has.
+        seen = replace(seen, offset=known - seen.query_length, behind=None)
+    if needs_order(options):
+        seen, key, value = seen.in_order().at_the_end(key, value)
+        refusals.refuse_unordered(seen, options)
+        if maskless(options["selector"], options["residual"]):
+            seen = refusals.without_padding_behind(seen)
+    else:
+        seen = seen.in_a_mask(query.device)
+    if sinks:
+        seen = seen.with_starts(query.shape[0])
+    if known is not None:
+        if seen.offset is not None and known < min(key.shape[2], query.shape[2] + seen.offset):
             raise ValueError(
                 f"selector='indexer' has {known} index keys for {key.shape[2]} keys: this layer's keys "
                 "come from a cache that is no transformers.Cache"
             )
         # A static cache holds more keys than the indexer has seen; no query sees those.
         seen = seen.of_first_keys(known)
-    rule = seen.rule(scale, masked=not maskless, share=options["share"], **_kept(options))
+    rule = seen.rule(share=options["share"], window=options["window"], sinks=sinks, **scores)
     tail = "mean" if options["residual"] else "none"
     return select_and_attend(
         query, key, value, options["top_k"], selector, rule, tail=tail, backend=options["backend"]

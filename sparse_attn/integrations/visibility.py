@@ -1,101 +1,46 @@
-"""Which keys a query of a Hugging Face model may see: without a [Tq, Tk] mask wherever a number will do."""
+"""Which keys a query of a Hugging Face model may see: without a [Tq, Tk] mask wherever numbers will do."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparse_attn.rule import Rule
-
-
-@dataclass(frozen=True)
-class CausalMask:
-    """Query i sees the keys 0 … i + offset that are not padding."""
-
-    offset: int
-    padding: Tensor | None  # bool [B, Tk], True = a token, False = padding
-
-    @classmethod
-    def of(
-        cls,
-        tokens: Tensor | None,  # bool [B, keys seen so far]
-        query_length: int,
-        key_length: int,
-        query_offset: int,
-        key_offset: int,
-    ) -> CausalMask | None:
-        """None where all is visible up to the diagonal and the shapes alone tell where that is."""
-        padding = None
-        if tokens is not None:
-            missing = key_offset + key_length - tokens.shape[-1]
-            tokens = torch.nn.functional.pad(tokens, (0, max(0, missing)))
-            padding = tokens[:, key_offset : key_offset + key_length]
-            if not torch.compiler.is_compiling() and bool(padding.all()):
-                padding = None
-        offset = query_offset - key_offset
-        at_the_end = query_length in (1, key_length) and offset == key_length - query_length
-        return None if padding is None and at_the_end else cls(offset, padding)
-
-
-def attention_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=None,
-    attention_mask: Tensor | None = None,  # bool [B, keys seen so far], True = not padding
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **others,
-) -> Tensor | CausalMask | None:
-    """What transformers passes to every layer as `attention_mask`.
-
-    Plain causal visibility stays a number and the padding, without a [Tq, Tk] tensor; what is more (sliding windows,
-    packed sequences, prefixes, static caches) is the boolean mask of scaled_dot_product_attention.
-    """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    # A static cache counts its positions in a tensor, or has keys behind the last query.
-    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
-    grows = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    if not plain or not grows:
-        return sdpa_mask(
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            **others,
-        )
-    return CausalMask.of(attention_mask, q_length, kv_length, q_offset, kv_offset)
+from sparse_attn.selection import Exact, select_and_attend
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """What one layer's queries see, in the arguments of `topk_attention`."""
+    """What the queries of one call see: a key that each of the parts shows."""
 
-    is_causal: bool
-    offset: int  # with is_causal: query i sees keys 0 … i + offset
-    mask: Tensor | None  # bool [B or 1, 1 or Hq, Tq or 1, Tk], True = visible
     query_length: int
     key_length: int
+    offset: int | None = None  # query i sees keys 0 … i + offset; None: its own key does not end what it sees
+    padding: Tensor | None = None  # bool [B, Tk], True = a token
+    mask: Tensor | None = None  # bool [B or 1, 1 or Hq, Tq or 1, Tk], True = visible
+    starts: Tensor | None = (
+        None  # int [B] or [B, Tq]: the first key of the query's sequence, maybe before key 0
+    )
+    dropped: int = 0  # so many first keys a sliding cache no longer holds
+    # int []: how many keys follow the last query's own. A static cache under torch.compile counts its keys in a
+    # tensor; then `offset` is not known as a number.
+    behind: Tensor | None = None
+    ndim: ClassVar[int] = (
+        4  # what generate() has made in advance comes back to the mask function as a made mask
+    )
 
     @classmethod
-    def of(cls, mask: Tensor | CausalMask | None, query: Tensor, key: Tensor, causal: bool) -> Visibility:
+    def of(cls, mask: Tensor | Visibility | None, query: Tensor, key: Tensor, causal: bool) -> Visibility:
+        """From what a layer was called with."""
+        if isinstance(mask, Visibility):
+            return mask
         queries, keys = query.shape[2], key.shape[2]
-        if isinstance(mask, CausalMask):
-            padding = None if mask.padding is None else mask.padding[:, None, None, :]
-            return cls(True, mask.offset, padding, queries, keys)
         if mask is None:
             # As transformers means it: one query is the last of all, several are the first.
-            return cls(causal, keys - 1 if queries == 1 else 0, None, queries, keys)
+            return cls(queries, keys, (keys - 1 if queries == 1 else 0) if causal else None)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(
@@ -106,101 +51,152 @@ class Visibility:
             raise ValueError(
                 f"attention_mask must be [B, 1, Tq, Tk] with Tk = {keys}, got {list(mask.shape)}"
             )
-        return cls(False, 0, mask, queries, keys)
+        return cls(queries, keys, mask=mask)
 
-    def rule(self, scale: float | None, *, masked: bool = True, **others: Any) -> Rule:
-        """With `others`, what is always kept and who shares; without the mask where it hides nothing."""
-        offset = self.offset if self.is_causal else None
-        mask = self.mask if masked else None
-        return Rule(self.is_causal, offset, mask, scale=scale, **others)
+    def in_order(self) -> Visibility:
+        """With the place of each query's own key, where only a mask shows it: the queries are the last keys then."""
+        offset = self.key_length - self.query_length
+        if self.ordered or self.mask is None or offset < 0:
+            return self
+        mask = self.mask.expand(-1, -1, self.query_length, -1)
+        own = mask.diagonal(offset, -2, -1)  # the last keys of a static cache are nobody's own
+        right = none_beyond(mask, offset) and holds((own | ~mask.any(-1)).all())
+        return replace(self, offset=offset) if right else self
+
+    @property
+    def ordered(self) -> bool:
+        """Whether what a query sees ends at its own key."""
+        return self.offset is not None or self.behind is not None
+
+    def rule(self, **others: Any) -> Rule:
+        """With `others`: what is always kept, who shares, and what becomes of the scores."""
+        return Rule(self.offset is not None, self.offset, self._masks(), key_starts=self.starts, **others)
+
+    def _masks(self) -> Tensor | None:
+        """bool [B or 1, 1 or Hq, Tq or 1, Tk]: the mask and the padding."""
+        if self.padding is None:
+            return self.mask
+        padding = self.padding[:, None, None, :]
+        return padding if self.mask is None else self.mask & padding
+
+    def with_starts(self, batch: int) -> Visibility:
+        """With each query's first visible key where nothing else says where its sequence starts."""
+        if self.starts is not None or self.mask is None:
+            return self
+        first = self.mask.any(1).to(torch.uint8).argmax(-1)  # [B or 1, Tq or 1]
+        return replace(self, starts=first.expand(batch, self.query_length))
 
     def of_first_keys(self, count: int) -> Visibility:
         """The same for the first `count` keys alone; no query sees any other."""
+        padding = None if self.padding is None else self.padding[:, :count]
         mask = None if self.mask is None else self.mask[..., :count]
-        return Visibility(self.is_causal, self.offset, mask, self.query_length, count)
+        return replace(self, key_length=count, padding=padding, mask=mask)
 
-    def without_padding_behind(self) -> Visibility:
-        """For selections that take no mask: causal, with padding in front of a sequence alone left in the mask.
+    def at_the_end(self, key: Tensor, value: Tensor) -> tuple[Visibility, Tensor, Tensor]:
+        """(this, key, value) with the keys moved so that the last query's own is the last: an offset in numbers."""
+        if self.behind is None:
+            return self, key, value
+        # What stood behind comes to stand before the first key, where `starts` hides it.
+        places = torch.arange(self.key_length, device=key.device) - self.behind.to(key.device)
+        at = places.clamp(min=0)
+        starts = places.new_zeros(key.shape[0]) if self.starts is None else self.starts
+        seen = replace(
+            self,
+            offset=self.key_length - self.query_length,
+            padding=None if self.padding is None else self.padding[:, at],
+            mask=None if self.mask is None else self.mask[..., at],
+            starts=starts + self.behind,
+            behind=None,
+        )
+        return seen, key.index_select(2, at), value.index_select(2, at)
 
-        Padding behind a sequence is in the future of all its queries, and what padded queries see is of no interest.
-        """
-        if not self.is_causal or (self.mask is not None and self.mask.shape[2] != 1):
-            raise ValueError(
-                "selector='blocks' and residual=True take plain causal attention with padding at the ends of a "
-                "sequence; this model's layers have another mask (sliding windows, packed sequences, a static cache)"
-            )
-        if self.mask is None:
+    def in_a_mask(self, device: torch.device) -> Visibility:
+        """The same without `behind`: the diagonal is part of the mask."""
+        if self.behind is None:
             return self
-        tokens = self.mask[:, 0, 0]  # [B, Tk]
-        if bool((tokens.int().diff(dim=-1) > 0).sum(-1).gt(1 - tokens[:, 0].int()).any()):
-            raise ValueError(
-                "selector='blocks' and residual=True take padding at the ends of a sequence, got some within"
-            )
-        inside = tokens.int().cummax(-1).values.bool()
-        mask = None if bool(inside.all()) else inside[:, None, None]
-        return Visibility(True, self.offset, mask, self.query_length, self.key_length)
+        last = self.key_length - self.query_length - self.behind
+        mask = self._diagonal(last, self.key_length, device)
+        return replace(self, mask=mask if self.mask is None else self.mask & mask, behind=None)
 
-    def starts(self) -> list[int] | None:
-        """For each sequence its first key that is no padding; None where there is no mask (all begin at 0)."""
-        if self.mask is None:
-            return None
-        any_query = self.mask.flatten(1, 2).any(1)  # [B, Tk]
-        return any_query.int().argmax(-1).tolist()
+    def _diagonal(self, offset: int | Tensor, keys: int, device: torch.device) -> Tensor:
+        """bool [Tq, keys]: query i sees keys 0 … i + offset."""
+        queries = torch.arange(self.query_length, device=device)
+        return torch.arange(keys, device=device) <= (queries + offset).unsqueeze(-1)
 
-    def row(self, b: int, start: int) -> tuple[Visibility, int]:
-        """Sequence b without the keys before `start`, and the first query that sees one of the others."""
-        first = max(0, start - self.offset) if self.is_causal else 0
-        mask = None
-        if self.mask is not None:
-            mask = self.mask[b if self.mask.shape[0] > 1 else 0][None, ..., start:]
-            mask = mask[:, :, first:] if mask.shape[2] > 1 else mask
-        offset = self.offset + first - start
-        return Visibility(
-            self.is_causal, offset, mask, self.query_length - first, self.key_length - start
-        ), first
-
-    def dense_attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """scaled_dot_product_attention over all that is visible: [B, Hq, Tq, Dv]."""
-        mask, causal = self.mask, self.is_causal
-        if causal:
+    def dense_attention(self, query: Tensor, key: Tensor, value: Tensor, scores: dict[str, Any]) -> Tensor:
+        """Attention to all that is visible: [B, Hq, Tq, Dv]; `scores` as `scores_of` gives them."""
+        seen = self.in_a_mask(query.device)
+        if len(scores) > 1:  # of which scaled_dot_product_attention knows nothing
+            rule = seen.rule(share="none", **scores)
+            return select_and_attend(query, key, value, key.shape[2], Exact(), rule)
+        offset, keys = seen.offset, self.key_length
+        if offset is not None:
             # Keys behind the last query's diagonal (of a static cache, say) are seen by none.
-            keys = max(0, min(self.key_length, self.query_length + self.offset))
+            keys = max(0, min(keys, self.query_length + offset))
             key, value = key[:, :, :keys], value[:, :, :keys]
-            mask = None if mask is None else mask[..., :keys]
-            causal = self.offset < keys - 1  # else the first query sees them all, and so do the others
-            if causal and (mask is not None or self.offset != 0):
-                ones = torch.ones((self.query_length, keys), dtype=torch.bool, device=query.device)
-                diagonal = ones.tril(self.offset)
-                mask, causal = diagonal if mask is None else mask & diagonal, False
+        mask = seen.of_first_keys(keys)._masks()
+        if seen.starts is not None:
+            after = torch.arange(keys, device=key.device) >= seen.starts.view(len(seen.starts), 1, -1, 1)
+            mask = after if mask is None else mask & after
+        causal = (
+            offset is not None and offset < keys - 1
+        )  # else the first query sees them all, and so do the others
+        if causal and (mask is not None or offset != 0):
+            diagonal = self._diagonal(offset or 0, keys, query.device)
+            mask, causal = diagonal if mask is None else mask & diagonal, False
         return torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             is_causal=causal,
-            scale=scale,
+            scale=scores["scale"],
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
     def only_visible(self, indices: Tensor) -> Tensor:
         """indices [B, Tq, K] with those of invisible keys made −1: a model's own selection may hold such."""
+        seen = self.in_a_mask(indices.device)
         inside = (indices >= 0) & (indices < self.key_length)
         visible = inside
-        if self.is_causal:
-            last = torch.arange(self.query_length, device=indices.device) + self.offset
+        if seen.offset is not None:
+            last = torch.arange(self.query_length, device=indices.device) + seen.offset
             visible = visible & (indices <= last[:, None])
-        if self.mask is not None:
-            mask = self.mask[:, 0].expand(indices.shape[0], self.query_length, self.key_length)
-            visible = visible & mask.gather(-1, torch.where(inside, indices, 0).long())
+        if seen.starts is not None:
+            visible = visible & (indices >= seen.starts.view(len(seen.starts), -1, 1))
+        places = torch.where(inside, indices, 0).long()
+        for mask in (seen.mask, None if seen.padding is None else seen.padding[:, None, None, :]):
+            if mask is not None:
+                rows = mask[:, 0].expand(indices.shape[0], self.query_length, self.key_length)
+                visible = visible & rows.gather(-1, places)
         return torch.where(visible, indices, -1)
 
 
-def last_visible(seen: Visibility, query: Tensor) -> Visibility:
-    """A mask that holds the causal diagonal itself, with the diagonal made known: a window needs to know it.
+def scores_of(scale: float | None, softcap: float | None, sink_logits: Tensor | None) -> dict[str, Any]:
+    """What a layer says of its scores, as parts of the rule."""
+    said = {"softcap": softcap, "sink_logits": sink_logits}
+    return {"scale": scale, **{name: value for name, value in said.items() if value is not None}}
 
-    Query i's own key is the last that it may see, so the offset is the largest of (last visible key − i).
-    """
-    keys = torch.arange(seen.key_length, device=query.device)
-    last = torch.where(seen.mask, keys, -seen.key_length - seen.query_length).amax((0, 1, 3))  # [Tq or 1]
-    queries = torch.arange(seen.query_length, device=query.device)
-    return Visibility(True, int((last - queries).max()), seen.mask, seen.query_length, seen.key_length)
+
+UNORDERED = (
+    "window, blocks and residual need causal attention: a query's own key must be the last that it sees"
+)
+
+
+def none_beyond(mask: Tensor, offset: int | Tensor) -> bool:
+    """Whether query i of bool [B or 1, 1 or Hq, Tq, Tk] sees no key after i + offset (`holds`)."""
+    queries, keys = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
+    return holds(~(mask & (keys > (queries + offset).unsqueeze(-1))).any())
+
+
+def holds(condition: Tensor, otherwise: str = UNORDERED) -> bool:
+    """The value of bool []. Under torch.compile nobody knows it yet: it has to be True, or the program will raise."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    torch._assert_async(condition, f"attn_implementation='sparse_attn' under torch.compile: {otherwise}")
+    return True
+
+
+def holes(tokens: Tensor) -> Tensor:
+    """bool []: whether padding stands within a sequence [B, T], not at its ends alone."""
+    return (tokens.diff(dim=-1) & tokens[:, 1:]).sum(-1).gt(1 - tokens[:, 0].int()).any()

@@ -17,6 +17,10 @@ from sparse_attn.planner import WidthPlan
 from sparse_attn.planner.low_rank import FactorizationReport, factorize
 
 
+class NoWeight(AttributeError, NotImplementedError):
+    """An AttributeError, so that `hasattr` is False."""
+
+
 class VariableWidthEmbedding(WholeState):
     """In place of `nn.Embedding`: ids of any shape in, [*ids.shape, embedding_dim] out, with fewer parameters.
 
@@ -168,6 +172,14 @@ class VariableWidthEmbedding(WholeState):
         module.requires_grad_(weight.requires_grad)
         module.report = report
         return module
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise NoWeight(
+                "VariableWidthEmbedding has tables of several widths and no `weight`: VariableWidthHead(embedding) is "
+                "a tied head, embedding.resize(…) makes the vocabulary larger, embedding.full_table() is a weight"
+            )
+        return super().__getattr__(name)
 
     @property
     def num_embeddings(self) -> int:

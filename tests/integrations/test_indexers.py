@@ -13,7 +13,7 @@ import sparse_attn
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from sparse_attn.distillation import distill_indexers  # noqa: E402
 from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
-from tests.integrations.test_transformers import LENGTH, cached, close, ids, llama, padding  # noqa: E402
+from tests.integrations.models import LENGTH, cached, close, ids, llama, padding, positions_of  # noqa: E402
 
 
 def copies(model):
@@ -30,10 +30,6 @@ def indexed(top_k=6, share="all", seed=0, **options):
     torch.manual_seed(seed)
     model = sparse_transformers.add_indexers(llama(), num_heads=2, head_dim=8, share=share)
     return sparse_transformers.configure(model, top_k=top_k, selector="indexer", **options)
-
-
-def positions_of(mask):
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 @pytest.mark.parametrize("share", ["all", "kv"])

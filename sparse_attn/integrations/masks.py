@@ -1,0 +1,125 @@
+"""The mask function of ``attn_implementation="sparse_attn"``: what transformers asks for becomes a `Visibility`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparse_attn.integrations.options import NAME, mark, needs_order, options_of
+from sparse_attn.integrations.visibility import Visibility, holes, none_beyond
+
+
+def attention_mask(
+    *,
+    batch_size: int = 1,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=None,
+    attention_mask: Tensor | Visibility | None = None,  # bool [B, keys seen so far], True = a token
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **others,
+) -> Tensor | Visibility | None:
+    """What transformers passes to every layer as `attention_mask`: asked once per forward for all layers of a kind.
+
+    Causal visibility, padding and packed documents stay numbers, without a [Tq, Tk] tensor. What is more (sliding
+    windows, prefixes, a user's own) is the boolean mask of scaled_dot_product_attention, with what is known about it.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+    if not torch.compiler.is_compiling() and getattr(config, "_attn_implementation", None) == NAME:
+        mark(config)  # of a model that was loaded: it is to be saved as it came
+    if isinstance(attention_mask, Visibility):
+        return attention_mask  # made in advance by generate()
+    counted = isinstance(q_offset, Tensor)  # by a static cache
+    if counted and q_offset.device.type == "cpu" and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)  # costs nothing there
+    offset = q_offset - kv_offset
+    known = not isinstance(offset, Tensor)
+    place: dict[str, Any] = {"offset": offset} if known else {"behind": kv_length - q_length - offset}
+    skip = allow_is_causal_skip or (counted and q_length == 1)  # False: the model reads the mask as a tensor
+    lengths = q_length, kv_length
+
+    if mask_function is causal_mask_function and skip:
+        starts, padding = ends_of(attention_mask, kv_length, kv_offset)
+        if known and starts is None and q_length in (1, kv_length) and offset == kv_length - q_length:
+            return None  # the shapes alone tell
+        return Visibility(*lengths, starts=starts, padding=padding, **place)
+    if mask_function is bidirectional_mask_function and not use_vmap:
+        starts, padding = ends_of(attention_mask, kv_length, kv_offset, causal=False)
+        return None if starts is None else Visibility(*lengths, starts=starts, padding=padding)
+
+    made = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        device=device,
+        **others,
+    )
+    wants_order = needs_order(options_of(config))
+    alone = attention_mask is None and known and offset == 0 and q_length == kv_length
+    packed = alone and mask_function is not causal_mask_function and not skip and not use_vmap
+    if made is None or mask_function is causal_mask_function:
+        return made
+    if packed and local_size is None:
+        # Packed documents, or blocks that look ahead; under torch.compile nobody knows yet whether there are several.
+        if (wants_order or not torch.compiler.is_compiling()) and none_beyond(made, 0):
+            return Visibility(*lengths, offset=0, starts=documents(made))
+        return made
+    order = wants_order and none_beyond(made, offset)
+    starts = None
+    if local_size is not None and local_size != getattr(config, "attention_chunk_size", None):
+        # Sliding windows: the first keys are those of the sequence, where they can still be seen.
+        starts = documents(made) if packed else ends_of(attention_mask, kv_length, kv_offset)[0]
+        if starts is None:
+            starts = torch.zeros((batch_size,), dtype=torch.int64, device=made.device)
+    if not order and starts is None:
+        return made
+    return Visibility(*lengths, mask=made, starts=starts, dropped=kv_offset, **(place if order else {}))
+
+
+def ends_of(
+    tokens: Tensor | None,  # bool [B, keys seen so far], True = a token
+    kv_length: int,
+    kv_offset: int,
+    causal: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the first token of each sequence, int64 [B], counted from key `kv_offset`; the padding, bool [B, Tk]).
+
+    None where there is no padding; the padding also where the first token says it all: with `causal`, padding behind
+    a sequence is in the future of all its queries, and what padded queries see is of no interest.
+    """
+    if tokens is None:
+        return None, None
+    first = tokens.to(torch.uint8).argmax(-1)
+    missing = kv_offset + kv_length - tokens.shape[-1]
+    padding = pad(tokens, (0, max(0, missing)))[:, kv_offset : kv_offset + kv_length]
+    if not torch.compiler.is_compiling():
+        if bool(tokens.all()) and (causal or missing <= 0):
+            return None, None
+        if causal and not bool(holes(tokens)):
+            padding = None
+    return first - kv_offset, padding
+
+
+def documents(mask: Tensor) -> Tensor:
+    """bool [B, 1, T, T] → int64 [B, T]: where each query's document starts: after a key that the next does not see."""
+    sees = mask[:, 0].diagonal(-1, -2, -1)  # [B, T − 1], of query i + 1: key i
+    positions = torch.arange(1, mask.shape[-1], device=mask.device)
+    starts = torch.where(sees, 0, positions).cummax(-1).values
+    return pad(starts, (1, 0))

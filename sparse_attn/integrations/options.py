@@ -1,0 +1,87 @@
+"""The options of a Hugging Face model: they stand in its configs as ``sparse_attn_<name>``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+NAME = "sparse_attn"  # of the attention implementation
+DEFAULTS: dict[str, Any] = {
+    "top_k": None,
+    "window": 0,
+    "sinks": 0,
+    "share": "none",
+    "selector": "exact",
+    "residual": False,
+    "layers": None,
+    "backend": None,
+}
+# Arguments of other attention functions that change what comes out.
+UNKNOWN = (
+    "position_bias",
+    "relative_position_bias",
+    "token_attention_bias",
+    "head_mask",
+    "sinks",
+    "block_indices",
+    "cache",
+)
+_MARK = "attn_implementation"  # of a saved config: what from_pretrained is to use
+_INTERNAL = "_attn_implementation_internal"
+_FIELDS = [f"{NAME}_{name}" for name in DEFAULTS]
+
+
+def options_of(config: Any) -> dict[str, Any]:
+    """The options by name, with defaults for what the config does not say."""
+    return {name: getattr(config, f"{NAME}_{name}", value) for name, value in DEFAULTS.items()}
+
+
+def needs_order(options: dict[str, Any]) -> bool:
+    """Whether the options need to know which key is a query's own."""
+    return options["window"] > 0 or maskless(options["selector"], options["residual"])
+
+
+def maskless(selector: object, residual: bool) -> bool:
+    """Whether a selection takes no mask: what a query sees must be a range of keys."""
+    return residual or selector in ("blocks", "refined_blocks")
+
+
+def kept(options: dict[str, Any]) -> dict[str, int]:
+    """What is always kept."""
+    return {name: options[name] for name in ("window", "sinks")}
+
+
+def configs_of(model: torch.nn.Module) -> list[Any]:
+    """Each config of the model and its parts, once."""
+    return list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+
+
+def set_options(model: torch.nn.Module, options: dict[str, Any]) -> None:
+    for config in configs_of(model):
+        for name, value in options.items():
+            setattr(config, f"{NAME}_{name}", value)
+        mark(config)
+
+
+def mark(config: Any) -> None:
+    """Lets a config say, once saved, that the model is to be loaded with this attention, not with another."""
+    if _MARK not in config.__dict__:
+        setattr(config, _MARK, NAME)
+
+
+@contextmanager
+def unchanged_if_refused(model: torch.nn.Module) -> Iterator[None]:
+    """Puts the configs back as they were where anything is raised."""
+    fields = [*_FIELDS, _MARK, _INTERNAL]
+    before = [(c, {f: c.__dict__[f] for f in fields if f in c.__dict__}) for c in configs_of(model)]
+    try:
+        yield
+    except BaseException:
+        for config, values in before:
+            for field in fields:
+                config.__dict__.pop(field, None)
+            config.__dict__.update(values)
+        raise

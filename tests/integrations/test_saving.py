@@ -1,0 +1,93 @@
+"""Models that are saved and loaded again: sparse as they were, or one sentence says what is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_attn
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
+from tests.integrations.models import close, ids, llama, logits, pair  # noqa: E402
+
+
+def loaded(folder, **more):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **more)
+
+
+def test_a_configured_model(tmp_path):
+    """Also of a model that was loaded itself; an implementation that is asked for goes before what was saved."""
+    dense, sparse = pair(top_k=8, window=2)
+    for _ in range(2):
+        sparse.save_pretrained(tmp_path)
+        sparse, before = loaded(tmp_path), sparse
+        assert torch.equal(logits(sparse, ids()), logits(before, ids()))
+    close(logits(loaded(tmp_path, attn_implementation="sdpa"), ids()), logits(dense, ids()))
+
+
+def test_a_program_that_does_not_know_this_package_refuses_it(tmp_path, monkeypatch):
+    """Rather than run a dense model: transformers' own error names the implementation."""
+    pair(top_k=8)[1].save_pretrained(tmp_path)
+    monkeypatch.delitem(transformers.AttentionInterface._global_mapping, "sparse_attn")
+    with pytest.raises(ValueError, match="sparse_attn"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("share", ["all", "kv"])
+@pytest.mark.parametrize("size", ["1MB", "20KB"])
+def test_indexers(tmp_path, share, size):
+    model = sparse_transformers.add_indexers(llama(), num_heads=3, head_dim=8, share=share)
+    sparse_transformers.configure(model, top_k=6, selector="indexer", sinks=1)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "20KB")
+    again = loaded(tmp_path)
+    with pytest.raises(ValueError, match=r"an indexer in layer 0: .* load_indexers: .* save_pretrained"):
+        logits(again, ids())
+    sparse_transformers.load_indexers(again, tmp_path)
+    assert torch.equal(logits(again, ids()), logits(model, ids()))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_low_rank_scorers(tmp_path, int8):
+    model = sparse_transformers.fit_low_rank(llama(), [ids()], rank=3, int8=int8)
+    sparse_transformers.configure(model, top_k=6, selector="low_rank")
+    model.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    with pytest.raises(ValueError, match=r"a scorer in layer 0: .* load_low_rank from the folder"):
+        logits(again, ids())
+    sparse_transformers.load_low_rank(again, tmp_path)
+    assert torch.equal(logits(again, ids()), logits(model, ids()))
+
+
+def test_folders_without_any(tmp_path):
+    llama().save_pretrained(tmp_path)
+    for load in (sparse_transformers.load_indexers, sparse_transformers.load_low_rank):
+        with pytest.raises(ValueError, match="holds nothing called sparse_attn_"):
+            load(llama(), tmp_path)
+
+
+def test_indexers_of_layers_that_the_model_does_not_have(tmp_path):
+    sparse_transformers.add_indexers(llama(num_hidden_layers=3)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has something for model\.layers\.2\.self_attn"):
+        sparse_transformers.load_indexers(llama(), tmp_path)
+
+
+def test_an_embedding_of_variable_width():
+    """A model runs with one; what transformers would do to its weight is refused, and changes nothing."""
+    model = llama()
+    embedding = sparse_attn.nn.VariableWidthEmbedding(
+        sparse_attn.WidthPlan.from_cutoffs(64, 48, cutoffs=[16], widths=[48, 8])
+    )
+    model.set_input_embeddings(embedding)
+    before = logits(model, ids())
+    model.config.tie_word_embeddings = True  # after which transformers looks for `embed_tokens.weight`
+    refusals = {
+        r"no `weight`: VariableWidthHead\(embedding\)": lambda: model.resize_token_embeddings(80),
+        r"model\.embed_tokens\.weight. is neither a parameter": model.tie_weights,
+    }
+    for words, call in refusals.items():
+        with pytest.raises(AttributeError, match=words):
+            call()
+        assert model.get_input_embeddings() is embedding
+        assert torch.equal(logits(model, ids()), before)
