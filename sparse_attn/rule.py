@@ -16,13 +16,16 @@ from torch import Tensor
 from sparse_attn import checks
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
-SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale"
-PARTS = 5
+SCHEMA = (
+    "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale"
+)
+PARTS = 6
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(
     ("is_causal", "causal_offset", "attn_mask", "key_lengths", "window", "sinks", "share", "scale", "key_starts")
 )
+OFFSETS = "causal_offsets"  # what a causal_offset is called that each query has of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,8 @@ class Rule:
 
     Args:
         is_causal: query i sees keys 0 … i + causal_offset.
-        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last).
+        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last). A tensor,
+            int32 or int64 [B] or [B, Tq], gives each sequence, or query, its own.
         attn_mask: boolean, True = may attend, broadcastable to [B, Hq, Tq, Tk]; the same for heads that share.
         key_lengths: int32 or int64 [B]; keys at and past it do not exist.
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
@@ -52,7 +56,7 @@ class Rule:
     """
 
     is_causal: bool = False
-    causal_offset: int | None = None
+    causal_offset: int | Tensor | None = None
     attn_mask: Tensor | None = None
     key_lengths: Tensor | None = None
     window: int = 0
@@ -71,7 +75,7 @@ class Rule:
         for name, default in _DEFAULTS:
             value = getattr(self, name)
             if value is not default and (isinstance(value, Tensor) or value != default):
-                said.append(name)
+                said.append(OFFSETS if name == "causal_offset" and isinstance(value, Tensor) else name)
         return frozenset(said)
 
     def only(self, what: str, *known: str) -> None:
@@ -106,6 +110,9 @@ class Rule:
         is_causal = checks.boolean("is_causal", self.is_causal)
         window, sinks = checks.kept(self.window, self.sinks, is_causal, top_k)
         groups = key.shape[1] if per_group else checks.groups_of(self.share, query.shape[1], key.shape[1])
+        offset, offsets = self.causal_offset, None
+        if isinstance(offset, Tensor):
+            offset, offsets = None, checks.offsets_of(is_causal, offset, query)
         length = query.shape[2], key.shape[2]
         return PackedRule(
             None
@@ -113,16 +120,18 @@ class Rule:
             else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
             None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
             is_causal,
-            checks.causal_offset_of(is_causal, self.causal_offset, *length),
+            0 if offsets is not None else checks.causal_offset_of(is_causal, offset, *length),
             window,
             sinks,
             groups,
             checks.softmax_scale(self.scale, query.shape[3]),
             None if self.key_starts is None else checks.starts_of(self.key_starts, query),
+            offsets,
         )
 
 
 _DEFAULTS = tuple((field.name, field.default) for field in fields(Rule))
+EVERY_PART = frozenset((*(name for name, _ in _DEFAULTS), OFFSETS))
 
 
 class PackedRule(NamedTuple):
@@ -131,21 +140,22 @@ class PackedRule(NamedTuple):
     attn_mask: Tensor | None  # bool [B, G, Tq, Tk], True = may attend
     key_lengths: Tensor | None  # int [B]
     is_causal: bool
-    causal_offset: int  # 0 without is_causal
+    causal_offset: int  # 0 without is_causal, and where there are causal_offsets
     window: int
     sinks: int
     groups: int  # G: 1, Hkv or Hq
     scale: float
     key_starts: Tensor | None = None  # int [B, Tq], any values
+    causal_offsets: Tensor | None = None  # int [B, Tq], any values
 
     def first_kept(self, key_length: int) -> int:
         """How many of the first keys are always kept."""
         return min(self.sinks, key_length)
 
-    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[int], float]:
+    def parts(self) -> tuple[Any, ...]:
         """What `SCHEMA` names."""
         numbers = [int(self.is_causal), self.causal_offset, self.window, self.sinks, self.groups]
-        return self.attn_mask, self.key_lengths, self.key_starts, numbers, self.scale
+        return self.attn_mask, self.key_lengths, self.key_starts, self.causal_offsets, numbers, self.scale
 
     @classmethod
     def of_parts(
@@ -153,12 +163,13 @@ class PackedRule(NamedTuple):
         attn_mask: Tensor | None,
         key_lengths: Tensor | None,
         key_starts: Tensor | None,
+        causal_offsets: Tensor | None,
         numbers: list[Any],
         scale: float,
     ) -> PackedRule:
         is_causal, causal_offset, window, sinks, groups = numbers
         of_numbers = bool(is_causal), causal_offset, window, sinks, groups
-        return cls(attn_mask, key_lengths, *of_numbers, scale, key_starts)
+        return cls(attn_mask, key_lengths, *of_numbers, scale, key_starts, causal_offsets)
 
 
 def selection_shape(query: Tensor, key: Tensor, top_k: int, rule: PackedRule) -> tuple[int, int, int, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparse_attn.rule import EVERYWHERE
+from sparse_attn.rule import EVERY_PART
 from sparse_attn.wings import extension
 from sparse_attn.wings.base import Wing, register
 
@@ -21,5 +21,5 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERYWHERE)
+CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART)
 register(CPU_WING)
