@@ -109,22 +109,23 @@ class Rule:
         """
         is_causal = checks.boolean("is_causal", self.is_causal)
         window, sinks = checks.kept(self.window, self.sinks, is_causal, top_k)
-        groups = key.shape[1] if per_group else checks.groups_of(self.share, query.shape[1], key.shape[1])
+        _, heads, query_length, head_dim = query.shape
+        _, kv_heads, key_length, _ = key.shape
+        groups = kv_heads if per_group else checks.groups_of(self.share, heads, kv_heads)
         offset, offsets = self.causal_offset, None
         if isinstance(offset, Tensor):
             offset, offsets = None, checks.offsets_of(is_causal, offset, query)
-        length = query.shape[2], key.shape[2]
         return PackedRule(
             None
             if self.attn_mask is None
             else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
             None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
             is_causal,
-            0 if offsets is not None else checks.causal_offset_of(is_causal, offset, *length),
+            0 if offsets is not None else checks.causal_offset_of(is_causal, offset, query_length, key_length),
             window,
             sinks,
             groups,
-            checks.softmax_scale(self.scale, query.shape[3]),
+            checks.softmax_scale(self.scale, head_dim),
             None if self.key_starts is None else checks.starts_of(self.key_starts, query),
             offsets,
         )

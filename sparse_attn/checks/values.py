@@ -24,7 +24,8 @@ def describe(value: object) -> str:
 
 def integer(name: str, value: Any, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
     """An int (or a symbolic one), not a bool; numpy integers are taken too."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    # The plain int first: every call checks several.
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
         value = value.__index__()
@@ -44,6 +45,11 @@ def boolean(name: str, value: object) -> bool:
 def dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if type(value) is not Tensor and hasattr(value, "placements"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor with placements {value.placements}: no op of sparse_attn "
+            "knows how to shard itself; call it on local tensors (DTensor.to_local, or local_map around the call)"
+        )
 
 
 def has_values(tensor: Tensor) -> bool:

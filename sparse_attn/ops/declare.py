@@ -88,8 +88,7 @@ class Op:
         sizes: dict[str, int] | None = None,
     ) -> str:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
-        said: frozenset[str] = frozenset() if rule is None else rule.said()
-        return base.choose(self.name, tensor, backend, function or self.name, said, **(sizes or {}))
+        return base.choose(self.name, tensor, backend, function or self.name, rule, **(sizes or {}))
 
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""
