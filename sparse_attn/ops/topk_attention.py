@@ -39,6 +39,7 @@ def attend_best(
     rule: Rule,
     *,
     backend: str | None = None,
+    function: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices [B, G, Tq, K]) of the selection by true q·k."""
     query, key, value = autocast(query, key, value)
@@ -46,7 +47,7 @@ def attend_best(
     checks.value_of(key, value)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
-    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 
