@@ -23,7 +23,17 @@ PARTS = 6
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(
-    ("is_causal", "causal_offset", "attn_mask", "key_lengths", "window", "sinks", "share", "scale", "key_starts")
+    (
+        "is_causal",
+        "causal_offset",
+        "attn_mask",
+        "key_lengths",
+        "window",
+        "sinks",
+        "share",
+        "scale",
+        "key_starts",
+    )
 )
 OFFSETS = "causal_offsets"  # what a causal_offset is called that each query has of its own
 

@@ -44,7 +44,12 @@ def select(
     rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
     name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
     name += f" share {sharing}" if sharing > 1 else ""
-    name += (" starts" if packed else "") + (" mask" if masked else "") + (" split" if split else "") + (" scores" if with_scores else "")
+    name += (
+        (" starts" if packed else "")
+        + (" mask" if masked else "")
+        + (" split" if split else "")
+        + (" scores" if with_scores else "")
+    )
     name += f" candidate {candidate}" if candidate else ""
     arguments = {
         "query": f"*{dtype}",

@@ -281,7 +281,13 @@ def select_tiles(
             some_kept = first_kept
             if starts is not None:
                 some_kept = _kept_until(
-                    starts, batch, tl.minimum(first_row + some, last_row), starts_b, starts_t, key_length, first_kept
+                    starts,
+                    batch,
+                    tl.minimum(first_row + some, last_row),
+                    starts_b,
+                    starts_t,
+                    key_length,
+                    first_kept,
                 )
             out_row = group.to(tl.int64) * query_length + first_row + some
             _emit(

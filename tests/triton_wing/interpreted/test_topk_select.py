@@ -32,7 +32,15 @@ def sizes(monkeypatch):
     return choose
 
 
-SHARED = ("causal", "window_sinks", "negative_scale", "mask_keys", "starts_of_queries", "lengths_causal", "everything")
+SHARED = (
+    "causal",
+    "window_sinks",
+    "negative_scale",
+    "mask_keys",
+    "starts_of_queries",
+    "lengths_causal",
+    "everything",
+)
 
 
 @pytest.mark.parametrize(
