@@ -17,7 +17,8 @@ from sparse_attn import checks
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
 SCHEMA = (
-    "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale"
+    "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, "
+    "SymInt[] rule, float scale"
 )
 PARTS = 6
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
@@ -131,7 +132,9 @@ class Rule:
             else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
             None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
             is_causal,
-            0 if offsets is not None else checks.causal_offset_of(is_causal, offset, query_length, key_length),
+            0
+            if offsets is not None
+            else checks.causal_offset_of(is_causal, offset, query_length, key_length),
             window,
             sinks,
             groups,

@@ -34,7 +34,7 @@ def backward(call: Backward) -> dict[str, Tensor]:
         grad_out = s.query.new_zeros((*s.query.shape[:3], s.value.shape[3]))
     found = BACKWARD.on(call.wing)(
         grad_out, call.grads.lse, s.query, s.key, s.value, s.blocks, s.lse, s.block_size, s.query_tile,
-        s.attn_mask, s.key_lengths, s.key_starts, s.rule, s.scale,
+        s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale,
     )  # fmt: skip
     return dict(zip(("query", "key", "value"), found, strict=True))
 
@@ -43,7 +43,7 @@ OP = Op(
     "block_attention",
     f"({_INPUTS}, {_SIZES}) -> (Tensor out, Tensor lse)",
     fake,
-    saved="query key value blocks lse block_size query_tile attn_mask key_lengths key_starts rule scale",
+    saved="query key value blocks lse block_size query_tile attn_mask key_lengths key_starts causal_offsets rule scale",
     backward=backward,
 )
 

@@ -27,9 +27,7 @@ class Sequences(NamedTuple):
 
     def rule(self, window: int, sinks: int, share: str, scale: float | None) -> Rule:
         offset, first = self.offset[None], self.first[None]
-        return Rule(
-            True, offset, window=window, sinks=sinks, share=share, scale=scale, key_starts=first
-        )
+        return Rule(True, offset, window=window, sinks=sinks, share=share, scale=scale, key_starts=first)
 
     def own(self, indices: Tensor, top_k: int) -> Tensor:
         """indices of keys of the pack, [1, G, T, K'] → of each sequence's own, [T, G, K]."""
@@ -237,8 +235,8 @@ def varlen_gathered_attention(
 
     Args:
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k: as in :func:`varlen_topk_attention`.
-        indices: int32 or int64 [T, G, K], counted from the start of each query's own sequence, G one of 1, Hkv, Hq. What
-            is negative, or no key of that sequence, is an empty slot and is never read through.
+        indices: int32 or int64 [T, G, K], counted from the start of each query's own sequence, G one of 1, Hkv, Hq.
+            What is negative, or no key of that sequence, is an empty slot and is never read through.
         scale, return_lse, backend: as in :func:`gathered_attention`.
 
     Returns:
