@@ -18,7 +18,7 @@ from sparse_attn.checks.rule import (
     starts_of,
     top_k_of,
 )
-from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
+from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, inference_only, integer, token_batch
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -31,6 +31,7 @@ __all__ = [
     "groups_of",
     "indexer_weights",
     "indices_of",
+    "inference_only",
     "integer",
     "kept",
     "lengths_of",

@@ -80,17 +80,16 @@ def indexer_weights(weights: object, query: Tensor) -> Tensor:
 
 def indices_of(indices: object, query: Tensor, key: Tensor) -> Tensor:
     """indices as int32 [B, G, Tq, K]."""
-    rows = f"Tq={query.shape[2]}"
     given = indices.unsqueeze(1) if isinstance(indices, Tensor) and indices.dim() == 3 else indices
     axes = "[B, G, Tq, K] with G one of 1, Hkv, Hq, or [B, Tq, K]"
-    return _numbers("indices", given, query, key, query.shape[2], "[B, G, Tq, K]", axes, rows)
+    return _numbers("indices", given, query, key, query.shape[2], "[B, G, Tq, K]", axes, "Tq")
 
 
 def blocks_of(blocks: object, query: Tensor, key: Tensor, query_tile: int) -> Tensor:
     """blocks as int32 [B, G, N, M], N = ⌈Tq / query_tile⌉."""
     tiles = -(-query.shape[2] // query_tile)
     axes = "[B, G, N, M] with G one of 1, Hkv, Hq and N = ⌈Tq / query_tile⌉"
-    return _numbers("blocks", blocks, query, key, tiles, "[B, G, N, M]", axes, f"N={tiles}")
+    return _numbers("blocks", blocks, query, key, tiles, "[B, G, N, M]", axes, "N")
 
 
 def _numbers(
@@ -101,7 +100,7 @@ def _numbers(
     rows: int,  # the third dimension
     shape: str,
     axes: str,  # the shape, explained
-    rows_text: str,
+    rows_name: str,  # not their number: a size in a text would be a constant of a compiled graph
 ) -> Tensor:
     """Numbers of keys or of blocks as int32, of the shape that they must have."""
     if not isinstance(numbers, Tensor):
@@ -116,7 +115,7 @@ def _numbers(
     if not fits or numbers.shape[1] not in (1, kv_heads, heads):
         raise ValueError(
             f"{name} must have shape {axes}; "
-            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, {rows_text}, got {describe(numbers)}"
+            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, {rows_name}={rows}, got {describe(numbers)}"
         )
     if numbers.dtype == torch.int64:
         # A number past 2^31 must not wrap around into range; none is as large as the number of keys.

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from sparse_attn.checks.values import dense, describe, has_values, integer
+from sparse_attn.checks.values import bare, dense, describe, has_values, integer
 
 SHARES = ("none", "kv", "all")
 
@@ -114,11 +114,7 @@ def mask_of(
     # A mask per head where heads share one selection: it must be the same for all that share.
     heads_of = attn_mask.unflatten(1, (groups, heads // groups))
     first = heads_of[:, :, :1]
-    if (
-        heads_of.stride(2) != 0
-        and has_values(heads_of)
-        and not torch.equal(heads_of, first.expand_as(heads_of))
-    ):
+    if heads_of.stride(2) != 0 and has_values(heads_of) and not bool(bare(heads_of == first).all()):
         raise ValueError(
             "attn_mask must not differ among query heads that share one selection "
             f"({heads // groups} heads share here), got different masks"
@@ -135,8 +131,8 @@ def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
     if key_lengths.shape != (batch,):
         raise ValueError(f"key_lengths must have shape [B] = [{batch}], got {describe(key_lengths)}")
     # Reads values: free on the CPU; elsewhere every wing clamps to [0, Tk] instead of synchronising.
-    if key.device.type == "cpu" and batch and has_values(key_lengths):
-        low, high = (int(x) for x in key_lengths.aminmax())
+    if key.device.type == "cpu" and has_values(key_lengths) and bare(key_lengths).numel():
+        low, high = (int(x) for x in bare(key_lengths).aminmax())
         if low < 0 or high > length:
             raise ValueError(
                 f"key_lengths must lie in [0, Tk] = [0, {length}], got values from {low} to {high}"

@@ -57,6 +57,38 @@ def has_values(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """The tensor itself where torch.func wrapped it: it can be read, and has the dimensions of every vmap, too."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def mapped(tensor: Tensor) -> bool:
+    """Whether some vmap maps over it."""
+    return bare(tensor).dim() > tensor.dim()
+
+
+def inference_only(what: str, *tensors: object) -> None:
+    """Of a function under no_grad: torch.func.grad, which asks nobody, would take its gradient to be 0."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            f"{what} is for inference and has no gradient: give torch.func detached tensors"
+        )
+
+
+def first(bad: Tensor, *values: Tensor) -> tuple[list[int], list[int]] | None:
+    """Where `bad` holds first, and the values there; None where nowhere, in no entry of a vmap."""
+    if not bool(bare(bad).any()):
+        return None
+    # Together, so that all have the dimensions of vmap in one place, the front.
+    table = bare(torch.stack(torch.broadcast_tensors(bad.long(), *(v.long() for v in values)), dim=-1))
+    place = table[..., 0].nonzero()[0].tolist()
+    return place[len(place) - bad.dim() :], table[tuple(place)][1:].tolist()
+
+
 def token_batch(what: str, tokens: Tensor, vocabulary: int | None = None) -> None:
     """That `tokens` is int [B, T] with at least one token and, where it is known, ids below `vocabulary`."""
     whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64) and tokens.dim() == 2

@@ -8,8 +8,9 @@ from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Backward, Op
-from sparse_attn.rule import Rule
+from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.rule import PackedRule, Rule
+from sparse_attn.wings.reference.block_attention import along
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor blocks"
 _SIZES = f"SymInt block_size, SymInt query_tile, {rules.SCHEMA}"
@@ -25,6 +26,7 @@ BACKWARD = Op(
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     gathered_attention.fake_gradients,
     gradient_of="attention",
+    batch="grad_out grad_lse query key value blocks lse grad_query grad_key grad_value",
 )
 
 
@@ -39,12 +41,22 @@ def backward(call: Backward) -> dict[str, Tensor]:
     return dict(zip(("query", "key", "value"), found, strict=True))
 
 
+def tangent(
+    call: Forward, query, key, value, blocks, block_size, query_tile, rule: PackedRule
+) -> dict[str, Tensor]:
+    sizes, moves = (block_size, query_tile), call.tangents
+    out, lse = along(query, key, value, blocks, *sizes, rule, moves.query, moves.key, moves.value)
+    return {"out": out, "lse": lse}
+
+
 OP = Op(
     "block_attention",
     f"({_INPUTS}, {_SIZES}) -> (Tensor out, Tensor lse)",
     fake,
     saved="query key value blocks lse block_size query_tile attn_mask key_lengths key_starts causal_offsets rule scale",
     backward=backward,
+    tangent=tangent,
+    batch="query key value blocks out lse",
 )
 
 
@@ -120,6 +132,7 @@ def block_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Source: blocks chosen by mean keys, for attention in whole blocks, are Lu et al., "MoBA: Mixture of Block
     Attention for Long-Context LLMs" (2025) and Yuan et al., "Native Sparse Attention" (2025).

@@ -20,6 +20,7 @@ OP = Op(
     "indexer_select",
     f"(Tensor query, Tensor key, Tensor weights, SymInt top_k, {rules.SCHEMA}, bool int8) -> Tensor",
     fake,
+    batch="query key weights out",
 )
 
 

@@ -9,7 +9,7 @@ from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Op
+from sparse_attn.ops.declare import Forward, Op
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -20,6 +20,11 @@ def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Te
     return *gathered_attention.fake(query, key, value, indices, rule.scale), indices
 
 
+def tangent(call: Forward, query, key, value, top_k, rule: PackedRule) -> dict[str, Tensor]:
+    """Through the selected keys; the choice is constant."""
+    return gathered_attention.tangent(call, query, key, value, call.results.indices, rule.scale)
+
+
 OP = Op(
     "topk_attention",
     f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}) -> "
@@ -28,6 +33,8 @@ OP = Op(
     saved=gathered_attention.SAVED,
     constant="indices",
     backward=gathered_attention.backward,
+    tangent=tangent,
+    batch="query key value out lse indices",
 )
 
 
@@ -106,6 +113,7 @@ def topk_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Sources: Gupta et al., "Memory-efficient Transformers via Top-k Attention" (2021); sinks: Xiao et al.,
     "Efficient Streaming Language Models with Attention Sinks" (2023).
@@ -168,6 +176,7 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
+    checks.inference_only("topk_attention_with_residual", query, key, value)
     rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)

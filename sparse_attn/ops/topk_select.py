@@ -28,6 +28,7 @@ OP = Op(
     f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, bool rounded, Tensor? blocks, SymInt block_size, "
     "SymInt query_tile) -> Tensor",
     fake,
+    batch="query key blocks out",
 )
 
 
@@ -217,7 +218,8 @@ def refine_blocks(
     their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
-        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in :func:`topk_select`.
+        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in
+            :func:`topk_select`.
         blocks, block_size, query_tile: what :func:`block_select` gave, and what it was given. Its G must divide the
             number of selections that `share` asks for. Numbers out of range are empty slots.
         window, sinks: always kept, in the blocks or not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -123,7 +124,7 @@ def test_packed_documents_are_documents_alone(dtype, share, make):
     quantized = cpu.quantized_select(
         *inputs[:2], 16, key_starts=documents(*CUTS, dtype=torch.int32), **options
     )
-    pieces = list(zip(CUTS, CUTS[1:], strict=False))
+    pieces = list(itertools.pairwise(CUTS))
     for begin, end, single in alone(cpu.topk_attention, pieces, inputs, top_k=16, **FLAGS, **options):
         assert torch.equal(out[:, :, begin:end], single[0])
         assert torch.equal(lse[:, :, begin:end], single[1])
@@ -166,7 +167,7 @@ def test_an_indexer_of_packed_documents(wing, dtype, int8):
     weights = weights[..., :6].transpose(1, 3).squeeze(-1)
     options = {"is_causal": True, "window": 3, "sinks": 2, "int8": int8}
     together = wing.indexer_select(query, key, weights, 16, key_starts=documents(*CUTS), **options)
-    for begin, end in zip(CUTS, CUTS[1:], strict=False):
+    for begin, end in itertools.pairwise(CUTS):
         part = slice(begin, end)
         single = wing.indexer_select(query[:, :, part], key[:, :, part], weights[:, :, part], 16, **options)
         assert_shifted(together[:, :, part], single, begin)
@@ -184,7 +185,7 @@ def test_whole_blocks_of_packed_documents(wing, dtype, share):
     out, lse = wing.block_attention(*inputs, blocks, return_lse=True, **starts, **sizes)
     grads = torch.autograd.grad(out.sum() + lse.sum(), inputs)
     refined = wing.refine_blocks(query, key, blocks, 20, window=3, sinks=2, share=share, **starts, **sizes)
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         part = [t.detach()[:, :, begin:end].requires_grad_() for t in inputs]
         single = sparse_attn.block_select(*part[:2], 3, share=share, backend=wing.name, **sizes)
         tiles = blocks[:, :, begin // 16 : end // 16]
@@ -207,16 +208,16 @@ def test_selectors_take_it():
     rule = replace(plain, sinks=1, window=2)
     scorer = sparse_attn.nn.LowRankScorer(2, 16, 8).calibrate(query, key).fit()
     blocks = sparse_attn.selection.Blocks(16, 16)
-    for selector, given in (
+    for selector, of_it in (
         (Exact(), rule),
         (Rounded(), rule),
         (LowRank(scorer), rule),
         (Refined(2, blocks), plain),
     ):
-        chosen = selector.select(query, key, 32, given).indices
+        chosen = selector.select(query, key, 32, of_it).indices
         assert bool((chosen[1, :, :32] == -1).all())
         assert bool((chosen[1][chosen[1] >= 0] >= 32).all())
-        if given.sinks:
+        if of_it.sinks:
             assert bool((chosen[1, :, 32:, 0] == 32).all())
     out = attend(query, key, value, blocks.select(query, key, 64, plain), rule=plain)
     query, key, value = (t[1:, :, 32:] for t in (query, key, value))
