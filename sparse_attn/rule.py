@@ -123,18 +123,19 @@ class Rule:
         _, heads, query_length, head_dim = query.shape
         _, kv_heads, key_length, _ = key.shape
         groups = kv_heads if per_group else checks.groups_of(self.share, heads, kv_heads)
-        offset, offsets = self.causal_offset, None
-        if isinstance(offset, Tensor):
-            offset, offsets = None, checks.offsets_of(is_causal, offset, query)
+        given = self.causal_offset
+        offsets = None
+        if isinstance(given, Tensor):
+            offset, offsets = 0, checks.offsets_of(is_causal, given, query)
+        else:
+            offset = checks.causal_offset_of(is_causal, given, query_length, key_length)
         return PackedRule(
             None
             if self.attn_mask is None
             else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
             None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
             is_causal,
-            0
-            if offsets is not None
-            else checks.causal_offset_of(is_causal, offset, query_length, key_length),
+            offset,
             window,
             sinks,
             groups,

@@ -96,7 +96,7 @@ def block_select(
     end: int | Tensor = key_length
     if key_lengths is not None:
         end = key_lengths.clamp(0, key_length).to(torch.int64).view(-1, 1, 1, 1)
-    exists = None if key_lengths is None else (0, end)
+    exists: tuple[int | Tensor, int | Tensor] | None = None if key_lengths is None else (0, end)
     blocks = torch.arange(count, device=query.device)
     visible = (blocks * block_size < end).expand(1 if exists is None else batch, 1, tiles, count)
     first_block = None

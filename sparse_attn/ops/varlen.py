@@ -21,7 +21,7 @@ class Sequences(NamedTuple):
     """Where the keys of each query's sequence lie, for every query of the pack."""
 
     first: Tensor  # int64 [T]: the sequence's first key; behind the last sequence Tk, so that nothing is seen
-    count: Tensor  # int64 [T]: how many there are
+    keys: Tensor  # int64 [T]: how many there are
     offset: Tensor  # int64 [T]: with it query i sees keys first … i + offset
     longest: int  # the most keys of a sequence
 
@@ -36,7 +36,7 @@ class Sequences(NamedTuple):
 
     def of_pack(self, indices: Tensor) -> Tensor:
         """The other way, [T, G, K] → [1, G, T, K]; what is no key of the sequence becomes −1."""
-        inside = (indices >= 0) & (indices < self.count[:, None, None])
+        inside = (indices >= 0) & (indices < self.keys[:, None, None])
         found = torch.where(inside, indices + self.first[:, None, None], -1)
         return found.to(torch.int32).transpose(0, 1)[None]
 
@@ -257,8 +257,7 @@ def varlen_gathered_attention(
     where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, False, 0, seqused_k)
     check.packed_tensor("value", value, "[Tk, Hkv, Dv]")
     check.packed_indices(indices, query)
-    out, lse = gathered_attention.attend(
-        *_batched(query, key, value), where.of_pack(indices), scale=scale, backend=backend
-    )
+    q, k, v = _batched(query, key, value)
+    out, lse = gathered_attention.attend(q, k, v, where.of_pack(indices), scale=scale, backend=backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0].transpose(0, 1)) if return_lse else out
