@@ -65,7 +65,7 @@ def topk_attention(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -93,7 +93,8 @@ def topk_attention(
         value: [B, Hkv, Tk, Dv]; Dv may differ from D.
         top_k: keys per query, the whole budget (window and sinks count toward it), at least 1.
         is_causal: query i sees keys 0 … i + causal_offset.
-        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last).
+        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last). A tensor,
+            int32 or int64 [B] or [B, Tq], gives each sequence, or query, its own.
         attn_mask: boolean, True = may attend, broadcastable to [B, Hq, Tq, Tk]; the same for heads that share.
         key_lengths: int32 or int64 [B]; keys at and past it do not exist.
         scale: factor of q·k, default 1/√D.
@@ -141,7 +142,7 @@ def topk_attention_with_residual(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     window: int = 0,
@@ -189,7 +190,7 @@ def explain(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
