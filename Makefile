@@ -2,6 +2,8 @@
 #   make demo                      train a small GPT with dense and with top-k attention
 #   make test ARGS="-k gathered"   the tests; make test-fast leaves out what is slow (marker `slow`)
 #   make bench                     the benchmarks, their tables and pictures
+#   make fuzz CASES=100000         random calls of all ops against float64 oracles (or SECONDS=60; SEED, OPS)
+#   make sanitize | soak           the ops under ASan, UBSan and TSan; an hour of calls from four threads (SECONDS)
 #   make lint | format | clean
 
 VENV ?= .venv
@@ -14,8 +16,15 @@ FORMAT_PY := .
 # Processes that share the tests, each with two threads of torch; 0 runs them in one, as --pdb needs.
 WORKERS ?= 2
 
+# Of `make fuzz` and `make soak`; what is empty is left to them.
+SEED ?= 0
+CASES ?=
+SECONDS ?=
+OPS ?=
+FUZZ_OPTIONS = --seed $(SEED) $(if $(CASES),--cases $(CASES)) $(if $(SECONDS),--seconds $(SECONDS))
+
 .NOTPARALLEL:
-.PHONY: demo test test-fast bench lint format clean
+.PHONY: demo test test-fast fuzz sanitize soak bench lint format clean
 
 demo: $(VENV)/.installed-cli
 	@$(BIN)/sparse-attn demo $(ARGS)
@@ -25,6 +34,16 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" tests $(ARGS)
+
+fuzz: $(VENV)/.installed-test
+	@cd tests && $(abspath $(BIN))/python -m fuzz $(FUZZ_OPTIONS) $(if $(OPS),--ops $(OPS)) $(ARGS)
+
+soak: $(VENV)/.installed-test
+	@cd tests && $(abspath $(BIN))/python -m fuzz soak $(FUZZ_OPTIONS) $(ARGS)
+
+sanitize: $(VENV)/.installed-test
+	@tools/sanitize.sh address
+	@tools/sanitize.sh thread
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/sparse-attn bench $(ARGS)

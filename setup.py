@@ -8,6 +8,8 @@ Environment variables:
   SPARSE_ATTN_CUDA=0          leave out the CUDA kernels even where nvcc is found
   SPARSE_ATTN_CUDA_ARCHS=90a  build them for these GPUs ("80,90a"; PTX: "120-virtual"), "all" or "native", those of this
                               machine. Default: all for a wheel, native for an editable or in-place build
+  SPARSE_ATTN_SANITIZE=address  build for ASan and UBSan ("thread": for TSan) in a folder of its own, without CUDA, as
+                              `make sanitize` does: it loads only where the sanitizer's runtime was loaded first
   SPARSE_ATTN_PROGRESS=file   append a line to it for each thing that was compiled
   MAX_JOBS=4                  parallel compile jobs (default: the number of usable cores)
   CXX, CUDA_HOME              which compiler, which CUDA toolkit

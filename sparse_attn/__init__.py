@@ -6,6 +6,7 @@ from sparse_attn.ops.block_select import block_select
 from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
+from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.topk_attention import explain, topk_attention, topk_attention_with_residual
 from sparse_attn.ops.topk_select import quantized_select, refine_blocks, topk_select
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
@@ -17,6 +18,7 @@ from sparse_attn.wings.base import explain_call, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
+    "KeyIndex",
     "WidthPlan",
     "attend",
     "block_attention",

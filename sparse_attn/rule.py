@@ -21,6 +21,8 @@ SCHEMA = (
     "SymInt[] rule, float scale"
 )
 PARTS = 6
+# For torch.func.vmap: those of its tensors whose first dimension is the batch, and the others.
+BATCH, SHARED = "attn_mask key_lengths key_starts causal_offsets", ""
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(

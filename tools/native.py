@@ -30,6 +30,11 @@ COMMON = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 # Kernels rely on NaN, infinities and signed zeros, so no -ffast-math; these two only free the vectorizer.
 KERNEL = ["-fno-math-errno", "-fno-trapping-math"]
 CUDA = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# What SPARSE_ATTN_SANITIZE adds to every compilation and to the link. A finding of UBSan ends the process.
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
 
 
 @dataclass
@@ -44,6 +49,7 @@ class Plan:
     archs: list[str]  # "90a": code for that GPU; "120-virtual": PTX, compiled by newer GPUs when loaded
     build_dir: Path
     jobs: int
+    sanitize: list[str]  # flags of a sanitizer, or none
 
 
 def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
@@ -59,12 +65,18 @@ def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
         raise Unavailable(f"torch {torch.version} is too old for the native kernels: they need torch>=2.10")
     if not accepts(cxx, []):
         raise Unavailable(f"{shlex.join(cxx)} does not compile C++20; use gcc>=11 or clang>=14")
+    sanitizer = os.environ.get("SPARSE_ATTN_SANITIZE", "")
+    if sanitizer and sanitizer not in SANITIZERS:
+        raise Unavailable(f"SPARSE_ATTN_SANITIZE must be one of {', '.join(SANITIZERS)}, got {sanitizer}")
     usable = {name: flags for name, flags in isas.items() if not flags or (X86 and accepts(cxx, flags))}
-    wanted = os.environ.get("SPARSE_ATTN_CUDA", "1") != "0"
+    wanted = os.environ.get("SPARSE_ATTN_CUDA", "1") != "0" and not sanitizer
     nvcc = find_nvcc() if wanted and archs else None
     no_cuda = "" if nvcc else "no nvcc was found" if archs else NO_GPU
-    no_cuda = no_cuda if wanted else "SPARSE_ATTN_CUDA=0 was set"
-    build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+    no_cuda = (
+        no_cuda if wanted else "SPARSE_ATTN_SANITIZE was set" if sanitizer else "SPARSE_ATTN_CUDA=0 was set"
+    )
+    name = "-".join(filter(None, ("native", sanitizer, sys.implementation.cache_tag, platform.machine())))
+    build_dir = ROOT / "build" / name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = int(os.environ.get("MAX_JOBS") or cores)
     known = [a for a in archs if nvcc and nvcc.knows(a.removesuffix("-virtual"))]
@@ -73,7 +85,9 @@ def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
         nvcc = None
         if env_flag("SPARSE_ATTN_REQUIRE_EXT"):
             raise Unavailable(no_cuda)
-    return Plan(cxx, torch, usable, nvcc, no_cuda, known, build_dir, jobs)
+    # Enough of -O to end, little enough that a report's lines are those of the source.
+    flags = [*SANITIZERS[sanitizer], "-O1", "-g1", "-fno-omit-frame-pointer"] if sanitizer else []
+    return Plan(cxx, torch, usable, nvcc, no_cuda, known, build_dir, jobs, flags)
 
 
 def build(plan: Plan, target: Path) -> None:
@@ -173,6 +187,7 @@ def _ninja_file(plan: Plan) -> str:
     sources = f"-I{ROOT / 'csrc'}"
     common = [
         *COMMON,
+        *plan.sanitize,
         sources,
         f"-ffile-prefix-map={ROOT}/=",
         f"-ffile-prefix-map={plan.torch.root.parent}/=",
@@ -211,7 +226,8 @@ def _ninja_file(plan: Plan) -> str:
         )
         for source in _sources("csrc/cuda/kernels/*.cu"):
             compile_(source, f"cuda/{source.stem}.cu.o", "nvcc", _text(_gencode(plan.archs)))
-    lines.append(f"rule link\n  command = {_text(plan.cxx)} $in -o $out $flags\n  description = link $out")
+    link = _text([*plan.cxx, *plan.sanitize])
+    lines.append(f"rule link\n  command = {link} $in -o $out $flags\n  description = link $out")
     inputs = " ".join(_path(o) for o in objects)
     lines.append(f"build {LIBRARY}: link {inputs}\n  flags = {_text(_library_flags(plan))}")
     module = _path(ROOT / "csrc/module.cpp")

@@ -15,6 +15,7 @@ import torch
 from sparse_attn.bench import machine
 from sparse_attn.cli.console import UsageError, count
 from sparse_attn.distillation.progress import reporting
+from sparse_attn.files import read_json, write_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +64,23 @@ def start(name: str, arguments: argparse.Namespace) -> Results:
     return Results(arguments.out / f"study_{name}{suffix}.json", command, arguments.threads)
 
 
+def _read(file: Path) -> dict:
+    try:
+        found = read_json(file, "results")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    kinds = {"rows": list, "about": dict, "tables": list}
+    if not isinstance(found, dict) or any(not isinstance(found.get(n, k()), k) for n, k in kinds.items()):
+        raise UsageError(f"{file} holds no results of a study")
+    return found
+
+
 class Results:
     """`rows` of a study, dicts of plain numbers, and what else it found."""
 
     def __init__(self, file: Path, command: str, threads: int) -> None:
         self.file, self.command, self.threads = file, command, threads
-        found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        found = _read(file) if file.exists() else {}
         self.rows: list[dict] = found.get("rows", [])
         self.about: dict = found.get("about", {})
         self.tables: list[dict] = found.get("tables", [])
@@ -91,10 +103,8 @@ class Results:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.machine = self.machine or machine.describe(self.threads, self.command)
         result = {"format": 1, "machine": self.machine, "about": self.about, "tables": self.tables}
-        # Written beside and moved, so that a run that is killed leaves a whole file.
-        beside = self.file.with_suffix(".part")
-        beside.write_text(json.dumps({**result, "rows": self.rows}, indent=1) + "\n", "utf-8")
-        beside.replace(self.file)
+        # Whole or not at all: a run that is killed leaves a file that the next one goes on from.
+        write_text(self.file, json.dumps({**result, "rows": self.rows}, indent=1) + "\n")
 
     @property
     def picture(self) -> Path:

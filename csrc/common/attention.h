@@ -14,12 +14,12 @@ namespace sparse_attn {
 
 inline void check_qkv(const char* op, const Tensor& query, const Tensor& key, const Tensor* value) {
     bool ok = query.dim() == 4 && key.dim() == 4 && query.size(0) == key.size(0) &&
-              query.size(3) == key.size(3) && key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
-              query.scalar_type() == key.scalar_type() &&
+              query.size(3) == key.size(3) && query.size(3) > 0 && key.size(1) > 0 && query.size(1) > 0 &&
+              query.size(1) % key.size(1) == 0 && query.scalar_type() == key.scalar_type() &&
               key.size(2) <= std::numeric_limits<int32_t>::max() - 64;
     if (ok && value != nullptr)
         ok = value->dim() == 4 && value->size(0) == key.size(0) && value->size(1) == key.size(1) &&
-             value->size(2) == key.size(2) && value->scalar_type() == key.scalar_type();
+             value->size(2) == key.size(2) && value->size(3) > 0 && value->scalar_type() == key.scalar_type();
     STD_TORCH_CHECK(ok, op,
                     ": query [B, Hq, Tq, D], key [B, Hkv, Tk, D] and value [B, Hkv, Tk, Dv] must agree; got ",
                     shape_of(query), ", ", shape_of(key), value ? ", " + shape_of(*value) : std::string());

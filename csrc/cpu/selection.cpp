@@ -26,8 +26,7 @@ void prepare_selection(Selection& s, const char* op, const Tensor& query, const 
     if (!s.lengths.empty()) s.params.rule.lengths = s.lengths.data();
 }
 
-// Whether any query can see more keys than it may keep: if none can, no score is needed.
-static bool needs_scores(const SelectParams& p) {
+bool needs_scores(const SelectParams& p) {
     int64_t most = p.key_length;
     if (p.rule.is_causal && !p.rule.offsets.given())
         most = std::min(most, p.query_length + p.rule.causal_offset);

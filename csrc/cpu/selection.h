@@ -38,6 +38,9 @@ inline Tensor new_indices(const Tensor& query, SelectParams& p) {
     return indices;
 }
 
+// Whether any query can see more keys than it may keep: if none can, no score is needed.
+bool needs_scores(const SelectParams& p);
+
 // Packs the keys, unless no query can see more keys than it may keep; `block` queries make one task.
 void pack_keys(Selection& s, int64_t block);
 

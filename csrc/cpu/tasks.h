@@ -14,7 +14,26 @@
 
 #include "common/tensors.h"
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define SPARSE_ATTN_UNWATCHED __attribute__((no_sanitize_thread))
+#else
+#define SPARSE_ATTN_UNWATCHED
+#endif
+
 namespace sparse_attn {
+
+// Work that goes to other threads, or comes back. What torch's threads are made of is not compiled for TSan,
+// which therefore does not see that one waits for the other: it is told, and nothing happens in other builds.
+struct Handover {
+#if defined(__SANITIZE_THREAD__)
+    void give() { __tsan_release(this); }
+    void take() { __tsan_acquire(this); }
+#else
+    void give() {}
+    void take() {}
+#endif
+};
 
 struct Free {
     void operator()(char* p) const { std::free(p); }
@@ -45,9 +64,14 @@ void for_each_task(int64_t count, int64_t scratch_bytes, bool parallel, const F&
     std::atomic<int64_t> next{0};
     int64_t threads = parallel ? std::min<int64_t>(torch::stable::get_num_threads(), count) : 1;
     if (threads == 1) return work(next);
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    Handover there, back;
+    there.give();
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) SPARSE_ATTN_UNWATCHED {
+        there.take();
         for (int64_t i = begin; i < end; ++i) work(next);
+        back.give();
     });
+    back.take();
 }
 
 // Below this many multiply-adds waking the other threads costs more than they save.

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels/gathered_attention.h"
-#include "cpu/selection.h"
+#include "cpu/topk_decode.h"
 
 SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
 
@@ -33,8 +33,14 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     const cpu::SelectKernels& select = cpu::topk_select_kernels();
     const cpu::AttendKernel& attend = cpu::gathered_attention_kernels();
-    pack_keys(s, select.block_queries(p));
     const int64_t sharing = p.heads / p.rule.groups;
+    if (decodes(p)) {
+        decode(p, attend.scratch_bytes(a), [&](int64_t b, int64_t group, int64_t i, char* scratch) {
+            attend.run(a, {b, {group * sharing, (group + 1) * sharing}, {i, i + 1}}, scratch);
+        });
+        return {out, lse, indices};
+    }
+    pack_keys(s, select.block_queries(p));
     const int64_t bytes = std::max(select.select.scratch_bytes(p), attend.scratch_bytes(a));
     // One task selects and attends: the block's indices and keys are still in cache.
     for_each_task(p.batch * p.rule.groups * s.per_head, bytes, s.parallel, [&](int64_t i, char* scratch) {

@@ -2,7 +2,7 @@
 // better words; the checks here keep a direct call of an op from reading or writing out of bounds.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/selection.h"
+#include "cpu/topk_decode.h"
 
 namespace sparse_attn {
 namespace {
@@ -39,6 +39,10 @@ Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional<Te
     if (chosen) set_blocks(p, op, *chosen, block_size, query_tile);
     Tensor indices = new_indices(query, p);
     if (indices.numel() == 0) return indices;
+    if (decodes(p)) {
+        decode(p, 0, [](int64_t, int64_t, int64_t, char*) {});
+        return indices;
+    }
     const cpu::SelectKernels& k = cpu::topk_select_kernels();
     const int64_t step = k.block_queries(p);
     pack_keys(s, step);

@@ -136,6 +136,8 @@ void prepare(Problem& s, const char* op, const Tensor& hidden, const Tensor& tar
                         targets.scalar_type() == ScalarType::Long,
                     op, ": hidden must be [N, D] and targets int64 [N]; got ", shape_of(hidden), " and ",
                     shape_of(targets));
+    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
+                    ": label_smoothing must be from 0 to 1; got ", label_smoothing);
     CrossEntropyParams& p = s.p;
     p.dtype = dtype_of(op, hidden);
     s.smoothing = label_smoothing;

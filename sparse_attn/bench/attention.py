@@ -20,12 +20,13 @@ Triple = tuple[Tensor, Tensor, Tensor]  # query [B, Hq, Tq, D], key and value [B
 LABELS = {
     "ours": "sparse_attn",
     "sdpa": "SDPA (dense)",
+    "sdpa_rows": "SDPA (dense), a group's heads as its queries",
     "flex": "FlexAttention (dense)",
     "plain": "plain PyTorch",
     "plain_tuned": "plain PyTorch, tuned",
 }
 SETTING = "B1 H8 D64 causal, K=64"
-DENSE = ("sdpa", "flex")
+DENSE = ("sdpa", "flex")  # what any row may be compared with
 PLAIN = ("plain", "plain_tuned")
 # The plain rivals store [H, T, T] scores (and their gradients): in the standard tables they end here.
 PLAIN_MAX_SCORES = 8 * 4096**2
@@ -48,7 +49,7 @@ class AttentionOp(Op):
     suite = "attention"
     setting = SETTING
     labels = LABELS
-    dense = DENSE
+    dense = (*DENSE, "sdpa_rows")
     gradients = True  # False: the op's result has none
 
     def ours(self, case: AttentionCase, tensors: Triple) -> contenders.Forward:
@@ -72,6 +73,8 @@ class AttentionOp(Op):
             return f"its [H, T, T] scores take {case.scores * 4 / 1e9:.1f} GB at T={case.length}"
         if contender == "plain" and case.direction != "forward" and case.scores > GATHER_MAX_SCORES:
             return "the backward of its torch.gather takes half a minute a call past T=1024"
+        if contender == "sdpa_rows" and (case.queries > 1 or case.heads == case.kv_heads):
+            return "it is for one query and heads that share keys"
         if contender == "flex":
             if case.direction != "forward":
                 return "FlexAttention has no backward on the CPU"
@@ -98,6 +101,8 @@ class AttentionOp(Op):
             return self.ours(case, tensors)
         if contender == "sdpa":
             return contenders.sdpa(case)
+        if contender == "sdpa_rows":
+            return contenders.sdpa_rows(case)
         if contender == "flex":
             return contenders.flex(case)
         return self.plain(contender, case, tensors)
@@ -107,7 +112,7 @@ class AttentionOp(Op):
 
     def used(self, contender: str, case: AttentionCase, tensors: Triple) -> Tensor | None:
         """The keys that the contender attends to, int [B, G, Tq, K]; None: all that are visible."""
-        return None if contender in DENSE else select(case, tensors)
+        return None if contender in self.dense else select(case, tensors)
 
     def check(self, contender: str, case: AttentionCase, inputs: Triple, work: Work) -> None:
         correctness.check_attention(contender, case, work, self.used(contender, case, inputs))

@@ -24,6 +24,7 @@ class AttentionCase:
     window: int = 0
     sinks: int = 0
     share: str = "none"
+    key_index: bool = False  # ours selects through 8-bit keys
 
     @property
     def queries(self) -> int:
@@ -56,6 +57,7 @@ class AttentionCase:
             f"window={self.window}" if self.window else "",
             f"sinks={self.sinks}" if self.sinks else "",
             "" if self.share == "none" else f"share={self.share}",
+            "key index" if self.key_index else "",
         ]
         return " ".join(part for part in parts if part)
 

@@ -24,6 +24,17 @@ def sdpa(case: AttentionCase) -> Forward:
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, **options)
 
 
+def sdpa_rows(case: AttentionCase) -> Forward:
+    """Dense attention of one query, the heads that share a key head as its rows: each key is read once."""
+    shape = (case.kv_heads, case.heads // case.kv_heads)
+
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = query.unflatten(1, shape).flatten(2, 3)  # [B, Hkv, R, D]
+        return F.scaled_dot_product_attention(rows, key, value).flatten(1, 2).unsqueeze(2)
+
+    return forward
+
+
 @lru_cache(maxsize=4)
 def hidden(queries: int, keys: int, device: str = "cpu") -> Tensor:
     """bool [Tq, Tk], True where a causal query, one of the last, does not see; made once, as models keep a buffer."""

@@ -69,8 +69,8 @@ def attention(case: AttentionCase, wide: tuple[Tensor, ...], rows: Tensor, indic
     scores = _scores(case, query, key, rows)
     if indices is not None:
         scores = scores.masked_fill(~_chosen(case, indices, rows, key.shape[2]), -torch.inf)
-    value = value.repeat_interleave(case.heads // case.kv_heads, dim=1)
-    return scores.softmax(-1) @ value
+    weights = scores.softmax(-1).unflatten(1, (case.kv_heads, -1))
+    return (weights @ value.unsqueeze(2)).flatten(1, 2)
 
 
 def check_selection(
@@ -101,10 +101,17 @@ def check_selection(
     assert_near(what, ours[finite], best[finite], tolerance or SCORE_TOLERANCE[case.dtype])
 
 
+def check_alone(name: str, case: AttentionCase, few: tuple[Tensor, ...], many: tuple[Tensor, ...]) -> None:
+    """Results for few queries (decoding) are those that the same queries have among many, to the bit."""
+    for what, got, want in zip(("output", "lse", "indices"), few, many, strict=True):
+        if not torch.equal(got, want[:, :, : case.queries]):
+            raise WrongResult(f"{name}: {what} of {case} is not what these queries get among others")
+
+
 def _scores(case: AttentionCase, query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
     """Scaled scores of the sampled queries, −inf where causally hidden: [B, Hq, R, T]."""
-    key = key.repeat_interleave(case.heads // case.kv_heads, dim=1)
-    scores = query[:, :, rows] @ key.transpose(-1, -2) * case.head_dim**-0.5
+    few = query[:, :, rows].unflatten(1, (case.kv_heads, -1))
+    scores = (few @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * case.head_dim**-0.5
     if not case.causal:
         return scores
     offset = key.shape[2] - query.shape[2]

@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import describe
+from sparse_attn.files import read_tensors, refusal
+
 KINDS = ("random", "ascending", "real")
 REAL_INPUTS = "SPARSE_ATTN_REAL_INPUTS"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,7 +86,13 @@ def describe_real() -> dict | None:
 
 @lru_cache(maxsize=1)
 def _load(path: str) -> dict:
-    return torch.load(path, weights_only=True)
+    what = "query, key and value of one shape [H, T, D]"
+    found = read_tensors(path, what)
+    tensors = [found.get(name) for name in ("query", "key", "value")] if isinstance(found, dict) else [None]
+    shapes = {tuple(t.shape) if isinstance(t, Tensor) else None for t in tensors}
+    if len(shapes) != 1 or None in shapes or len(next(iter(shapes))) != 3:
+        raise refusal(path, what, f"got {describe(found)}")
+    return {"origin": None, **found}
 
 
 def _real(length: int, batch: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,13 +6,14 @@ fetched.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+
+from sparse_attn.files import read_json, read_text, refusal
 
 GPT2_BPE = "SPARSE_ATTN_GPT2_BPE"
 FILES = ("encoder.json", "vocab.bpe")
@@ -39,8 +40,8 @@ def _byte_names() -> dict[int, str]:
 def gpt2_tokens() -> list[int]:
     """The ids of the package's text."""
     folder = Path(os.environ[GPT2_BPE])
-    number = json.loads((folder / "encoder.json").read_text("utf-8"))
-    merges = (folder / "vocab.bpe").read_text("utf-8").splitlines()[1:]
+    number = read_json(folder / "encoder.json", "numbers of tokens")
+    merges = read_text(folder / "vocab.bpe", "merges").splitlines()[1:]
     order = {tuple(line.split()): i for i, line in enumerate(merges) if line}
     names = _byte_names()
 
@@ -58,7 +59,10 @@ def gpt2_tokens() -> list[int]:
                 merged.append("".join(best) if both else parts[i])
                 i += 2 if both else 1
             parts = merged
-        return tuple(number[part] for part in parts)
+        try:
+            return tuple(number[part] for part in parts)
+        except (KeyError, TypeError):
+            raise refusal(folder / "encoder.json", "numbers of tokens", f"none for {parts}") from None
 
     text = (files("sparse_attn") / "data" / "state_of_the_union.txt").read_text("utf-8")
     return [token for piece in _PIECES.findall(text) for token in encode(piece)]

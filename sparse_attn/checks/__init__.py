@@ -4,7 +4,15 @@ One sentence per error: which argument, what came, what is accepted. All checks 
 numbers; the few that must read tensor values are marked and run only where that costs no device synchronisation.
 """
 
-from sparse_attn.checks.attention import blocks_of, indexer_weights, indices_of, query_key, value_of
+from sparse_attn.checks.attention import (
+    blocks_of,
+    indexer_weights,
+    indices_of,
+    keys,
+    query_key,
+    sequences,
+    value_of,
+)
 from sparse_attn.checks.rule import (
     SHARES,
     budget,
@@ -18,7 +26,7 @@ from sparse_attn.checks.rule import (
     starts_of,
     top_k_of,
 )
-from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, inference_only, integer, token_batch
+from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -31,13 +39,14 @@ __all__ = [
     "groups_of",
     "indexer_weights",
     "indices_of",
-    "inference_only",
     "integer",
     "kept",
+    "keys",
     "lengths_of",
     "mask_of",
     "offsets_of",
     "query_key",
+    "sequences",
     "softmax_scale",
     "starts_of",
     "token_batch",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe
+from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values
 
 
 def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
@@ -45,6 +45,26 @@ def query_key(query: Tensor, key: Tensor) -> None:
             f"the number of query heads must be a positive multiple of the number of key heads, "
             f"got {heads} query heads and {kv_heads} key heads"
         )
+
+
+def keys(name: str, key: object) -> None:
+    """key [B, Hkv, Tk, D], by itself."""
+    _attention_tensor(name, key, "[B, Hkv, Tk, D]")
+
+
+def sequences(name: str, numbers: object, batch: int, device: torch.device) -> Tensor:
+    """Which sequences of a batch, int64 [B']; values are read on the CPU alone."""
+    if not isinstance(numbers, Tensor) or numbers.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int64 (or int32) tensor of shape [B], got {describe(numbers)}")
+    if numbers.dim() != 1 or numbers.device != device:
+        raise ValueError(
+            f"{name} must have shape [B] and be on {device}, got {describe(numbers)} on {numbers.device}"
+        )
+    if device.type == "cpu" and has_values(numbers) and numbers.numel():
+        low, high = (int(n) for n in numbers.aminmax())
+        if low < 0 or high >= batch:
+            raise IndexError(f"{name} must name sequences 0 … {batch - 1}, got {low if low < 0 else high}")
+    return numbers.to(torch.int64)
 
 
 def value_of(key: Tensor, value: Tensor) -> None:

@@ -7,9 +7,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_attn.checks.embedding import projections_of, stamp_of, tables_of, token_maps
+from sparse_attn.checks.embedding import Checked, projections_of, tables_of, token_maps
 from sparse_attn.checks.values import FLOAT_DTYPES, bare, dense, describe, first, has_values, integer
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -33,13 +32,11 @@ def bands_of(
     return tables, projections, token_band, token_row.to(torch.int32), dim
 
 
-# As in checks_embedding: a map that was found in order is not read again unless it changed.
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_checked = Checked()
 
 
 def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
-    key, stamp = stamp_of(token_band, token_row, sizes)
-    if stamp is not None and _checked.get(key) == stamp:
+    if (token_band, token_row, sizes) in _checked:
         return
     band, row = token_band.long(), token_row.long()
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
@@ -51,8 +48,7 @@ def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...])
         raise ValueError(
             f"every token must have a row of its own, got tokens {one} and {other} both in row {place} of band {number}"
         )
-    if stamp is not None:
-        _checked[key] = stamp
+    _checked.add(token_band, token_row, sizes)
 
 
 def hidden_of(hidden: object, tables: list[Tensor], dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,14 +106,36 @@ def token_maps(token_band: Any, token_row: Any, tables: list[Tensor]) -> tuple[T
     return token_band, token_row
 
 
-# token_band → what was found in order: reading all of a vocabulary's map at every call would cost more than
-# looking up a few tokens. A change in place raises a tensor's version, and is checked again.
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class Checked:
+    """Pairs of maps that were found in order.
+
+    Reading all of a vocabulary's maps at every call would cost more than looking up a few tokens. A change in place
+    raises a tensor's version, other memory has another address, and another tensor is not the one that was looked at.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # token_band → (token_row, stamp)
+
+    def __contains__(self, maps: tuple[Tensor, Tensor, tuple[int, ...]]) -> bool:
+        band, row = bare(maps[0]), bare(maps[1])
+        found = self._known.get(band)
+        return found is not None and found[0]() is row and found[1] == _stamp(band, row, maps[2])
+
+    def add(self, token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
+        band, row = bare(token_band), bare(token_row)
+        if not (band.is_inference() or row.is_inference()):  # those have no version
+            self._known[band] = weakref.ref(row), _stamp(band, row, sizes)
+
+
+def _stamp(band: Tensor, row: Tensor, sizes: tuple[int, ...]) -> tuple:
+    return band._version, band.data_ptr(), row._version, row.data_ptr(), sizes
+
+
+_checked = Checked()
 
 
 def _check_map_values(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
-    key, stamp = stamp_of(token_band, token_row, sizes)
-    if stamp is not None and _checked.get(key) == stamp:
+    if (token_band, token_row, sizes) in _checked:
         return
     band, row = token_band.long(), token_row.long()
     bad = first((band < 0) | (band >= len(sizes)), band)
@@ -128,16 +151,7 @@ def _check_map_values(token_band: Tensor, token_row: Tensor, sizes: tuple[int, .
             f"token_row must lie in [0, {sizes[number]}), the rows of the token's table {number}, got {place} for "
             f"token {token}"
         )
-    if stamp is not None:
-        _checked[key] = stamp
-
-
-def stamp_of(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, tuple | None]:
-    """What a map that was checked is remembered by, and what changes with it; None where no version is counted."""
-    band, row = bare(token_band), bare(token_row)
-    if band.is_inference() or row.is_inference():
-        return band, None
-    return band, (band._version, row.data_ptr(), row._version, sizes)
+    _checked.add(token_band, token_row, sizes)
 
 
 def ids_of(ids: object, vocabulary: int, device: torch.device) -> Tensor:

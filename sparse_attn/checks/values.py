@@ -69,16 +69,6 @@ def mapped(tensor: Tensor) -> bool:
     return bare(tensor).dim() > tensor.dim()
 
 
-def inference_only(what: str, *tensors: object) -> None:
-    """Of a function under no_grad: torch.func.grad, which asks nobody, would take its gradient to be 0."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return
-    if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        raise NotImplementedError(
-            f"{what} is for inference and has no gradient: give torch.func detached tensors"
-        )
-
-
 def first(bad: Tensor, *values: Tensor) -> tuple[list[int], list[int]] | None:
     """Where `bad` holds first, and the values there; None where nowhere, in no entry of a vmap."""
     if not bool(bare(bad).any()):

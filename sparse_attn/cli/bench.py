@@ -15,6 +15,7 @@ from sparse_attn.bench import inputs, machine, own_shape, registry, suites
 from sparse_attn.bench.own_shape import Shape, Wish
 from sparse_attn.cli.checkout import checkout
 from sparse_attn.cli.console import UsageError, count, require
+from sparse_attn.files import write_text
 
 HELP = "what is faster: top-k or dense attention, at your own shape or over the standard table"
 
@@ -229,7 +230,7 @@ def _write(results: dict, folder: Path, name: str, draw: Callable[[dict, Path], 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=1, ensure_ascii=False)
-        (folder / f"{name}.json").write_text(text + "\n", "utf-8")
+        write_text(folder / f"{name}.json", text + "\n")
         draw(results, folder / f"{name}.png")
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be written: {error.strerror}") from None

@@ -15,6 +15,7 @@ from sparse_attn.demo import session, tables, text, timing
 from sparse_attn.demo.plots import draw
 from sparse_attn.demo.report import Report, as_json
 from sparse_attn.demo.train import Settings, arms_of
+from sparse_attn.files import write_text
 from sparse_attn.wings import base
 
 HELP = "train a small GPT on real text, dense and top-k side by side, and time attention at long lengths"
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     report.files = {"json": str(out / "demo.json"), "png": str(out / "demo.png")}
     result = json.dumps(as_json(report), indent=2)
     print(result) if arguments.json else tables.print_report(console, report)
-    (out / "demo.json").write_text(result + "\n", "utf-8")
+    write_text(out / "demo.json", result + "\n")
     # Last, because a second Ctrl-C may come.
     draw(out / "demo.png", report.corpus.name, report.arms, report.timing, report.keys)
     if report.error:

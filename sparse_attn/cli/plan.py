@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 
 from sparse_attn.cli.console import UsageError, count, require
+from sparse_attn.files import parse_json, read_text
 from sparse_attn.planner import WidthPlan, count_tokens, plan_widths
 from sparse_attn.planner.choose_widths import RULES
 
@@ -234,19 +235,25 @@ def read_counts(path: Path) -> numpy.ndarray:
         raise UsageError(f"--counts takes .npy, .txt and .json files, got {path}")
     try:
         if ending == ".npy":
-            counts = numpy.load(path, allow_pickle=False)
+            # Mapped: a header may claim any size, and the file must have it. Never a pickle.
+            with numpy.errstate(over="raise"):
+                counts = numpy.array(numpy.lib.format.open_memmap(path, mode="r"))
         elif ending == ".txt":
-            counts = numpy.array([float(line) for line in path.read_text("utf-8").split()])
+            counts = numpy.array([float(line) for line in read_text(path, "counts").split()])
         else:
-            data = json.loads(path.read_text("utf-8"))
+            data = parse_json(read_text(path, "counts"))
             if isinstance(data, dict):
                 ids = {int(token): count for token, count in data.items()}
                 if not ids or min(ids) < 0 or max(ids) > LARGEST_ID:
                     raise ValueError("its keys must be token ids, from 0 on")
-                data = [ids.get(token, 0) for token in range(max(ids) + 1)]
+                values = numpy.array(list(ids.values()))
+                if values.ndim != 1 or values.dtype.kind not in "iuf":
+                    raise ValueError("its values must be numbers")
+                data = numpy.zeros(max(ids) + 1, dtype=values.dtype)
+                data[list(ids)] = values
             counts = numpy.array(data)
-    except (ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
+    except (ValueError, TypeError, EOFError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{path} holds no counts: ")
         raise UsageError(f"--counts {path} holds no counts: {reason}") from None
     if counts.ndim != 1 or counts.dtype.kind not in "iuf" or len(counts) == 0:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,10 @@ class ChosenKeys:
 @torch.no_grad()
 def chosen_keys(model: GPT, corpus: Corpus) -> ChosenKeys:
     """Looks through all heads and shows the one whose weight lies furthest back, the least trivial one."""
-    model.eval()
     ids = _end_of_sentence(corpus, model.context)
     length = len(ids)
-    weights = torch.stack(_weights(model, ids))  # [layers, heads, T, T]
+    with model.evaluating():
+        weights = torch.stack(_weights(model, ids))  # [layers, heads, T, T]
     distance = (torch.arange(length)[:, None] - torch.arange(length)).clamp(min=0)
     queries, keys = min(QUERIES, length), min(KEYS, length)
     # The position that everything can point at (often the first) is no choice: the median distance ignores it.
@@ -69,15 +70,11 @@ def _end_of_sentence(corpus: Corpus, context: int) -> Tensor:
 def _weights(model: GPT, ids: Tensor) -> list[Tensor]:
     """Per layer the attention weights [heads, T, T], 0 where a key was not chosen."""
     inputs: list[Tensor] = []
-    hooks = [
-        block.attention.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-        for block in model.blocks
-    ]
-    try:
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            hook = block.attention.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+            hooks.callback(hook.remove)
         model(ids[None].to(model.positions.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     layers = []
     for block, hidden in zip(model.blocks, inputs, strict=True):
         attention = block.attention

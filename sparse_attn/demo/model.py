@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -85,15 +86,25 @@ class GPT(nn.Module):
         """Numbers in the embedding and in the head."""
         return sum(p.numel() for module in (self.embedding, self.head) for p in module.parameters())
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode inside, and as it was afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
     @torch.no_grad()
     def generate(self, prompt: list[int], count: int, seed: int, temperature: float = 0.8) -> Iterator[int]:
         """`count` characters after `prompt`, drawn from the model one by one."""
-        self.eval()
         generator = torch.Generator().manual_seed(seed)
         ids = list(prompt)
         for _ in range(count):
             seen = torch.tensor([ids[-self.context :]], device=self.positions.device)
-            logits = self(seen)[0, -1].float().cpu() / temperature
+            with self.evaluating():  # a step at a time: who takes the characters may train in between
+                logits = self(seen)[0, -1].float().cpu() / temperature
             ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
             yield ids[-1]
 

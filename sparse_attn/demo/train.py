@@ -106,13 +106,12 @@ def train_step(model: GPT, optimizers: list[torch.optim.Optimizer], ids: Tensor,
 @torch.no_grad()
 def validation_loss(model: GPT, corpus: Corpus, settings: Settings) -> float:
     """Nats per character over the fixed windows of the held-out text."""
-    model.eval()
     total, count = 0.0, 0
-    for starts in corpus.held_out_starts(settings.context).split(settings.batch):
-        ids, targets = windows(corpus.held_out, starts, settings.context, settings.device)
-        total += model.loss(ids, targets, reduction="sum").item()
-        count += targets.numel()
-    model.train()
+    with model.evaluating():
+        for starts in corpus.held_out_starts(settings.context).split(settings.batch):
+            ids, targets = windows(corpus.held_out, starts, settings.context, settings.device)
+            total += model.loss(ids, targets, reduction="sum").item()
+            count += targets.numel()
     return total / count
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.distillation.progress import Progress, length_of, reporting
-from sparse_attn.distillation.teacher import Heads, attention_layers, observe
+from sparse_attn.distillation.teacher import Heads, attention_layers, keeping_gradients, observe
 from sparse_attn.nn import HybridAttention, TopKAttention
 
 
@@ -153,12 +153,11 @@ def _train(
     }
     if not layers:
         raise ValueError(f"a layer of student must have a .{part} to train, got none (see hybridize)")
-    optimizer = torch.optim.Adam(
-        [p for layer in layers.values() for p in getattr(layer, part).parameters()], lr=learning_rate
-    )
+    parameters = [p for layer in layers.values() for p in getattr(layer, part).parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     total = length_of(stream)
     history: dict[str, list[float]] = {name: [] for name in layers}
-    with reporting(f"train {part}", total, progress) as advance:
+    with keeping_gradients(parameters), reporting(f"train {part}", total, progress) as advance:
         for step, ids in enumerate(stream):
             if total:
                 optimizer.param_groups[0]["lr"] = learning_rate * (1.0 - 0.9 * step / total)

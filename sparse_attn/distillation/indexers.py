@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.distillation.teacher import keeping_gradients
+from sparse_attn.files import read_tensors, refusal
 from sparse_attn.integrations.indexers import attention_layers, indexers
 from sparse_attn.integrations.watching import Given, watching
 from sparse_attn.ops.indexer_loss import indexer_loss
@@ -48,7 +51,7 @@ def distill_indexers(
         queries: queries per sequence and step that are trained on, a random run of neighbours; None is all.
         learning_rate: of AdamW, at its height: it rises over the first 20 steps and falls as a cosine.
         checkpoint: a file that the state is kept in, every `save_every` steps and at the end; training goes on
-            from it when it is there.
+            from it when it is there. Only tensors and plain data are read from it (`weights_only`).
         seed: of the choice of queries.
         progress: called after each step with (steps done, steps, mean loss of the layers in nats).
 
@@ -87,36 +90,34 @@ def distill_indexers(
     if file is not None and file.exists():
         history = _resume(file, found, optimizer)
     stream = iter(batches)
-    for p in parameters:
-        p.requires_grad_()
-    try:
-        lessons, layers = _Lessons(found, queries), attention_layers(model)
-        with watching(model, lessons.look, [layers[n] for n in found]) as run:
-            for step in range(steps):
-                tokens = next(stream, None)
-                if tokens is None:
-                    raise ValueError(f"batches must hold one batch per step, {steps}, got {step}")
-                if step < len(history):
-                    continue  # done before the checkpoint
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * _schedule(step, steps)
-                optimizer.zero_grad(set_to_none=True)
-                # Seeded by step: a resumed training draws what an uninterrupted one would have.
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-                lessons.begin(None if step < dense_steps else top_k, generator)
-                run(tokens)
-                loss = sum(lessons.losses.values()) / len(lessons.losses)
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0 * len(found))
-                optimizer.step()
-                history.append(loss)
-                if progress is not None:
-                    progress(step + 1, steps, loss)
-                if file is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-                    _save(file, found, optimizer, history)
-    finally:
+    lessons, layers = _Lessons(found, queries), attention_layers(model)
+    with (
+        keeping_gradients(parameters),
+        watching(model, lessons.look, [layers[n] for n in found]) as run,
+    ):
         for p in parameters:
-            p.requires_grad_(False)
-            p.grad = None
+            p.requires_grad_()
+        for step in range(steps):
+            tokens = next(stream, None)
+            if tokens is None:
+                raise ValueError(f"batches must hold one batch per step, {steps}, got {step}")
+            if step < len(history):
+                continue  # done before the checkpoint
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * _schedule(step, steps)
+            optimizer.zero_grad(set_to_none=True)
+            # Seeded by step: a resumed training draws what an uninterrupted one would have.
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            lessons.begin(None if step < dense_steps else top_k, generator)
+            run(tokens)
+            loss = sum(lessons.losses.values()) / len(lessons.losses)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0 * len(found))
+            optimizer.step()
+            history.append(loss)
+            if progress is not None:
+                progress(step + 1, steps, loss)
+            if file is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+                _save(file, found, optimizer, history)
     return history
 
 
@@ -139,21 +140,34 @@ def _save(file: Path, found: dict, optimizer: torch.optim.Optimizer, history: li
 
 
 def _resume(file: Path, found: dict, optimizer: torch.optim.Optimizer) -> list[float]:
-    state = torch.load(file, weights_only=True)
-    if set(state["indexers"]) != set(found):
-        raise ValueError(
-            f"checkpoint {file} has indexers of layers {sorted(state['indexers'])}, the model of {sorted(found)}"
+    """Takes over what a checkpoint holds, all of it or nothing; the losses of its steps."""
+    what = "checkpoint of these indexers"
+    state = read_tensors(file, what)
+    if not isinstance(state, dict) or state.keys() != {"indexers", "optimizer", "history"}:
+        raise refusal(
+            file, what, f"it must have indexers, optimizer and history, got {checks.describe(state)}"
         )
+    states, history = state["indexers"], state["history"]
+    if not isinstance(states, dict) or set(states) != set(found):
+        has = sorted(map(str, states)) if isinstance(states, dict) else checks.describe(states)
+        raise refusal(file, what, f"it has those of layers {has}, the model of {sorted(found)}")
+    if not isinstance(history, list) or not all(isinstance(loss, float) for loss in history):
+        raise refusal(file, what, "its history must be a list of losses")
+    try:
+        for number, indexer in found.items():
+            copy.deepcopy(indexer).load_state_dict(states[number])
+        optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != p.shape:
+                    raise ValueError(
+                        f"{name} must have shape {list(p.shape)}, got {checks.describe(moments[name])}"
+                    )
+    except Exception as error:  # of whatever the file holds in the place of these
+        raise refusal(file, what, f"{type(error).__name__}: {error}") from None
     for number, indexer in found.items():
-        try:
-            indexer.load_state_dict(state["indexers"][number])
-        except RuntimeError as error:
-            text = " ".join(str(error).split())
-            raise ValueError(
-                f"checkpoint {file} does not fit the indexer of layer {number}: {text}"
-            ) from None
-    optimizer.load_state_dict(state["optimizer"])
-    return list(state["history"])
+        indexer.load_state_dict(states[number])
+    return history
 
 
 class _Lessons:

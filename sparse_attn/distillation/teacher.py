@@ -128,6 +128,20 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def keeping_gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """What trains parameters inside; afterwards each has its gradient, and wants one or not, as before."""
+    before = [(p, p.requires_grad, p.grad) for p in parameters]
+    try:
+        for p, _, _ in before:
+            p.grad = None
+        yield
+    finally:
+        for p, wanted, grad in before:
+            p.requires_grad_(wanted)
+            p.grad = grad
+
+
 def _hooks(attention: TopKAttention, noted: dict[str, Tensor]) -> list:
     """Hooks that put what Heads holds into `noted`."""
 

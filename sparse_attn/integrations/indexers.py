@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.files import parse_json, refusal
 from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
 from sparse_attn.selection import FromIndexer
@@ -80,10 +81,13 @@ def add_indexers(
     if share not in ("all", "kv"):
         raise ValueError(f"share must be 'all' or 'kv' for indexers, got {share!r}")
     found = attention_layers(model)
+    made = {}
     for number in chosen_layers(found, layers):
-        module = found[number]
-        groups = 1 if share == "all" else module.config.num_key_value_heads
-        _set(module, Indexer(module.config.hidden_size, num_heads, head_dim, groups=groups))
+        config = found[number].config
+        groups = 1 if share == "all" else config.num_key_value_heads
+        made[number] = Indexer(config.hidden_size, num_heads, head_dim, groups=groups)
+    for number, indexer in made.items():
+        _set(found[number], indexer)
     return model
 
 
@@ -131,31 +135,66 @@ def load_indexers(model: torch.nn.Module, path: str | PathLike) -> torch.nn.Modu
     """Adds the indexers of a file that :func:`save_indexers` wrote.
 
     Raises:
-        ValueError: the file holds no indexers, or not those of such a model.
+        ValueError: the file holds no indexers, not those of such a model, or is broken; the message begins with the
+            path, and the model is as it was.
+        OSError: the file cannot be read.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("sparse_attn_indexers")
-        if text is None:
-            raise ValueError(f"{path} holds no indexers: save_indexers writes such files")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    found = attention_layers(model)
-    for number, (num_heads, head_dim, groups) in json.loads(text).items():
-        module = found.get(int(number))
-        width = tensors[f"{number}.key.weight"].shape[1]
-        if module is None or module.config.hidden_size != width:
-            raise ValueError(
-                f"{path} has an indexer of layer {number} for hidden states of width {width}, "
-                f"which this model of {len(found)} layers does not have"
-            )
-        indexer = Indexer(width, num_heads, head_dim, groups=groups)
-        prefix = f"{number}."
-        indexer.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
-        _set(module, indexer)
+    shapes, tensors = _read(path)
+    found, made = attention_layers(model), {}
+    for name, sizes in shapes.items():
+        number = int(name) if name.isdecimal() else -1
+        prefix = f"{name}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        made[number] = _indexer_of(path, number, sizes, state, found)
+    for number, indexer in made.items():
+        _set(found[number], indexer)
     return model
+
+
+def _read(path: str | PathLike) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """What a file says of its indexers, by layer, and its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("sparse_attn_indexers")
+            if text is None:
+                raise ValueError(f"{path} holds no indexers: save_indexers writes such files")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise refusal(path, "indexers", error) from None
+    try:
+        shapes = parse_json(text)
+    except ValueError as error:
+        raise refusal(path, "indexers", error) from None
+    if not isinstance(shapes, dict):
+        raise refusal(path, "indexers", f"their sizes must be an object, got {checks.describe(shapes)}")
+    return shapes, tensors
+
+
+def _indexer_of(path, number: int, sizes: object, state: dict[str, Tensor], found: dict) -> Indexer:
+    """The indexer of a layer with what a file holds for it, if both fit together and the model."""
+    key = state.get("key.weight")
+    if not isinstance(sizes, list) or len(sizes) != 3 or key is None or key.dim() != 2:
+        raise refusal(path, "indexers", f"it has no sizes or no keys of layer {number}")
+    width = key.shape[1]
+    if number not in found or found[number].config.hidden_size != width:
+        raise ValueError(
+            f"{path} has an indexer of layer {number} for hidden states of width {width}, "
+            f"which this model of {len(found)} layers does not have"
+        )
+    try:
+        with torch.device("meta"):  # nothing is allocated before the tensors are known to be of these sizes
+            indexer = Indexer(width, sizes[0], sizes[1], groups=sizes[2])
+        why = indexer._why_not_load(state, "")
+        if why is None and state.keys() != indexer.state_dict().keys():
+            why = f"it has {', '.join(sorted(state))}, an indexer {', '.join(indexer.state_dict())}"
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = str(error)
+    if why is not None:
+        raise refusal(path, f"indexer of layer {number}", why)
+    indexer.to_empty(device="cpu").load_state_dict(state)
+    return indexer
 
 
 def uses_indexer(module: torch.nn.Module) -> bool:

@@ -69,8 +69,10 @@ def fit_low_rank(
             run(tokens)
     if not scorers:
         raise ValueError("batches must hold at least one batch of token ids, got none")
-    for layer, scorer in scorers.items():
-        setattr(found[layer], ATTRIBUTE, scorer.fit())
+    for scorer in scorers.values():
+        scorer.fit()
+    for layer, scorer in scorers.items():  # all of them or, where one cannot be fitted, none
+        setattr(found[layer], ATTRIBUTE, scorer)
     return model
 
 

@@ -15,7 +15,6 @@ calls.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -106,8 +105,8 @@ def configure(
             both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence. Or any object
             that has the `select` of a :class:`sparse_attn.selection.Selector`; it is not saved with the model.
         residual: the attention mass of the keys that are left out goes to the mean of their values
-            (:func:`sparse_attn.topk_attention_with_residual`): nearer to dense attention, slower than it. Inference
-            with selector="exact" alone, padding at the ends of a sequence.
+            (:func:`sparse_attn.topk_attention_with_residual`): nearer to dense attention, slower than it. With
+            selector="exact" alone, padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
 
@@ -262,7 +261,6 @@ def _attend(
         seen = seen.of_first_keys(known)
     rule = seen.rule(scale, masked=not maskless, share=options["share"], **_kept(options))
     tail = "mean" if options["residual"] else "none"
-    with torch.no_grad() if options["residual"] else nullcontext():
-        return select_and_attend(
-            query, key, value, options["top_k"], selector, rule, tail=tail, backend=options["backend"]
-        )
+    return select_and_attend(
+        query, key, value, options["top_k"], selector, rule, tail=tail, backend=options["backend"]
+    )

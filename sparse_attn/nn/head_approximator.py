@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.per_head import PerHeadLinear
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.wings.reference.chunks import query_chunks
 
 
-class HeadApproximator(torch.nn.Module):
+class HeadApproximator(WholeState):
     r"""Per head an MLP on the concatenated values of a query's chosen keys, in place of softmax(q·k) v.
 
     .. math:: o_i = W_2^\top\,\mathrm{gelu}(W_1^\top [v_{j_1}; \dots; v_{j_k}] + b_1) + b_2, \qquad j_1 > j_2 > \dots

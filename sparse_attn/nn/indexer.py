@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
 
 
-class Indexer(torch.nn.Module):
+class Indexer(WholeState):
     r"""From hidden states to the keys that each query should attend to, at a fraction of the attention's cost.
 
     A few narrow heads with one key each per group: :math:`\mathrm{score}_{ij} = \sum_h w_{hi} \max(0, q_{hi} \cdot
@@ -105,12 +106,14 @@ class Indexer(torch.nn.Module):
         key_lengths: Tensor | None = None,
         window: int = 0,
         sinks: int = 0,
+        key_starts: Tensor | None = None,
     ) -> Tensor:
         """Indices int32 [B, G, Tq, min(top_k, Tk)] for `gathered_attention`; nothing is differentiated.
 
         Args:
             hidden: the queries' hidden states.
-            top_k, is_causal, attn_mask, key_lengths, window, sinks: as in :func:`sparse_attn.indexer_select`.
+            top_k, is_causal, attn_mask, key_lengths, window, sinks, key_starts: as in
+                :func:`sparse_attn.indexer_select`.
             keys: what :meth:`keys` gave for all positions so far; None makes them of `hidden`.
             rope: cos and sin of the queries' positions (see :meth:`queries`), None for no rotary embedding.
             causal_offset: None takes the queries for the last positions: Tk − Tq.
@@ -131,6 +134,7 @@ class Indexer(torch.nn.Module):
             window=window,
             sinks=sinks,
             int8=self.int8,
+            key_starts=key_starts,
             backend=self.backend,
         )
 
@@ -148,6 +152,7 @@ class Indexer(torch.nn.Module):
         attn_mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
         scale: float | None = None,
+        key_starts: Tensor | None = None,
     ) -> Tensor:
         """KL from the attention of `query` and `key` to the softmax of the scores: see `sparse_attn.indexer_loss`.
 
@@ -156,7 +161,7 @@ class Indexer(torch.nn.Module):
         """
         index_query, weights = self.queries(hidden, rope)
         if indices is not None:
-            is_causal, attn_mask, key_lengths = False, None, None
+            is_causal, attn_mask, key_lengths, key_starts = False, None, None, None
         return indexer_loss(
             index_query,
             self.keys(hidden, rope),
@@ -168,6 +173,7 @@ class Indexer(torch.nn.Module):
             attn_mask=attn_mask,
             key_lengths=key_lengths,
             scale=scale,
+            key_starts=key_starts,
         )
 
     def _check(self, hidden: Tensor) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.per_head import PerHeadLinear, check_input
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.topk_select import topk_select
 
 
-class KeySelector(torch.nn.Module):
+class KeySelector(WholeState):
     r"""Per head an MLP from a query to a logit for each key position; its top-k positions are the keys to attend to.
 
     .. math:: z_i = W_2^\top\,\mathrm{gelu}(W_1^\top q_i + b_1) + b_2 \in \mathbb{R}^{\text{max\_length}},

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.topk_select import quantized_select, topk_select
 
 
-class LowRankScorer(torch.nn.Module):
+class LowRankScorer(WholeState):
     r"""Ranks keys by q·k in `rank` dimensions. Fitted by a calibration pass, never trained.
 
     Per key head, with C_q and C_k the second moments of the queries and keys that :meth:`calibrate` has seen, and
@@ -65,13 +67,34 @@ class LowRankScorer(torch.nn.Module):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As before the first :meth:`calibrate`."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankScorer:
+        moments = {"query_moment": self.query_moment, "key_moment": self.key_moment}
+        super()._apply(fn, recurse)
+        if self.fitted.device.type != "meta" and moments["key_moment"].device.type == "meta":
+            self.reset_parameters()  # `to_empty` leaves unwritten memory, which must not look as if it were fitted
+            return self
+        for name, moment in moments.items():
+            if getattr(self, name).dtype != torch.float64:  # sums would overflow in half types
+                setattr(self, name, moment.to(getattr(self, name).device))
+        return self
+
+    @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor) -> LowRankScorer:
         """Adds query [B, Hq, Tq, D] and key [B, Hkv, Tk, D] to what `fit` works from; may be called often."""
         self._check(query, key)
-        query = query.unflatten(1, (self.num_kv_heads, -1)).double()
-        self.query_moment += torch.einsum("bhrtd,bhrte->hde", query, query)
-        key = key.double()
-        self.key_moment += torch.einsum("bhtd,bhte->hde", key, key)
+        query, key = query.unflatten(1, (self.num_kv_heads, -1)).double(), key.double()
+        of_queries = torch.einsum("bhrtd,bhrte->hde", query, query)
+        of_keys = torch.einsum("bhtd,bhte->hde", key, key)
+        for name, moment in (("query", of_queries), ("key", of_keys)):
+            if not bool(moment.isfinite().all()):  # it would spoil all that was added before
+                raise ValueError(f"{name} must be finite, got NaN or inf in it")
+        self.query_moment += of_queries
+        self.key_moment += of_keys
         return self
 
     @torch.no_grad()
@@ -84,8 +107,10 @@ class LowRankScorer(torch.nn.Module):
         left, values, right = torch.linalg.svd(query_root @ key_root)
         factor = values[:, None, : self.rank].sqrt()
         # The sums are not means: that scales A and B by constants whose product is 1.
-        self.query_projection.copy_(query_inverse @ left[:, :, : self.rank] * factor)
-        self.key_projection.copy_(key_inverse @ right.mT[:, :, : self.rank] * factor)
+        of_queries = query_inverse @ left[:, :, : self.rank] * factor
+        of_keys = key_inverse @ right.mT[:, :, : self.rank] * factor
+        self.query_projection.copy_(of_queries)
+        self.key_projection.copy_(of_keys)
         self.fitted.fill_(True)
         return self
 

@@ -24,15 +24,17 @@ class PerHeadLinear(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # Whatever a linear layer is initialised to by nn.Linear: uniform within ±1/√in.
-        bound = 1.0 / math.sqrt(in_features)
         shape = (num_heads, in_features, out_features)
-        self.weight = torch.nn.Parameter(
-            torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound)
-        )
-        self.bias = torch.nn.Parameter(
-            torch.empty(num_heads, out_features, device=device, dtype=dtype).uniform_(-bound, bound)
-        )
+        self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.empty(num_heads, out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Whatever a linear layer is initialised to by nn.Linear: uniform within ±1/√in."""
+        bound = 1.0 / math.sqrt(self.weight.shape[1])
+        self.weight.uniform_(-bound, bound)
+        self.bias.uniform_(-bound, bound)
 
     def forward(self, x: Tensor, out_features: int | None = None) -> Tensor:
         """x [B, H, T, in] → [B, H, T, out]; `out_features` computes only the first so many outputs."""

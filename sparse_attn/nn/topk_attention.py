@@ -7,11 +7,12 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.indexer import Indexer
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.selection import Exact, FromIndexer, Rule, Selector, select_and_attend
 from sparse_attn.selection.selection import check_selector
 
 
-class TopKAttention(torch.nn.Module):
+class TopKAttention(WholeState):
     """Causal multi-head self-attention in which each query attends to its `top_k` best keys.
 
     Drop-in for the attention of a nanoGPT-style block: [B, T, C] in, [B, T, C] out. With fewer `num_kv_heads`

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.embedding import padding_of
+from sparse_attn.files import stored
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 from sparse_attn.planner import WidthPlan
 from sparse_attn.planner.low_rank import FactorizationReport, factorize
 
 
-class VariableWidthEmbedding(torch.nn.Module):
+class VariableWidthEmbedding(WholeState):
     """In place of `nn.Embedding`: ids of any shape in, [*ids.shape, embedding_dim] out, with fewer parameters.
 
     A :class:`~sparse_attn.planner.WidthPlan` says which token is in which band and how wide each band's rows are;
@@ -24,7 +26,8 @@ class VariableWidthEmbedding(torch.nn.Module):
     Args:
         plan: bands and widths.
         padding_idx: a token whose embedding is 0 and gets no gradient; a negative one counts from the end.
-        sparse: give the tables `torch.sparse_coo` gradients, as `nn.Embedding(sparse=True)` does.
+        sparse: give the tables `torch.sparse_coo` gradients, as `nn.Embedding(sparse=True)` does; not under
+            DistributedDataParallel.
         device, dtype: of the parameters.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
@@ -32,7 +35,8 @@ class VariableWidthEmbedding(torch.nn.Module):
         tables: ParameterList, one [n_b, width_b] per band.
         projections: ParameterList of [embedding_dim, width_b] for the bands narrower than the model, in band order;
             `projection_list()` has None in the places of the others.
-        token_band, token_row: int32 buffers [V], saved in the state dict, which so carries the plan.
+        token_band, token_row: int32 buffers [V], saved in the state dict, which so carries the plan. They are made of
+            the plan again by `to_empty` and by `reset_parameters`.
         plan: the WidthPlan.
         report: what `from_embedding` lost, else None.
 
@@ -53,6 +57,7 @@ class VariableWidthEmbedding(torch.nn.Module):
 
     token_band: Tensor
     token_row: Tensor
+    _row_scale = 1.0  # of new rows; VariableWidthHead.from_plan has another
 
     def __init__(
         self,
@@ -185,17 +190,33 @@ class VariableWidthEmbedding(torch.nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """New random values, with the variance of nn.Embedding's output in every band; a padding row of 0."""
+        """New random values, with the variance of nn.Embedding's output in every band; a padding row of 0.
+
+        The maps are made of the plan again, so that a module from the meta device is whole after `to_empty` and this.
+        """
         for table in self.tables:
             torch.nn.init.normal_(table)
+            if self._row_scale != 1.0:
+                table.mul_(self._row_scale)
         for projection in self.projections:
             torch.nn.init.normal_(projection, std=projection.shape[1] ** -0.5)
         if self.padding_idx is not None:
             band = int(self.plan.token_band[self.padding_idx])
             self.tables[band][int(self.plan.token_row[self.padding_idx])] = 0
+        self._adopt(self.plan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VariableWidthEmbedding:
+        maps = self.token_band, self.token_row
+        super()._apply(fn, recurse)
+        # `to_empty` (also of skip_init, FSDP, …) leaves unwritten memory, `type` makes floats of them.
+        if self.token_band is not maps[0] or self.token_row is not maps[1]:
+            self._adopt(self.plan)
+        return self
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int [*] → [*, embedding_dim]."""
+        if self.sparse and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._refuse_data_parallel()
         return variable_width_embedding(
             ids,
             list(self.tables),
@@ -206,6 +227,18 @@ class VariableWidthEmbedding(torch.nn.Module):
             sparse=self.sparse,
             backend=self.backend,
         )
+
+    def _refuse_data_parallel(self) -> None:
+        """DistributedDataParallel takes sparse gradients of nn.Embedding and nn.EmbeddingBag alone."""
+        around = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if around is None:
+            return
+        reduced = {id(p) for p in around._module_parameters}
+        if any(table.requires_grad and id(table) in reduced for table in self.tables):
+            raise ValueError(
+                "sparse=True cannot be reduced by DistributedDataParallel, which takes sparse gradients of "
+                "nn.Embedding alone: make the VariableWidthEmbedding with sparse=False"
+            )
 
     def full_table(self) -> Tensor:
         """The table [V, embedding_dim] that an nn.Embedding would need for the same outputs, with gradients."""
@@ -231,37 +264,54 @@ class VariableWidthEmbedding(torch.nn.Module):
         added = new_num_embeddings - self.num_embeddings
         if added == 0:
             return self
+        new_tokens = torch.full((added,), band, dtype=torch.int32, device="cpu")
+        plan = WidthPlan(self.embedding_dim, widths, torch.cat([self.plan.token_band, new_tokens]))
         old = self.tables[band]
         table = torch.cat([old, old.new_empty((added, old.shape[1])).normal_()])
+        # Only now, when nothing can fail any more.
+        self._adopt(plan)
         self.tables[band] = torch.nn.Parameter(table, requires_grad=old.requires_grad)
-        new_tokens = torch.full((added,), band, dtype=torch.int32)
-        self._adopt(WidthPlan(self.embedding_dim, widths, torch.cat([self.plan.token_band, new_tokens])))
         return self
 
     def _adopt(self, plan: WidthPlan) -> None:
         """Another plan with the same widths, for which the tables are right already."""
         device = self.token_band.device
+        maps = plan.token_band.to(device, copy=True), plan.token_row.to(device, copy=True)
         self.plan = plan
-        self.token_band = plan.token_band.to(device, copy=True)
-        self.token_row = plan.token_row.to(device, copy=True)
+        self.token_band, self.token_row = maps
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Takes over which token is in which band; the bands' sizes and widths must be this module's."""
-        errors = arguments[-1]
-        found = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        band = state_dict.get(f"{prefix}token_band")
-        if len(errors) > found or band is None or band.device.type == "meta":
-            return
-        if not torch.equal(band.cpu().to(torch.int32), self.plan.token_band):
-            plan = WidthPlan(self.embedding_dim, self.plan.widths, band)
+        band = _readable(state_dict.get(f"{prefix}token_band"))
+        if band is not None and not torch.equal(band.to("cpu", torch.int32), self.plan.token_band):
+            self.plan = WidthPlan(self.embedding_dim, self.plan.widths, band)  # its own, if it was refused
+
+    def _why_not_load(self, state: dict[str, Any], prefix: str) -> str | None:
+        refusal = super()._why_not_load(state, prefix)
+        band, row = (_readable(state.get(f"{prefix}{name}")) for name in ("token_band", "token_row"))
+        if refusal is not None:
+            return refusal
+        plan = self.plan
+        if band is not None:
+            try:
+                plan = WidthPlan(self.embedding_dim, plan.widths, band)
+            except (TypeError, ValueError) as error:
+                return f"{prefix}{error}"
             if plan.band_sizes != self.plan.band_sizes:
-                errors.append(
+                return (
                     f"{prefix}token_band puts {list(plan.band_sizes)} tokens into the bands, "
                     f"whose tables have {list(self.plan.band_sizes)} rows"
                 )
-                return
-            self.plan = plan
+        if row is not None:
+            wrong = (row.cpu() != plan.token_row).nonzero()
+            if len(wrong):
+                token = int(wrong[0])
+                return (
+                    f"{prefix}token_row must number the tokens of each band in the order of their ids, got "
+                    f"{row[token].item()} for token {token}, which has row {int(plan.token_row[token])} of its band"
+                )
+        return None
 
     @classmethod
     def from_state_dict(
@@ -279,10 +329,23 @@ class VariableWidthEmbedding(torch.nn.Module):
                 f"state_dict must hold {prefix}token_band and {prefix}tables.0, got the entries {list(own)[:6]}"
             )
         own = {n: v for n, v in own.items() if n.startswith(("token_", "tables.", "projections."))}
-        tables = [own[f"tables.{b}"] for b in range(sum(name.startswith("tables.") for name in own))]
+        tables: list[Tensor] = []
+        for b in range(sum(name.startswith("tables.") for name in own)):
+            table = own.get(f"tables.{b}")
+            if not isinstance(table, Tensor) or table.dim() != 2 or table.shape[1] == 0:
+                raise ValueError(
+                    f"{prefix}tables.{b} must be a tensor [n, width], got {checks.describe(table)}"
+                )
+            tables.append(stored(f"{prefix}tables.{b}", table))
         widths = [table.shape[1] for table in tables]
         dim = own["projections.0"].shape[0] if "projections.0" in own else widths[0]
-        module = cls(WidthPlan(dim, widths, own["token_band"]), dtype=tables[0].dtype, **options)
+        plan = WidthPlan(dim, widths, own["token_band"])
+        sizes = [len(table) for table in tables]
+        if list(plan.band_sizes) != sizes:  # before anything of the plan's sizes is allocated
+            raise ValueError(
+                f"{prefix}token_band puts {list(plan.band_sizes)} tokens into the bands, whose tables have {sizes} rows"
+            )
+        module = cls(plan, dtype=tables[0].dtype, **options)
         module.load_state_dict(own)
         return module
 
@@ -302,3 +365,8 @@ class VariableWidthEmbedding(torch.nn.Module):
         # The lists of parameters would say the plan's table again.
         lines = "\n  ".join(self.extra_repr().splitlines())
         return f"{type(self).__name__}(\n  {lines}\n)"
+
+
+def _readable(entry: Tensor | None) -> Tensor | None:
+    """An entry of a state dict, where it is there and has values."""
+    return None if entry is None or entry.device.type == "meta" else entry

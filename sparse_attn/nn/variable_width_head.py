@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.nn.variable_width_embedding import VariableWidthEmbedding
+from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
 from sparse_attn.planner import WidthPlan
 
@@ -14,11 +18,12 @@ from sparse_attn.planner import WidthPlan
 _LOGITS = 1 << 22
 
 
-class VariableWidthHead(torch.nn.Module):
+class VariableWidthHead(WholeState):
     """In place of the last `nn.Linear(embedding_dim, V, bias=False)`: the logit of a token is hidden · its embedding.
 
     `VariableWidthHead(embedding)` shares the embedding's parameters (weight tying); `VariableWidthHead.from_plan(plan)`
     has its own. A class costs the width of its band, not the model's. Train with `loss`, which stores no logits.
+    Every method calls the module, so that its hooks run: FSDP2 gathers what `fully_shard` has sharded.
 
     Args:
         embedding: the VariableWidthEmbedding to share. It becomes a submodule, so that its parameters stand under both
@@ -58,11 +63,12 @@ class VariableWidthHead(torch.nn.Module):
         backend: str | None = None,
     ) -> VariableWidthHead:
         """A head with weights of its own: logits have variance 1 where the hidden state's elements have."""
-        head = cls(VariableWidthEmbedding(plan, device=device, dtype=dtype), backend)
+        embedding = VariableWidthEmbedding(plan, device=device, dtype=dtype)
+        embedding._row_scale = plan.embedding_dim**-0.5  # also after a later reset_parameters
         with torch.no_grad():
-            for table in head.embedding.tables:
-                table.mul_(plan.embedding_dim**-0.5)
-        return head
+            for table in embedding.tables:
+                table.mul_(embedding._row_scale)
+        return cls(embedding, backend)
 
     @property
     def plan(self) -> WidthPlan:
@@ -73,8 +79,12 @@ class VariableWidthHead(torch.nn.Module):
         """How many numbers the tables and the projections hold together."""
         return self.embedding.num_parameters()
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *, _instead: Callable[[Tensor], Any] | None = None) -> Tensor:
         """hidden [..., embedding_dim] → logits [..., V] in token-id order, with gradients."""
+        # The other methods come through here too, so that the module's hooks run: in one FSDP gathers the parameters.
+        return self._logits(hidden) if _instead is None else _instead(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         logits = torch.cat(
             [
                 projected @ table.t()
@@ -101,20 +111,24 @@ class VariableWidthHead(torch.nn.Module):
             hidden: [..., embedding_dim].
             targets: int64 [...], ids in [0, V) or `ignore_index`. The rest as there.
         """
-        return variable_width_cross_entropy(
-            hidden,
-            targets,
-            self._tables(),
-            self.embedding.projection_list(),
-            self.embedding.token_band,
-            self.embedding.token_row,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            weight=weight,
-            backend=self.backend,
-        )
+
+        def loss(hidden: Tensor) -> Tensor:
+            return variable_width_cross_entropy(
+                hidden,
+                targets,
+                self._tables(),
+                self.embedding.projection_list(),
+                self.embedding.token_band,
+                self.embedding.token_row,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                weight=weight,
+                backend=self.backend,
+            )
+
+        return self(hidden, _instead=loss)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """hidden [..., embedding_dim] → log-probabilities [..., V], float32 for half types."""
@@ -133,6 +147,9 @@ class VariableWidthHead(torch.nn.Module):
         equal logits come first is not defined, as in `torch.topk`.
         """
         k = checks.integer("k", k, 1, self.plan.num_embeddings)
+        return self(hidden, _instead=lambda hidden: self._topk(hidden, k))
+
+    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         shape = hidden.shape[:-1]
         flat = hidden.reshape(-1, hidden.shape[-1])
         classes = self._classes()
@@ -158,7 +175,13 @@ class VariableWidthHead(torch.nn.Module):
         return values.reshape(*shape, k), tokens.reshape(*shape, k)
 
     def _tables(self) -> list[Tensor]:
-        return list(self.embedding.tables)
+        tables = list(self.embedding.tables)
+        if hasattr(tables[0], "placements"):  # a DTensor, of which no hook has made a whole tensor
+            raise TypeError(
+                "the head's tables are sharded, for its embedding is an FSDP group of its own: shard the embedding "
+                "with reshard_after_forward=False, or only the module that holds both"
+            )
+        return tables
 
     def _projected(self, hidden: Tensor) -> list[Tensor]:
         """Per band [..., width_b]."""

@@ -23,8 +23,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def sizes_of(query: Tensor, value: Tensor | None = None) -> dict[str, int]:
-    """What some wing limits (`Wing.limits`)."""
-    sizes = {"head_dim": query.shape[3]}
+    """What some wing limits (`Wing.limits`), or goes by (`Wing.way`)."""
+    sizes = {"head_dim": query.shape[3], "queries": query.shape[2]}
     if value is not None:
         sizes["value_dim"] = value.shape[3]
     return sizes

@@ -103,8 +103,9 @@ def block_select(
     if starts is not None:
         starts = starts.to(torch.int64).clamp(0, key_length)
         exists = (starts.amin(1).view(-1, 1, 1, 1), end)
-        starts = pad(starts, (0, -query_length % query_tile), value=key_length)
-        starts = starts.unflatten(1, (-1, query_tile)).amin(2)  # [B, N]
+        tile = min(query_tile, query_length)  # a longer one would be filled up
+        starts = pad(starts, (0, -query_length % tile), value=key_length)
+        starts = starts.unflatten(1, (-1, tile)).amin(2)  # [B, N]
         first_block = starts // block_size
         starts = starts.view(batch, 1, tiles, 1)
         # A block is seen from the start on, and none where no key follows.
@@ -127,9 +128,10 @@ def block_select(
     near = visible & (blocks >= first.div(block_size, rounding_mode="floor"))
     far = select(queries, keys, top_blocks - own, replace(rule, attn_mask=visible & ~near), backend=backend)
     # The blocks of a tile's own queries are neighbours: at most `own` from that of its first query on.
-    steps = first.div(block_size, rounding_mode="floor") + torch.arange(own, device=query.device)  # [N, own]
-    inside = (steps >= 0) & (steps < count)
-    steps = steps.clamp(0, count - 1).expand(batch, 1, tiles, own)
+    steps = first.div(block_size, rounding_mode="floor").clamp(min=0)
+    steps = steps + torch.arange(min(own, count), device=query.device)  # [N, own]
+    inside = steps < count
+    steps = steps.clamp(max=count - 1).expand(batch, 1, tiles, -1)
     steps = torch.where(inside & near.expand(batch, -1, -1, -1).gather(-1, steps), steps, -1)
     steps = steps.expand(-1, groups, -1, -1)
     return ascending(torch.cat((far, steps.to(torch.int32)), dim=-1))[..., :budget]
@@ -147,6 +149,7 @@ def _own_blocks(tile: int, block: int, offset: int) -> int:
 def _split(rows: Tensor, size: int, exists: tuple | None) -> tuple[Tensor, Tensor]:
     """rows [B, H, T, D] → ([B, H, pieces, size, D] in float32 or float64, which rows of them exist)."""
     length = rows.shape[2]
+    size = min(size, max(1, length))  # a longer piece would be filled up
     rows = pad(rows.to(torch.promote_types(rows.dtype, torch.float32)), (0, 0, 0, -length % size))
     position = torch.arange(rows.shape[2], device=rows.device).view(1, 1, -1, 1)
     first, end = exists or (0, length)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sparse_attn import rule as rules
 from sparse_attn.ops.derivatives import AUTOCAST_KEYS, WITHOUT_AUTOCAST, Backward, Forward, Leaves, connect
@@ -38,8 +39,9 @@ class Op:
 
     `tangent(Forward, **arguments) -> {result: tangent}` is forward mode: it takes every argument of the schema by
     name, the rule as one, so that none is overlooked. Without it forward mode is refused.
-    `batch` names the tensors, arguments and results, whose first dimension is the batch (those of the rule are known):
-    `vmap` folds its own dimension into it. What is summed over the batch is not among them: then `vmap` is a loop.
+    `batch` names the tensors, arguments and results, whose first dimension is the batch (the rule says its own):
+    `vmap` folds its own dimension into it. `shared` names the other tensors among the arguments; a `vmap` over them,
+    and one of a result that is summed over the batch, calls the op once per entry, as it does without any `batch`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Op:
         gradient_of: str | None = None,
         tangent: Callable[..., dict[str, Tensor]] | None = None,
         batch: str = "",
+        shared: str = "",
     ) -> None:
         self.name, self.schema = name, schema
         parsed = torch._C.parse_schema(f"{base.NAMESPACE}::{name}{schema}")
@@ -67,12 +70,13 @@ class Op:
         self.differentiable = backward is not None or gradient_of is not None
         self.constant = constant.split() if self.differentiable else self.outputs.names
         self._rule_at = self.inputs.names.index("attn_mask") if "rule" in kinds else None
-        parts = (
-            [] if self._rule_at is None else self.inputs.names[self._rule_at : self._rule_at + rules.PARTS]
-        )
-        self.batch = frozenset((*batch.split(), *(part for part in parts if "Tensor" in kinds[part])))
-        unknown = self.batch.difference(kinds)
-        assert not unknown, f"{name} has no {unknown}"
+        if batch and self._rule_at is not None:
+            batch, shared = f"{batch} {rules.BATCH}", f"{shared} {rules.SHARED}"
+        self.batch = frozenset(batch.split())
+        if batch:
+            tensors = {n for n in self.inputs.names if "Tensor" in kinds[n]}
+            unsaid = tensors ^ self.batch.union(shared.split()).difference(self.outputs.names)
+            assert not unsaid, f"{name}: is {unsaid} in `batch` or in `shared`?"
         self._overloads: dict[str, Callable] = {}
         for wing in base.wings():
             if name in wing.implementations:
@@ -88,7 +92,11 @@ class Op:
         sizes: dict[str, int] | None = None,
     ) -> str:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
-        return base.choose(self.name, tensor, backend, function or self.name, rule, **(sizes or {}))
+        return base.choose(self.name, tensor, backend, function or self.name, rule, sizes or base.NO_SIZES)
+
+    def has(self, wing: str) -> bool:
+        """Whether that wing has this op."""
+        return wing in self._overloads
 
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""
@@ -108,7 +116,8 @@ class Op:
         implementation = wing.implementations[self.name]
         if implementation is not None:
             library.impl(label, self._with_rule(implementation), wing.dispatch_key)
-        torch.library.register_fake(f"{base.NAMESPACE}::{label}", self._with_rule(fake), lib=library)
+        checked = _on_one_device(label, self._with_rule(fake))
+        torch.library.register_fake(f"{base.NAMESPACE}::{label}", checked, lib=library)
         overload = getattr(getattr(getattr(torch.ops, base.NAMESPACE), self.name), wing.name)
         self._overloads[wing.name] = overload
         for key in AUTOCAST_KEYS:
@@ -159,6 +168,20 @@ class Op:
             elif "Tensor" in kind:
                 setattr(saved, name, next(tensors))
         return saved
+
+
+def _on_one_device(label: str, fake: Callable) -> Callable:
+    """The fake, which torch also calls for meta tensors among others: it would give them results without a value."""
+
+    def call(*arguments):
+        devices = {str(t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{label} takes tensors of one device, got some on {' and '.join(sorted(devices))}"
+            )
+        return fake(*arguments)
+
+    return call
 
 
 def _without_autocast(overload: Callable) -> Callable:

@@ -125,6 +125,8 @@ def indexer_loss(
         checks.causal_offset_of(is_causal, causal_offset, query.shape[2], key.shape[2])
         indices = checks.indices_of(indices, index_query[:, :groups], index_key)
         indices = indices.expand(-1, groups, -1, -1)
+        if key.shape[2] == 0:
+            indices = indices[..., :0]  # empty slots all, and there is no row that they could stand for
         rule = Rule()
     else:
         rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, key_starts=key_starts)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from sparse_attn.ops.arguments import autocast
@@ -13,7 +17,6 @@ from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.topk_select import products
 
 
-@torch.no_grad()
 def with_tail(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -25,7 +28,7 @@ def with_tail(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`out` with the mass of what the selection leaves out given to the mean of its values; it is changed in place."""
+    """`out` with the mass of what the selection leaves out given to the mean of its values, differentiable in all."""
     query, key, value = autocast(query, key, value)
     if out.numel() == 0 or key.shape[2] == 0:
         return out
@@ -34,7 +37,6 @@ def with_tail(
     rule.visibility().only(
         "means of what is left out", "is_causal", "causal_offset", "key_lengths", "key_starts", "scale"
     )
-    scale = seen_by.scale
     heads, query_length = query.shape[1:3]
     compute = torch.promote_types(query.dtype, torch.float32)
     seen = torch.full(
@@ -54,25 +56,86 @@ def with_tail(
     total = _sums(value, first, seen)
     values, chosen = value.to(compute), (indices >= 0).sum(-1)  # chosen [B, G, Tq]
     nothing = values.new_zeros((1, 1, 1, 1)).expand(*query.shape[:3], value.shape[3])
-    mean, _ = attend(nothing, values, values, indices, scale=1.0, backend=backend)
+    mean, _ = attend(nothing, values.detach(), values, indices, scale=1.0, backend=backend)
     chosen = chosen.repeat_interleave(heads // chosen.shape[1], dim=1).unsqueeze(-1)
     total = total.repeat_interleave(heads // value.shape[1], dim=1) - mean.double() * chosen
-    left = (seen if first is None else seen - first)[:, None, :, None] - chosen
+    left = (seen if first is None else seen - first)[:, None, :, None] - chosen  # [B, Hq, Tq, 1]
     tail = (total / left.clamp(min=1)).to(compute)
 
-    keys = key.to(compute)
-    position = torch.arange(key.shape[2], device=key.device)
-    for rows in query_chunks(query_length, 2 * query.shape[0] * heads * key.shape[2]):
-        scores = products(query[:, :, rows].to(compute), keys) * scale
-        scores.masked_fill_(position >= seen[:, None, rows, None], -torch.inf)
-        if first is not None:
-            scores.masked_fill_(position < first[:, None, rows, None], -torch.inf)
-        every = scores.logsumexp(-1)
-        outside = -torch.expm1((lse[:, :, rows] - every).clamp(max=0.0)).unsqueeze(-1).to(compute)
-        part = out[:, :, rows].to(compute)
-        mixed = part + outside * (tail[:, :, rows] - part)
-        out[:, :, rows] = torch.where(left[:, :, rows] > 0, mixed, part).to(out.dtype)
-    return out
+    # Forward mode goes through what it is made of.
+    normalise = _Normaliser.apply if forward_ad._current_level < 0 else _in_chunks
+    gap = lse - normalise(query, key, first, seen, seen_by.scale)
+    # Where nothing is left out the gap may be −inf − −inf, which has no gradient.
+    gap = torch.where(left.squeeze(-1) > 0, gap, 0.0).clamp(max=0.0)
+    outside = -torch.expm1(gap).unsqueeze(-1).to(compute)
+    part = out.to(compute)
+    mixed = part + outside * (tail - part)
+    return torch.where(left > 0, mixed, part).to(out.dtype)
+
+
+class _Normaliser(torch.autograd.Function):
+    """log-sum-exp of a query's scores over the keys that it sees: [B, Hq, Tq].
+
+    In chunks of queries, whose scores are made again for the gradient: no [Tq, Tk] matrix is stored.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, first: Tensor | None, end: Tensor, scale: float) -> Tensor:
+        return _in_chunks(query, key, first, end, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        query, key, first, end, ctx.scale = inputs
+        ctx.save_for_backward(query, key, first, end)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, first, end = ctx.saved_tensors
+        keys = key.to(torch.promote_types(key.dtype, torch.float32))
+        of_query, of_key = [], torch.zeros_like(keys)
+        for rows in _chunks(query, key):
+            seen = {"first": _at(rows, first), "end": end[:, rows]}
+            chunk = partial(_normaliser, **seen, scale=ctx.scale)
+            gradient = torch.func.vjp(chunk, query[:, :, rows], keys)[1]
+            of_rows, of_keys = gradient(grad[:, :, rows])
+            of_query.append(of_rows)
+            of_key = of_key + of_keys
+        return torch.cat(of_query, dim=2), of_key.to(key.dtype), None, None, None
+
+
+def _in_chunks(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    first: Tensor | None,  # int64 [B, Tq]: the keys from there on
+    end: Tensor,  # int64 [B, Tq]: and before there
+    scale: float,
+) -> Tensor:  # [B, Hq, Tq]
+    keys = key.to(torch.promote_types(key.dtype, torch.float32))
+    found = [
+        _normaliser(query[:, :, rows], keys, _at(rows, first), end[:, rows], scale)
+        for rows in _chunks(query, key)
+    ]
+    return torch.cat(found, dim=2)
+
+
+def _normaliser(query: Tensor, keys: Tensor, first: Tensor | None, end: Tensor, scale: float) -> Tensor:
+    """query [B, Hq, t, D], keys [B, Hkv, Tk, D] as they are computed with, int64 [B, t] twice → [B, Hq, t]."""
+    scores = products(query.to(keys.dtype), keys) * scale
+    position = torch.arange(keys.shape[2], device=keys.device)
+    scores = scores.masked_fill_(position >= end[:, None, :, None], -torch.inf)
+    if first is not None:
+        scores = scores.masked_fill_(position < first[:, None, :, None], -torch.inf)
+    return scores.logsumexp(-1)
+
+
+def _at(rows: slice, places: Tensor | None) -> Tensor | None:
+    return None if places is None else places[:, rows]
+
+
+def _chunks(query: Tensor, key: Tensor) -> Iterator[slice]:
+    return query_chunks(query.shape[2], 2 * query.shape[0] * query.shape[1] * key.shape[2])
 
 
 def _sums(value: Tensor, first: Tensor | None, end: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention, topk_select
+from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Forward, Op
+from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -45,6 +46,7 @@ def attend_best(
     top_k: int,
     rule: Rule,
     *,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
     function: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +56,15 @@ def attend_best(
     checks.value_of(key, value)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
-    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes_of(query, value))
+    index = key_index if key_indices.serves(key_index, query, key, packed) else None
+    sizes = sizes_of(query, value)
+    if index is not None:
+        sizes["key_index"] = 1
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
+    if index is not None and key_indices.OP.has(wing):
+        # Two ops with the result of one: attention does not depend on how its keys were found.
+        indices = key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
+        return *gathered_attention.OP.on(wing)(query, key, value, indices, packed.scale), indices
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 
@@ -75,6 +85,7 @@ def topk_attention(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention of each query to its `top_k` best keys alone, in place of scaled_dot_product_attention.
@@ -105,6 +116,7 @@ def topk_attention(
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
+        key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
@@ -128,13 +140,12 @@ def topk_attention(
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
-    out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
+    out, lse, indices = attend_best(query, key, value, top_k, rule, key_index=key_index, backend=backend)
     if not return_lse and not return_indices:
         return out
     return (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
 
 
-@torch.no_grad()
 def topk_attention_with_residual(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -151,7 +162,7 @@ def topk_attention_with_residual(
     key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values. Inference only.
+    r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values.
 
     With p the softmax over all visible keys V_i and S_i the selection:
 
@@ -159,14 +170,15 @@ def topk_attention_with_residual(
               \mathop{\mathrm{mean}}_{j \in V_i \setminus S_i} v_j
 
     The mean comes from prefix sums. The normaliser of p needs every score, so this is for the quality of a given
-    selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix.
+    selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix, in the
+    backward neither. Differentiable in query, key and value; the choice itself is not differentiated.
 
     Args:
         query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, key_starts,
             backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must be keys in a row.
 
     Returns:
-        out [B, Hq, Tq, Dv] in the query's dtype, without a gradient.
+        out [B, Hq, Tq, Dv] in the query's dtype.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -177,7 +189,6 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
-    checks.inference_only("topk_attention_with_residual", query, key, value)
     rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
@@ -200,6 +211,7 @@ def explain(
     return_lse: bool = False,
     return_indices: bool = False,
     key_starts: Tensor | None = None,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Explanation:
     """Says which wing `topk_attention` with these arguments would run on, and why not each other one; runs nothing.
@@ -215,5 +227,6 @@ def explain(
     return explain_call(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
-        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, backend=backend,
+        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts,
+        key_index=key_index, backend=backend,
     )  # fmt: skip

@@ -14,8 +14,10 @@ from torch.nn.functional import pad
 
 from sparse_attn import checks
 from sparse_attn import rule as rules
+from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Op
+from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.rule import PackedRule, Rule, selection_shape
 
 
@@ -48,6 +50,7 @@ def select(
     *,
     rounded: bool = False,
     among: Among | None = None,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
     function: str = "topk_select",
 ) -> Tensor:  # int32 [B, G, Tq, K]
@@ -64,11 +67,16 @@ def select(
         blocks = checks.blocks_of(among.blocks, query, key, query_tile)
     top_k = checks.top_k_of(top_k)
     packed = rule.packed(query, key, top_k)
+    index = key_index if key_indices.serves(key_index, query, key, packed) else None
+    if index is not None:
+        sizes["key_index"] = 1
     options: tuple[bool, Tensor | None, int, int] = (rounded, None, 1, 1)
     if among is not None:
         blocks = _of_groups(blocks, -(-key.shape[2] // block_size), packed.groups, rule.share)
         options = (rounded, blocks, block_size, query_tile)
     wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
+    if index is not None and key_indices.OP.has(wing):
+        return key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
     return OP.on(wing)(query, key, top_k, *packed.parts(), *options)
 
 
@@ -104,6 +112,7 @@ def topk_select(
     sinks: int = 0,
     share: str = "none",
     key_starts: Tensor | None = None,
+    key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each query the `top_k` keys of the largest :math:`q \cdot k`, exactly, without a [Tq, Tk] matrix.
@@ -127,6 +136,7 @@ def topk_select(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
+        key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
@@ -147,7 +157,7 @@ def topk_select(
         torch.Size([1, 2, 128, 16])
     """
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
-    return select(query, key, top_k, rule, backend=backend)
+    return select(query, key, top_k, rule, key_index=key_index, backend=backend)
 
 
 def quantized_select(

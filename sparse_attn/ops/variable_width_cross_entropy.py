@@ -82,6 +82,7 @@ OP = Op(
     backward=backward,
     tangent=tangent,
     batch="hidden targets loss lse",
+    shared="tables projections token_band token_row weight",
 )
 
 

@@ -121,6 +121,7 @@ OP = Op(
     backward=backward,
     tangent=tangent,
     batch="ids out",
+    shared="tables projections token_band token_row",
 )
 
 

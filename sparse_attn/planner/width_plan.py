@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from sparse_attn.checks import describe, integer
+from sparse_attn.files import parse_json, read_text, refusal, stored, write_text
 from sparse_attn.planner.choose_widths import choose_widths
 
 FORMAT = "sparse_attn.WidthPlan"
 VERSION = 1
+LARGEST = 2**31 - 1  # rows are numbered in int32
+_ENTRIES = ("embedding_dim", "widths", "token_band")
 
 
 class WidthPlan:
@@ -27,7 +30,7 @@ class WidthPlan:
     The order of the ids does not matter: any token may lie in any band.
 
     Args:
-        embedding_dim: the model's width D, at least 1.
+        embedding_dim: the model's width D, from 1 to 2³¹ − 1.
         widths: one width per band, each from 1 to D, in any order (`plan_widths` makes them descend).
         token_band: the band of each token, integers in [0, len(widths)), shape [V] with V ≥ 1; a tensor, array or
             sequence. A band may be empty.
@@ -55,7 +58,7 @@ class WidthPlan:
     """
 
     def __init__(self, embedding_dim: int, widths: Sequence[int], token_band: Tensor | Sequence[int]) -> None:
-        self.embedding_dim: int = int(integer("embedding_dim", embedding_dim, 1))
+        self.embedding_dim: int = int(integer("embedding_dim", embedding_dim, 1, LARGEST))
         self.widths: tuple[int, ...] = _widths(widths, self.embedding_dim)
         self.token_band: Tensor = _token_band(token_band, len(self.widths))
         sizes = torch.bincount(self.token_band, minlength=len(self.widths))
@@ -73,7 +76,7 @@ class WidthPlan:
             cutoffs: ascending ids strictly between 0 and V, as `nn.AdaptiveLogSoftmaxWithLoss` takes them.
             widths: one width per band, `len(cutoffs) + 1` of them.
         """
-        num_embeddings = int(integer("num_embeddings", num_embeddings, 1))
+        num_embeddings = int(integer("num_embeddings", num_embeddings, 1, LARGEST))
         bounds = [int(integer("every cutoff", cutoff)) for cutoff in _sequence("cutoffs", cutoffs)]
         edges = [0, *bounds, num_embeddings]
         if any(low >= high for low, high in itertools.pairwise(edges)):
@@ -155,12 +158,26 @@ class WidthPlan:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> WidthPlan:
         """The plan that `state_dict()` gave."""
-        missing = [name for name in ("embedding_dim", "widths", "token_band") if name not in state]
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"state must be a dict with the entries {', '.join(_ENTRIES)}, got {describe(state)}"
+            )
+        missing = [name for name in _ENTRIES if name not in state]
         if missing:
             raise ValueError(
                 f"state must have the entries embedding_dim, widths and token_band, lacks {', '.join(missing)}"
             )
-        return cls(state["embedding_dim"], state["widths"], state["token_band"])
+        band = state["token_band"]
+        if isinstance(band, Tensor):
+            stored("token_band", band)
+        return cls(state["embedding_dim"], state["widths"], band)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _ENTRIES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a pickle holds is checked as what a caller gives; `torch.load(weights_only=True)` takes plans."""
+        self.__dict__.update(WidthPlan.from_state(state).__dict__)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as a JSON text, also written to `path` when one is given."""
@@ -178,18 +195,30 @@ class WidthPlan:
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in data.items()]
         text = "{\n" + ",\n".join(lines) + "\n}\n"
         if path is not None:
-            Path(path).write_text(text, "utf-8")
+            write_text(path, text)
         return text
 
     @classmethod
     def from_json(cls, source: str | Path) -> WidthPlan:
-        """The plan in a JSON text or, given a path, in a file."""
-        text = str(source)
-        if isinstance(source, Path) or not source.lstrip().startswith("{"):
-            text = Path(source).read_text("utf-8")
+        """The plan in a JSON text or, given a path, in a file.
+
+        Raises:
+            ValueError: it is no plan, or one that contradicts itself; of a file the message begins with the path.
+            OSError: the file cannot be read.
+        """
+        if not isinstance(source, Path) and source.lstrip().startswith("{"):
+            return cls._from_text(source)
+        text = read_text(source, "plan")
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            return cls._from_text(text)
+        except (TypeError, ValueError) as error:
+            raise refusal(source, "plan", error) from None
+
+    @classmethod
+    def _from_text(cls, text: str) -> WidthPlan:
+        try:
+            data = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"the plan is not valid JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(
@@ -199,7 +228,15 @@ class WidthPlan:
             raise ValueError(
                 f"this version of sparse_attn reads plans of version {VERSION}, got {data.get('version')!r}"
             )
-        return cls.from_state(data)
+        plan = cls.from_state(data)
+        for name in ("num_embeddings", "band_sizes", "num_parameters"):
+            right = getattr(plan, name)
+            right = right() if callable(right) else list(right) if isinstance(right, tuple) else right
+            if data.get(name, right) != right:
+                raise ValueError(
+                    f"the plan's {name} must be {right}, as its token_band has it, got {describe(data[name])}"
+                )
+        return plan
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WidthPlan):
@@ -266,3 +303,7 @@ def _token_band(token_band: Tensor | Sequence[int], num_bands: int) -> Tensor:
             f"got {int(band[token])} for token {token}"
         )
     return band.to(torch.int32, copy=True).contiguous()
+
+
+# `torch.load(weights_only=True)` takes a plan, which checks itself.
+torch.serialization.add_safe_globals([WidthPlan])

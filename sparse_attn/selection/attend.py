@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from sparse_attn import checks
@@ -43,7 +42,7 @@ def attend(
             are attended to as they are.
         scale: factor of q·k; None takes the rule's, and without one 1/√D.
         tail: "none", or "mean": the mass of the visible keys that were not selected goes to the mean of their values
-            (inference only, tokens only).
+            (tokens only).
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
@@ -52,8 +51,7 @@ def attend(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
-        NotImplementedError: a gradient is wanted of what has none (tail="mean"), or a second derivative in reverse
-            mode.
+        NotImplementedError: a second derivative is asked for in reverse mode.
 
     Example:
         >>> import torch
@@ -78,7 +76,7 @@ def attend(
         out, lse = _to_blocks(query, key, value, selection, rule, scale, tail, backend)
     else:
         if tail != "none":
-            rule = _rule_of_tail(rule, return_lse, query, key, value)
+            rule = _rule_of_tail(rule, return_lse)
         out, lse = gathered_attention.attend(
             query, key, value, selection.indices, scale=scale, backend=backend
         )
@@ -109,17 +107,12 @@ def _to_blocks(
     return block_attention.attend(query, key, value, selection.indices, *sizes, visible, backend=backend)
 
 
-def _rule_of_tail(rule: Rule | None, return_lse: bool, *inputs: Tensor) -> Rule:
+def _rule_of_tail(rule: Rule | None, return_lse: bool) -> Rule:
     """The rule, where a tail can be had."""
     if rule is None:
         raise ValueError("tail='mean' needs the rule: which keys are left out depends on who sees whom")
     if return_lse:
         raise ValueError("tail='mean' has no lse of its own: return_lse goes with tail='none'")
-    wanted = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if torch.is_grad_enabled() and wanted:
-        raise NotImplementedError(
-            "tail='mean' is for inference: call it under torch.no_grad(), or with tail='none'"
-        )
     return rule
 
 

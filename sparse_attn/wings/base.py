@@ -12,15 +12,18 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from sparse_attn.rule import EVERY_PART, Rule
 
 NAMESPACE = "sparse_attn"
+NO_SIZES: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Wing:
     `why_not(op, device_type, dtype)` is None where the wing takes such a call, else the reason in one clause.
     `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …); of an
     option that it does not have, 0. `rule` names the parts of the rule that its kernels know; None: all.
+    `way(op, sizes)` says how such a call goes, where the wing has more than one way.
     A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
@@ -41,6 +45,7 @@ class Wing:
     limits: dict[str, int] = field(default_factory=dict)
     rule: frozenset[str] | None = None
     by_name_only: bool = False
+    way: Callable[[str, dict[str, int]], str | None] = lambda op, sizes: None
 
     def __post_init__(self) -> None:
         if self.rule is not None and self.rule >= EVERY_PART:
@@ -77,13 +82,44 @@ class Wing:
 @dataclass
 class _State:
     wings: dict[str, Wing] = field(default_factory=dict)  # in order of preference
-    # A plain global, not a ContextVar: autograd's own threads do not see the latter.
-    forced: str | None = None
     warned: set[str] = field(default_factory=set)
-    explaining: set[int] = field(default_factory=set)  # threads inside explain_call
+    blocks: bool = False  # whether there ever was a `use_backend` block
 
 
 _state = _State()
+
+
+class _Block:
+    """One `use_backend` block: the wing that it forces, and the block of the same thread that it stands in."""
+
+    __slots__ = ("ended", "name", "outer")
+
+    def __init__(self, name: str | None, outer: _Block | None) -> None:
+        self.name, self.outer, self.ended = name, outer, False
+
+
+class _Thread:
+    """What is set in one thread alone; `plain` where nothing is, which is all that most calls have to read."""
+
+    __slots__ = ("block", "explaining", "plain")
+
+    def __init__(self) -> None:
+        self.block = _Block(None, None)  # the innermost one
+        self.explaining = False  # whether it is in explain_call
+        self.plain = True
+
+
+class _Here(threading.local):
+    """Not a ContextVar: a compiled graph cannot guard on one."""
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+
+
+_here = _Here()
+# From 2.13 on torch hands the context of who calls backward to autograd's own threads, under this name.
+_CONTEXT = "context"
+_passed_on: ContextVar[_Block | None] = ContextVar("sparse_attn.use_backend", default=None)
 
 
 def register(wing: Wing) -> None:
@@ -104,7 +140,13 @@ def _check_name(name: object) -> str:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces one wing for every call inside the `with` block, in all threads.
+    """Forces one wing for every call of this thread inside the `with` block.
+
+    Other threads are not affected, nor are those that are started inside the block: each opens a block of its own.
+    Gradients run on the wing of their forward, in whatever thread and wherever backward is called. What a backward
+    computes again (`torch.utils.checkpoint`) runs on the wing that is forced where it is called; on a GPU, where that
+    is a thread of autograd, from torch 2.13 on. Blocks may end in any order, and in another thread (a generator that
+    is closed there).
 
     Args:
         name: "cpu", "cuda", "triton" or "reference". A call that the wing cannot take raises ValueError instead of
@@ -121,11 +163,47 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         _check_name(name)
-    previous, _state.forced = _state.forced, name
+    block = _Block(name, _innermost())
     try:
+        _enter(block)
         yield
     finally:
-        _state.forced = previous
+        # Where another thread ends it, the block's own thread finds it ended when it looks next.
+        block.ended = True
+        _innermost()
+
+
+def _enter(block: _Block) -> None:
+    thread = _here.thread
+    thread.block = block
+    thread.plain = block.outer is None and not thread.explaining
+    if not is_dynamo_compiling():
+        _state.blocks = True
+        _passed_on.set(block)
+
+
+def _going_on(block: _Block) -> _Block:
+    """A block that has not ended, this one or the next around it; the outermost, which forces nothing, never does."""
+    while block.ended and block.outer is not None:
+        block = block.outer
+    return block
+
+
+def _innermost() -> _Block:
+    """This thread's innermost block."""
+    block = _here.thread.block
+    if block.ended:
+        block = _going_on(block)
+        _enter(block)
+    return block
+
+
+def _forced() -> str | None:
+    """The wing that `use_backend` forces on this thread, or on the one whose backward this thread of autograd runs."""
+    block = _innermost()
+    if block.outer is None and not is_dynamo_compiling() and torch._C._is_key_in_tls(_CONTEXT):
+        block = _going_on(torch._C._get_obj_in_tls(_CONTEXT).get(_passed_on) or block)
+    return block.name
 
 
 def reasons(
@@ -141,14 +219,17 @@ def choose(
     backend: str | None,
     function: str | None = None,
     rule: Rule | None = None,
-    **sizes: int,
+    sizes: dict[str, int] = NO_SIZES,
 ) -> str:
     """The name of the wing that runs `op` on such tensors; `backend` (or `use_backend`) forces one.
 
     `sizes` are those that some wing limits, `function` is the name that the caller knows.
     """
     device_type, dtype = tensor.device.type, tensor.dtype
-    forced = backend if backend is not None else _state.forced
+    forced = backend
+    plain = _here.thread.plain
+    if forced is None and not (plain and (is_dynamo_compiling() or not _state.blocks)):
+        forced = _forced()
     chosen = None
     if forced is not None:
         reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes, rule)
@@ -163,9 +244,11 @@ def choose(
     if chosen is None:
         why = reasons(op, device_type, dtype, rule, **sizes)
         raise ValueError(f"no backend runs {function or op} on {device_type} with {dtype}: {why}")
-    # Of this thread alone; a graph that is being compiled finds nobody asking.
-    if _state.explaining and threading.get_ident() in _state.explaining:
-        raise _Explained(Explanation(function or op, chosen, reasons(op, device_type, dtype, rule, **sizes)))
+    if not plain and _here.thread.explaining:
+        way = _state.wings[chosen].way(op, sizes)
+        raise _Explained(
+            Explanation(function or op, chosen, reasons(op, device_type, dtype, rule, **sizes), way)
+        )
     if chosen == "reference" and forced is None and device_type not in ("cpu", "meta"):
         _warn_reference(op, device_type, dtype, sizes, rule)
     return chosen
@@ -178,17 +261,19 @@ class Explanation:
     op: str
     backend: str
     reasons: dict[str, str | None]  # None: it could take the call
+    way: str | None = None  # how it goes there, where the wing has several ways
 
     def __str__(self) -> str:
-        lines = [f"{self.op} runs on the {self.backend!r} wing"]
+        way = f": {self.way}" if self.way else ""
+        lines = [f"{self.op} runs on the {self.backend!r} wing{way}"]
         for name, reason in self.reasons.items():
             if name != self.backend:
                 lines.append(f"  {name}: {reason or 'it could, but is less preferred'}")
         return "\n".join(lines)
 
 
-class _Explained(Exception):
-    """Ends a call that was to be explained, before its first op runs."""
+class _Explained(BaseException):
+    """Ends a call that was to be explained, before its first op runs; nobody takes it for a failure of the call."""
 
 
 def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explanation:
@@ -210,14 +295,15 @@ def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explana
     """
     if not callable(function):
         raise TypeError(f"explain_call takes a function that calls an op of sparse_attn, got {function!r}")
-    thread = threading.get_ident()
-    _state.explaining.add(thread)
+    thread, before = _here.thread, _here.thread.explaining
     try:
+        thread.explaining, thread.plain = True, False
         function(*arguments, **options)
     except _Explained as end:
         return end.args[0]
     finally:
-        _state.explaining.discard(thread)
+        thread.explaining = before
+        thread.plain = thread.block.outer is None and not before
     raise TypeError(f"explain_call takes a function that calls an op of sparse_attn, got {function!r}")
 
 
@@ -228,7 +314,7 @@ def _warn_reference(
     label = f"{op} on {device_type}"
     if torch.compiler.is_compiling() or label in _state.warned:
         return
-    _state.warned.add(label)
     refusals = reasons(op, device_type, dtype, rule, **sizes)
     why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
     warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=5)
+    _state.warned.add(label)  # not before: where warnings are errors, the next call is one too

@@ -21,5 +21,16 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART)
+def _way(op: str, sizes: dict[str, int]) -> str | None:
+    """As csrc/cpu/topk_decode.h and ops/key_index.py have it."""
+    if op not in ("topk_select", "topk_attention"):
+        return None
+    if "key_index" in sizes:
+        return "few queries; what the key index cannot rule out is scored"
+    if sizes["queries"] <= 16 and "rounded_scores" not in sizes and "blocks" not in sizes:
+        return "few queries; each key is read once and none is packed"
+    return "keys are packed, then scored in tiles"
+
+
+CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART, way=_way)
 register(CPU_WING)

@@ -91,7 +91,11 @@ def _import_from(folder: Path) -> None:
     assert spec is not None  # it is a Python file that exists,
     assert spec.loader is not None  # and Python has a loader for those
     sys.modules[PACKAGE] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[PACKAGE])
+    try:
+        spec.loader.exec_module(sys.modules[PACKAGE])
+    except BaseException:
+        del sys.modules[PACKAGE]  # or the next import would find it half made
+        raise
 
 
 def _on_first_call(op: str) -> Callable:

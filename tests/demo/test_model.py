@@ -18,3 +18,14 @@ def test_the_two_arms_start_equal_and_agree_when_every_key_is_kept():
     dense, all_keys, few_keys = (model(ids) for model in models)
     torch.testing.assert_close(dense, all_keys, rtol=1e-4, atol=1e-4)
     assert (dense - few_keys).abs().max() > 1e-3
+
+
+def test_generating_leaves_the_mode_as_it_was():
+    model = GPT(20, 32, 4)
+    for training in (True, False):
+        model.train(training)
+        characters = model.generate([1, 2], 3, seed=0)
+        next(characters)
+        assert all(m.training == training for m in model.modules())
+        assert len(list(characters)) == 2
+        assert all(m.training == training for m in model.modules())

@@ -167,3 +167,24 @@ def test_the_demos_model():
 def test_errors(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call(Teacher())
+
+
+@pytest.mark.parametrize("train", [train_selector, train_approximator])
+def test_an_interrupted_training_leaves_modes_gradients_and_the_teacher(train):
+    teacher, student = Teacher(), student_of(Teacher())
+    for parameter in student.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    teacher.blocks[0].eval()
+    modes = [m.training for model in (teacher, student) for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()]
+    before = copy.deepcopy(teacher.state_dict())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(teacher, student, batches(2), progress=stop)
+    assert [m.training for model in (teacher, student) for m in model.modules()] == modes
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules()] == hooks
+    assert all(torch.equal(teacher.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(bool((parameter.grad == 3).all()) for parameter in student.parameters())

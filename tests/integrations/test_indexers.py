@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
 
@@ -11,6 +14,16 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from sparse_attn.distillation import distill_indexers  # noqa: E402
 from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
 from tests.integrations.test_transformers import LENGTH, cached, close, ids, llama, padding  # noqa: E402
+
+
+def copies(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
 
 
 def indexed(top_k=6, share="all", seed=0, **options):
@@ -145,6 +158,53 @@ def test_int8_selection_is_near_exact_selection():
     assert (exact - rounded).abs().mean() < 0.1 * exact.std()
 
 
+def test_files_that_hold_no_indexers_change_nothing(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path, target = tmp_path / "indexers.safetensors", indexed(seed=4)
+    sparse_transformers.save_indexers(indexed(seed=3), path)
+    whole, before = path.read_bytes(), copies(target)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    sizes = {"0": [2, 8, 1], "1": [2, 8, 1]}
+
+    def write(tensors=tensors, sizes=sizes):
+        text = sizes if isinstance(sizes, str) else json.dumps(sizes)
+        save_file(tensors, path, metadata={"sparse_attn_indexers": text})
+
+    def without(name):
+        return {key: tensor for key, tensor in tensors.items() if key != name}
+
+    write()
+    sparse_transformers.load_indexers(indexed(), path)
+    for spoil in (
+        lambda: path.write_bytes(whole[:-100]),
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes((1 << 60).to_bytes(8, "little") + whole[8:]),
+        lambda: write(sizes="{"),
+        lambda: write(sizes="[" * 100_000),
+        lambda: write(sizes=[1]),
+        lambda: write(sizes={"0": [2, 8, 1], "1": [2, 8]}),
+        lambda: write(sizes={"0": [2, 8, 1], "1": [2, "8", 1]}),
+        lambda: write(sizes={"0": [2, 8, 1], "1": [1 << 40, 1 << 40, 1 << 40]}),
+        lambda: write(sizes={"0": [2, 8, 1], "1": [1 << 20, 1 << 20, 1]}),
+        lambda: write(sizes={"0": [2, 8, 1], "7": [2, 8, 1]}),
+        lambda: write(sizes={"0": [2, 8, 1], "x": [2, 8, 1]}),
+        lambda: write(without("1.key.weight")),
+        lambda: write(without("1.weight.weight")),
+        lambda: write({**tensors, "1.key.weight": torch.ones(3)}),
+        lambda: write({**tensors, "1.weight.weight": torch.ones(3, 48)}),
+        lambda: write({**tensors, "1.more": torch.ones(3)}),
+    ):
+        spoil()
+        with pytest.raises(ValueError, match=r"indexers\.safetensors (holds no|has an) indexer"):
+            sparse_transformers.load_indexers(target, path)
+        assert_same(before, copies(target))
+    with pytest.raises(OSError):
+        sparse_transformers.load_indexers(target, tmp_path / "none")
+
+
 def test_save_and_load(tmp_path):
     model = indexed(share="kv", seed=3)
     sparse_transformers.save_indexers(model, tmp_path / "indexers.safetensors")
@@ -228,6 +288,56 @@ class TestDistillation:
         assert history == expected
         for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+    def test_a_checkpoint_that_does_not_fit_changes_nothing(self, tmp_path):
+        model, file = self.model(), tmp_path / "training.pt"
+        options = {"top_k": 8, "checkpoint": file}
+        distill_indexers(model, self.stream(2), 2, **options)
+        good, before = torch.load(file, weights_only=True), copies(model)
+
+        def changed(change):
+            bad = copy.deepcopy(good)
+            change(bad)
+            return bad
+
+        last = max(good["indexers"])
+        bad = [
+            [1, 2],
+            changed(lambda state: state.pop("history")),
+            changed(lambda state: state["history"].append("x")),
+            changed(lambda state: state["indexers"].pop(last)),
+            changed(lambda state: state["indexers"][last].pop("key.weight")),
+            changed(lambda state: state["indexers"][last].update({"weight.weight": torch.ones(3)})),
+            changed(lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(3))),
+            changed(lambda state: state["optimizer"].pop("param_groups")),
+        ]
+        for state in bad:
+            if isinstance(state, dict):  # what could be loaded is another's
+                for tensors in state.get("indexers", {}).values():
+                    for tensor in tensors.values():
+                        tensor.fill_(7)
+            torch.save(state, file)
+            with pytest.raises(ValueError, match=r"training\.pt holds no checkpoint of these indexers: "):
+                distill_indexers(model, self.stream(3), 3, **options)
+            assert_same(before, copies(model))
+        file.write_bytes(file.read_bytes()[:-200])
+        with pytest.raises(ValueError, match=r"training\.pt holds no checkpoint of these indexers: "):
+            distill_indexers(model, self.stream(3), 3, **options)
+
+    def test_gradients_are_kept_as_they_were(self):
+        model = self.model()
+        parameter = next(sparse_transformers.indexers(model)[0].parameters()).requires_grad_()
+        parameter.grad = torch.ones_like(parameter)
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            distill_indexers(model, self.stream(2), 2, top_k=8, progress=stop)
+        assert parameter.requires_grad
+        assert bool((parameter.grad == 1).all())
+        others = [p for i in sparse_transformers.indexers(model).values() for p in i.parameters()][1:]
+        assert not any(p.requires_grad or p.grad is not None for p in others)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="no indexers to train"):

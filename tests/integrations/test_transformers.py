@@ -233,8 +233,9 @@ def test_options_are_saved_with_the_model(tmp_path):
     close(logits(loaded, ids()), logits(sparse, ids()))
 
 
-def test_gradients_equal_those_of_dense_attention(no_shortcut):
-    dense, sparse = pair()
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_equal_those_of_dense_attention(no_shortcut, residual):
+    dense, sparse = pair(residual=residual)
     for model in (dense, sparse):
         model.train()
         model(input_ids=ids(), labels=ids()).loss.backward()

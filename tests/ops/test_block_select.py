@@ -129,6 +129,32 @@ def test_nothing(sizes):
     assert chosen.shape == (batch, 2, -(-queries // 2), min(3, -(-keys // 4)))
 
 
+STARTS = {"key_starts": torch.tensor([2, 8])}
+
+
+@pytest.mark.parametrize("pool", ["mean", "bound"])
+def test_sizes_beyond_the_sequences(pool):
+    """One block holds all keys, one tile all queries: memory is that of the tensors, whatever the sizes say."""
+    query, key = normal(2, 2, 5, 4), normal(2, 1, 9, 4, seed=1)
+    far = 2**40
+    for options in (
+        {},
+        {"is_causal": True, "causal_offset": 4},
+        {"key_lengths": torch.tensor([9, 3])},
+        STARTS,
+    ):
+        chosen = sparse_attn.block_select(
+            query, key, far, block_size=far, query_tile=far, pool=pool, **options
+        )
+        assert torch.equal(chosen, torch.zeros(2, 2, 1, 1, dtype=torch.int32))
+    # A tile of more blocks than there are: all that its queries see.
+    tiles = {"block_size": 2, "query_tile": far, "is_causal": True, "causal_offset": 2}
+    chosen = sparse_attn.block_select(query, key, far, pool=pool, **tiles)
+    assert torch.equal(chosen, torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32).expand(2, 2, 1, 5))
+    before = sparse_attn.block_select(query, key, far, pool=pool, **tiles | {"causal_offset": -3})
+    assert torch.equal(before, torch.tensor([0, -1, -1, -1, -1], dtype=torch.int32).expand(2, 2, 1, 5))
+
+
 def test_errors():
     query, key = normal(1, 4, 64, 8), normal(1, 2, 64, 8)
     for says, wrong in (

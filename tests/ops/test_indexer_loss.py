@@ -85,6 +85,15 @@ def test_value_and_gradients(monkeypatch, sizes, kind, block):
         torch.testing.assert_close(ours, true)
 
 
+def test_a_selection_of_no_keys():
+    """Rows of empty slots over no keys at all: a loss of 0, with gradients."""
+    inputs = make(2, 1, 3, 4, 2, 5, 0)
+    leaves = [t.requires_grad_() for t in inputs[:3]]
+    loss = sparse_attn.indexer_loss(*inputs, indices=torch.full((2, 1, 5, 3), -1, dtype=torch.int32))
+    assert loss.item() == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, leaves))
+
+
 def test_half_types_and_mixed_dtypes():
     """The indexer may be bfloat16 beside a float32 attention; the loss is float32."""
     inputs = make(*SIZES[0], dtype=torch.float32)

@@ -14,6 +14,8 @@ from sparse_attn.wings import extension
 FILES = (
     "test_topk_select.py",
     "test_topk_select_long.py",
+    "test_decoding.py",
+    "test_key_index.py",
     "test_indexer_select.py",
     "test_quantized_select.py",
     "test_block_attention.py",

@@ -238,6 +238,18 @@ def test_the_loss_of_an_indexer():
     assert torch.equal(ours, sparse_attn.indexer_loss(*index, query, key, is_causal=True, attn_mask=seen))
 
 
+def test_the_indexer_module_takes_it():
+    """Packed documents select what each selects alone, and the loss is that of the mask."""
+    indexer = sparse_attn.nn.Indexer(12, num_heads=3, head_dim=8)
+    hidden, query, key = normal(1, 20, 12), normal(1, 4, 20, 8, seed=1), normal(1, 2, 20, 8, seed=2)
+    starts = documents(0, 7, 20)
+    indices = indexer.select(hidden, 4, key_starts=starts, sinks=1)
+    assert_shifted(indices[:, :, 7:], indexer.select(hidden[:, 7:], 4, sinks=1), 7)
+    seen = oracle.visible(query[:, :1], key, key_starts=starts)
+    ours = indexer.loss(hidden, query, key, key_starts=starts)
+    assert torch.equal(ours, indexer.loss(hidden, query, key, attn_mask=seen))
+
+
 def test_values_that_are_no_numbers_stay_where_they_are_seen(wing, dtype):
     """NaN and infinities before a start reach no query behind it: outputs, tails and gradients."""
     query, key, value = qkv(1, 4, 2, 40, 40, 8, dtype=dtype)

@@ -83,6 +83,71 @@ def test_nothing(wing, sizes):
     assert not out.any()
 
 
-def test_no_gradient():
-    inputs = [t.requires_grad_() for t in qkv(1, 2, 2, 9, 9, 4)]
-    assert not sparse_attn.topk_attention_with_residual(*inputs, 3).requires_grad
+@pytest.mark.parametrize("name", CASES)
+def test_gradient(wing, dtype, name):
+    """That of the formula with the selection held fast, in float64."""
+    sizes, top_k, options = CASES[name]
+    inputs = [t.requires_grad_() for t in qkv(*sizes, dtype=dtype)]
+    weights = torch.randn(*sizes[:2], sizes[3], sizes[6], dtype=torch.float64)
+    ours = wing.topk_attention_with_residual(*inputs, top_k, **options)
+    grads = torch.autograd.grad((ours.double() * weights.to(ours.device)).sum(), inputs)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    want = torch.autograd.grad((formula(*exact, top_k, **options) * weights).sum(), exact)
+    # lse is float32 whatever the inputs are; half types round the output of the selection and its gradient
+    rounding = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype, 3e-5)
+    for grad, right, label in zip(grads, want, ("query", "key", "value"), strict=True):
+        assert grad.dtype == dtype
+        error = (grad.cpu().double() - right).abs().max().item()
+        assert error <= rounding * right.abs().max().item() + 1e-6, (label, error)
+
+
+def test_the_gradient_stores_no_matrix_and_has_no_second():
+    query, key, value = (t.requires_grad_() for t in qkv(1, 2, 2, 64, 64, 4))
+    stored = []
+
+    def note(tensor):
+        stored.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = sparse_attn.topk_attention_with_residual(query, key, value, 4, is_causal=True)
+    assert max(stored) < 2 * 64 * 64
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention has first-order gradients only"):
+        grad.sum().backward()
+
+
+def test_torch_func():
+    """vmap over calls, gradients of samples, forward mode along the gradient."""
+    inputs = qkv(3, 2, 1, 12, 12, 8)
+    each = [tuple(t[b : b + 1] for t in inputs) for b in range(3)]
+
+    def loss(query, key, value):
+        return sparse_attn.topk_attention_with_residual(query, key, value, 4, is_causal=True).square().sum()
+
+    def gradient(*inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    batches = [t.unsqueeze(1) for t in inputs]
+    ours = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*batches)
+    for one, wanted in zip(ours, zip(*map(gradient, *zip(*each, strict=True)), strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(wanted))
+    torch.testing.assert_close(
+        torch.func.vmap(loss)(*batches), torch.stack([loss(*sample) for sample in each])
+    )
+    _, along = torch.func.jvp(loss, inputs, inputs)
+    wanted = sum((grad * t).sum() for grad, t in zip(gradient(*inputs), inputs, strict=True))
+    torch.testing.assert_close(along, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_with_its_gradient():
+    torch.compiler.reset()
+    inputs = [t.requires_grad_() for t in qkv(1, 2, 2, 20, 20, 8)]
+
+    def loss(*inputs):
+        return sparse_attn.topk_attention_with_residual(*inputs, 4, is_causal=True).square().sum()
+
+    ours = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for one, other in zip(ours, torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        torch.testing.assert_close(one, other)

@@ -62,6 +62,23 @@ def test_opcheck_of_nothing(wing, shape):
     torch.library.opcheck(overload("topk_attention", wing), [*inputs, *selection], test_utils=tests)
 
 
+@pytest.mark.parametrize("op", ["topk_select", "gathered_attention", "topk_attention"])
+def test_a_direct_call_with_tensors_of_two_devices(wing, op):
+    """torch would give such a call results that nobody has written."""
+    arguments = op_arguments(wing, torch.float32, op, "plain")
+    with pytest.raises(RuntimeError, match=r"takes tensors of one device, got some on .* and meta"):
+        overload(op, wing)(arguments[0], arguments[1].to("meta"), *arguments[2:])
+
+
+def test_a_direct_call_without_heads(wing):
+    """What Python refuses a direct call must survive; nothing comes of it."""
+    if wing.name != "cpu":
+        pytest.skip("of the CPU's host code")
+    query, *others = op_arguments(wing, torch.float32, "topk_select", "options")
+    with pytest.raises(RuntimeError, match="must agree"):
+        overload("topk_select", wing)(query[:, :0], *others)
+
+
 def attention_and_gradients(function, *inputs):
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(*leaves)

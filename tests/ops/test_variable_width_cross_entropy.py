@@ -211,6 +211,20 @@ def test_nan_stays_in_its_token(name):
     assert grad_hidden.isnan().any(1).nonzero().flatten().tolist() == [2]
 
 
+@WINGS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_incoming_gradient_that_is_no_number(name, value, smoothing):
+    """As one is after an overflow: it spoils its own token, and the process goes on."""
+    hidden, targets, bands = problem("tiles", 110, ignored=False)
+    hidden.requires_grad_()
+    loss = run(hidden, targets, bands, name, reduction="none", label_smoothing=smoothing)
+    upstream = torch.ones(110)
+    upstream[7] = value
+    (grad,) = torch.autograd.grad(loss, hidden, upstream)
+    assert (~grad.isfinite()).any(1).nonzero().flatten().tolist() == [7]
+
+
 # ---- determinism, memory ------------------------------------------------------------------------------------
 
 
@@ -412,3 +426,16 @@ def test_the_kernel_itself_reads_nothing_out_of_bounds():
         call(row=torch.zeros_like(bands.token_row))
     with pytest.raises(RuntimeError):
         call(tables=bands.tables[:2])
+    for smoothing in (-0.5, 1.5, torch.nan):
+        with pytest.raises(RuntimeError, match="label_smoothing must be from 0 to 1"):
+            op(
+                hidden,
+                targets,
+                bands.tables,
+                projections,
+                bands.token_band,
+                bands.token_row,
+                None,
+                -100,
+                smoothing,
+            )

@@ -18,7 +18,8 @@ ATTENTION = (
     {"query": -1, "key": 2, "value": 0},
     {"key_lengths": 1},
     {"attn_mask": 2},
-    {"query": 1, "attn_mask": 0, "key_lengths": 0},
+    {"key_starts": 2},
+    {"query": 1, "attn_mask": 0, "key_lengths": 0, "key_starts": 1},
 )
 
 
@@ -29,12 +30,14 @@ def test_vmap_of_attention(wing, mapped):
     every = {
         "query": query, "key": key, "value": value,
         "attn_mask": mask(SAMPLES * 2, 1, 5, 6), "key_lengths": torch.tensor([6, 3, 0, 2, 5, 1]),
+        "key_starts": torch.arange(SAMPLES * 2 * 5).view(-1, 5) % 7 - 1,
     }  # fmt: skip
     every = {n: t.to(wing.device).unflatten(0, (SAMPLES, 2)) for n, t in every.items()}
     given = {n: t if n in mapped else t[0] for n, t in every.items()}
 
-    def call(query, key, value, attn_mask, key_lengths):
-        rule = {"attn_mask": attn_mask, "key_lengths": key_lengths, "backend": wing.name}
+    def call(query, key, value, attn_mask, key_lengths, key_starts):
+        rule = {"attn_mask": attn_mask, "key_lengths": key_lengths, "key_starts": key_starts}
+        rule["backend"] = wing.name
         selected = sparse_attn.topk_select(query, key, 2, share="all", **rule)
         out, lse, indices = sparse_attn.topk_attention(
             query, key, value, 2, return_lse=True, return_indices=True, **rule
@@ -205,8 +208,6 @@ def test_what_cannot_be_mapped_is_refused():
     with pytest.raises(NotImplementedError, match="does not take is_grads_batched=True or vectorize=True"):
         torch.autograd.functional.jacobian(loss, hidden, vectorize=True)
     x = normal(1, 2, 4, 4)
-    with pytest.raises(NotImplementedError, match="topk_attention_with_residual is for inference"):
-        grad(lambda x: sparse_attn.topk_attention_with_residual(x, x, x, 2).sum())(x)
     ours = jvp(lambda x: sparse_attn.topk_attention_with_residual(x, x, x, 2), (x,), (x,))[1]
     ends = [sparse_attn.topk_attention_with_residual(*[x * (1 + step)] * 3, 2) for step in (1e-3, -1e-3)]
     torch.testing.assert_close(ours, (ends[0] - ends[1]) / 2e-3, rtol=1e-3, atol=1e-3)

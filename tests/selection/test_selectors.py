@@ -158,14 +158,6 @@ def test_the_modules_take_selectors():
             "tail must be one of",
         ),
         (
-            lambda: attend(
-                QUERY.clone().requires_grad_(), KEY, VALUE, Exact().select(QUERY, KEY, 8, CAUSAL), rule=CAUSAL,
-                tail="mean",
-            ),
-            NotImplementedError,
-            "tail='mean' is for inference",
-        ),
-        (
             lambda: select_and_attend(QUERY, KEY, VALUE, 8, object(), CAUSAL),
             TypeError,
             "selector must have a method select",

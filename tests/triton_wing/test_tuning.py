@@ -100,11 +100,26 @@ def test_a_configuration_that_is_no_more(asked, monkeypatch):
     assert kernel.timed == [16, 32, 64]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff", "[" * 100_000, " " * tuning.LARGEST + "{}"])
 def test_a_broken_file_is_no_file(asked, monkeypatch, text):
     tuning.cache_file().parent.mkdir(parents=True)
     tuning.cache_file().write_bytes(text.encode(errors="surrogateescape"))
     assert Kernel(monkeypatch)() == 32
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(asked, monkeypatch):
+    Kernel(monkeypatch)()
+    before = tuning.cache_file().read_text()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning.os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tuning._remember("another", "{}")
+    assert tuning.cache_file().read_text() == before
+    assert list(tuning.cache_file().parent.iterdir()) == [tuning.cache_file()]
 
 
 def test_a_folder_that_cannot_be_written(asked, monkeypatch, tmp_path):

@@ -51,10 +51,9 @@ def run(code: str, **variables: str) -> str:
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 @pytest.mark.parametrize("op", triton_wing.OPS)
-def test_it_is_chosen_on_gpus(compiled_triton, monkeypatch, device, op):
-    monkeypatch.setattr(base._state, "forced", None)
+def test_it_is_chosen_on_gpus(compiled_triton, device, op):
     for dtype in triton_wing.DTYPES:
-        assert base.choose(op, On(device, dtype), None, head_dim=256, value_dim=256) == "triton"
+        assert base.choose(op, On(device, dtype), None, sizes={"head_dim": 256, "value_dim": 256}) == "triton"
 
 
 def test_it_stands_between_the_compiled_wing_and_the_reference():

@@ -38,12 +38,11 @@ def why_not(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **sizes) 
 
 
 @needs_sources
-def test_it_is_preferred_on_nvidia_gpus(built, monkeypatch):
-    monkeypatch.setattr(base._state, "forced", None)
+def test_it_is_preferred_on_nvidia_gpus(built):
     tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     assert len(OPS) >= 6
     for op in OPS:
-        assert base.choose(op, tensor, None, head_dim=256, value_dim=256) == "cuda"
+        assert base.choose(op, tensor, None, sizes={"head_dim": 256, "value_dim": 256}) == "cuda"
 
 
 @needs_sources

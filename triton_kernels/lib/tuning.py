@@ -29,6 +29,7 @@ from triton.runtime.errors import OutOfResources
 VARIABLE = "SPARSE_ATTN_TRITON_TUNE"
 GAIN = 0.97  # another configuration must take less than this share of the first one's time: the rest is noise
 REPEATS = 7
+LARGEST = 1 << 24  # bytes of the file of winners that are read: of a larger one nothing is known
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -140,8 +141,10 @@ def _name(device: torch.device) -> str:
 def _read() -> dict[str, str]:
     """What the file holds: nothing where it is missing or broken, as it only saves time."""
     try:
-        found = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+        with cache_file().open("rb") as file:
+            text = file.read(LARGEST)
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -161,7 +164,11 @@ def _remember(key: str, config: str) -> None:
         # Another process may have written meanwhile; a rename leaves no half of a file to a third.
         text = json.dumps({**_read(), key: config}, indent=1, sort_keys=True) + "\n"
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+            try:
+                file.write(text)
+                file.close()
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
     except OSError:
         pass  # a home that cannot be written to: this process remembers

@@ -28,6 +28,14 @@ inline float softmax_terms(float* scores, int64_t n, float* total) {
     return peak;
 }
 
+template <class R>
+SPARSE_ATTN_INLINE void ask_for_rows(const R& rows, const int32_t* keys, int64_t n) {
+    const int64_t bytes = rows.width() * static_cast<int64_t>(sizeof(*rows.base));
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t at = 0; at < bytes; at += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(rows.row(keys[i])) + at, 0, 2);
+}
+
 template <class T, int D, int Dv>
 void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
@@ -37,6 +45,9 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
     int32_t* keys = scratch.take<int32_t>(p.slots + 16);
     int32_t* slot_of = scratch.take<int32_t>(p.slots + 16);
     const int64_t per_kv_head = p.heads / p.kv_heads, per_group = p.heads / p.groups;
+
+    // The rows of a few queries are in no cache, and lie too far apart to be foreseen.
+    const bool few = p.query_length <= 16;
 
     // Heads inside queries: heads that share keys find them in cache.
     for (int64_t i = queries.begin; i < queries.end; ++i) {
@@ -51,6 +62,10 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
             if (h == heads.begin || h % per_group == 0)
                 filled = filled_slots(p.indices + b * si.b + h / per_group * si.h + i * si.t, p.slots, 0,
                                       p.key_length, keys, slot_of);
+            if (few) {
+                ask_for_rows(key_rows, keys, filled);
+                ask_for_rows(value_rows, keys, filled);
+            }
             load_padded(query, static_cast<const T*>(p.query) + b * sq.b + h * sq.h + i * sq.t, p.head_dim,
                         sq.d);
             key_rows.dots(query, keys, filled, p.scale, scores);

@@ -51,7 +51,8 @@ inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t b
         const Vec lse = broadcast(p.lse[n]), scale = broadcast(p.softmax_scale[n]);
         close_row(row, classes);
         for (int64_t j = 0; j < classes; j += W) store(row + j, exp(load(row + j) - lse) * scale);
-        if (p.smooth_scale[n] != 0.0f) {
+        // Not the scale alone: 0 times an incoming gradient of NaN is NaN, and there are no weights then.
+        if (p.class_weight != nullptr && p.smooth_scale[n] != 0.0f) {
             const Vec smooth = broadcast(-p.smooth_scale[n]);
             for (int64_t j = 0; j < classes; j += W)
                 store(row + j, fma(load(p.class_weight + first + j), smooth, load(row + j)));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 import sparse_attn
@@ -24,6 +25,7 @@ from sparse_attn.bench.registry import Comparison, Peak
 BASE = AttentionCase("topk_attention", 4096)
 HALF = {"dtype": "bfloat16"}
 LONG = AttentionCase("topk_attention", 32768)
+DECODING = 16  # queries; more of them go another way
 
 
 class TopkAttention(AttentionOp):
@@ -31,13 +33,15 @@ class TopkAttention(AttentionOp):
 
     def ours(self, case: AttentionCase, tensors: Triple) -> contenders.Forward:
         options = rule(case)
+        if case.key_index:
+            options["key_index"] = sparse_attn.KeyIndex.of(tensors[1].detach())
         return lambda q, k, v: sparse_attn.topk_attention(q, k, v, case.top_k, **options)
 
     def plain(self, contender: str, case: AttentionCase, tensors: Triple) -> contenders.Forward:
         return contenders.plain_topk(contender, case)
 
     def used(self, contender: str, case: AttentionCase, tensors: Triple) -> Tensor | None:
-        if contender in DENSE:
+        if contender in self.dense:
             return None
         if contender in PLAIN:
             return contenders.plain_indices(contender, case, *tensors[:2])
@@ -48,6 +52,19 @@ class TopkAttention(AttentionOp):
         if indices is not None:
             correctness.check_selection(contender, case, indices, inputs)
         correctness.check_attention(contender, case, work, indices)
+        if contender == "ours" and case.queries <= DECODING:
+            self._check_alone(case, inputs)
+
+    def _check_alone(self, case: AttentionCase, tensors: Triple) -> None:
+        query, key, value = (t.detach() for t in tensors)
+        options = rule(case) | {"return_lse": True, "return_indices": True}
+        index = {"key_index": sparse_attn.KeyIndex.of(key)} if case.key_index else {}
+        longer = torch.cat((query, query[:, :, :1].expand(-1, -1, DECODING, -1)), dim=2)
+        few = sparse_attn.topk_attention(query, key, value, case.top_k, **options, **index)
+        many = sparse_attn.topk_attention(longer, key, value, case.top_k, **options)
+        assert isinstance(few, tuple)
+        assert isinstance(many, tuple)
+        correctness.check_alone("ours", case, few, many)
 
     def comparisons(self, quick: bool) -> list[Comparison]:
         both = {"direction": "both"}
@@ -60,7 +77,7 @@ class TopkAttention(AttentionOp):
             Comparison(replace(BASE, **both, **HALF), ("sdpa",)),
         ]
         rows = with_targets_alone(rows) if quick else rows
-        return [*rows, *on_real_inputs(rows), *_know_before_use()]
+        return [*rows, *_decoding(quick), *on_real_inputs(rows), *_know_before_use()]
 
     def scaling(self) -> dict[str, list[AttentionCase]]:
         lengths = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -73,6 +90,34 @@ class TopkAttention(AttentionOp):
 
     def overhead(self) -> tuple[AttentionCase, float]:
         return replace(BASE, length=16), 60
+
+
+def _decoding(quick: bool) -> list[Comparison]:
+    """One step with a cache, without and with a key index; the note has the bytes of the keys, read once."""
+    step = replace(BASE, length=8192, query_length=1)
+    wide = replace(step, length=32768, heads=32, kv_heads=8, head_dim=128, top_k=256)
+    cases = [
+        (step, 1.0, 1.0),
+        (replace(step, top_k=256), 1.0, 1.0),
+        (replace(step, length=65536, top_k=256), 1.5, 4.0),
+        (wide, 1.0, 6.0),
+        (replace(wide, **HALF), 1.0, 6.0),
+        (replace(step, batch=8, heads=9, kv_heads=3, top_k=256), 1.0, 3.0),
+    ]
+    rows = []
+    for case, without, with_index in cases[:1] if quick else cases:
+        keys = case.batch * case.kv_heads * case.length
+        size = 2 if case.dtype == "bfloat16" else 4
+        grouped = ("sdpa_rows",) if case.heads != case.kv_heads else ()
+        for index, target, each in (
+            (False, without, case.head_dim * size),
+            (True, with_index, case.head_dim + 12),
+        ):
+            note = f"one decoding step; reads {keys * each / 1e6:.0f} MB of keys"
+            rows.append(
+                Comparison(replace(case, key_index=index), ("sdpa", *grouped), {"sdpa": target}, note=note)
+            )
+    return rows
 
 
 def _know_before_use() -> list[Comparison]:
@@ -92,7 +137,6 @@ def _know_before_use() -> list[Comparison]:
         (gqa, "GQA, a selection per query head"),
         (replace(gqa, share="kv"), "GQA, a selection per key head: ranks by attention mass"),
         (replace(gqa, share="all"), "one selection for all heads: ranks by attention mass"),
-        (replace(BASE, length=8192, query_length=1), "one decoding step"),
         (replace(BASE, inputs="ascending"), "worst order: every later key is better"),
     ]
     return [

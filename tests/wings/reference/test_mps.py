@@ -50,7 +50,9 @@ def record(device: str, dtype: torch.dtype) -> Recorder:
             causal, offset = options.get("is_causal", False), options.get("causal_offset", 0)
             window, sinks = options.get("window", 0), options.get("sinks", 0)
             scale = options.get("scale", 0.3)
-            rule = PackedRule(seen, lengths, causal, offset, window, sinks, groups, scale)
+            starts = options.get("key_starts")
+            starts = None if starts is None else starts.to(device).view(2, -1).expand(2, 9)
+            rule = PackedRule(seen, lengths, causal, offset, window, sinks, groups, scale, starts)
             with recorder:
                 RUN["topk_select"](query, key, 5, rule, False, None, 1, 1)
                 RUN["topk_attention"](query, key, value, 5, rule)

@@ -70,7 +70,7 @@ SPARSE_ATTN_INLINE void emit(int32_t* row, int64_t slots, const Visible& v, cons
     int64_t n = 0;
     for (int64_t j = v.begin; j < v.sink_end; ++j)
         if (allowed(v, j)) row[n++] = static_cast<int32_t>(j);
-    memcpy(row + n, chosen, static_cast<size_t>(count) * 4);
+    if (count > 0) memcpy(row + n, chosen, static_cast<size_t>(count) * 4);  // null where nothing was chosen
     n += count;
     for (int64_t j = v.end; j < v.limit; ++j)
         if (allowed(v, j)) row[n++] = static_cast<int32_t>(j);

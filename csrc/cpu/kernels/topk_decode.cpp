@@ -1,0 +1,381 @@
+// topk_select for a few queries (decoding): no key is packed or read twice, and a head's keys may be split
+// over threads. Selections, ties and NaN are those of topk_select.cpp, to the bit.
+#include "topk_decode.h"
+
+#include "lib/decode_index.h"
+#include "lib/select_shared.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+int64_t decode_panels(const SelectParams& p) {
+    return panel_count(p);
+}
+int64_t decode_panel_keys() {
+    return NR;
+}
+
+// Rows of one key head: its query heads, and for each all queries.
+SPARSE_ATTN_INLINE int64_t rows_of(const SelectParams& p) {
+    return p.heads / p.kv_heads * p.query_length;
+}
+SPARSE_ATTN_INLINE int64_t row_of(const SelectParams& p, int64_t b, int64_t head, int64_t query) {
+    return (b * p.heads + head) * p.query_length + query;
+}
+
+// Whether a query must choose among its candidates, and not merely take them all.
+SPARSE_ATTN_INLINE bool chooses(const Visible& v, int64_t keep) {
+    return keep > 0 && v.end > v.sink_end && (v.mask || v.end - v.sink_end > keep);
+}
+
+// ---- scan
+
+struct ScanRow {
+    Visible v;
+    Candidates c;
+};
+
+int64_t scan_scratch_bytes(const DecodeParams& d) {
+    const SelectParams& p = d.select;
+    const int64_t rows = round_up(rows_of(p), MR), buffer = candidate_capacity(d.kept) + kSlack;
+    int64_t column = 0;
+    with_exact_tile(p.dtype, [&]<class T, class Tile>() { column = words<Tile>(p); });
+    const int64_t candidates = shared_heads(p) > 1 ? 0 : rows * (buffer * 8 + 128) + buffer * 4;
+    const int64_t plain = column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4);
+    const int64_t listed = survivor_room(d.kept) + kSlack, four = (p.head_dim + 3) / 4;
+    const int64_t of_row = static_cast<int64_t>(sizeof(RoundedQuery) + sizeof(Visible) + sizeof(Survivors));
+    const int64_t index =
+        (rows + kIndexRows) * (of_row + four * 4 + listed * 12 + 192) + listed * 4 + p.head_dim * 4;
+    return maximum(plain + candidates, d.index.codes ? index : 0) + 1024;
+}
+
+// Queries of a key head in tiles of up to MR rows, [words][R] each.
+template <class T, class Tile>
+void pack_rows(const SelectParams& p, int64_t b, int64_t kv_head, float* to) {
+    const int64_t rows = rows_of(p), per_kv = p.heads / p.kv_heads, column = words<Tile>(p);
+    const Strides& s = p.query_strides;
+    for (int64_t first = 0; first < rows; first += MR) {
+        const int64_t width = tile_rows(minimum<int64_t>(MR, rows - first));
+        float* tile = to + first * column;
+        for (int64_t r = 0; r < width; ++r) {
+            const int64_t row = first + r, h = kv_head * per_kv + row / p.query_length,
+                          i = row % p.query_length;
+            if (row < rows)
+                Tile::template pack_column<true>(tile + r, width,
+                                                 static_cast<const T*>(p.query) + b * s.b + h * s.h + i * s.t,
+                                                 s.d, p.head_dim, words<Tile>(p), sign_of(p.rule.scale));
+            else
+                for (int64_t w = 0; w < column; ++w) tile[w * width + r] = 0.0f;
+        }
+    }
+}
+
+// The panels of a chunk that hold a key of [begin, end).
+SPARSE_ATTN_INLINE Range panels_between(const DecodeParams& d, int64_t chunk, int64_t begin, int64_t end) {
+    return {maximum(chunk * d.chunk, begin / NR), minimum((chunk + 1) * d.chunk, (end + NR - 1) / NR)};
+}
+
+// Calls use(base, first, rows, tile, beaten, beats) for each panel and each of its tiles of up to MR rows.
+template <class T, class Tile, bool kCompare, class F>
+SPARSE_ATTN_INLINE void each_tile(const SelectParams& p, DecodeChunk t, Range panels, Scratch& scratch,
+                                  const float* threshold, const F& use) {
+    if (panels.begin >= panels.end) return;
+    const int64_t rows = rows_of(p), column = words<Tile>(p);
+    float* panel = scratch.take<float>(column * NR);
+    float* queries = scratch.take<float>(round_up(rows, MR) * column);
+    alignas(64) float tile[MR * NR];
+    uint32_t beats[MR];
+    pack_rows<T, Tile>(p, t.b, t.kv_head, queries);
+    const T* head_keys = static_cast<const T*>(p.key) + t.b * p.key_strides.b + t.kv_head * p.key_strides.h;
+    for (int64_t n = panels.begin; n < panels.end; ++n) {
+        const KeyPanel<T, Tile> keys{head_keys, n * NR, p.key_length, p.key_strides.t, p.head_dim};
+        const bool streamed = rows <= kStreamedRows;
+        if (!streamed) store_panel(keys, panel);
+        for (int64_t first = 0; first < rows; first += MR) {
+            const int64_t count = minimum<int64_t>(MR, rows - first);
+            const uint32_t beaten = with_rows(count, [&]<int R>() {
+                const float* own = threshold + (kCompare ? first : 0);
+                if constexpr (R <= kStreamedRows)
+                    if (streamed) return streamed_tile<T, Tile, R, kCompare>(keys, tile, queries, own, beats);
+                return stored_tile<Tile, R, kCompare>(tile, queries + first * column, panel, column, own,
+                                                      beats);
+            });
+            use(n * NR, first, count, tile, beaten & low_bits(count), beats);
+        }
+    }
+}
+
+// Hands over the best of a chunk for row r of its head.
+inline void keep_of_chunk(const DecodeParams& d, DecodeChunk t, int64_t r, Candidates& c, int32_t* keys) {
+    const SelectParams& p = d.select;
+    if (c.count > c.keep) keep_best<false>(c, keys);
+    const int64_t head = t.kv_head * (p.heads / p.kv_heads) + r / p.query_length;
+    const int64_t slot = row_of(p, t.b, head, r % p.query_length) * d.chunks + t.chunk;
+    d.best_counts[slot] = c.count;
+    memcpy(d.best_scores + slot * d.kept, c.scores, static_cast<size_t>(c.count) * 4);
+    memcpy(d.best_indices + slot * d.kept, c.indices, static_cast<size_t>(c.count) * 4);
+}
+
+// A selection per head: the best of the chunk for each row.
+template <class T, class Tile>
+void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
+    const SelectParams& p = d.select;
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t rows = rows_of(p), padded = round_up(rows, MR), per_kv = p.heads / p.kv_heads;
+    const int64_t capacity = candidate_capacity(d.kept), buffer = capacity + kSlack;
+    float* threshold = scratch.take<float>(padded);
+    ScanRow* row = scratch.take<ScanRow>(padded);
+    int32_t* keys = scratch.take<int32_t>(buffer);
+
+    int64_t begin = INT64_MAX, end = 0;
+    for (int64_t r = 0; r < padded; ++r) {
+        threshold[r] = closed_threshold();
+        if (r >= rows) continue;
+        const int64_t h = t.kv_head * per_kv + r / p.query_length;
+        Visible& v = row[r].v;
+        v = visible_to(p, t.b, h, r % p.query_length);
+        const int64_t keep = p.top_k - forced_count(v);
+        row[r].c = {scratch.take<float>(buffer), scratch.take<int32_t>(buffer), 0,
+                    static_cast<int32_t>(keep)};
+        if (!chooses(v, keep)) {
+            v.end = v.sink_end;  // nothing to scan
+            continue;
+        }
+        threshold[r] = open_threshold();
+        begin = minimum(begin, v.sink_end);
+        end = maximum(end, v.end);
+    }
+    const Range panels = begin < end ? panels_between(d, t.chunk, begin, end) : Range{0, 0};
+    each_tile<T, Tile, true>(
+        p, t, panels, scratch, threshold,
+        [&](int64_t base, int64_t first, int64_t, const float* tile, uint32_t beaten, const uint32_t* beats) {
+            for (; beaten; beaten &= beaten - 1) {
+                const int r = __builtin_ctz(beaten);
+                ScanRow& own = row[first + r];
+                const uint32_t bits = beats[r] & candidate_bits(own.v, base, NR);
+                if (!bits) continue;
+                Candidates& c = own.c;
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v)
+                    c.count += append(c.scores + c.count, c.indices + c.count, bits >> (v * W) & low_bits(W),
+                                      load(tile + r * NR + v * W), static_cast<int32_t>(base + v * W));
+                if (c.count > capacity) threshold[first + r] = keep_best<true>(c, keys);
+            }
+        });
+    for (int64_t r = 0; r < rows; ++r) keep_of_chunk(d, t, r, row[r].c, keys);
+}
+
+// The same through the key index; false where its bounds are of no use here.
+template <class T, class Tile>
+bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
+    const SelectParams& p = d.select;
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t rows = rows_of(p), per_kv = p.heads / p.kv_heads, column = words<Tile>(p);
+    const int64_t four = (p.head_dim + 3) / 4, room = survivor_room(d.kept), buffer = room + kSlack;
+    const int64_t head = t.b * p.kv_heads + t.kv_head;
+    RoundedQuery* rounded = scratch.take<RoundedQuery>(round_up(rows, kIndexRows));
+    int32_t* queries = scratch.take<int32_t>(round_up(rows, kIndexRows) * four);
+    Visible* visible = scratch.take<Visible>(rows);
+    Survivors* survivors = scratch.take<Survivors>(rows);
+    int32_t* order = scratch.take<int32_t>(buffer);
+    float* query = scratch.take<float>(maximum(p.head_dim, column));
+
+    int64_t begin = INT64_MAX, end = 0;
+    for (int64_t r = 0; r < round_up(rows, kIndexRows); ++r) {
+        rounded[r] = {};
+        for (int64_t w = 0; w < four; ++w) queries[r * four + w] = 0;
+        if (r >= rows) continue;
+        const int64_t h = t.kv_head * per_kv + r / p.query_length, i = r % p.query_length;
+        Visible& v = visible[r];
+        v = visible_to(p, t.b, h, i);
+        const int64_t keep = p.top_k - forced_count(v);
+        survivors[r] = {scratch.take<float>(buffer),   scratch.take<float>(buffer),
+                        scratch.take<int32_t>(buffer), 0,
+                        static_cast<int32_t>(keep),    closed_threshold()};
+        if (!chooses(v, keep)) {
+            v.end = v.sink_end;
+            continue;
+        }
+        const Strides& s = p.query_strides;
+        FloatTile::pack_column<true>(query, 1, static_cast<const T*>(p.query) + t.b * s.b + h * s.h + i * s.t,
+                                     s.d, p.head_dim, p.head_dim, sign_of(p.rule.scale));
+        rounded[r].fit(query, d.index.shift + head * p.head_dim, p.head_dim, queries + r * four);
+        if (!rounded[r].useful) return false;
+        survivors[r].threshold = open_threshold();
+        begin = minimum(begin, v.sink_end);
+        end = maximum(end, v.end);
+    }
+    begin = maximum(begin, t.chunk * d.chunk * NR) / kIndexKeys;
+    end = minimum(end, (t.chunk + 1) * d.chunk * NR);
+    alignas(64) float products[kIndexRows * kIndexKeys];
+    for (int64_t n = begin; n * kIndexKeys < end; ++n) {
+        const int64_t base = n * kIndexKeys;
+        const int8_t* block = d.index.codes + (head * d.index.blocks + n) * four * 64;
+        const float* numbers = d.index.bounds + (head * d.index.blocks + n) * 3 * kIndexKeys;
+        for (int64_t first = 0; first < rows; first += kIndexRows) {
+            const int64_t count = minimum<int64_t>(kIndexRows, rows - first);
+            const auto multiply = [&]<int R>() {
+                byte_products<R>(block, four, queries + first * four, four, rounded + first, products);
+            };
+            if (count == 1)
+                multiply.template operator()<1>();
+            else if (count == 2)
+                multiply.template operator()<2>();
+            else if (count == 3)
+                multiply.template operator()<3>();
+            else
+                multiply.template operator()<4>();
+            for (int64_t r = 0; r < count; ++r) {
+                Survivors& own = survivors[first + r];
+                const RoundedQuery& q = rounded[first + r];
+                const Vec norm_factor = broadcast(q.norm_factor), error_factor = broadcast(q.error_factor),
+                          rest = broadcast(q.rest), threshold = broadcast(own.threshold);
+#pragma GCC unroll 4
+                for (int j = 0; j < kIndexKeys; j += W) {
+                    const Vec score = load(products + r * kIndexKeys + j) * load(numbers + j);
+                    const Vec bound = fma(load(numbers + 2 * kIndexKeys + j), norm_factor,
+                                          fma(load(numbers + kIndexKeys + j), error_factor, rest));
+                    const Vec high = score + bound;
+                    uint32_t bits = not_le(high, threshold);
+                    if (!bits) continue;
+                    bits &= candidate_bits(visible[first + r], base + j, W);
+                    if (!bits) continue;
+                    own.add(bits, score - bound, high, static_cast<int32_t>(base) + j);
+                }
+                if (own.count <= room - kIndexKeys) continue;
+                own.cut(order);
+                if (own.count > room / 4 * 3) return false;
+            }
+        }
+    }
+    const T* keys = static_cast<const T*>(p.key) + t.b * p.key_strides.b + t.kv_head * p.key_strides.h;
+    for (int64_t r = 0; r < rows; ++r) {
+        Survivors& own = survivors[r];
+        const int64_t h = t.kv_head * per_kv + r / p.query_length, i = r % p.query_length;
+        Candidates c{own.low, own.indices, own.count, own.keep};
+        if (own.count > 0) {
+            own.cut(order);
+            const Strides& s = p.query_strides;
+            Tile::template pack_column<true>(query, 1,
+                                             static_cast<const T*>(p.query) + t.b * s.b + h * s.h + i * s.t,
+                                             s.d, p.head_dim, column, sign_of(p.rule.scale));
+            c.count = own.count;
+            listed_scores<T, Tile>(keys, p.key_strides.t, p.head_dim, query, c.indices, c.count, c.scores);
+        }
+        keep_of_chunk(d, t, r, c, order);
+    }
+    return true;
+}
+
+// One selection for several heads: the scores of the chunk for each row that has to choose.
+template <class T, class Tile>
+void scan_all(const DecodeParams& d, DecodeChunk t, void* memory) {
+    const SelectParams& p = d.select;
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t per_kv = p.heads / p.kv_heads, group = t.kv_head * per_kv / shared_heads(p);
+    int64_t begin = INT64_MAX, end = 0;  // the probabilities of all visible keys are needed
+    for (int64_t i = 0; i < p.query_length; ++i) {
+        const Visible v = visible_to(p, t.b, group, i);
+        if (!chooses(v, p.top_k - forced_count(v))) continue;
+        begin = minimum(begin, v.begin);
+        end = maximum(end, v.limit);
+    }
+    each_tile<T, Tile, false>(
+        p, t, panels_between(d, t.chunk, begin, end), scratch, nullptr,
+        [&](int64_t base, int64_t first, int64_t count, const float* tile, uint32_t, const uint32_t*) {
+            for (int64_t r = 0; r < count; ++r) {
+                const int64_t h = t.kv_head * per_kv + (first + r) / p.query_length;
+                const int64_t to = row_of(p, t.b, h, (first + r) % p.query_length) * d.length + base;
+                memcpy(d.scores + to, tile + r * NR, NR * 4);
+            }
+        });
+}
+
+void scan(const DecodeParams& d, DecodeChunk t, void* scratch) {
+    with_exact_tile(d.select.dtype, [&]<class T, class Tile>() {
+        if (shared_heads(d.select) > 1)
+            scan_all<T, Tile>(d, t, scratch);
+        else if (!d.index.codes || !scan_index<T, Tile>(d, t, scratch))
+            scan_best<T, Tile>(d, t, scratch);
+    });
+}
+
+// ---- choose
+
+int64_t choose_scratch_bytes(const DecodeParams& d) {
+    const SelectParams& p = d.select;
+    const int64_t buffer = maximum(candidate_capacity(p.top_k), d.chunks * d.kept) + kSlack;
+    return buffer * 12 + panel_count(p) * 12 + 1024;
+}
+
+void weigh(const DecodeParams& d, DecodeRow t, void* memory) {
+    const SelectParams& p = d.select;
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t group = t.head / shared_heads(p), row = row_of(p, t.b, t.head, t.query);
+    const Visible v = visible_to(p, t.b, group, t.query);
+    if (!chooses(v, p.top_k - forced_count(v))) return;
+    const Panels panels = panels_of(p, t.b, group, {t.query, t.query + 1}, v, scratch);
+    d.weights[row] =
+        exponentiate(d.scores + row * d.length + panels.first[0], panels, v, __builtin_fabsf(p.rule.scale));
+}
+
+// The best of the chunks' best.
+inline void merge_best(const DecodeParams& d, int64_t row, Candidates& c, int32_t* keys) {
+    for (int64_t slot = row * d.chunks; slot < (row + 1) * d.chunks; ++slot) {
+        const int32_t n = d.best_counts[slot];
+        memcpy(c.scores + c.count, d.best_scores + slot * d.kept, static_cast<size_t>(n) * 4);
+        memcpy(c.indices + c.count, d.best_indices + slot * d.kept, static_cast<size_t>(n) * 4);
+        c.count += n;
+    }
+    if (c.count > c.keep) keep_best<false>(c, keys);
+}
+
+// The best by summed probability.
+inline void stream_mass(const DecodeParams& d, DecodeRow t, const Visible& v, Candidates& c, int32_t* keys) {
+    const SelectParams& p = d.select;
+    const int64_t sharing = shared_heads(p), full = candidate_capacity(p.top_k);
+    const int64_t stride = p.query_length * d.length, first = row_of(p, t.b, t.head * sharing, t.query);
+    const float *scores = d.scores + first * d.length, *weights = d.weights + first;
+    float threshold = open_threshold();
+    for (int64_t j = v.sink_end / W * W; j < v.end; j += W) {
+        const uint32_t candidates = candidate_bits(v, j, W);
+        if (!candidates) continue;
+        Vec mass = zero();
+        for (int64_t h = 0; h < sharing; ++h)
+            mass = fma(load(scores + h * stride + j), broadcast(weights[h * p.query_length]), mass);
+        const uint32_t bits = not_le(mass, broadcast(threshold)) & candidates;
+        if (!bits) continue;
+        c.count += append(c.scores + c.count, c.indices + c.count, bits, mass, static_cast<int32_t>(j));
+        if (c.count > full) threshold = keep_best<true>(c, keys);
+    }
+    keep_best<false>(c, keys);
+}
+
+void choose(const DecodeParams& d, DecodeRow t, void* memory) {
+    const SelectParams& p = d.select;
+    Scratch scratch{static_cast<char*>(memory)};
+    const int64_t buffer = maximum(candidate_capacity(p.top_k), d.chunks * d.kept) + kSlack;
+    int32_t* keys = scratch.take<int32_t>(buffer);
+    const Visible v = visible_to(p, t.b, t.head, t.query);
+    const int64_t keep = p.top_k - forced_count(v);
+    Candidates c{scratch.take<float>(buffer), scratch.take<int32_t>(buffer), 0, static_cast<int32_t>(keep)};
+    if (!chooses(v, keep)) {
+        for (int64_t j = v.sink_end; keep > 0 && j < v.end; ++j)
+            c.indices[c.count++] = static_cast<int32_t>(j);
+    } else if (shared_heads(p) > 1) {
+        stream_mass(d, t, v, c, keys);
+    } else {
+        merge_best(d, row_of(p, t.b, t.head, t.query), c, keys);
+    }
+    emit(p.indices + ((t.b * p.rule.groups + t.head) * p.query_length + t.query) * p.top_k, p.top_k, v,
+         c.indices, c.count);
+}
+
+SPARSE_ATTN_KERNELS(topk_decode, DecodeKernels) = {
+    .panels = decode_panels,
+    .panel_keys = decode_panel_keys,
+    .scan = {.scratch_bytes = scan_scratch_bytes, .run = scan},
+    .weigh = weigh,
+    .choose = {.scratch_bytes = choose_scratch_bytes, .run = choose},
+};
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

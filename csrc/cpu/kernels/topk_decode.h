@@ -1,0 +1,55 @@
+// Between cpu/topk_decode.cpp and its kernels: the selection of a few queries, whose price is the reading of
+// the keys. No torch headers.
+#pragma once
+
+#include "cpu/kernels/lib/kernel.h"
+
+namespace sparse_attn {
+
+// 8-bit rows of the keys (lib/decode_index.h), or nulls.
+struct KeyIndexParams {
+    const int8_t* codes;  // [B, Hkv, N, ⌈D/4⌉, 16, 4]: four components each of 16 keys, k̂ / scale
+    const float* bounds;  // [B, Hkv, N, 3, 16]: scale, ≥ ‖k − μ − k̂‖, ≥ ‖k − μ‖
+    const float* shift;   // [B, Hkv, D]: μ
+    int64_t blocks;       // N
+};
+
+struct DecodeParams {
+    SelectParams select;    // neither rounded nor with blocks; the components of a key lie side by side
+    int64_t chunk, chunks;  // a head's keys are scanned in chunks of so many panels
+    // A selection per head: the best of each chunk, ascending.
+    int64_t kept;           // room for each
+    float* best_scores;     // [B, Hq, Tq, chunks, kept]
+    int32_t* best_indices;  // likewise
+    int32_t* best_counts;   // [B, Hq, Tq, chunks]
+    KeyIndexParams index;
+    // One selection for several heads: all scores, then probabilities without their factor, and that factor.
+    int64_t length;  // whole panels
+    float* scores;   // [B, Hq, Tq, length]
+    float* weights;  // [B, Hq, Tq]
+};
+
+namespace cpu {
+
+constexpr int kIndexKeys = 16;  // of a block
+
+// A chunk of the keys of one key head, for all queries of all heads that use it.
+struct DecodeChunk {
+    int64_t b, kv_head, chunk;
+};
+struct DecodeRow {
+    int64_t b, head, query;  // a query head, or the group of a selection
+};
+
+struct DecodeKernels {
+    int64_t (*panels)(const SelectParams&);  // of one key head
+    int64_t (*panel_keys)();
+    Kernel<DecodeParams, DecodeChunk> scan;  // to best_…, or to scores where heads share
+    void (*weigh)(const DecodeParams&, DecodeRow,
+                  void* scratch);            // where heads share: a head's probabilities
+    Kernel<DecodeParams, DecodeRow> choose;  // of a group: its row of indices; its scratch serves weigh too
+};
+
+}  // namespace cpu
+
+}  // namespace sparse_attn

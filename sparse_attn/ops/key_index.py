@@ -1,0 +1,237 @@
+"""`KeyIndex`: 8-bit rows of the keys of a cache, which make exact selection cheap; and the op that selects by them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn import checks
+from sparse_attn import rule as rules
+from sparse_attn.ops.declare import Op
+from sparse_attn.rule import PackedRule, selection_shape
+
+BLOCK = 16  # keys whose components lie side by side
+MOST_QUERIES = 16  # more of them are scored without an index
+
+
+def fake(query, key, top_k, rule: PackedRule, *index) -> Tensor:
+    return query.new_empty(selection_shape(query, key, top_k, rule), dtype=torch.int32)
+
+
+OP = Op(
+    "indexed_select",
+    f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, Tensor codes, Tensor bounds, Tensor shift) -> Tensor",
+    fake,
+)
+
+
+class KeyIndex:
+    r"""Keys rounded to 8 bits with bounds of their errors, kept beside a cache: the same selection for fewer bytes.
+
+    For a query q and a key k, less a fixed shift :math:`\mu` of its head, with their rounded twins,
+
+    .. math:: |q \cdot (k - \mu) - \hat q \cdot \hat k| \le
+              \lVert q - \hat q \rVert \lVert k - \mu \rVert + \lVert \hat q \rVert \lVert k - \mu - \hat k \rVert
+
+    so most keys are ruled out by reading D + 12 bytes of each; the others are scored from the keys themselves.
+    Indices, outputs and LSE are those without an index, to the bit. It serves up to 16 queries with a selection per
+    head (decoding), on the CPU wing and the reference; other calls take it and do without it.
+
+    The index knows the keys that it was made of and given since: it is for the caller to append, reorder and crop it
+    as the cache is. What can be seen (sizes, dtype, device) is checked at each call.
+
+    Attributes:
+        codes: int8 [B, Hkv, N, ⌈D/4⌉, 16, 4], bounds: float32 [B, Hkv, N, 3, 16], shift: float32 [B, Hkv, D].
+        length: how many keys it knows; N·16 of them have room.
+        dtype: that of the keys.
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 4000, 64), torch.randn(1, 2, 4000, 64)
+        >>> index = sparse_attn.KeyIndex.of(k)
+        >>> with_index = sparse_attn.topk_attention(q, k, v, 64, key_index=index)
+        >>> bool((with_index == sparse_attn.topk_attention(q, k, v, 64)).all())
+        True
+    """
+
+    def __init__(self, codes: Tensor, bounds: Tensor, shift: Tensor, length: int, dtype: torch.dtype) -> None:
+        self.codes, self.bounds, self.shift = codes, bounds, shift
+        self.length, self.dtype = length, dtype
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, key: Tensor, *, capacity: int = 0) -> KeyIndex:
+        """The index of the keys [B, Hkv, Tk, D], with room for `capacity` keys before it has to grow.
+
+        Raises:
+            TypeError, ValueError: `key` is no tensor of that shape in float32, float16, bfloat16 or float64.
+        """
+        checks.keys("key", key)
+        capacity = checks.integer("capacity", capacity, 0)
+        batch, heads, length, dim = key.shape
+        blocks = -(-max(length, capacity) // BLOCK)
+        # Any shift is right; the mean of the keys makes what is rounded small.
+        shift = (
+            key[:, :, :4096].float().mean(2)
+            if length
+            else key.new_zeros(batch, heads, dim, dtype=torch.float32)
+        )
+        shift = torch.where(shift.abs() < 1e15, shift, 0.0)
+        index = cls(
+            key.new_zeros(batch, heads, blocks, -(-dim // 4), BLOCK, 4, dtype=torch.int8),
+            key.new_zeros(batch, heads, blocks, 3, BLOCK, dtype=torch.float32),
+            shift.contiguous(),
+            0,
+            key.dtype,
+        )
+        return index.append(key)
+
+    @torch.no_grad()
+    def append(self, key: Tensor) -> KeyIndex:
+        """Adds keys [B, Hkv, t, D] behind those that it knows, and returns itself. Room is doubled where it is full.
+
+        Raises:
+            TypeError, ValueError: keys that do not go with the others, in size, dtype or device.
+        """
+        checks.keys("key", key)
+        self._check(key)
+        begin, end = self.length, self.length + key.shape[2]
+        self._reserve(end)
+        step = max(BLOCK, (1 << 20) // max(1, key.shape[0] * key.shape[1] * key.shape[3]) // BLOCK * BLOCK)
+        while begin < end:
+            # Up to a block's end, then whole blocks.
+            stop = min(end, (begin + step) // BLOCK * BLOCK)
+            at = begin - self.length
+            self._write(begin, *_rounded(key[:, :, at : at + stop - begin], self.shift))
+            begin = stop
+        self.length = end
+        return self
+
+    @torch.no_grad()
+    def reorder(self, beam_idx: Tensor) -> KeyIndex:
+        """Takes the sequences `beam_idx` [B'] of its batch, as a cache does in beam search, and returns itself.
+
+        Raises:
+            TypeError, ValueError, IndexError: `beam_idx` is no list of sequences that it has.
+        """
+        beam_idx = checks.sequences("beam_idx", beam_idx, self.codes.shape[0], self.codes.device)
+        self.codes, self.bounds, self.shift = (
+            t.index_select(0, beam_idx) for t in (self.codes, self.bounds, self.shift)
+        )
+        return self
+
+    def crop(self, length: int) -> KeyIndex:
+        """Forgets all keys but the first `length` (a negative number: the last so many), and returns itself.
+
+        Raises:
+            TypeError, ValueError: it does not know so many.
+        """
+        length = checks.integer("length", length, -self.length, self.length)
+        self.length = length if length >= 0 else self.length + length
+        return self
+
+    def __repr__(self) -> str:
+        batch, heads = self.codes.shape[:2]
+        return (
+            f"KeyIndex of {self.length} keys (B={batch}, Hkv={heads}, D={self.shift.shape[2]}, {self.dtype})"
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the op takes of it."""
+        return self.codes, self.bounds, self.shift
+
+    def check(self, key: Tensor) -> None:
+        """Raises a ValueError or TypeError where it cannot be the index of `key`."""
+        self._check(key)
+        if key.shape[2] != self.length:
+            raise ValueError(
+                f"key_index must know the keys that are given: it knows {self.length}, key has {key.shape[2]}"
+            )
+
+    def _check(self, key: Tensor) -> None:
+        batch, heads, dim = self.shift.shape
+        if key.dtype != self.dtype:
+            raise TypeError(f"key_index is one of {self.dtype} keys, got key {key.dtype}")
+        if key.device != self.codes.device:
+            raise ValueError(f"key_index is on {self.codes.device}, got key on {key.device}")
+        if (key.shape[0], key.shape[1], key.shape[3]) != (batch, heads, dim):
+            raise ValueError(
+                f"key_index has B={batch}, Hkv={heads}, D={dim}, got key [B, Hkv, Tk, D] = {list(key.shape)}"
+            )
+
+    def _reserve(self, length: int) -> None:
+        room = self.codes.shape[2]
+        if length <= room * BLOCK:
+            return
+        blocks = max(-(-length // BLOCK), 2 * room)
+        for name in ("codes", "bounds"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], blocks, *old.shape[3:])
+            new[:, :, :room] = old
+            setattr(self, name, new)
+
+    def _write(self, begin: int, codes: Tensor, bounds: Tensor) -> None:
+        """codes [B, Hkv, t, ⌈D/4⌉, 4] and bounds [B, Hkv, t, 3] to the keys from `begin` on."""
+        first, lane, count = begin // BLOCK, begin % BLOCK, codes.shape[2]
+        if lane or count < BLOCK:  # within one block
+            part = min(count, BLOCK - lane)
+            self.codes[:, :, first, :, lane : lane + part] = codes[:, :, :part].transpose(2, 3)
+            self.bounds[:, :, first, :, lane : lane + part] = bounds[:, :, :part].transpose(2, 3)
+            if part < count:
+                self._write(begin + part, codes[:, :, part:], bounds[:, :, part:])
+            return
+        whole = count // BLOCK
+        for to, rows in ((self.codes, codes), (self.bounds, bounds)):
+            blocks = rows[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).transpose(3, 4)
+            if to is self.codes:  # words of four, which copy faster than bytes
+                blocks, to = blocks.view(torch.int32), to.view(torch.int32)
+            to[:, :, first : first + whole] = blocks
+        if count % BLOCK:
+            self._write(begin + whole * BLOCK, codes[:, :, whole * BLOCK :], bounds[:, :, whole * BLOCK :])
+
+
+def _rounded(key: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """keys [B, Hkv, t, D] → (whole numbers int8 [B, Hkv, t, ⌈D/4⌉, 4], float32 [B, Hkv, t, 3]: their scale, and no
+    less than the norms of what rounding changed and of the shifted key)."""
+    dim, compute = key.shape[3], torch.promote_types(key.dtype, torch.float32)
+    rows = key.to(compute) - shift.to(compute).unsqueeze(2)
+    largest, norm = rows.abs().amax(-1), rows.norm(dim=-1)
+    # Products with larger keys could leave float32; the infinite norm lets them pass every bound.
+    useful = norm < 1e18
+    if not bool(useful.all()):
+        rows = torch.where(useful.unsqueeze(-1), rows, 0.0)
+        largest = torch.where(useful, largest, 0.0)
+    scale = (largest / 127.0).float()
+    step = scale.to(compute).unsqueeze(-1)
+    # A scale of 0 has rows of next to nothing, which take no part in a product.
+    numbers = torch.where(step > 0, rows / step, 0.0).round_().clamp_(-127.0, 127.0)
+    error = rows.sub_(numbers * step).norm(dim=-1)
+    # What the arithmetic above can have lost: of each component a few units, of each sum of squares D of them, and
+    # all of it where squares vanish.
+    unit = torch.finfo(compute).eps
+    error = error + 4 * unit * norm
+    tiny = largest < 1e-10
+    more = 1 + 2 * dim * unit + 1e-6
+    bounds = torch.stack(
+        (
+            scale.to(compute),
+            torch.where(tiny, largest * dim**0.5, error) * more,
+            torch.where(useful, torch.where(tiny, largest * dim**0.5, norm) * more, torch.inf),
+        ),
+        dim=-1,
+    )
+    numbers = torch.nn.functional.pad(numbers, (0, -dim % 4)).to(torch.int8)
+    return numbers.unflatten(-1, (-1, 4)), bounds.float()
+
+
+def serves(index: object, query: Tensor, key: Tensor, rule: PackedRule) -> bool:
+    """Whether there is an index, and the call is one that it makes cheaper; refuses what is no index of these keys.
+
+    Heads that share a selection need every score, and many queries read a key once for all of them.
+    """
+    if index is None:
+        return False
+    if not isinstance(index, KeyIndex):
+        raise TypeError(f"key_index must be a sparse_attn.KeyIndex, got {checks.describe(index)}")
+    index.check(key)
+    return query.shape[2] <= MOST_QUERIES and rule.groups == query.shape[1]

@@ -1,0 +1,85 @@
+"""Definition of `indexed_select`: the selection of `topk_select`, from keys that a key index does not rule out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.rule import PackedRule, selection_shape
+from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.rounding import rounded
+from sparse_attn.wings.reference.rule import VisibleKeys, attention_mass, best_of
+from sparse_attn.wings.reference.topk_select import products
+from sparse_attn.wings.reference.wing import implements
+
+
+@implements
+def indexed_select(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    top_k: int,
+    rule: PackedRule,
+    codes: Tensor,  # int8 [B, Hkv, N, ⌈D/4⌉, 16, 4]
+    bounds: Tensor,  # float32 [B, Hkv, N, 3, 16]
+    shift: Tensor,  # float32 [B, Hkv, D]
+) -> Tensor:  # int32 [B, G, Tq, K]
+    batch, heads, query_length, _ = query.shape
+    shape = selection_shape(query, key, top_k, rule)
+    indices = query.new_empty(shape, dtype=torch.int32)
+    if indices.numel() == 0:
+        return indices
+    wide = key.to(torch.promote_types(query.dtype, torch.float32))
+    keys, index = VisibleKeys(key, rule), _Index(key, codes, bounds, shift)
+    for rows in query_chunks(query_length, batch * heads * key.shape[2]):
+        few = query[:, :, rows].to(wide.dtype)
+        tile = products(few, wide) * rule.scale
+        visible, forced = keys.of(rows)
+        if rule.groups < heads:  # the mass of a key needs every score
+            tile = attention_mass(tile.unflatten(1, (rule.groups, heads // rule.groups)), visible)
+            left = visible
+        else:
+            budget = shape[3] - forced.sum(-1, keepdim=True)
+            left = visible & (forced | index.possible(few, rule.scale, visible & ~forced, budget))
+        indices[:, :, rows] = best_of(tile, left, forced, shape[3])
+    return indices
+
+
+class _Index:
+    """The bounds of lib/decode_index.h, in float64."""
+
+    def __init__(self, key: Tensor, codes: Tensor, bounds: Tensor, shift: Tensor) -> None:
+        heads, length, dim = key.shape[1:]
+        rows = codes.permute(0, 1, 2, 4, 3, 5).flatten(4)[..., :dim]  # [B, Hkv, N, 16, D]
+        self.codes = rows.flatten(2, 3)[:, :, :length].double()
+        numbers = bounds.transpose(3, 4).flatten(2, 3)[:, :, :length].double()  # [B, Hkv, Tk, 3]
+        self.scale, self.error, self.norm = (n.unsqueeze(2) for n in numbers.unbind(-1))  # [B, Hkv, 1, Tk]
+        self.shift = shift.double().norm(dim=-1)[..., None, None]  # [B, Hkv, 1, 1]
+        self.heads = heads
+
+    def possible(self, query: Tensor, scale: float, candidates: Tensor, budget: Tensor) -> Tensor:
+        """bool [B, Hq, t, Tk]: which of the candidates may be among the best `budget` [B, Hq, t, 1] of them."""
+        dim = query.shape[3]
+        # A scale that takes products to 0 or infinity makes ties of them: nothing is ruled out then.
+        sign = 0.0 if not 1e-18 < abs(scale) < 1e18 else 1.0 if scale > 0 else -1.0
+        signed = query.double() * sign
+        numbers, step = rounded(signed)
+        near = numbers * step
+        size, near_size, error = (t.norm(dim=-1, keepdim=True) for t in (signed, near, signed - near))
+        useful = (size > 1e-15) & (size < 1e18)
+
+        def per_key_head(rows: Tensor) -> Tensor:
+            return rows.unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, Hkv, R·t, …]
+
+        score = per_key_head(near) @ self.codes.mT * self.scale  # [B, Hkv, R·t, Tk]
+        unit = (2 * dim + 32) * 2.0**-23
+        bound = self.norm * per_key_head(error + unit * (size + error))
+        bound = bound + self.error * per_key_head(near_size) + unit * per_key_head(size) * self.shift
+        bound = (bound + 1e-30 * (1 + per_key_head(size))) * (1 + 1e-5)
+        low, high = (
+            t.unflatten(2, (-1, query.shape[2])).flatten(1, 2) for t in (score - bound, score + bound)
+        )
+        low = low.nan_to_num(nan=-torch.inf).masked_fill(~candidates, -torch.inf)
+        order = low.sort(dim=-1, descending=True).values
+        last = budget.clamp(1, order.shape[-1]) - 1
+        threshold = order.gather(-1, last.to(torch.int64))
+        return ~(high <= threshold) | ~useful

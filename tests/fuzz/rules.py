@@ -1,0 +1,90 @@
+"""The rule of a selection, drawn: one line for each argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from helpers.inputs import mask
+
+from fuzz.case import Case, Draw, generator
+
+MASKS = (
+    "[Tk]",
+    "[Tq, Tk]",
+    "[B, 1, 1, Tk]",
+    "[B, 1, Tq, Tk]",
+    "[B, H, Tq, Tk]",
+    "[1, 1, Tq, 1]",
+    "[Tk, Tq].mT",
+)
+
+
+STARTS = ("[B] int32", "[B] int64", "[B, Tq] int32", "[B, Tq] int64")
+
+
+def _offset(draw: Draw, case: Case) -> int | None:
+    if not case.get("is_causal"):
+        return None
+    queries, keys = case["Tq"], case["Tk"]
+    if queries == keys and draw.random() < 0.5:
+        return None
+    far = draw.choice((2**40, -(2**40), 2**61, -(2**61)))
+    return draw.choice((keys - queries, keys - queries, 0, draw.randint(-queries - 2, keys + 3), far))
+
+
+def _budget(draw: Draw, case: Case) -> int:
+    """What of top_k is not yet spoken for."""
+    left = case["top_k"] - case.get("window", 0) - case.get("sinks", 0)
+    return draw.randint(0, left)
+
+
+# Each: how the argument is drawn, None where it is not given; a mask and lengths are made by `rule_of`.
+OPTIONS: dict[str, Callable[[Draw, Case], Any]] = {
+    "is_causal": lambda draw, case: draw.maybe(0.5, lambda: True),
+    "causal_offset": _offset,
+    "attn_mask": lambda draw, case: draw.maybe(0.25, lambda: draw.choice(MASKS)),
+    "key_lengths": lambda draw, case: draw.maybe(0.25, lambda: draw.choice(("int32", "int64"))),
+    "scale": lambda draw, case: draw.maybe(0.3, lambda: draw.choice((0.3, -0.7, 0.0, 1e-3, 3.0))),
+    "window": lambda draw, case: (
+        draw.maybe(0.4, lambda: _budget(draw, case)) if case.get("is_causal") else None
+    ),
+    "sinks": lambda draw, case: draw.maybe(0.3, lambda: _budget(draw, case)),
+    "share": lambda draw, case: draw.choice((None, "kv", "all")),
+    "key_starts": lambda draw, case: draw.maybe(0.2, lambda: draw.choice(STARTS)),
+}
+
+
+def draw_rule(draw: Draw, case: Case, *without: str) -> Case:
+    """Into the case, all that is given of the rule."""
+    for name, drawn in OPTIONS.items():
+        value = None if name in without else drawn(draw, case)
+        if value is not None:
+            case[name] = value
+    return case
+
+
+def rule_of(case: Case, heads: int | None = None) -> dict[str, Any]:
+    """The keywords of the call; `heads`: how many a mask per head is for."""
+    rule = {name: case[name] for name in OPTIONS if name in case}
+    if "key_lengths" in rule:
+        lengths = torch.randint(case["Tk"] + 1, (case["B"],), generator=generator(case, "lengths"))
+        rule["key_lengths"] = lengths.to(getattr(torch, rule["key_lengths"]))
+    if "key_starts" in rule:
+        axes, dtype = rule["key_starts"].rsplit(" ", 1)
+        shape = (case["B"], case["Tq"])[: 1 + ("Tq" in axes)]
+        starts = torch.randint(-2, case["Tk"] + 3, shape, generator=generator(case, "starts"))
+        limits = torch.iinfo(getattr(torch, dtype))
+        rare = torch.rand(shape, generator=generator(case, "rare"))
+        starts = starts.masked_fill(rare < 0.03, limits.min).masked_fill(rare > 0.97, limits.max)
+        rule["key_starts"] = starts.to(getattr(torch, dtype))
+    if "attn_mask" in rule:
+        spec = rule["attn_mask"]
+        shared = case.get("share") is not None
+        count = 1 if shared and "H" in spec else heads or case["Hq"]
+        sizes = {"B": case["B"], "H": count, "Tq": case["Tq"], "Tk": case["Tk"], "1": 1}
+        shape = [sizes[n] for n in spec.removesuffix(".mT").strip("[]").split(", ")]
+        seen = mask(*shape, seed=case["seed"])
+        rule["attn_mask"] = seen.mT if spec.endswith(".mT") else seen
+    return rule

@@ -1,0 +1,249 @@
+"""A key index changes what a selection costs, never what it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import oracle
+from helpers.compare import assert_best
+from helpers.inputs import OPTIONS, integers, normal, options_for, qkv
+from helpers.wings import overload, wings_under_test
+
+import sparse_attn
+from sparse_attn import KeyIndex
+
+WINGS = [wing for wing in wings_under_test() if wing.refuses("indexed_select") is None or wing.missing]
+
+
+def outliers(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """A mean far from zero and components of very different size, as models have them."""
+    sizes = torch.linspace(-3, 1, shape[-1]).exp()
+    return ((normal(*shape, seed=seed) + 4 * normal(shape[-1], seed=9)) * sizes).to(dtype)
+
+
+def alike(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Vectors that hardly differ: bounds that say little."""
+    return (1 + 1e-3 * normal(*shape, seed=seed)).to(dtype)
+
+
+def assert_same(wing, inputs, top_k, *, index=None, **options):
+    query, key, value = (t.to(wing.device) for t in inputs)
+    index = index or KeyIndex.of(key)
+    flags = {"return_lse": True, "return_indices": True}
+    want = wing.topk_attention(query, key, value, top_k, **flags, **options)
+    ours = wing.topk_attention(query, key, value, top_k, key_index=index, **flags, **options)
+    for name, a, b in zip(("out", "lse", "indices"), ours, want, strict=True):
+        assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)), f"{name} differs: {a} {b}"
+        assert torch.equal(a.isnan(), b.isnan()), f"{name} is NaN elsewhere"
+    assert torch.equal(wing.topk_select(query, key, top_k, key_index=index, **options), want[2])
+    return want[2]
+
+
+@pytest.mark.parametrize("make", [normal, outliers, alike, integers])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 2, 2, 1, 5000, 64),
+        (2, 8, 2, 1, 700, 128),
+        (1, 7, 1, 3, 1030, 33),
+        (1, 2, 1, 16, 400, 1),
+        (1, 1, 1, 2, 5, 256),
+    ],
+)
+def test_sizes(wing, dtype, sizes, make):
+    inputs = qkv(*sizes, dtype=dtype, make=make)
+    for top_k in (1, 30, 300):
+        assert_same(wing, inputs, top_k)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_rules(wing, dtype, name):
+    inputs = qkv(2, 6, 3, 5, 600, 24, dtype=dtype)
+    options = options_for(name, *inputs[:2])
+    if options.get("is_causal"):
+        options["causal_offset"] = 595 + options.get("causal_offset", 0)
+    assert_same(wing, inputs, 8, **options)
+
+
+@pytest.mark.parametrize("share", ["kv", "all"])
+def test_where_it_does_not_serve(wing, share):
+    """A shared selection, and many queries: the index is looked at and left alone."""
+    inputs = qkv(1, 4, 2, 2, 300, 16)
+    assert_same(wing, inputs, 9, share=share)
+    assert_same(wing, qkv(1, 4, 2, 17, 300, 16), 9)
+    with pytest.raises(ValueError, match="it knows 299, key has 300"):
+        wing.topk_select(*inputs[:2], 9, share=share, key_index=KeyIndex.of(inputs[1][:, :, :299]))
+
+
+def test_special_values(wing, dtype):
+    query, key, value = qkv(1, 4, 2, 2, 900, 16, dtype=dtype)
+    for at, bad in enumerate((math.nan, math.inf, -math.inf, 3e38, 1e30, 1e-38)):
+        key[0, at % 2, 100 * at + 5] = bad
+    query[0, 1, 1, 3] = math.nan
+    query[0, 2, 0] = 0.0
+    assert_same(wing, (query, key, value), 40)
+    assert_same(wing, (query[:, :, :1], key, value), 40, scale=-1.0)
+    assert_same(wing, (query[:, :, :1], key, value), 40, scale=0.0)
+    assert_same(wing, (query * 1e-30, key, value), 40)
+    assert_same(wing, (query, torch.zeros_like(key), value), 40)
+
+
+@pytest.mark.torch_defaults
+def test_number_of_threads(wing, dtype):
+    inputs = qkv(1, 3, 1, 2, 9000, 16, dtype=dtype, make=outliers)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(assert_same(wing, inputs, 100, is_causal=True, causal_offset=8990, window=5))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_the_best_by_the_oracle(wing, dtype):
+    query, key, _ = qkv(2, 4, 2, 4, 700, 20, dtype=dtype, make=integers)
+    options = {"is_causal": True, "causal_offset": 600, "window": 3, "sinks": 2}
+    index = KeyIndex.of(key.to(wing.device))
+    indices = wing.topk_select(query, key, 30, key_index=index, **options)
+    assert_best(indices, query, key, 30, **options)
+    assert torch.equal(indices, oracle.topk_select(query, key, 30, **options))
+
+
+def test_the_bounds_decide(wing):
+    """With none the keys are ranked by their rounded rows, which is another selection: nothing else hides it."""
+    query, key, _ = qkv(1, 8, 2, 16, 5000, 64)
+    index = KeyIndex.of(key.to(wing.device))
+    index.bounds[:, :, :, 1:] = 0.0
+    wrong = wing.topk_select(query, key, 10, key_index=index)
+    assert not torch.equal(wrong, wing.topk_select(query, key, 10))
+
+
+def rows_of(index: KeyIndex) -> torch.Tensor:
+    """The rounded keys in float64, [B, Hkv, T, D], their shift added again."""
+    numbers = (
+        index.codes.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)[..., : index.shift.shape[2]].double()
+    )
+    scale = index.bounds[:, :, :, 0].flatten(2).double().unsqueeze(-1)
+    return (numbers * scale + index.shift.double().unsqueeze(2))[:, :, : index.length]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make", [normal, outliers, alike, integers])
+def test_what_it_says_of_the_keys(make, dtype):
+    key = make(2, 3, 77, 21, dtype=dtype, seed=1)
+    index = KeyIndex.of(key)
+    error, norm = (index.bounds[:, :, :, n].flatten(2)[:, :, : index.length].double() for n in (1, 2))
+    assert bool(((key.double() - rows_of(index)).norm(dim=-1) <= error).all())
+    shifted = (key.double() - index.shift.double().unsqueeze(2)).norm(dim=-1)
+    assert bool((shifted <= norm).all())
+    assert bool((norm <= shifted * 1.00001).all())
+    assert bool((error <= shifted * 21**0.5 / 127).all())  # half a step each, and as much again
+    assert int(index.codes.min()) >= -127
+
+
+def same_keys(a: KeyIndex, b: KeyIndex) -> bool:
+    assert a.length == b.length
+    return torch.equal(rows_of(a), rows_of(b)) and all(
+        torch.equal(*(t.bounds.transpose(3, 4).flatten(2, 3)[:, :, : a.length] for t in (a, b))) for _ in (0,)
+    )
+
+
+def test_append():
+    """In whatever pieces, with room or without."""
+    key = normal(2, 3, 200, 10, seed=1)
+    whole = KeyIndex.of(key[:, :, :40]).append(key[:, :, 40:])
+    for pieces in ([1] * 160, [7, 30, 3, 64, 56], [16] * 10, [0, 159, 1]):
+        for capacity in (0, 57, 300):
+            index = KeyIndex.of(key[:, :, :40], capacity=capacity)
+            rows = index.codes.data_ptr()
+            for piece in key[:, :, 40:].split(pieces, dim=2):
+                index.append(piece)
+            assert same_keys(index, whole)
+            if capacity == 300:
+                assert index.codes.data_ptr() == rows  # nothing was moved
+    assert same_keys(KeyIndex.of(key[:, :, :0]).append(key), KeyIndex(*_empty(key)).append(key))
+
+
+def _empty(key):
+    index = KeyIndex.of(key[:, :, :0])
+    return index.codes, index.bounds, index.shift, 0, key.dtype
+
+
+def test_reorder_and_crop(wing):
+    query, key, value = qkv(3, 2, 2, 1, 300, 16)
+    index = KeyIndex.of(key.to(wing.device))
+    beams = torch.tensor([2, 0, 2])
+    assert index.reorder(beams.to(wing.device)) is index
+    assert_same(wing, (query, key[beams], value), 20, index=index)
+    assert index.crop(123).length == 123
+    again = torch.cat((key[beams][:, :, :123], normal(3, 2, 20, 16, seed=5)), dim=2)
+    index.append(again[:, :, 123:].to(wing.device))
+    assert_same(
+        wing, (query, again, torch.cat((value[:, :, :123], value[:, :, :20]), dim=2)), 20, index=index
+    )
+    assert index.crop(-3).length == 140
+
+
+def test_gradients(wing):
+    inputs = [t.requires_grad_() for t in qkv(1, 4, 2, 2, 300, 16)]
+    results = []
+    for index in (None, KeyIndex.of(inputs[1].detach())):
+        out, lse = wing.topk_attention(*inputs, 9, return_lse=True, key_index=index)
+        results.append(torch.autograd.grad((out.square().sum() + lse.sum()), inputs))
+    for ours, want in zip(*results, strict=True):
+        assert torch.equal(ours, want)
+
+
+def test_op(wing):
+    query, key, _ = (t.to(wing.device) for t in qkv(1, 2, 1, 2, 60, 9))
+    index = KeyIndex.of(key)
+    rule = None, None, None, [0, 0, 0, 0, 2], 1.0
+    arguments = query, key, 5, *rule, index.codes, index.bounds, index.shift
+    torch.library.opcheck(overload("indexed_select", wing.name), arguments)
+
+
+@pytest.mark.skipif(not WINGS or bool(WINGS[0].missing), reason="the CPU wing has several ways")
+def test_explain_says_the_way():
+    query, key, value = qkv(1, 2, 2, 17, 50, 8)
+    one, index = query[:, :, :1], KeyIndex.of(key)
+    assert "keys are packed" in str(sparse_attn.explain(query, key, value, 5, key_index=index))
+    assert "each key is read once" in str(sparse_attn.explain(one, key, value, 5))
+    assert "each key is read once" in str(
+        sparse_attn.explain(one, key, value, 5, share="all", key_index=index)
+    )
+    assert "the key index" in str(sparse_attn.explain(one, key, value, 5, key_index=index))
+    assert sparse_attn.explain(one, key, value, 5, backend="reference").way is None
+
+
+@pytest.mark.skipif(not WINGS or bool(WINGS[0].missing), reason="the wings that have it")
+def test_refusals():
+    query, key, value = qkv(2, 4, 2, 1, 50, 8)
+    index = KeyIndex.of(key)
+
+    def refused(error, says, **change):
+        given = {"query": query, "key": key, "key_index": index} | change
+        with pytest.raises(error, match=says):
+            sparse_attn.topk_select(given["query"], given["key"], 5, key_index=given["key_index"])
+
+    refused(TypeError, r"key_index must be a sparse_attn.KeyIndex, got 3 \(int\)", key_index=3)
+    refused(ValueError, "it knows 50, key has 49", key=key[:, :, :49])
+    refused(
+        TypeError, "key_index is one of torch.float32 keys, got key torch.bfloat16",
+        query=query.bfloat16(), key=key.bfloat16(),
+    )  # fmt: skip
+    refused(ValueError, r"key_index has B=2, Hkv=2, D=8, got key .* = \[2, 1, 50, 8\]", key=key[:, :1])
+    refused(ValueError, "key_index is on cpu, got key on meta", query=query.to("meta"), key=key.to("meta"))
+    with pytest.raises(ValueError, match="key_index has B=2, Hkv=2, D=8"):
+        index.append(key[:1])
+    with pytest.raises(TypeError, match="key must be a tensor of shape"):
+        KeyIndex.of([1.0])
+    with pytest.raises(IndexError, match="beam_idx must name sequences 0 … 1, got 2"):
+        index.reorder(torch.tensor([0, 2]))
+    with pytest.raises(TypeError, match="beam_idx must be an int64"):
+        index.reorder(torch.tensor([0.0]))
+    with pytest.raises(ValueError, match="length must be at most 50, got 51"):
+        index.crop(51)
+    assert index.length == 50  # a refused call changed nothing
+    out = sparse_attn.topk_attention(query, key, value, 5, key_index=index)
+    assert torch.equal(out, sparse_attn.topk_attention(query, key, value, 5))
