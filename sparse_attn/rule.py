@@ -17,12 +17,12 @@ from sparse_attn import checks
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
 SCHEMA = (
-    "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale, float softcap, "
-    "Tensor? sink_logits"
+    "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, "
+    "float softcap, Tensor? sink_logits"
 )
-PARTS = 7
+PARTS = 8
 # For torch.func.vmap: those of its tensors whose first dimension is the batch, and the others.
-BATCH, SHARED = "attn_mask key_lengths key_starts", "sink_logits"
+BATCH, SHARED = "attn_mask key_lengths key_starts causal_offsets", "sink_logits"
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(
@@ -40,6 +40,7 @@ EVERYWHERE = frozenset(
         "sink_logits",
     )
 )
+OFFSETS = "causal_offsets"  # what a causal_offset is called that each query has of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ class Rule:
 
     Args:
         is_causal: query i sees keys 0 … i + causal_offset.
-        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last).
+        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last). A tensor,
+            int32 or int64 [B] or [B, Tq], gives each sequence, or query, its own.
         attn_mask: boolean, True = may attend, broadcastable to [B, Hq, Tq, Tk]; the same for heads that share.
         key_lengths: int32 or int64 [B]; keys at and past it do not exist.
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
@@ -71,7 +73,7 @@ class Rule:
     """
 
     is_causal: bool = False
-    causal_offset: int | None = None
+    causal_offset: int | Tensor | None = None
     attn_mask: Tensor | None = None
     key_lengths: Tensor | None = None
     window: int = 0
@@ -92,7 +94,7 @@ class Rule:
         for name, default in _DEFAULTS:
             value = getattr(self, name)
             if value is not default and (isinstance(value, Tensor) or value != default):
-                said.append(name)
+                said.append(OFFSETS if name == "causal_offset" and isinstance(value, Tensor) else name)
         return frozenset(said)
 
     def only(self, what: str, *known: str) -> None:
@@ -129,13 +131,19 @@ class Rule:
         _, heads, query_length, head_dim = query.shape
         _, kv_heads, key_length, _ = key.shape
         groups = kv_heads if per_group else checks.groups_of(self.share, heads, kv_heads)
+        given = self.causal_offset
+        offsets = None
+        if isinstance(given, Tensor):
+            offset, offsets = 0, checks.offsets_of(is_causal, given, query)
+        else:
+            offset = checks.causal_offset_of(is_causal, given, query_length, key_length)
         return PackedRule(
             None
             if self.attn_mask is None
             else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
             None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
             is_causal,
-            checks.causal_offset_of(is_causal, self.causal_offset, query_length, key_length),
+            offset,
             window,
             sinks,
             groups,
@@ -143,10 +151,12 @@ class Rule:
             0.0 if self.softcap is None else checks.soft_cap(self.softcap),
             None if self.sink_logits is None else checks.sink_logits_of(self.sink_logits, query),
             None if self.key_starts is None else checks.starts_of(self.key_starts, query),
+            offsets,
         )
 
 
 _DEFAULTS = tuple((field.name, field.default) for field in fields(Rule))
+EVERY_PART = frozenset((*(name for name, _ in _DEFAULTS), OFFSETS))
 
 
 class PackedRule(NamedTuple):
@@ -155,7 +165,7 @@ class PackedRule(NamedTuple):
     attn_mask: Tensor | None  # bool [B, G, Tq, Tk], True = may attend
     key_lengths: Tensor | None  # int [B]
     is_causal: bool
-    causal_offset: int  # 0 without is_causal
+    causal_offset: int  # 0 without is_causal, and where there are causal_offsets
     window: int
     sinks: int
     groups: int  # G: 1, Hkv or Hq
@@ -163,17 +173,16 @@ class PackedRule(NamedTuple):
     softcap: float = 0.0  # 0: none
     sink_logits: Tensor | None = None  # float32 (of float64 queries float64) [Hq]
     key_starts: Tensor | None = None  # int [B, Tq], any values
+    causal_offsets: Tensor | None = None  # int [B, Tq], any values
 
     def first_kept(self, key_length: int) -> int:
         """How many of the first keys are always kept."""
         return min(self.sinks, key_length)
 
-    def parts(
-        self,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[int], float, float, Tensor | None]:
+    def parts(self) -> tuple[Any, ...]:
         """What `SCHEMA` names."""
         numbers = [int(self.is_causal), self.causal_offset, self.window, self.sinks, self.groups]
-        visible = self.attn_mask, self.key_lengths, self.key_starts
+        visible = self.attn_mask, self.key_lengths, self.key_starts, self.causal_offsets
         return *visible, numbers, self.scale, self.softcap, self.sink_logits
 
     @classmethod
@@ -182,6 +191,7 @@ class PackedRule(NamedTuple):
         attn_mask: Tensor | None,
         key_lengths: Tensor | None,
         key_starts: Tensor | None,
+        causal_offsets: Tensor | None,
         numbers: list[Any],
         scale: float,
         softcap: float,
@@ -189,7 +199,9 @@ class PackedRule(NamedTuple):
     ) -> PackedRule:
         is_causal, causal_offset, window, sinks, groups = numbers
         of_numbers = bool(is_causal), causal_offset, window, sinks, groups
-        return cls(attn_mask, key_lengths, *of_numbers, scale, softcap, sink_logits, key_starts)
+        return cls(
+            attn_mask, key_lengths, *of_numbers, scale, softcap, sink_logits, key_starts, causal_offsets
+        )
 
 
 def selection_shape(query: Tensor, key: Tensor, top_k: int, rule: PackedRule) -> tuple[int, int, int, Any]:

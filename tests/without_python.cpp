@@ -47,7 +47,8 @@ int main(int, char** argv) {
         value_of(int64_t{3}),  // top_k
         none,
         none,
-        none,  // attn_mask, key_lengths, key_starts
+        none,
+        none,  // attn_mask, key_lengths, key_starts, causal_offsets
         value_of(rule),
         value_of(1.0),
         value_of(0.0),

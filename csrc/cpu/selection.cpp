@@ -28,7 +28,8 @@ void prepare_selection(Selection& s, const char* op, const Tensor& query, const 
 
 bool needs_scores(const SelectParams& p) {
     int64_t most = p.key_length;
-    if (p.rule.is_causal) most = std::min(most, p.query_length + p.rule.causal_offset);
+    if (p.rule.is_causal && !p.rule.offsets.given())
+        most = std::min(most, p.query_length + p.rule.causal_offset);
     return most > p.top_k || p.rule.mask != nullptr || p.blocks != nullptr;
 }
 

@@ -11,9 +11,9 @@ namespace sparse_attn {
 
 Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
                         std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
-                        std::vector<int64_t> rule, double scale, double softcap,
-                        std::optional<Tensor> sink_logits, bool rounded, std::optional<Tensor> blocks_of,
-                        int64_t block_size, int64_t query_tile);
+                        std::optional<Tensor> causal_offsets, std::vector<int64_t> rule, double scale,
+                        double softcap, std::optional<Tensor> sink_logits, bool rounded,
+                        std::optional<Tensor> blocks_of, int64_t block_size, int64_t query_tile);
 std::tuple<Tensor, Tensor> gathered_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor indices,
                                                    double scale, double softcap,
                                                    std::optional<Tensor> sink_logits);
@@ -22,14 +22,12 @@ namespace {
 
 // Two launches, one after the other: what the first selects is still in the second-level cache for the
 // second.
-std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(Tensor query, Tensor key, Tensor value, int64_t top_k,
-                                                       std::optional<Tensor> attn_mask,
-                                                       std::optional<Tensor> key_lengths,
-                                                       std::optional<Tensor> key_starts,
-                                                       std::vector<int64_t> rule, double scale,
-                                                       double softcap, std::optional<Tensor> sink_logits) {
-    Tensor indices = topk_select_cuda(query, key, top_k, attn_mask, key_lengths, key_starts, rule, scale,
-                                      softcap, sink_logits, false, std::nullopt, 1, 1);
+std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(
+    Tensor query, Tensor key, Tensor value, int64_t top_k, std::optional<Tensor> attn_mask,
+    std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts, std::optional<Tensor> causal_offsets,
+    std::vector<int64_t> rule, double scale, double softcap, std::optional<Tensor> sink_logits) {
+    Tensor indices = topk_select_cuda(query, key, top_k, attn_mask, key_lengths, key_starts, causal_offsets,
+                                      rule, scale, softcap, sink_logits, false, std::nullopt, 1, 1);
     auto [out, lse] = gathered_attention_cuda(query, key, value, indices, scale, softcap, sink_logits);
     return {out, lse, indices};
 }
@@ -40,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cuda(Tensor query, Tensor key,
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "topk_attention.cuda(Tensor query, Tensor key, Tensor value, SymInt top_k, Tensor? attn_mask, "
-        "Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale, float softcap, Tensor? "
+        "Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, float "
+        "softcap, Tensor? "
         "sink_logits) -> (Tensor out, Tensor lse, "
         "Tensor indices)");
 }

@@ -177,13 +177,27 @@ def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
 
 def starts_of(key_starts: object, query: Tensor) -> Tensor:
     """key_starts as int32/int64 [B, Tq], a view, on the query's device. Any value means something."""
-    key_starts = _whole_numbers("key_starts", key_starts, "[B] or [B, Tq]", query)
-    shape = query.shape[0], query.shape[2]
-    if key_starts.shape not in (shape[:1], shape):
+    return _of_queries("key_starts", key_starts, query)
+
+
+def offsets_of(is_causal: bool, causal_offset: Tensor, query: Tensor) -> Tensor:
+    """The same of a causal_offset that is a tensor."""
+    if not is_causal:
         raise ValueError(
-            f"key_starts must have shape [B] = [{shape[0]}] or [B, Tq] = {list(shape)}, got {describe(key_starts)}"
+            f"causal_offset needs is_causal=True, got causal_offset={describe(causal_offset)} without it"
         )
-    return key_starts.unsqueeze(1).expand(shape) if key_starts.dim() == 1 else key_starts
+    return _of_queries("causal_offset", causal_offset, query)
+
+
+def _of_queries(name: str, numbers: object, query: Tensor) -> Tensor:
+    """Whole numbers [B] or [B, Tq] as [B, Tq], a view."""
+    numbers = _whole_numbers(name, numbers, "[B] or [B, Tq]", query)
+    shape = query.shape[0], query.shape[2]
+    if numbers.shape not in (shape[:1], shape):
+        raise ValueError(
+            f"{name} must have shape [B] = [{shape[0]}] or [B, Tq] = {list(shape)}, got {describe(numbers)}"
+        )
+    return numbers.unsqueeze(1).expand(shape) if numbers.dim() == 1 else numbers
 
 
 def _whole_numbers(name: str, tensor: object, shape: str, beside: Tensor) -> Tensor:

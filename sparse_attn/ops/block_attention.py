@@ -36,7 +36,7 @@ def backward(call: Backward) -> dict[str, Tensor]:
         grad_out = s.query.new_zeros((*s.query.shape[:3], s.value.shape[3]))
     found = BACKWARD.on(call.wing)(
         grad_out, call.grads.lse, s.query, s.key, s.value, s.blocks, s.lse, s.block_size, s.query_tile,
-        s.attn_mask, s.key_lengths, s.key_starts, s.rule, s.scale, s.softcap, s.sink_logits,
+        s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale, s.softcap, s.sink_logits,
     )  # fmt: skip
     of_sinks = {}
     if call.needs["sink_logits"]:
@@ -57,8 +57,8 @@ OP = Op(
     "block_attention",
     f"({_INPUTS}, {_SIZES}) -> (Tensor out, Tensor lse)",
     fake,
-    saved="query key value blocks out lse block_size query_tile attn_mask key_lengths key_starts rule scale softcap "
-    "sink_logits",
+    saved="query key value blocks out lse block_size query_tile attn_mask key_lengths key_starts "
+    "causal_offsets rule scale softcap sink_logits",
     backward=backward,
     tangent=tangent,
     batch="query key value blocks out lse",

@@ -49,6 +49,7 @@ def attend_best(
     *,
     key_index: KeyIndex | None = None,
     backend: str | None = None,
+    function: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices [B, G, Tq, K]) of the selection by true q·k."""
     query, key, value = autocast(query, key, value)
@@ -60,7 +61,7 @@ def attend_best(
     sizes = sizes_of(query, value)
     if index is not None:
         sizes["key_index"] = 1
-    wing = OP.choose(query, backend, rule=rule, sizes=sizes)
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
     if index is not None and key_indices.OP.has(wing):
         # Two ops with the result of one: attention does not depend on how its keys were found.
         indices = key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
@@ -76,7 +77,7 @@ def topk_attention(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -107,7 +108,8 @@ def topk_attention(
         value: [B, Hkv, Tk, Dv]; Dv may differ from D.
         top_k: keys per query, the whole budget (window and sinks count toward it), at least 1.
         is_causal: query i sees keys 0 … i + causal_offset.
-        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last).
+        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last). A tensor,
+            int32 or int64 [B] or [B, Tq], gives each sequence, or query, its own.
         attn_mask: boolean, True = may attend, broadcastable to [B, Hq, Tq, Tk]; the same for heads that share.
         key_lengths: int32 or int64 [B]; keys at and past it do not exist.
         scale: factor of q·k, default 1/√D.
@@ -158,7 +160,7 @@ def topk_attention_with_residual(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     window: int = 0,
@@ -210,7 +212,7 @@ def explain(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,

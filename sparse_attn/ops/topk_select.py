@@ -104,7 +104,7 @@ def topk_select(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -128,7 +128,8 @@ def topk_select(
         key: [B, Hkv, Tk, D], same dtype and device; Hq must be a multiple of Hkv (GQA, MQA).
         top_k: keys per query, the whole budget (window and sinks count toward it), at least 1.
         is_causal: query i sees keys 0 … i + causal_offset.
-        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last).
+        causal_offset: offset of the diagonal; must be given when Tq ≠ Tk (Tk − Tq: the queries are the last). A tensor,
+            int32 or int64 [B] or [B, Tq], gives each sequence, or query, its own.
         attn_mask: boolean, True = may attend, broadcastable to [B, Hq, Tq, Tk]; the same for heads that share.
         key_lengths: int32 or int64 [B]; keys at and past it do not exist.
         scale: factor of q·k, default 1/√D.
@@ -171,7 +172,7 @@ def quantized_select(
     top_k: int,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -222,7 +223,7 @@ def refine_blocks(
     block_size: int = 64,
     query_tile: int = 64,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     window: int = 0,

@@ -137,6 +137,7 @@ class Blocks:
             "sink_logits",
         )
         check_rule(rule).only("whole blocks", *known)
+        assert not isinstance(rule.causal_offset, Tensor)  # a tensor is not among what is known
         tile = self.query_tile if query.shape[2] > 1 else 1
         blocks = block_select(
             query, key, count, block_size=self.block_size, query_tile=tile, pool=self.pool,

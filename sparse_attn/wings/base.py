@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from sparse_attn.rule import Rule
+from sparse_attn.rule import EVERY_PART, Rule
 
 NAMESPACE = "sparse_attn"
 NO_SIZES: dict[str, int] = {}
@@ -48,7 +48,7 @@ class Wing:
     way: Callable[[str, dict[str, int]], str | None] = lambda op, sizes: None
 
     def __post_init__(self) -> None:
-        if self.rule is not None and self.rule.issuperset(part.name for part in fields(Rule)):
+        if self.rule is not None and self.rule >= EVERY_PART:
             object.__setattr__(self, "rule", None)  # so that calls need not ask what the rule says
 
     def refusal(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparse_attn.rule import EVERYWHERE
+from sparse_attn.rule import EVERY_PART
 from sparse_attn.wings import extension
 from sparse_attn.wings.base import Wing, register
 
@@ -32,5 +32,5 @@ def _way(op: str, sizes: dict[str, int]) -> str | None:
     return "keys are packed, then scored in tiles"
 
 
-CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERYWHERE, way=_way)
+CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART, way=_way)
 register(CPU_WING)

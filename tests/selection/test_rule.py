@@ -12,7 +12,7 @@ import torch
 from helpers.inputs import mask, normal, qkv
 
 import sparse_attn
-from sparse_attn.rule import PARTS, SCHEMA, PackedRule, Rule
+from sparse_attn.rule import EVERYWHERE, PARTS, SCHEMA, PackedRule, Rule
 from sparse_attn.wings.base import Wing
 
 QUERY, KEY, VALUE = qkv(2, 4, 2, 9, 13, 8, 5)
@@ -44,9 +44,27 @@ def test_its_parts_are_those_of_the_schema_and_come_back():
     assert again.key_starts.tolist() == [[2] * 9, [0] * 9]
 
 
+def test_offsets_of_queries():
+    """A tensor of them takes the place of the number; a wing that has the number alone refuses it."""
+    rule = replace(FULL, causal_offset=torch.tensor([4, 2]))
+    packed = rule.packed(QUERY, KEY, 5)
+    assert packed.causal_offset == 0
+    assert packed.causal_offsets.tolist() == [[4] * 9, [2] * 9]
+    assert PackedRule.of_parts(*packed.parts()).causal_offsets is packed.causal_offsets
+    wing = Wing("toy", "CPU", {"topk_select": None}, lambda *call: None, rule=EVERYWHERE)
+    refusal = wing.refusal("topk_select", "cpu", torch.float32, {}, rule)
+    assert refusal == "it has no causal_offsets"
+    both = sparse_attn.topk_select(QUERY, KEY, 5, **rule.arguments())
+    for b, offset in enumerate((4, 2)):
+        one = slice(b, b + 1)
+        alone = {**FULL.arguments(), "causal_offset": offset}
+        alone |= {name: alone[name][one] for name in ("attn_mask", "key_lengths", "key_starts")}
+        assert torch.equal(both[one], sparse_attn.topk_select(QUERY[one], KEY[one], 5, **alone))
+
+
 def test_what_was_left_out_has_its_value():
     packed = Rule(is_causal=True).packed(QUERY[:, :, :5], KEY[:, :, :5])
-    assert packed == (None, None, True, 0, 0, 0, 4, 1 / math.sqrt(8), 0.0, None, None)
+    assert packed == (None, None, True, 0, 0, 0, 4, 1 / math.sqrt(8), 0.0, None, None, None)
 
 
 def test_its_arguments_are_those_of_the_functions():

@@ -77,11 +77,15 @@ def attend_params(
     )
 
 
+class PerQuery(Structure):
+    _fields_ = [*((n, c_void_p) for n in ("narrow", "wide")), *((n, c_int64) for n in ("b", "t"))]
+
+
 class Rule(Structure):
     _fields_ = [
-        *((n, c_void_p) for n in ("mask", "lengths", "narrow_starts", "wide_starts")),
+        *((n, c_void_p) for n in ("mask", "lengths")),
         ("mask_strides", Strides),
-        *((n, c_int64) for n in ("starts_b", "starts_t")),
+        *((n, PerQuery) for n in ("starts", "offsets")),
         *((n, c_int64) for n in ("causal_offset", "window", "sinks", "groups")),
         *((n, c_float) for n in ("scale", "softcap")),
         ("sink_logits", c_void_p),
@@ -147,8 +151,7 @@ def select_call(
         call.select.rule.lengths = gpu.put(lengths.contiguous())
     if starts is not None:
         width = "narrow" if starts.dtype == torch.int32 else "wide"
-        setattr(call.select.rule, f"{width}_starts", gpu.put(starts))
-        call.select.rule.starts_b, call.select.rule.starts_t = starts.stride()
+        call.select.rule.starts = PerQuery(**{width: gpu.put(starts)}, b=starts.stride(0), t=starts.stride(1))
     if groups < query.shape[1]:
         call.lse = gpu.empty(query.shape[:3], torch.float32)
     return call

@@ -20,6 +20,7 @@ TILES = {"block_size": 16, "query_tile": 16}
 MAPS = torch.zeros(8, dtype=torch.int32), torch.arange(8)
 TABLES = [torch.randn(8, 4)], [None]
 
+PACKED, BOUNDS = torch.randn(5, 2, 4), torch.tensor([0, 3, 5])
 CALLS = {
     "topk_select": ((Q, K, 4), CAUSAL),
     "quantized_select": ((Q, K, 4), CAUSAL),
@@ -30,6 +31,12 @@ CALLS = {
     "topk_attention_with_residual": ((Q, K, V, 4), CAUSAL),
     "block_select": ((Q, K, 2), {**CAUSAL, **TILES}),
     "block_attention": ((Q, K, V, BLOCKS), TILES),
+    "varlen_topk_select": ((PACKED, PACKED, BOUNDS, None, 3, 3, 2), {}),
+    "varlen_topk_attention": ((PACKED, PACKED, PACKED, BOUNDS, None, 3, 3, 2), {}),
+    "varlen_gathered_attention": (
+        (PACKED, PACKED, PACKED, torch.zeros(5, 1, 2).int(), BOUNDS, None, 3, 3),
+        {},
+    ),
     "variable_width_embedding": ((torch.tensor([1, 2]), *TABLES, *MAPS), {}),
     "variable_width_cross_entropy": ((torch.randn(2, 4), torch.tensor([1, 2]), *TABLES, *MAPS), {}),
 }

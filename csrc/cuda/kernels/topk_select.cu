@@ -57,10 +57,7 @@ struct SelectTile {
 
 // Where the keys of a query begin, in [0, Tk].
 __device__ __forceinline__ int64_t first_key(const SelectParams& p, const SelectTile& tile, int64_t t) {
-    int64_t first = 0;
-    const int64_t at = tile.b * p.rule.starts_b + t * p.rule.starts_t;
-    if (p.rule.narrow_starts) first = p.rule.narrow_starts[at];
-    if (p.rule.wide_starts) first = p.rule.wide_starts[at];
+    const int64_t first = p.rule.starts.given() ? p.rule.starts.at(tile.b, t) : 0;
     return first < 0 ? 0 : first < p.key_length ? first : p.key_length;
 }
 
@@ -79,7 +76,7 @@ __device__ __forceinline__ SelectTile select_tile(const SelectCall& call) {
     if (p.rule.is_causal && last + p.rule.causal_offset < tile.limit)
         tile.limit = last + p.rule.causal_offset;
     tile.begin = 0;
-    if (p.rule.narrow_starts || p.rule.wide_starts) {
+    if (p.rule.starts.given()) {
         int least = static_cast<int>(p.key_length);
         for (int64_t t = tile.first + threadIdx.x % 32; t < last; t += 32) {
             const int first = static_cast<int>(first_key(p, tile, t));

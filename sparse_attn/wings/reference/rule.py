@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sparse_attn.rule import PackedRule
 
+FAR = 2**40  # beyond any sequence, and sums of it fit
+
 
 class VisibleKeys:
     """The keys that some queries see, and which of them they always keep.
@@ -32,6 +34,9 @@ class VisibleKeys:
         if rule.key_starts is not None:
             starts = rule.key_starts.to(torch.int64).clamp(0, key.shape[2])  # sums of them fit
             self.starts = starts[:, None, :, None]
+        self.offsets = None  # int64 [B, 1, Tq, 1]
+        if rule.causal_offsets is not None:
+            self.offsets = rule.causal_offsets.to(torch.int64).clamp(-FAR, FAR)[:, None, :, None]
         self.blocks, self.block_size, self.query_tile = blocks, block_size, query_tile
 
     def of(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -45,7 +50,8 @@ class VisibleKeys:
         if self.starts is not None:
             visible = visible & (self.positions >= first)
         if rule.is_causal:
-            last = queries.unsqueeze(-1) + rule.causal_offset  # [t, 1]
+            offset = rule.causal_offset if self.offsets is None else self.offsets[:, :, rows]
+            last = queries.unsqueeze(-1) + offset  # [t, 1] or [B, 1, t, 1]
             visible = visible & (self.positions <= last)
             forced = forced | (self.positions > last - rule.window)
         if self.exists is not None:

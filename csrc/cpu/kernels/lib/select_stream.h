@@ -28,7 +28,7 @@ SPARSE_ATTN_INLINE Visible visible_to(const SelectParams& p, int64_t b, int64_t 
     v.sink_end = minimum(v.begin + p.rule.sinks, v.limit);
     v.end = v.limit;
     if (p.rule.is_causal)
-        v.end = clamp<int64_t>(query + p.rule.causal_offset + 1 - p.rule.window, v.sink_end, v.limit);
+        v.end = clamp<int64_t>(p.rule.last_key(b, query) + 1 - p.rule.window, v.sink_end, v.limit);
     const Strides& s = p.rule.mask_strides;
     v.mask = p.rule.mask ? p.rule.mask + b * s.b + group * s.h + query * s.t : nullptr;
     v.mask_stride = s.d;
