@@ -89,7 +89,7 @@ PAIRS = rows(
     share=["none", "kv", "all"],
     causal=[{}, {"is_causal": True}, {"is_causal": True, "window": 3}],
     sinks=[0, 2],
-    make=[normal, integers],
+    make=["normal", "integers"],
     behind=[0, 2],
 )
 
@@ -98,6 +98,7 @@ PAIRS = rows(
 def test_each_sequence_is_what_it_is_alone(wing, dtype, row):
     lengths, share, options, sinks, make, behind = row
     lengths = LENGTHS[lengths]
+    make = {"normal": normal, "integers": integers}[make]
     inputs = pack(*lengths, dtype=dtype, make=make, behind=behind)
     options = {**options, "share": share, "sinks": sinks, "backend": wing.name}
     found = sparse_attn.varlen_topk_attention(*inputs, 6, **options, **FLAGS)
