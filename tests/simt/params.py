@@ -113,9 +113,10 @@ class SelectCall(Structure):
 
 
 def select_call(
-    gpu, query, key, top_k, mask, lengths, starts, rule, scale, softcap, sink_logits
+    gpu, query, key, top_k, mask, lengths, starts, offsets, rule, scale, softcap, sink_logits
 ) -> SelectCall:
     """Arguments as the schema of topk_select has them; `rule` is [is_causal, causal_offset, window, sinks, groups]."""
+    assert offsets is None, "the kernels have no offsets of queries"
     is_causal, causal_offset, window, sinks, groups = rule
     query, key = contiguous_rows(query), contiguous_rows(key)
     p = SelectParams(
