@@ -88,7 +88,8 @@ PYBIND11_MODULE(_C, m) {
             using sparse_attn::ByBounds;
             sparse_attn::use_bounds(!use ? ByBounds::kAuto : *use ? ByBounds::kAlways : ByBounds::kNever);
         },
-        "Exact selection by bounds of 8-bit scores: wherever it can be done (True), never (False), where it "
+        "Exact selection by bounds of rounded scores: wherever it can be done (True), never (False), where "
+        "it "
         "is faster (None). The selection is the same.");
     m.def(
         "bounds_counts",

@@ -102,9 +102,7 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
     const int64_t step = full.block_queries(p);
     divide(s, step);
     const int64_t tasks = p.batch * p.rule.groups * s.per_head;
-    auto block = [&](int64_t i) {
-        return block_of(i, p.rule.groups, s.per_head, s.block, p.query_length);
-    };
+    auto block = [&](int64_t i) { return block_of(i, p.rule.groups, s.per_head, s.block, p.query_length); };
     // The tasks that the full product has to do: all, or those whose bounds leave too many keys.
     std::vector<int64_t> left;
     const bool bounds = by_bounds(p);

@@ -14,6 +14,7 @@ from sparse_attn.wings import extension
 FILES = (
     "test_topk_select.py",
     "test_topk_select_long.py",
+    "test_select_by_bounds.py",
     "test_indexer_select.py",
     "test_quantized_select.py",
     "test_block_attention.py",

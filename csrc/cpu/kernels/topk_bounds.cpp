@@ -1,5 +1,5 @@
-// topk_select by bounds: the selection of topk_select.cpp, most of it at the price of byte products
-// (lib/bounds.h has the proof).
+// topk_select by bounds: the selection of topk_select.cpp, most of it at the price of products of
+// 16-bit numbers (lib/bounds.h has the proof).
 #include "topk_bounds.h"
 
 #include "lib/bounds.h"
@@ -62,7 +62,7 @@ void find_shift(const SelectParams& p, int64_t b, int64_t kv_head, void* packed_
 void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range panels, void* packed_head) {
     const float* shift = static_cast<const float*>(packed_head);
     uint32_t* first_panel = static_cast<uint32_t*>(packed_head) + shift_words(p);
-    const int64_t word_count = byte_words(p.head_dim), length = visible_keys(p, b);
+    const int64_t word_count = pair_words(p.head_dim), length = visible_keys(p, b);
     const Strides& s = p.key_strides;
     const float slack = slack_of(p.head_dim);
     alignas(64) float columns[NV][kWidest * W];
@@ -74,9 +74,9 @@ void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range p
             Vec largest = zero(), as_is[NV];
             for (int v = 0; v < NV; ++v) {
                 const int64_t first = n * NR + v * W;
-                as_is[v] = load_columns(columns[v], keys + minimum(first, p.key_length) * s.t,
-                                        clamp<int64_t>(length - first, 0, W), s.t, s.d, p.head_dim, 1.0f,
-                                        shift);
+                as_is[v] =
+                    load_columns(columns[v], keys + minimum(first, p.key_length) * s.t,
+                                 clamp<int64_t>(length - first, 0, W), s.t, s.d, p.head_dim, 1.0f, shift);
                 rotate(columns[v], p.head_dim);
                 largest = max(largest_of(columns[v], p.head_dim), largest);
             }
@@ -88,23 +88,25 @@ void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range p
             }
             PanelFacts facts{1.0f, 1.0f, 0.0f, 0.0f};
             if (usable) {
-                facts.scale = maximum(max_lane(largest), kSmallest) / 127.0f;
+                facts.scale = maximum(max_lane(largest), kSmallest) / largest_whole(p.head_dim);
                 facts.inverse = 1.0f / facts.scale;
             }
             const Vec scale = broadcast(facts.scale), inverse = broadcast(facts.inverse);
             Vec norm = zero(), error = zero();
             for (int v = 0; v < NV; ++v) {
-                int32_t total[W];
-                const RoundedNorms x = round_columns(panel + v * W, NR, columns[v], p.head_dim, scale, inverse,
-                                                     127.0f, 0, total);
-                for (int j = 0; j < W; ++j)
-                    panel[word_count * NR + v * W + j] = static_cast<uint32_t>(-kOffset * total[j]);
-                norm = max(x.norm, norm);
-                error = max(fma(max(max(as_is[v], x.norm), broadcast(kSmallest)), broadcast(slack), x.error),
-                            error);
+                const RoundedNorms x =
+                    round_columns(panel + v * W, NR, columns[v], p.head_dim, scale, inverse);
+                const Vec key_error =
+                    fma(max(max(as_is[v], x.norm), broadcast(kSmallest)), broadcast(slack), x.error);
+                // Infinite ones where a key has no bounds: its panel has none then.
+                const Vec key_norm = usable ? x.norm : broadcast(__builtin_inff());
+                store(norms_of(panel, word_count) + v * W, key_norm);
+                store(norms_of(panel, word_count) + NR + v * W, usable ? key_error : zero());
+                norm = max(key_norm, norm);
+                error = max(usable ? key_error : zero(), error);
             }
-            facts.norm = usable ? max_lane(norm) : __builtin_inff();  // no bounds for this panel
-            facts.error = usable ? max_lane(error) : 0.0f;
+            facts.norm = max_lane(norm);
+            facts.error = max_lane(error);
             *facts_of(panel, word_count) = facts;
         }
     });
@@ -117,10 +119,15 @@ bool bounds_take(const SelectParams& p) {
            p.head_dim <= kWidest && (p.key_strides.d == 1 || p.head_dim == 1);
 }
 
+// The products cost half of float32's, and no less than bfloat16's where the CPU multiplies pairs of those;
+// in return each row is rounded, and what passes is compared twice.
 bool bounds_pay(const SelectParams& p) {
+#if defined(__AVX512BF16__)
+    if (p.dtype == DType::kBFloat16) return false;
+#endif
 #if defined(__AVX2__)
-    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 4 * kBlockRows && p.key_length >= 2048 &&
-           p.key_length >= 16 * p.top_k;
+    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 8 * kBlockRows && p.key_length >= 1024 &&
+           p.key_length >= 8 * p.top_k;
 #else
     (void)p;
     return false;
@@ -140,7 +147,8 @@ bool select_by_bounds(const SelectParams& p, SelectTask task, void* scratch, Sur
     const uint32_t* panels = reinterpret_cast<const uint32_t*>(packed) + shift_words(p);
     bool done = false;
     with_tile(p, [&]<class T, class Tile>() {
-        done = select_rows_by_bounds<T, Tile>(p, task.b, task.group, task.queries, panels, scratch, *survivors);
+        done =
+            select_rows_by_bounds<T, Tile>(p, task.b, task.group, task.queries, panels, scratch, *survivors);
     });
     return done;
 }

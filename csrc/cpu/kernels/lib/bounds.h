@@ -2,10 +2,10 @@
 //
 //   |q·k − q̂·k̂| ≤ ‖q − q̂‖·‖k‖ + ‖q̂‖·‖k − k̂‖                                (Cauchy–Schwarz)
 //
-// so every rounded score has a lower and an upper bound of the exact one, up to the same constant for all keys
-// of a row (keys are shifted, which moves all scores of a query alike). A key whose upper bound does not beat
-// the K-th best lower bound among keys before it loses to K of them, ties included. What is left is ranked by
-// the exact score, computed as the full product computes it: the selection has the same bits.
+// so every rounded score has a lower and an upper bound of the exact one, up to the same constant for all
+// keys of a row (keys are shifted, which moves all scores of a query alike). A key whose upper bound does not
+// beat the K-th best lower bound among keys before it loses to K of them, ties included. What is left is
+// ranked by the exact score, computed as the full product computes it: the selection has the same bits.
 #pragma once
 
 #include "exact_scores.h"
@@ -26,35 +26,20 @@ SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
     return round_up(2 * keep + maximum<int64_t>(keep, 128), Vec::W);
 }
 
-SPARSE_ATTN_INLINE void compress_bounded(Bounded& c, int32_t n, uint32_t bits, int32_t i) {
-#if defined(__AVX512F__)
-    const __mmask16 m = static_cast<__mmask16>(bits);
-    const __m512 lower = _mm512_loadu_ps(c.lower + i);
-    compress_to(c.upper + n, c.indices + n, bits, c.upper + i, c.indices + i);
-    _mm512_storeu_ps(c.lower + n, _mm512_maskz_compress_ps(m, lower));
-#else
-    for (; bits; bits &= bits - 1, ++n) {
-        const int32_t from = i + __builtin_ctz(bits);
-        c.upper[n] = c.upper[from];
-        c.lower[n] = c.lower[from];
-        c.indices[n] = c.indices[from];
-    }
-#endif
-}
-
-// Drops what the bounds rule out, keeping the order. Returns the new threshold: at least `keep` of what is left
-// have no smaller lower bound.
-SPARSE_ATTN_INLINE float prune(Bounded& c, float threshold, int32_t* keys) {
+// Drops what the bounds rule out, keeping the order. Returns the new threshold: at least `keep` of what is
+// left have no smaller lower bound.
+inline float prune(Bounded& c, float threshold, int32_t* keys) {
     if (c.count < c.keep) return threshold;
     const int32_t padded = order_all(c.lower, c.count, keys);
-    const Cut cut = find_cut(keys, c.count, padded, c.keep, c.keep + c.keep / 8);
+    const Cut cut = find_cut(keys, c.count, padded, c.keep, c.keep + c.keep / 8, order_of(threshold));
     threshold = maximum(threshold, float_of_order(cut.low));
     const Vec bound = broadcast(threshold);
     int32_t n = 0;
     for (int32_t i = 0; i < c.count; i += W) {
-        const uint32_t bits = ~not_le(bound, load(c.upper + i)) & low_bits(minimum<int32_t>(W, c.count - i));
-        compress_bounded(c, n, bits, i);
-        n += __builtin_popcount(bits);
+        const Vec upper = load(c.upper + i), lower = load(c.lower + i);
+        const uint32_t bits = ~not_le(bound, upper) & low_bits(minimum<int32_t>(W, c.count - i));
+        compress_floats(c.lower + n, bits, lower);
+        n += compress_to(c.upper + n, c.indices + n, bits, c.upper + i, c.indices + i);
     }
     c.count = n;
     return threshold;
@@ -69,7 +54,7 @@ struct alignas(64) RowFacts {
 
 SPARSE_ATTN_INLINE int64_t bounds_scratch_bytes(const SelectParams& p, int64_t column) {
     const int64_t buffer = bounded_capacity(p.top_k) + kSlack;
-    return kBlockRows * (buffer * 12 + 192) + buffer * 12 + byte_words(p.head_dim) * (kBlockRows + W) * 4 +
+    return kBlockRows * (buffer * 12 + 192) + buffer * 12 + pair_words(p.head_dim) * (kBlockRows + W) * 4 +
            p.head_dim * W * 4 + column * 4 + 2048;
 }
 
@@ -97,7 +82,7 @@ struct BoundedRows {
           key(key_),
           panels(panels_),
           scratch(s),
-          word_count(byte_words(p.head_dim)),
+          word_count(pair_words(p.head_dim)),
           buffer(bounded_capacity(p.top_k) + kSlack),
           full(static_cast<int32_t>(bounded_capacity(p.top_k))),
           keys(s.take<int32_t>(buffer)),
@@ -122,13 +107,11 @@ struct BoundedRows {
         store(scale, largest_of(columns, p.head_dim));
         for (int r = 0; r < W; ++r) {
             const bool usable = scale[r] >= kSmallest / 1024 && scale[r] <= 2 * kLargest;
-            scale[r] = usable ? scale[r] / kQueryMost : 1.0f;
+            scale[r] = usable ? scale[r] / largest_whole(p.head_dim) : 1.0f;
             inverse[r] = 1.0f / scale[r];
         }
         uint32_t* to = queries + g * word_count * MR;
-        int32_t total[W];
-        const RoundedNorms n = round_columns(wide, W, columns, p.head_dim, load(scale), load(inverse),
-                                             kQueryMost, kOffset, total);
+        const RoundedNorms n = round_columns(wide, W, columns, p.head_dim, load(scale), load(inverse));
         for (int64_t w = 0; w < word_count; ++w) memcpy(to + w * MR, wide + w * W, MR * 4);
         memcpy(facts.scale, scale, sizeof scale);
         memcpy(facts.inverse, inverse, sizeof inverse);
@@ -144,8 +127,8 @@ struct BoundedRows {
         prune(c, threshold, keys);
         survivors.kept += c.count;
         if (c.count <= c.keep) return;
-        // At most `keep` candidates reach `sure` with their upper bounds: one that does with its lower bound is
-        // chosen, whatever the exact scores are.
+        // At most `keep` candidates reach `sure` with their upper bounds: one that does with its lower bound
+        // is chosen, whatever the exact scores are.
         const int32_t padded = order_all(c.upper, c.count, keys);
         const int32_t sure_keys = maximum(1, c.keep - c.keep / 8);
         const Cut cut = find_cut(keys, c.count, padded, sure_keys, c.keep);
@@ -171,18 +154,33 @@ struct BoundedRows {
     }
 };
 
-// The sums above which a key's upper bound beats the threshold of its row, and how far the bounds are from
-// the rounded score.
-SPARSE_ATTN_INLINE void thresholds(const RowFacts& rows, const PanelFacts& panel, int32_t* bound,
-                                   float* margin) {
-    const Vec m =
-        fma(load(rows.error), broadcast(panel.norm), load(rows.norm) * broadcast(panel.error));
-    const Vec sums = (load(rows.threshold) - m) * load(rows.inverse) * broadcast(panel.inverse);
-    const Vec most = broadcast(0x1p30f);
+// The sums above which some key of a panel may beat the threshold of its row with its upper bound.
+SPARSE_ATTN_INLINE void thresholds(const RowFacts& rows, const PanelFacts& panel, int32_t* bound) {
+    const Vec margin = fma(load(rows.error), broadcast(panel.norm), load(rows.norm) * broadcast(panel.error));
+    const Vec sums = (load(rows.threshold) - margin) * load(rows.inverse) * broadcast(panel.inverse);
+    const Vec most = broadcast(0x1.fffffep30f);
     // Never above the whole number below.
     const Vec whole = round_even(max(sums, zero() - most) - broadcast(0.5f));
-    store(margin, m);
     store_whole(bound, zero() - max(zero() - whole, zero() - most));
+}
+
+// Appends those of the marked keys of a panel whose own upper bounds beat the threshold of row r.
+SPARSE_ATTN_INLINE int32_t append_bounded(const Bounded& c, const int32_t* sums, uint32_t bits,
+                                          const RowFacts& rows, int r, const PanelFacts& panel,
+                                          const float* norms, int32_t base) {
+    const Vec scale = broadcast(rows.scale[r] * panel.scale), threshold = broadcast(rows.threshold[r]);
+    const Vec norm = broadcast(rows.norm[r]), error = broadcast(rows.error[r]);
+    int32_t n = c.count;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        const Vec score = floats_of(sums + v * W) * scale;
+        const Vec margin = fma(error, load(norms + v * W), norm * load(norms + NR + v * W));
+        const Vec upper = score + margin;
+        const uint32_t beat = not_le(upper, threshold) & bits >> (v * W) & low_bits(W);
+        compress_floats(c.lower + n, beat, score - margin);
+        n += append(c.upper + n, c.indices + n, beat, upper, base + v * W);
+    }
+    return n - c.count;
 }
 
 // select_rows by bounds; false, and nothing written, where they leave too many candidates.
@@ -204,7 +202,6 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
     RowFacts facts[kRowGroups];
     alignas(64) int32_t tile[MR * NR];
     alignas(64) int32_t bound[W];
-    alignas(64) float margin[W];
     uint32_t beats[MR];
     uint32_t scored_rows[kRowGroups] = {};
     Range needed[kRowGroups], inner[kRowGroups], span{INT64_MAX, 0};
@@ -239,9 +236,10 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         const int64_t base = n * NR;
         uint32_t* panel = const_cast<uint32_t*>(panels_of_head) + n * panel_words;
         const PanelFacts& keys_facts = *facts_of(panel, work.word_count);
+        const float* key_norms = norms_of(panel, work.word_count);
         for (int g = 0; g < kRowGroups; ++g) {
             if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
-            thresholds(facts[g], keys_facts, bound, margin);
+            thresholds(facts[g], keys_facts, bound);
             uint32_t beaten = rounded_tile(tile, work.queries + g * work.word_count * MR, panel,
                                            work.word_count, bound, beats) &
                               scored_rows[g];
@@ -251,16 +249,9 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
                 uint32_t bits = beats[r];
                 if (!all_lanes) bits &= candidate_bits(visible[i], base, NR);
                 Bounded& c = candidates[i];
-                const float scale = facts[g].scale[r] * keys_facts.scale;
-                int32_t count = c.count;
-                for (; bits; bits &= bits - 1) {
-                    const int lane = __builtin_ctz(bits);
-                    const float score = static_cast<float>(tile[r * NR + lane]) * scale;
-                    c.upper[count] = score + margin[r];
-                    c.lower[count] = score - margin[r];
-                    c.indices[count++] = static_cast<int32_t>(base) + lane;
-                }
-                c.count = count;
+                const int32_t count = c.count =
+                    c.count + append_bounded(c, tile + r * NR, bits, facts[g], r, keys_facts, key_norms,
+                                             static_cast<int32_t>(base));
                 if (count <= work.full) continue;
                 facts[g].threshold[r] = prune(c, facts[g].threshold[r], work.keys);
                 if (c.count > work.full - work.full / 4) return false;

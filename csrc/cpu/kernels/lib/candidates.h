@@ -47,12 +47,14 @@ SPARSE_ATTN_INLINE int32_t count_ge(const int32_t* keys, int32_t n, int32_t boun
 struct Cut {
     int32_t low, at_least;
 };
-SPARSE_ATTN_INLINE Cut find_cut(const int32_t* keys, int32_t n, int32_t padded, int32_t keep, int32_t most) {
+SPARSE_ATTN_INLINE Cut find_cut(const int32_t* keys, int32_t n, int32_t padded, int32_t keep, int32_t most,
+                                int32_t known = INT32_MAX) {
     int32_t low = INT32_MAX, high = INT32_MIN;
     for (int32_t i = 0; i < n; ++i) {
         low = minimum(low, keys[i]);
         high = maximum(high, keys[i]);
     }
+    if (known != INT32_MAX) low = maximum(low, known);  // one that `keep` keys reach
     // Bisection over the order keys, until few enough are at or above `low` or one value remains.
     int32_t at_least = n;
     while (at_least > most && low != high) {

@@ -1,4 +1,4 @@
-// Rows rounded to 8 bits for the bounds of bounds.h: W rows at a time, component by component (x[d][W]), so
+// Rows rounded to 13 bits for the bounds of bounds.h: W rows at a time, component by component (x[d][W]), so
 // that every step is a vector of rows.
 //
 // A row is rotated before it is rounded: an orthogonal rotation of queries and keys alike changes no product
@@ -9,15 +9,6 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-// Bytes are multiplied unsigned by signed. Keys are whole numbers of [−127, 127]; queries are stored with an
-// offset, which each sum takes back as −kOffset · Σ key.
-#if defined(__AVX512VNNI__)
-constexpr int kQueryMost = 127, kOffset = 128;
-#else
-// Pairs of products must fit 16 bits: 2 · 127 · 127 does.
-constexpr int kQueryMost = 63, kOffset = 64;
-#endif
-
 constexpr int64_t kWidest = 256;  // D
 
 // Norms between these leave no product of two rows that overflows, or loses more to underflow than the
@@ -26,14 +17,19 @@ constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p60f;
 // Norms are float32 sums themselves: a factor that makes them upper bounds.
 constexpr float kNormSlack = 1.0001f;
 
-// Of ‖q‖·‖k‖: what the float32 sum of the exact score may be off by (at most two roundings a step, 2D · 2⁻²⁴),
-// and the rotation, the scores and the thresholds made of rounded rows (a few roundings each).
+// Of ‖q‖·‖k‖: what the float32 sum of the exact score may be off by (at most two roundings a step, 2D ·
+// 2⁻²⁴), and the rotation, the scores and the thresholds made of rounded rows (a few roundings each).
 SPARSE_ATTN_INLINE float slack_of(int64_t head_dim) {
     return static_cast<float>(head_dim + 64) * 0x1p-23f;
 }
 
-SPARSE_ATTN_INLINE int64_t byte_words(int64_t head_dim) {
-    return (head_dim + 3) / 4;
+// Rows are whole numbers of [−most, most]: D products of two of them are summed in int32.
+SPARSE_ATTN_INLINE float largest_whole(int64_t head_dim) {
+    return head_dim <= 128 ? 4095.0f : 2895.0f;
+}
+// Words of a row, two numbers each.
+SPARSE_ATTN_INLINE int64_t pair_words(int64_t head_dim) {
+    return (head_dim + 1) / 2;
 }
 
 SPARSE_ATTN_INLINE Vec root(Vec a) {
@@ -51,7 +47,8 @@ template <class T>
 inline Vec load_columns(float* x, const T* from, int64_t n, int64_t row_stride, int64_t stride,
                         int64_t head_dim, float sign, const float* shift) {
     for (int64_t j = 0; j < n; ++j)
-        for (int64_t d = 0; d < head_dim; ++d) x[d * W + j] = to_float(from[j * row_stride + d * stride]) * sign;
+        for (int64_t d = 0; d < head_dim; ++d)
+            x[d * W + j] = to_float(from[j * row_stride + d * stride]) * sign;
     Vec squares = zero();
     for (int64_t d = 0; d < head_dim; ++d) {
         for (int64_t j = n; j < W; ++j) x[d * W + j] = 0.0f;
@@ -88,39 +85,46 @@ SPARSE_ATTN_INLINE Vec largest_of(const float* x, int64_t head_dim) {
     return largest;
 }
 
+// Whole numbers of 16 bits to words of two, the first lowest.
+SPARSE_ATTN_INLINE void store_pairs(uint32_t* to, Vec low, Vec high) {
+#if defined(__AVX512F__)
+    const __m512i first = _mm512_maskz_cvtps_epi32(0xffff, low.v),
+                  second = _mm512_maskz_cvtps_epi32(0xffff, high.v);
+    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_and_si512(first, _mm512_set1_epi32(0xffff)),
+                                            _mm512_slli_epi32(second, 16)));
+#elif defined(__AVX2__)
+    const __m256i first = _mm256_cvtps_epi32(low.v), second = _mm256_cvtps_epi32(high.v);
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to),
+        _mm256_or_si256(_mm256_and_si256(first, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(second, 16)));
+#else
+    for (int j = 0; j < W; ++j)
+        to[j] = (static_cast<uint32_t>(static_cast<int32_t>(low.v[j])) & 0xffff) |
+                static_cast<uint32_t>(static_cast<int32_t>(high.v[j])) << 16;
+#endif
+}
+
 struct RoundedNorms {
     Vec norm, error;  // upper bounds of ‖x‖ and ‖x − scale · rounded‖
 };
 
-// to[w][width]: four whole numbers per word, round(x / scale) + offset; total[j] is their sum without offset.
+// to[w][width]: two whole numbers per word, x / scale rounded; `x` is overwritten.
 inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t head_dim, Vec scale,
-                                  Vec inverse, float most, int32_t offset, int32_t* total) {
-    Vec squares = zero(), errors = zero(), sums = zero();
+                                  Vec inverse) {
+    const Vec least = broadcast(-largest_whole(head_dim));
+    Vec squares = zero(), errors = zero();
     for (int64_t d = 0; d < head_dim; ++d) {
         const Vec a = load(x + d * W);
         // max() gives its second operand for a NaN, whose row is used by nobody.
-        const Vec n = max(round_even(a * inverse), broadcast(-most));
-        const Vec number = zero() - max(zero() - n, broadcast(-most));
+        const Vec number = zero() - max(zero() - max(round_even(a * inverse), least), least);
         const Vec error = a - scale * number;
         squares = fma(a, a, squares);
         errors = fma(error, error, errors);
-        sums = sums + number;
         store(x + d * W, number);
     }
-    int32_t numbers[4][W];
-    for (int64_t w = 0; w < byte_words(head_dim); ++w) {
-        for (int64_t i = 0; i < 4; ++i) {
-            const int64_t d = 4 * w + i;
-            for (int j = 0; j < W; ++j)
-                numbers[i][j] = d < head_dim ? static_cast<int32_t>(x[d * W + j]) + offset : offset;
-        }
-        for (int j = 0; j < W; ++j)
-            to[w * width + j] = static_cast<uint32_t>((numbers[0][j] & 0xff) | (numbers[1][j] & 0xff) << 8 |
-                                                      (numbers[2][j] & 0xff) << 16 | numbers[3][j] << 24);
-    }
-    float lanes[W];
-    store(lanes, sums);
-    for (int j = 0; j < W; ++j) total[j] = static_cast<int32_t>(lanes[j]);
+    for (int64_t w = 0; w < pair_words(head_dim); ++w)
+        store_pairs(to + w * width, load(x + 2 * w * W),
+                    2 * w + 1 < head_dim ? load(x + (2 * w + 1) * W) : zero());
     const Vec norm = root(squares) * broadcast(kNormSlack);
     return {norm, fma(norm, broadcast(0x1p-22f), root(errors) * broadcast(kNormSlack))};
 }

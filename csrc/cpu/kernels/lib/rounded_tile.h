@@ -1,8 +1,9 @@
-// Register tiles of byte products: MR queries × NR keys, summed in int32 and compared with a whole number per
-// query. A panel is
+// Register tiles of products of whole numbers of 16 bits: MR queries × NR keys, summed in int32 and compared
+// with a whole number per query. All CPUs that have AVX2 multiply two pairs of them where they multiply one
+// of float32, and bytes no faster, unless they have VNNI. A panel is
 //
-//   words  uint32 [ceil(D / 4)][NR]    four components each
-//   start  int32 [NR]                  −kOffset · Σ key: where the sums begin
+//   words  uint32 [ceil(D / 2)][NR]    two components each
+//   norms  float [2][NR]               upper bounds of ‖key‖ (shifted), ‖key − rounded‖ (with the slack)
 //   facts  PanelFacts
 #pragma once
 
@@ -10,22 +11,27 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-// One scale for all keys of a panel, and upper bounds over them.
+// One scale for all keys of a panel, and the largest of their norms.
 struct PanelFacts {
     float scale, inverse;
-    float norm;   // of the shifted key
-    float error;  // of its rounding, with the slack
+    float norm, error;
 };
 
 SPARSE_ATTN_INLINE int64_t rounded_panel_words(int64_t head_dim) {
-    return (byte_words(head_dim) + 1) * NR + 16;
+    return (pair_words(head_dim) + 2) * NR + 16;
+}
+SPARSE_ATTN_INLINE float* norms_of(uint32_t* panel, int64_t word_count) {
+    return reinterpret_cast<float*>(panel + word_count * NR);
 }
 SPARSE_ATTN_INLINE PanelFacts* facts_of(uint32_t* panel, int64_t word_count) {
-    return reinterpret_cast<PanelFacts*>(panel + (word_count + 1) * NR);
+    return reinterpret_cast<PanelFacts*>(panel + (word_count + 2) * NR);
 }
 
 #if defined(__AVX512F__)
 using Sums = __m512i;
+SPARSE_ATTN_INLINE Sums no_sums() {
+    return _mm512_setzero_si512();
+}
 SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     return _mm512_loadu_si512(p);
 }
@@ -47,16 +53,19 @@ SPARSE_ATTN_INLINE void store_whole(int32_t* p, Vec a) {
 #if defined(__AVX512VNNI__)
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     // Not the intrinsic: GCC 12 copies its accumulator around each use, and then runs out of registers.
-    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
+    asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
     return c;
 }
 #else
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
-    return _mm512_add_epi32(c, _mm512_madd_epi16(_mm512_maddubs_epi16(queries, keys), _mm512_set1_epi16(1)));
+    return _mm512_add_epi32(c, _mm512_madd_epi16(queries, keys));
 }
 #endif
 #elif defined(__AVX2__)
 using Sums = __m256i;
+SPARSE_ATTN_INLINE Sums no_sums() {
+    return _mm256_setzero_si256();
+}
 SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
@@ -76,12 +85,15 @@ SPARSE_ATTN_INLINE void store_whole(int32_t* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.v));
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
-    return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_maddubs_epi16(queries, keys), _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(c, _mm256_madd_epi16(queries, keys));
 }
 #else
 struct Sums {
     int32_t v[4];
 };
+SPARSE_ATTN_INLINE Sums no_sums() {
+    return {};
+}
 SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     Sums a;
     memcpy(a.v, p, sizeof a.v);
@@ -108,10 +120,11 @@ SPARSE_ATTN_INLINE void store_whole(int32_t* p, Vec a) {
     for (int i = 0; i < 4; ++i) p[i] = static_cast<int32_t>(a.v[i]);
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
-    for (int i = 0; i < 4; ++i)
-        for (int byte = 0; byte < 32; byte += 8)
-            c.v[i] += static_cast<int32_t>(static_cast<uint32_t>(queries.v[i]) >> byte & 0xff) *
-                      static_cast<int8_t>(static_cast<uint32_t>(keys.v[i]) >> byte & 0xff);
+    for (int i = 0; i < 4; ++i) {
+        const auto a = static_cast<uint32_t>(queries.v[i]), b = static_cast<uint32_t>(keys.v[i]);
+        c.v[i] += static_cast<int16_t>(a & 0xffff) * static_cast<int16_t>(b & 0xffff) +
+                  static_cast<int16_t>(a >> 16) * static_cast<int16_t>(b >> 16);
+    }
     return c;
 }
 #endif
@@ -122,12 +135,10 @@ __attribute__((noinline)) inline uint32_t rounded_tile(int32_t* tile, const uint
                                                        const uint32_t* panel, int64_t word_count,
                                                        const int32_t* bound, uint32_t* beats) {
     Sums acc[MR][NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-        const Sums start = load_sums(panel + word_count * NR + v * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) acc[r][v] = start;
-    }
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = no_sums();
     for (int64_t w = 0; w < word_count; ++w) {
 #pragma GCC unroll 16
         for (int r = 0; r < MR; ++r)
