@@ -1,7 +1,7 @@
 """The rule of a selection: who may see whom, what is always kept, who shares, and the scale of the scores.
 
 One object from the public function to the kernel. `Rule` is what a caller says; `Rule.packed` checks it against the
-tensors, once, and gives the `PackedRule` that crosses the ops' schemas (`SCHEMA`) in four parts. The ops put it
+tensors, once, and gives the `PackedRule` that crosses the ops' schemas (`SCHEMA`) in its parts. The ops put it
 together again for Python wings; in C++ it is csrc/common/rule.h, which reads the numbers in the order of `_NUMBERS`.
 """
 
@@ -16,12 +16,22 @@ from torch import Tensor
 from sparse_attn import checks
 
 # SymInt, so that under torch.compile an offset made of sizes (a KV cache that grows) needs no new graph per size.
-SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, SymInt[] rule, float scale"
-PARTS = 4
+SCHEMA = "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale"
+PARTS = 5
 # The parts that the kernels of every compiled wing know. A new part is not among them: a wing without it is not chosen
 # for a call that says it.
 EVERYWHERE = frozenset(
-    ("is_causal", "causal_offset", "attn_mask", "key_lengths", "window", "sinks", "share", "scale")
+    (
+        "is_causal",
+        "causal_offset",
+        "attn_mask",
+        "key_lengths",
+        "window",
+        "sinks",
+        "share",
+        "scale",
+        "key_starts",
+    )
 )
 
 
@@ -35,9 +45,10 @@ class Rule:
         attn_mask: boolean, True = may attend, broadcastable to [B, Hq, Tq, Tk]; the same for heads that share.
         key_lengths: int32 or int64 [B]; keys at and past it do not exist.
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
-        sinks: always keep the first `sinks` keys.
+        sinks: always keep the first `sinks` keys, from key_starts on.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         scale: factor of q·k, default 1/√D.
+        key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or query.
 
     Nothing is checked before the rule meets tensors: whatever takes it raises TypeError or ValueError then.
 
@@ -58,6 +69,7 @@ class Rule:
     sinks: int = 0
     share: str = "none"
     scale: float | None = None
+    key_starts: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The rule in the keywords of the public functions."""
@@ -103,19 +115,21 @@ class Rule:
         """
         is_causal = checks.boolean("is_causal", self.is_causal)
         window, sinks = checks.kept(self.window, self.sinks, is_causal, top_k)
-        groups = key.shape[1] if per_group else checks.groups_of(self.share, query.shape[1], key.shape[1])
-        length = query.shape[2], key.shape[2]
+        _, heads, query_length, head_dim = query.shape
+        _, kv_heads, key_length, _ = key.shape
+        groups = kv_heads if per_group else checks.groups_of(self.share, heads, kv_heads)
         return PackedRule(
             None
             if self.attn_mask is None
             else checks.mask_of(self.attn_mask, query, key, groups, per_group=per_group),
             None if self.key_lengths is None else checks.lengths_of(self.key_lengths, key),
             is_causal,
-            checks.causal_offset_of(is_causal, self.causal_offset, *length),
+            checks.causal_offset_of(is_causal, self.causal_offset, query_length, key_length),
             window,
             sinks,
             groups,
-            checks.softmax_scale(self.scale, query.shape[3]),
+            checks.softmax_scale(self.scale, head_dim),
+            None if self.key_starts is None else checks.starts_of(self.key_starts, query),
         )
 
 
@@ -133,22 +147,29 @@ class PackedRule(NamedTuple):
     sinks: int
     groups: int  # G: 1, Hkv or Hq
     scale: float
+    key_starts: Tensor | None = None  # int [B, Tq], any values
 
     def first_kept(self, key_length: int) -> int:
         """How many of the first keys are always kept."""
         return min(self.sinks, key_length)
 
-    def parts(self) -> tuple[Tensor | None, Tensor | None, list[int], float]:
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[int], float]:
         """What `SCHEMA` names."""
         numbers = [int(self.is_causal), self.causal_offset, self.window, self.sinks, self.groups]
-        return self.attn_mask, self.key_lengths, numbers, self.scale
+        return self.attn_mask, self.key_lengths, self.key_starts, numbers, self.scale
 
     @classmethod
     def of_parts(
-        cls, attn_mask: Tensor | None, key_lengths: Tensor | None, numbers: list[Any], scale: float
+        cls,
+        attn_mask: Tensor | None,
+        key_lengths: Tensor | None,
+        key_starts: Tensor | None,
+        numbers: list[Any],
+        scale: float,
     ) -> PackedRule:
         is_causal, causal_offset, window, sinks, groups = numbers
-        return cls(attn_mask, key_lengths, bool(is_causal), causal_offset, window, sinks, groups, scale)
+        of_numbers = bool(is_causal), causal_offset, window, sinks, groups
+        return cls(attn_mask, key_lengths, *of_numbers, scale, key_starts)
 
 
 def selection_shape(query: Tensor, key: Tensor, top_k: int, rule: PackedRule) -> tuple[int, int, int, Any]:

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands exist, and the code of the page on selectors runs."""
+"""README and docs: links lead somewhere, commands exist, and the code of two pages runs."""
 
 from __future__ import annotations
 
@@ -46,11 +46,23 @@ def test_commands_exist(page):
         assert any(p.exists() for p in places) or find_spec(module), f"{page.name}: python -m {module}"
 
 
-def test_the_code_about_selectors_runs():
-    text = (ROOT / "docs/choosing_a_selector.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def run_the_code_of(page: str) -> dict:
+    """What its blocks leave in their names."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.DOTALL)
     assert blocks
     names: dict = {}
     for block in blocks:
-        exec(compile(block, "choosing_a_selector.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_the_code_about_selectors_runs():
+    names = run_the_code_of("choosing_a_selector.md")
     assert names["out"].shape == names["q"].shape
+
+
+def test_the_code_about_torch_func_runs():
+    names = run_the_code_of("torch_func.md")
+    assert names["per_sample"][0].shape == names["q"].shape
+    assert names["tangent"].shape == names["out"].shape
+    assert {g.shape[0] for g in names["gradients"].values()} == {4}

@@ -46,7 +46,8 @@ int main(int, char** argv) {
         tensor_of(key, 8),
         value_of(int64_t{3}),  // top_k
         none,
-        none,  // attn_mask, key_lengths
+        none,
+        none,  // attn_mask, key_lengths, key_starts
         value_of(rule),
         value_of(1.0),  // scale
         value_of(false),

@@ -171,7 +171,8 @@ def select(
     causal_offset = min(max(rule.causal_offset, -query_length), key_length)
     first_kept = rule.first_kept(key_length)
     mask = None if rule.attn_mask is None else rule.attn_mask.view(torch.uint8)
-    key_lengths = rule.key_lengths
+    key_lengths, starts = rule.key_lengths, rule.key_starts
+    starts_strides = (0, 0) if starts is None else starts.stride()
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     block_d = max(16, triton.next_power_of_2(head_dim))
     amd = torch.version.hip is not None
@@ -193,14 +194,14 @@ def select(
         if sharing > 1:
             shift = query.new_empty((batch, heads, query_length), dtype=torch.float32)
             log_sum_exp[(batch * heads * blocks,)](
-                query, key, mask, key_lengths, shift, *query.stride(), *key.stride(), *mask_strides,
-                heads, query_length, key_length, head_dim, causal_offset, scale, blocks,
+                query, key, mask, key_lengths, starts, shift, *query.stride(), *key.stride(), *mask_strides,
+                *starts_strides, heads, query_length, key_length, head_dim, causal_offset, scale, blocks,
                 is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
         select_tiles[(programs,)](
-            query, key, mask, key_lengths, shift, slots, counts, thresholds, queue, found,
-            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides,
+            query, key, mask, key_lengths, starts, shift, slots, counts, thresholds, queue, found,
+            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *starts_strides,
             groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, first_kept,
             scale, tiles * splits, blocks, splits, split_length,
             1 if sharing > 1 else (scale > 0) - (scale < 0), is_causal, sharing, repeat, splits > 1,
@@ -212,7 +213,8 @@ def select(
             capacity = triton.next_power_of_2(width)
             cut = _cut_shape(c, 32, capacity)
             merge_pieces[(triton.cdiv(rows, cut[0]),)](
-                found, indices, scores, rows, query_length, width, budget, window_offset, first_kept,
+                found, indices, scores, starts, *starts_strides, rows, groups, query_length, key_length,
+                width, budget, window_offset, first_kept,
                 is_causal, capacity, *cut, num_warps=c.num_warps,
             )  # fmt: skip
 
@@ -220,7 +222,7 @@ def select(
         run_tuned(
             "topk_select",
             (
-                *(query.dtype, head_dim, sharing, is_causal, mask is not None),
+                *(query.dtype, head_dim, sharing, is_causal, mask is not None or starts is not None),
                 *(size_class(budget), size_class(key_length), size_class(batch * groups * query_length)),
             ),
             configs(query.element_size(), head_dim, budget, amd, sharing > 1 or mask is not None),

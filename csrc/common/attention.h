@@ -88,6 +88,7 @@ inline void check_key_lengths(const char* op, const Tensor& n, int64_t batch) {
 struct RuleArguments {
     const std::optional<Tensor>& attn_mask;    // bool [B, G, Tq, Tk]
     const std::optional<Tensor>& key_lengths;  // int32 or int64 [B]
+    const std::optional<Tensor>& key_starts;   // int32 or int64 [B, Tq]
     const std::vector<int64_t>& numbers;       // read_rule() in rule.h
     double scale;
 };
@@ -114,6 +115,20 @@ inline Rule rule_of(const char* op, const Tensor& query, const Tensor& key, cons
         rule.mask_strides = strides_of(m);
     }
     if (given.key_lengths) check_key_lengths(op, *given.key_lengths, batch);
+    if (given.key_starts) {
+        const Tensor& s = *given.key_starts;
+        const bool narrow = s.scalar_type() == ScalarType::Int;
+        STD_TORCH_CHECK(
+            s.dim() == 2 && s.size(0) == batch && s.size(1) == query.size(2) &&
+                (narrow || s.scalar_type() == ScalarType::Long) && s.is_cuda() == query.is_cuda() &&
+                s.get_device_index() == query.get_device_index(),
+            op, ": key_starts must be int32 or int64 [B, Tq] on the query's device; got ", shape_of(s));
+        if (narrow)
+            rule.narrow_starts = static_cast<const int32_t*>(s.const_data_ptr());
+        else
+            rule.wide_starts = static_cast<const int64_t*>(s.const_data_ptr());
+        rule.starts_b = s.stride(0), rule.starts_t = s.stride(1);
+    }
     return rule;
 }
 

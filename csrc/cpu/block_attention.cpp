@@ -97,13 +97,14 @@ TilesOf tiles_of_blocks(const BlockParams& p) {
 std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor blocks_of,
                                                int64_t block_size, int64_t query_tile,
                                                std::optional<Tensor> attn_mask,
-                                               std::optional<Tensor> key_lengths, std::vector<int64_t> rule,
+                                               std::optional<Tensor> key_lengths,
+                                               std::optional<Tensor> key_starts, std::vector<int64_t> rule,
                                                double scale) {
     const char* op = "block_attention.cpu";
     check_qkv(op, query, key, &value);
     const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query.size(0), key.size(2));
     BlockParams p = block_params(op, query, key, value, blocks_of, block_size, query_tile, lengths,
-                                 {attn_mask, key_lengths, rule, scale});
+                                 {attn_mask, key_lengths, key_starts, rule, scale});
     AttendParams& a = p.attend;
     Tensor out = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.value_dim});
     Tensor lse = new_lse(query);
@@ -134,7 +135,8 @@ std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor 
 std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor blocks_of,
     Tensor lse, int64_t block_size, int64_t query_tile, std::optional<Tensor> attn_mask,
-    std::optional<Tensor> key_lengths, std::vector<int64_t> rule, double scale) {
+    std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts, std::vector<int64_t> rule,
+    double scale) {
     const char* op = "block_attention_backward.cpu";
     check_qkv(op, query, key, &value);
     lse = torch::stable::contiguous(lse);
@@ -143,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     BlockBackwardParams p{};
     BlockParams& f = p.forward;
     f = block_params(op, query, key, value, blocks_of, block_size, query_tile, lengths,
-                     {attn_mask, key_lengths, rule, scale});
+                     {attn_mask, key_lengths, key_starts, rule, scale});
     AttendParams& a = f.attend;
     check_gradients(op, a, grad_out, grad_lse, lse);
     Tensor grad_query = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.head_dim});
@@ -182,14 +184,16 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "block_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor blocks, SymInt block_size, "
-        "SymInt query_tile, Tensor? attn_mask, Tensor? key_lengths, SymInt[] rule, float scale) "
+        "SymInt query_tile, Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float "
+        "scale) "
         "-> (Tensor out, Tensor lse)");
     m.def(
         "block_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
         "value, "
         "Tensor blocks, Tensor lse, SymInt block_size, SymInt query_tile, Tensor? attn_mask, Tensor? "
         "key_lengths, "
-        "SymInt[] rule, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+        "Tensor? key_starts, SymInt[] rule, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor "
+        "grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("block_attention.cpu", TORCH_BOX(&sparse_attn::block_attention_cpu));

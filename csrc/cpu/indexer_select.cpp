@@ -12,11 +12,12 @@ namespace {
 
 Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, int64_t top_k,
                           std::optional<Tensor> attn_mask, std::optional<Tensor> key_lengths,
-                          std::vector<int64_t> rule, double scale, bool int8) {
+                          std::optional<Tensor> key_starts, std::vector<int64_t> rule, double scale,
+                          bool int8) {
     const char* op = "indexer_select.cpu";
     check_qkv(op, query, key, nullptr);
     Selection s;
-    prepare_selection(s, op, query, key, top_k, {attn_mask, key_lengths, rule, scale}, int8);
+    prepare_selection(s, op, query, key, top_k, {attn_mask, key_lengths, key_starts, rule, scale}, int8);
     STD_TORCH_CHECK(s.params.rule.groups == key.size(1), op,
                     ": a key head is one group's; got groups=", s.params.rule.groups, " and key ",
                     shape_of(key));
@@ -45,7 +46,7 @@ Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, int64_t top_
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(  // scale is not used: an indexer's weights have it
         "indexer_select.cpu(Tensor query, Tensor key, Tensor weights, SymInt top_k, Tensor? attn_mask, "
-        "Tensor? key_lengths, SymInt[] rule, float scale, bool int8) -> Tensor");
+        "Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale, bool int8) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("indexer_select.cpu", TORCH_BOX(&sparse_attn::indexer_select_cpu));

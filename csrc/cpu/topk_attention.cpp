@@ -12,13 +12,14 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, Tensor value, int64_t top_k,
                                                       std::optional<Tensor> attn_mask,
                                                       std::optional<Tensor> key_lengths,
+                                                      std::optional<Tensor> key_starts,
                                                       std::vector<int64_t> rule, double scale) {
     const char* op = "topk_attention.cpu";
     check_qkv(op, query, key, &value);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     Selection s;
-    prepare_selection(s, op, query, key, top_k, {attn_mask, key_lengths, rule, scale});
+    prepare_selection(s, op, query, key, top_k, {attn_mask, key_lengths, key_starts, rule, scale});
     SelectParams& p = s.params;
     Tensor indices = new_indices(query, p);
     Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, value.size(3)});
@@ -43,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "topk_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, Tensor? attn_mask, "
-        "Tensor? key_lengths, SymInt[] rule, float scale) -> (Tensor out, Tensor lse, Tensor indices)");
+        "Tensor? key_lengths, Tensor? key_starts, SymInt[] rule, float scale) -> (Tensor out, Tensor lse, "
+        "Tensor indices)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));

@@ -27,12 +27,13 @@ void set_blocks(SelectParams& p, const char* op, Tensor& chosen, int64_t block_s
 }
 
 Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
-                       std::optional<Tensor> key_lengths, std::vector<int64_t> rule, double scale,
-                       bool rounded, std::optional<Tensor> chosen, int64_t block_size, int64_t query_tile) {
+                       std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
+                       std::vector<int64_t> rule, double scale, bool rounded, std::optional<Tensor> chosen,
+                       int64_t block_size, int64_t query_tile) {
     const char* op = "topk_select.cpu";
     check_qkv(op, query, key, nullptr);
     Selection s;
-    prepare_selection(s, op, query, key, top_k, {attn_mask, key_lengths, rule, scale}, rounded);
+    prepare_selection(s, op, query, key, top_k, {attn_mask, key_lengths, key_starts, rule, scale}, rounded);
     SelectParams& p = s.params;
     if (chosen) set_blocks(p, op, *chosen, block_size, query_tile);
     Tensor indices = new_indices(query, p);
@@ -64,7 +65,8 @@ Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional<Te
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "topk_select.cpu(Tensor query, Tensor key, SymInt top_k, Tensor? attn_mask, Tensor? key_lengths, "
-        "SymInt[] rule, float scale, bool rounded, Tensor? blocks, SymInt block_size, SymInt query_tile) -> "
+        "Tensor? key_starts, SymInt[] rule, float scale, bool rounded, Tensor? blocks, SymInt block_size, "
+        "SymInt query_tile) -> "
         "Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {

@@ -9,9 +9,9 @@
 namespace sparse_attn {
 
 Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
-                        std::optional<Tensor> key_lengths, std::vector<int64_t> rule, double scale,
-                        bool rounded, std::optional<Tensor> blocks_of, int64_t block_size,
-                        int64_t query_tile) {
+                        std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
+                        std::vector<int64_t> rule, double scale, bool rounded,
+                        std::optional<Tensor> blocks_of, int64_t block_size, int64_t query_tile) {
     const char* op = "topk_select.cuda";
     (void)block_size, (void)query_tile;  // of blocks
     STD_TORCH_CHECK(!rounded && !blocks_of, op, ": takes neither rounded nor blocks");
@@ -24,7 +24,7 @@ Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<T
     key = with_contiguous_rows(key);
     cuda::SelectCall c{};
     SelectParams& p = c.select;
-    p = select_params(op, query, key, top_k, {attn_mask, key_lengths, rule, scale});
+    p = select_params(op, query, key, top_k, {attn_mask, key_lengths, key_starts, rule, scale});
     STD_TORCH_CHECK(p.head_dim >= 1 && p.batch <= 65535 && p.heads <= 65535, op,
                     ": takes D from 1 on, B and Hq up to 65535; got ", shape_of(query));
     if (key_lengths) {
@@ -50,7 +50,8 @@ Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<T
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "topk_select.cuda(Tensor query, Tensor key, SymInt top_k, Tensor? attn_mask, Tensor? key_lengths, "
-        "SymInt[] rule, float scale, bool rounded, Tensor? blocks, SymInt block_size, SymInt query_tile) -> "
+        "Tensor? key_starts, SymInt[] rule, float scale, bool rounded, Tensor? blocks, SymInt block_size, "
+        "SymInt query_tile) -> "
         "Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {

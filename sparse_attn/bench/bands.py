@@ -25,10 +25,17 @@ class BandCase:
     ids: str
     direction: str = "forward"
     kept: bool = False
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         what = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd"}[self.direction]
-        return f"{self.op} {self.ids} ids {what}{', memory kept' if self.kept else ''}"
+        return f"{self.op} {self.ids} ids {what}{self.remarks}"
+
+    @property
+    def remarks(self) -> str:
+        """What sets it apart from the case of the same ids and direction, to be put behind those."""
+        kept = ", memory kept" if self.kept else ""
+        return kept if self.dtype == "float32" else f"{kept}, {self.dtype}"
 
 
 @dataclass(frozen=True)

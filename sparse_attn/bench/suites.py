@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
 from sparse_attn.bench import inputs, machine, registry, runner
 from sparse_attn.bench.attention import SETTING
+from sparse_attn.bench.bands import BandCase
 from sparse_attn.bench.registry import Op
 from sparse_attn.bench.runner import Settings, Step
 
@@ -55,7 +58,8 @@ def _flat(ops: list[Op], results: dict) -> dict:
     for row in results["headline"]:
         labels = registry.op(row["op"]).labels
         case = row["case"]
-        direction = runner.DIRECTIONS[case["direction"]] + (", memory kept" if case.get("kept") else "")
+        parts = {field.name: case[field.name] for field in fields(BandCase)}
+        direction = runner.DIRECTIONS[case["direction"]] + BandCase(**parts).remarks
         facts = {"op": row["op"], "ids": case["ids"], "direction": direction}
         own = {"milliseconds": row["milliseconds"], "over_ours": 1.0, "target": None}
         rows.append({**facts, "contender": labels["ours"], **own})

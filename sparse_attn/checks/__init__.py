@@ -14,9 +14,10 @@ from sparse_attn.checks.rule import (
     lengths_of,
     mask_of,
     softmax_scale,
+    starts_of,
     top_k_of,
 )
-from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
+from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, inference_only, integer, token_batch
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -29,12 +30,14 @@ __all__ = [
     "groups_of",
     "indexer_weights",
     "indices_of",
+    "inference_only",
     "integer",
     "kept",
     "lengths_of",
     "mask_of",
     "query_key",
     "softmax_scale",
+    "starts_of",
     "token_batch",
     "top_k_of",
     "value_of",

@@ -8,36 +8,38 @@ from torch import Tensor
 from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe
 
 
-def _attention_tensor(name: str, value: object, axes: str) -> None:
+def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
+    """Its shape, read once: each reading of a tensor's shape costs a call as much as several comparisons."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {axes}, got {describe(value)}")
-    if value.dim() != 4:
+    shape = value.shape
+    if len(shape) != 4:
         raise ValueError(f"{name} must have 4 dimensions {axes}, got {describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {describe(value)}")
     dense(name, value)
-    if value.shape[3] == 0:
+    if shape[3] == 0:
         raise ValueError(f"{name} must have a last dimension of at least 1, got {describe(value)}")
+    return shape
 
 
 def query_key(query: Tensor, key: Tensor) -> None:
     """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
-    _attention_tensor("query", query, "[B, Hq, Tq, D]")
-    _attention_tensor("key", key, "[B, Hkv, Tk, D]")
+    batch, heads, _, dim = _attention_tensor("query", query, "[B, Hq, Tq, D]")
+    key_batch, kv_heads, _, key_dim = _attention_tensor("key", key, "[B, Hkv, Tk, D]")
     if key.dtype != query.dtype:
         raise TypeError(f"query and key must have one dtype, got query {query.dtype} and key {key.dtype}")
     if key.device != query.device:
         raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
-    if key.shape[0] != query.shape[0]:
+    if key_batch != batch:
         raise ValueError(
             f"query and key must have one batch size, got query {list(query.shape)} and key {list(key.shape)}"
         )
-    if key.shape[3] != query.shape[3]:
+    if key_dim != dim:
         raise ValueError(
             "query and key must have one head dimension D (the last), "
             f"got query {list(query.shape)} and key {list(key.shape)}"
         )
-    heads, kv_heads = query.shape[1], key.shape[1]
     if kv_heads == 0 or heads % kv_heads != 0 or heads == 0:
         raise ValueError(
             f"the number of query heads must be a positive multiple of the number of key heads, "
@@ -47,12 +49,12 @@ def query_key(query: Tensor, key: Tensor) -> None:
 
 def value_of(key: Tensor, value: Tensor) -> None:
     """value [B, Hkv, Tk, Dv] beside key [B, Hkv, Tk, D]."""
-    _attention_tensor("value", value, "[B, Hkv, Tk, Dv]")
+    shape = _attention_tensor("value", value, "[B, Hkv, Tk, Dv]")
     if value.dtype != key.dtype:
         raise TypeError(f"key and value must have one dtype, got key {key.dtype} and value {value.dtype}")
     if value.device != key.device:
         raise ValueError(f"key and value must be on one device, got {key.device} and {value.device}")
-    if value.shape[:3] != key.shape[:3]:
+    if shape[:3] != key.shape[:3]:
         raise ValueError(
             "key and value must agree in batch, heads and length (the first three dimensions), "
             f"got key {list(key.shape)} and value {list(value.shape)}"
@@ -78,17 +80,16 @@ def indexer_weights(weights: object, query: Tensor) -> Tensor:
 
 def indices_of(indices: object, query: Tensor, key: Tensor) -> Tensor:
     """indices as int32 [B, G, Tq, K]."""
-    rows = f"Tq={query.shape[2]}"
     given = indices.unsqueeze(1) if isinstance(indices, Tensor) and indices.dim() == 3 else indices
     axes = "[B, G, Tq, K] with G one of 1, Hkv, Hq, or [B, Tq, K]"
-    return _numbers("indices", given, query, key, query.shape[2], "[B, G, Tq, K]", axes, rows)
+    return _numbers("indices", given, query, key, query.shape[2], "[B, G, Tq, K]", axes, "Tq")
 
 
 def blocks_of(blocks: object, query: Tensor, key: Tensor, query_tile: int) -> Tensor:
     """blocks as int32 [B, G, N, M], N = ⌈Tq / query_tile⌉."""
     tiles = -(-query.shape[2] // query_tile)
     axes = "[B, G, N, M] with G one of 1, Hkv, Hq and N = ⌈Tq / query_tile⌉"
-    return _numbers("blocks", blocks, query, key, tiles, "[B, G, N, M]", axes, f"N={tiles}")
+    return _numbers("blocks", blocks, query, key, tiles, "[B, G, N, M]", axes, "N")
 
 
 def _numbers(
@@ -99,7 +100,7 @@ def _numbers(
     rows: int,  # the third dimension
     shape: str,
     axes: str,  # the shape, explained
-    rows_text: str,
+    rows_name: str,  # not their number: a size in a text would be a constant of a compiled graph
 ) -> Tensor:
     """Numbers of keys or of blocks as int32, of the shape that they must have."""
     if not isinstance(numbers, Tensor):
@@ -114,7 +115,7 @@ def _numbers(
     if not fits or numbers.shape[1] not in (1, kv_heads, heads):
         raise ValueError(
             f"{name} must have shape {axes}; "
-            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, {rows_text}, got {describe(numbers)}"
+            f"here B={batch}, Hkv={kv_heads}, Hq={heads}, {rows_name}={rows}, got {describe(numbers)}"
         )
     if numbers.dtype == torch.int64:
         # A number past 2^31 must not wrap around into range; none is as large as the number of keys.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_attn.checks.embedding import projections_of, tables_of, token_maps
-from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values, integer
+from sparse_attn.checks.embedding import projections_of, stamp_of, tables_of, token_maps
+from sparse_attn.checks.values import FLOAT_DTYPES, bare, dense, describe, first, has_values, integer
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -29,7 +29,7 @@ def bands_of(
             f"got {rows} rows"
         )
     if token_band.device.type == "cpu" and has_values(token_band) and has_values(token_row):
-        _one_row_each(token_band, token_row, [table.shape[0] for table in tables])
+        _one_row_each(token_band, token_row, tuple(table.shape[0] for table in tables))
     return tables, projections, token_band, token_row.to(torch.int32), dim
 
 
@@ -37,22 +37,22 @@ def bands_of(
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: list[int]) -> None:
-    versioned = not (token_band.is_inference() or token_row.is_inference())
-    stamp = versioned and (token_band._version, token_row.data_ptr(), token_row._version, tuple(sizes))
-    if versioned and _checked.get(token_band) == stamp:
+def _one_row_each(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
+    key, stamp = stamp_of(token_band, token_row, sizes)
+    if stamp is not None and _checked.get(key) == stamp:
         return
-    first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    classes = first[token_band.long()] + token_row.long()
-    shared = (torch.bincount(classes, minlength=token_band.shape[0]) > 1).nonzero()
-    if shared.numel():
-        tokens = (classes == shared[0]).nonzero()[:2].flatten().tolist()
+    band, row = token_band.long(), token_row.long()
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    classes, tokens = (starts[band] + row).sort(stable=True)
+    before, after = tokens[:-1], tokens[1:]
+    bad = first(classes[:-1] == classes[1:], before, after, row[before], band[before])
+    if bad is not None:
+        one, other, place, number = bad[1]
         raise ValueError(
-            f"every token must have a row of its own, got tokens {tokens[0]} and {tokens[1]} both in row "
-            f"{int(token_row[tokens[0]])} of band {int(token_band[tokens[0]])}"
+            f"every token must have a row of its own, got tokens {one} and {other} both in row {place} of band {number}"
         )
-    if versioned:
-        _checked[token_band] = stamp
+    if stamp is not None:
+        _checked[key] = stamp
 
 
 def hidden_of(hidden: object, tables: list[Tensor], dim: int) -> Tensor:
@@ -86,17 +86,17 @@ def targets_of(targets: object, hidden: Tensor, vocabulary: int, ignore_index: i
     if targets.device != hidden.device:
         raise ValueError(f"targets must be on hidden's device {hidden.device}, got {targets.device}")
     # Reads values: free on the CPU; elsewhere it would wait for the device.
-    if targets.device.type == "cpu" and targets.numel() and has_values(targets):
-        low, high = (int(x) for x in targets.aminmax())
+    if targets.device.type == "cpu" and has_values(targets) and bare(targets).numel():
+        low, high = (int(x) for x in bare(targets).aminmax())
+        bad = None
         if low < 0 or high >= vocabulary:
-            bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
-            if bool(bad.any()):
-                place = bad.nonzero()[0].tolist()
-                raise IndexError(
-                    f"targets must lie in [0, {vocabulary}), the vocabulary, or be ignore_index = {ignore_index}, "
-                    f"got {int(targets[tuple(place)])} at position {place} of targets of shape "
-                    f"{list(targets.shape)}"
-                )
+            bad = first(((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index), targets)
+        if bad is not None:
+            place, (target,) = bad
+            raise IndexError(
+                f"targets must lie in [0, {vocabulary}), the vocabulary, or be ignore_index = {ignore_index}, "
+                f"got {target} at position {place} of targets of shape {list(targets.shape)}"
+            )
     return targets.reshape(-1).to(torch.int64)
 
 

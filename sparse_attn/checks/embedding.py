@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values, integer
+from sparse_attn.checks.values import FLOAT_DTYPES, bare, dense, describe, first, has_values, integer
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -111,27 +111,33 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _check_map_values(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
-    versioned = not (token_band.is_inference() or token_row.is_inference())
-    stamp = versioned and (token_band._version, token_row.data_ptr(), token_row._version, sizes)
-    if versioned and _checked.get(token_band) == stamp:
+    key, stamp = stamp_of(token_band, token_row, sizes)
+    if stamp is not None and _checked.get(key) == stamp:
         return
     band, row = token_band.long(), token_row.long()
-    bad = (band < 0) | (band >= len(sizes))
-    if bool(bad.any()):
-        token = int(bad.nonzero()[0])
+    bad = first((band < 0) | (band >= len(sizes)), band)
+    if bad is not None:
+        ((token,), (number,)) = bad
         raise ValueError(
-            f"token_band must lie in [0, {len(sizes)}), the number of tables, got {int(band[token])} for "
+            f"token_band must lie in [0, {len(sizes)}), the number of tables, got {number} for token {token}"
+        )
+    bad = first((row < 0) | (row >= torch.tensor(sizes)[band]), band, row)
+    if bad is not None:
+        ((token,), (number, place)) = bad
+        raise ValueError(
+            f"token_row must lie in [0, {sizes[number]}), the rows of the token's table {number}, got {place} for "
             f"token {token}"
         )
-    bad = (row < 0) | (row >= torch.tensor(sizes)[band])
-    if bool(bad.any()):
-        token = int(bad.nonzero()[0])
-        raise ValueError(
-            f"token_row must lie in [0, {sizes[int(band[token])]}), the rows of the token's table "
-            f"{int(band[token])}, got {int(row[token])} for token {token}"
-        )
-    if versioned:
-        _checked[token_band] = stamp
+    if stamp is not None:
+        _checked[key] = stamp
+
+
+def stamp_of(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, tuple | None]:
+    """What a map that was checked is remembered by, and what changes with it; None where no version is counted."""
+    band, row = bare(token_band), bare(token_row)
+    if band.is_inference() or row.is_inference():
+        return band, None
+    return band, (band._version, row.data_ptr(), row._version, sizes)
 
 
 def ids_of(ids: object, vocabulary: int, device: torch.device) -> Tensor:
@@ -144,13 +150,14 @@ def ids_of(ids: object, vocabulary: int, device: torch.device) -> Tensor:
     if ids.device != device:
         raise ValueError(f"ids must be on the tables' device {device}, got {ids.device}")
     # Reads values: free on the CPU; elsewhere the lookup itself asserts, as nn.Embedding's does.
-    if ids.device.type == "cpu" and ids.numel() and has_values(ids):
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            place = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
+    if ids.device.type == "cpu" and has_values(ids) and bare(ids).numel():
+        low, high = (int(x) for x in bare(ids).aminmax())
+        bad = first((ids < 0) | (ids >= vocabulary), ids) if low < 0 or high >= vocabulary else None
+        if bad is not None:
+            place, (token,) = bad
             raise IndexError(
-                f"ids must lie in [0, {vocabulary}), the vocabulary, got {int(ids[tuple(place)])} at position "
-                f"{place} of ids of shape {list(ids.shape)}"
+                f"ids must lie in [0, {vocabulary}), the vocabulary, got {token} at position {place} of ids of shape "
+                f"{list(ids.shape)}"
             )
     return ids
 

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from sparse_attn.checks.values import dense, describe, has_values, integer
+from sparse_attn.checks.values import bare, dense, describe, has_values, integer
 
 SHARES = ("none", "kv", "all")
 
@@ -114,11 +114,7 @@ def mask_of(
     # A mask per head where heads share one selection: it must be the same for all that share.
     heads_of = attn_mask.unflatten(1, (groups, heads // groups))
     first = heads_of[:, :, :1]
-    if (
-        heads_of.stride(2) != 0
-        and has_values(heads_of)
-        and not torch.equal(heads_of, first.expand_as(heads_of))
-    ):
+    if heads_of.stride(2) != 0 and has_values(heads_of) and not bool(bare(heads_of == first).all()):
         raise ValueError(
             "attn_mask must not differ among query heads that share one selection "
             f"({heads // groups} heads share here), got different masks"
@@ -131,22 +127,37 @@ def lengths_of(key_lengths: object, key: Tensor) -> Tensor | None:
     if key_lengths is None:
         return None
     batch, length = key.shape[0], key.shape[2]
-    if not isinstance(key_lengths, Tensor):
-        raise TypeError(
-            f"key_lengths must be an int32 or int64 tensor of shape [B], got {describe(key_lengths)}"
-        )
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"key_lengths must be int32 or int64, got {describe(key_lengths)}")
+    key_lengths = _whole_numbers("key_lengths", key_lengths, "[B]", key)
     if key_lengths.shape != (batch,):
         raise ValueError(f"key_lengths must have shape [B] = [{batch}], got {describe(key_lengths)}")
-    dense("key_lengths", key_lengths)
-    if key_lengths.device != key.device:
-        raise ValueError(f"key_lengths must be on the key's device {key.device}, got {key_lengths.device}")
     # Reads values: free on the CPU; elsewhere every wing clamps to [0, Tk] instead of synchronising.
-    if key.device.type == "cpu" and batch and has_values(key_lengths):
-        low, high = (int(x) for x in key_lengths.aminmax())
+    if key.device.type == "cpu" and has_values(key_lengths) and bare(key_lengths).numel():
+        low, high = (int(x) for x in bare(key_lengths).aminmax())
         if low < 0 or high > length:
             raise ValueError(
                 f"key_lengths must lie in [0, Tk] = [0, {length}], got values from {low} to {high}"
             )
     return key_lengths
+
+
+def starts_of(key_starts: object, query: Tensor) -> Tensor:
+    """key_starts as int32/int64 [B, Tq], a view, on the query's device. Any value means something."""
+    key_starts = _whole_numbers("key_starts", key_starts, "[B] or [B, Tq]", query)
+    shape = query.shape[0], query.shape[2]
+    if key_starts.shape not in (shape[:1], shape):
+        raise ValueError(
+            f"key_starts must have shape [B] = [{shape[0]}] or [B, Tq] = {list(shape)}, got {describe(key_starts)}"
+        )
+    return key_starts.unsqueeze(1).expand(shape) if key_starts.dim() == 1 else key_starts
+
+
+def _whole_numbers(name: str, tensor: object, shape: str, beside: Tensor) -> Tensor:
+    """An int32 or int64 tensor on the device of `beside`, which is the query or the key."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be an int32 or int64 tensor of shape {shape}, got {describe(tensor)}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {describe(tensor)}")
+    dense(name, tensor)
+    if tensor.device != beside.device:
+        raise ValueError(f"{name} must be on the key's device {beside.device}, got {tensor.device}")
+    return tensor

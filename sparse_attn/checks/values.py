@@ -24,7 +24,8 @@ def describe(value: object) -> str:
 
 def integer(name: str, value: Any, minimum: int = -_LARGEST, maximum: int = _LARGEST) -> int:
     """An int (or a symbolic one), not a bool; numpy integers are taken too."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    # The plain int first: every call checks several.
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
         value = value.__index__()
@@ -44,11 +45,48 @@ def boolean(name: str, value: object) -> bool:
 def dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if type(value) is not Tensor and hasattr(value, "placements"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor with placements {value.placements}: no op of sparse_attn "
+            "knows how to shard itself; call it on local tensors (DTensor.to_local, or local_map around the call)"
+        )
 
 
 def has_values(tensor: Tensor) -> bool:
     """Whether its elements can be read: a compiler, a fake tensor and the meta device have none."""
     return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """The tensor itself where torch.func wrapped it: it can be read, and has the dimensions of every vmap, too."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def mapped(tensor: Tensor) -> bool:
+    """Whether some vmap maps over it."""
+    return bare(tensor).dim() > tensor.dim()
+
+
+def inference_only(what: str, *tensors: object) -> None:
+    """Of a function under no_grad: torch.func.grad, which asks nobody, would take its gradient to be 0."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            f"{what} is for inference and has no gradient: give torch.func detached tensors"
+        )
+
+
+def first(bad: Tensor, *values: Tensor) -> tuple[list[int], list[int]] | None:
+    """Where `bad` holds first, and the values there; None where nowhere, in no entry of a vmap."""
+    if not bool(bare(bad).any()):
+        return None
+    # Together, so that all have the dimensions of vmap in one place, the front.
+    table = bare(torch.stack(torch.broadcast_tensors(bad.long(), *(v.long() for v in values)), dim=-1))
+    place = table[..., 0].nonzero()[0].tolist()
+    return place[len(place) - bad.dim() :], table[tuple(place)][1:].tolist()
 
 
 def token_batch(what: str, tokens: Tensor, vocabulary: int | None = None) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under `torch.autocast` the tensors in its dtype, as scaled_dot_product_attention does; else as they are."""
     first = tensors[0]
-    if not isinstance(first, Tensor):
+    # Asked of all device types at once first: to know the tensor's costs more than the rest.
+    if not torch._C._is_any_autocast_enabled() or not isinstance(first, Tensor):
         return tensors
     device_type = first.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):

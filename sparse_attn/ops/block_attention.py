@@ -8,8 +8,9 @@ from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Backward, Op
-from sparse_attn.rule import Rule
+from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.rule import PackedRule, Rule
+from sparse_attn.wings.reference.block_attention import along
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor blocks"
 _SIZES = f"SymInt block_size, SymInt query_tile, {rules.SCHEMA}"
@@ -25,6 +26,7 @@ BACKWARD = Op(
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     gathered_attention.fake_gradients,
     gradient_of="attention",
+    batch="grad_out grad_lse query key value blocks lse grad_query grad_key grad_value",
 )
 
 
@@ -34,17 +36,27 @@ def backward(call: Backward) -> dict[str, Tensor]:
         grad_out = s.query.new_zeros((*s.query.shape[:3], s.value.shape[3]))
     found = BACKWARD.on(call.wing)(
         grad_out, call.grads.lse, s.query, s.key, s.value, s.blocks, s.lse, s.block_size, s.query_tile,
-        s.attn_mask, s.key_lengths, s.rule, s.scale,
+        s.attn_mask, s.key_lengths, s.key_starts, s.rule, s.scale,
     )  # fmt: skip
     return dict(zip(("query", "key", "value"), found, strict=True))
+
+
+def tangent(
+    call: Forward, query, key, value, blocks, block_size, query_tile, rule: PackedRule
+) -> dict[str, Tensor]:
+    sizes, moves = (block_size, query_tile), call.tangents
+    out, lse = along(query, key, value, blocks, *sizes, rule, moves.query, moves.key, moves.value)
+    return {"out": out, "lse": lse}
 
 
 OP = Op(
     "block_attention",
     f"({_INPUTS}, {_SIZES}) -> (Tensor out, Tensor lse)",
     fake,
-    saved="query key value blocks lse block_size query_tile attn_mask key_lengths rule scale",
+    saved="query key value blocks lse block_size query_tile attn_mask key_lengths key_starts rule scale",
     backward=backward,
+    tangent=tangent,
+    batch="query key value blocks out lse",
 )
 
 
@@ -59,7 +71,7 @@ def attend(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); of the rule, causality, lengths and scale."""
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); of the rule, causality, lengths, starts and scale."""
     query, key, value = autocast(query, key, value)
     checks.query_key(query, key)
     checks.value_of(key, value)
@@ -67,7 +79,7 @@ def attend(
     query_tile = checks.integer("query_tile", query_tile, 1)
     blocks = checks.blocks_of(blocks, query, key, query_tile)
     packed = rule.packed(query, key)._replace(groups=blocks.shape[1])
-    rule.only("whole blocks", "is_causal", "causal_offset", "key_lengths", "scale")
+    rule.only("whole blocks", "is_causal", "causal_offset", "key_lengths", "key_starts", "scale")
     wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, blocks, block_size, query_tile, *packed.parts())
 
@@ -85,6 +97,7 @@ def block_attention(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of each tile of queries to the blocks of keys that it chose, in matrix products.
@@ -108,7 +121,7 @@ def block_attention(
             counts twice.
         block_size: keys per block.
         query_tile: queries that share a row of `blocks`.
-        is_causal, causal_offset, key_lengths: as in :func:`topk_select`.
+        is_causal, causal_offset, key_lengths, key_starts: as in :func:`topk_select`.
         scale: factor of q·k, default 1/√D.
         return_lse: also return the log-sum-exp of the attended scores (differentiable).
         backend: force one wing; None chooses.
@@ -119,6 +132,7 @@ def block_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Source: blocks chosen by mean keys, for attention in whole blocks, are Lu et al., "MoBA: Mixture of Block
     Attention for Long-Context LLMs" (2025) and Yuan et al., "Native Sparse Attention" (2025).
@@ -131,6 +145,6 @@ def block_attention(
         torch.Size([1, 2, 512, 16])
     """
     return_lse = checks.boolean("return_lse", return_lse)
-    rule = Rule(is_causal, causal_offset, key_lengths=key_lengths, scale=scale)
+    rule = Rule(is_causal, causal_offset, key_lengths=key_lengths, scale=scale, key_starts=key_starts)
     out, lse = attend(query, key, value, blocks, block_size, query_tile, rule, backend=backend)
     return (out, lse) if return_lse else out

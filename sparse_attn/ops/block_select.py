@@ -29,6 +29,7 @@ def block_select(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     share: str = "none",
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each tile of queries the `top_blocks` best blocks of keys by pooled queries and keys.
@@ -40,7 +41,8 @@ def block_select(
               s \sum_d \max(\bar q_d \min_{j \in m} k_{jd},\; \bar q_d \max_{j \in m} k_{jd})
 
     The first block is always kept and, with `is_causal`, so are the blocks in which the tile's own queries lie;
-    they count toward `top_blocks`. Nothing is differentiated.
+    they count toward `top_blocks`. Nothing is differentiated. With `key_starts` a tile sees from the smallest start of
+    its queries on, and the block with that key is its first; means leave out what lies before all starts.
 
     Args:
         query: [B, Hq, Tq, D], float32, float16, bfloat16 or float64, any strides.
@@ -49,8 +51,8 @@ def block_select(
         block_size: keys per block.
         query_tile: queries that share a choice; 1 gives each query its own.
         pool: "mean" or "bound".
-        is_causal, causal_offset, key_lengths, scale, share, backend: as in :func:`topk_select`; heads that share
-            rank blocks by the attention mass of the pooled scores. scale must not be negative.
+        is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in :func:`topk_select`; heads that
+            share rank blocks by the attention mass of the pooled scores. scale must not be negative.
 
     Returns:
         int32 [B, G, ⌈Tq / query_tile⌉, min(top_blocks, ⌈Tk / block_size⌉)], numbers of blocks: unique, ascending,
@@ -82,6 +84,7 @@ def block_select(
     key_length = key.shape[2]
     offset = checks.causal_offset_of(is_causal, causal_offset, query_length, key_length)
     key_lengths = checks.lengths_of(key_lengths, key)
+    starts = None if key_starts is None else checks.starts_of(key_starts, query)
     groups = checks.groups_of(share, query.shape[1], key.shape[1])
     count, tiles = -(-key_length // block_size), -(-query_length // query_tile)
     own = _own_blocks(query_tile, block_size, offset) if is_causal else 0
@@ -90,25 +93,37 @@ def block_select(
     if count == 0 or tiles == 0 or batch == 0:
         return query.new_full((batch, groups, tiles, budget), -1, dtype=torch.int32)
 
-    exists = None
+    end: int | Tensor = key_length
     if key_lengths is not None:
-        exists = key_lengths.clamp(0, key_length).to(torch.int64).view(-1, 1, 1, 1)
+        end = key_lengths.clamp(0, key_length).to(torch.int64).view(-1, 1, 1, 1)
+    exists = None if key_lengths is None else (0, end)
     blocks = torch.arange(count, device=query.device)
-    end = key_length if exists is None else exists
-    visible = (blocks * block_size < end).expand(batch if exists is not None else 1, 1, tiles, count)
+    visible = (blocks * block_size < end).expand(1 if exists is None else batch, 1, tiles, count)
+    first_block = None
+    if starts is not None:
+        starts = starts.to(torch.int64).clamp(0, key_length)
+        exists = (starts.amin(1).view(-1, 1, 1, 1), end)
+        starts = pad(starts, (0, -query_length % query_tile), value=key_length)
+        starts = starts.unflatten(1, (-1, query_tile)).amin(2)  # [B, N]
+        first_block = starts // block_size
+        starts = starts.view(batch, 1, tiles, 1)
+        # A block is seen from the start on, and none where no key follows.
+        visible = visible & (blocks >= first_block.view(batch, 1, tiles, 1)) & (starts < end)
     queries = _mean(query, query_tile, None)
     if pool == "mean":
         keys = _mean(key, block_size, exists)
     else:
         keys = _extremes(key, block_size, exists)
         queries = torch.cat((queries.clamp(min=0), queries.clamp(max=0)), dim=-1)
-    rule = Rule(attn_mask=visible, sinks=1, share=share, scale=scale)
+    rule = Rule(attn_mask=visible, sinks=1, share=share, scale=scale, key_starts=first_block)
     if not is_causal:
         return select(queries, keys, budget, rule, backend=backend)
 
     first = torch.arange(tiles, device=query.device).unsqueeze(-1) * query_tile + offset  # [N, 1]
     last = (first + query_tile - 1).clamp(max=query_length - 1 + offset)
     visible = visible & (blocks * block_size <= last)
+    if starts is not None:
+        visible = visible & (starts <= last)
     near = visible & (blocks >= first.div(block_size, rounding_mode="floor"))
     far = select(queries, keys, top_blocks - own, replace(rule, attn_mask=visible & ~near), backend=backend)
     # The blocks of a tile's own queries are neighbours: at most `own` from that of its first query on.
@@ -129,17 +144,17 @@ def _own_blocks(tile: int, block: int, offset: int) -> int:
     return (tile - 2) // block + 2
 
 
-def _split(rows: Tensor, size: int, exists: Tensor | None) -> tuple[Tensor, Tensor]:
+def _split(rows: Tensor, size: int, exists: tuple | None) -> tuple[Tensor, Tensor]:
     """rows [B, H, T, D] → ([B, H, pieces, size, D] in float32 or float64, which rows of them exist)."""
     length = rows.shape[2]
     rows = pad(rows.to(torch.promote_types(rows.dtype, torch.float32)), (0, 0, 0, -length % size))
-    there = torch.arange(rows.shape[2], device=rows.device).view(1, 1, -1, 1) < (
-        length if exists is None else exists
-    )
+    position = torch.arange(rows.shape[2], device=rows.device).view(1, 1, -1, 1)
+    first, end = exists or (0, length)
+    there = (position >= first) & (position < end)
     return rows.unflatten(2, (-1, size)), there.unflatten(2, (-1, size))
 
 
-def _mean(rows: Tensor, size: int, exists: Tensor | None) -> Tensor:
+def _mean(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
     """[B, H, pieces, D]: the mean of what exists."""
     if exists is None and rows.shape[2] % size == 0:
         return rows.unflatten(2, (-1, size)).mean(3, dtype=torch.promote_types(rows.dtype, torch.float32))
@@ -147,7 +162,7 @@ def _mean(rows: Tensor, size: int, exists: Tensor | None) -> Tensor:
     return torch.where(there, rows, 0.0).sum(3) / there.sum(3).clamp(min=1)
 
 
-def _extremes(rows: Tensor, size: int, exists: Tensor | None) -> Tensor:
+def _extremes(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
     """[B, H, pieces, 2·D]: the largest components, then the smallest; 0 where nothing exists."""
     rows, there = _split(rows, size, exists)
     high = torch.where(there, rows, -torch.inf).amax(3)

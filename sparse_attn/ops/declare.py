@@ -12,6 +12,7 @@ Python; an overload that is there already is taken as it is, if it has this sche
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,25 +20,12 @@ import torch
 from torch import Tensor
 
 from sparse_attn import rule as rules
+from sparse_attn.ops.derivatives import AUTOCAST_KEYS, WITHOUT_AUTOCAST, Backward, Forward, Leaves, connect
 from sparse_attn.wings import base
 
+__all__ = ["Backward", "Forward", "Op"]
+
 library = torch.library.Library(base.NAMESPACE, "DEF")
-
-_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
-_WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-for _key in _AUTOCAST_KEYS[1:]:
-    _WITHOUT_AUTOCAST = _WITHOUT_AUTOCAST | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
-
-
-class Backward:
-    """What a gradient formula works from.
-
-    `saved` and `grads` are namespaces: arguments and results of the forward by name, and the gradients of its results
-    (None where there is none); `needs[name]` says whether an argument's gradient is wanted (a list for a list).
-    """
-
-    def __init__(self, wing: str, saved: SimpleNamespace, grads: SimpleNamespace, needs: dict[str, Any]):
-        self.wing, self.saved, self.grads, self.needs = wing, saved, grads, needs
 
 
 class Op:
@@ -46,7 +34,12 @@ class Op:
     `fake` and the wings' Python functions take the schema's arguments by position. `saved` names the arguments and
     results that `backward(Backward) -> {argument: gradient}` needs; `constant` names results without a gradient.
     An op that is itself a gradient says of what: `gradient_of="attention"`; then a second derivative is refused, in
-    that word. An op without either is not differentiated.
+    that word. An op without either is not differentiated, and its results are constants.
+
+    `tangent(Forward, **arguments) -> {result: tangent}` is forward mode: it takes every argument of the schema by
+    name, the rule as one, so that none is overlooked. Without it forward mode is refused.
+    `batch` names the tensors, arguments and results, whose first dimension is the batch (those of the rule are known):
+    `vmap` folds its own dimension into it. What is summed over the batch is not among them: then `vmap` is a loop.
     """
 
     def __init__(
@@ -59,24 +52,31 @@ class Op:
         constant: str = "",
         backward: Callable[[Backward], dict[str, Any]] | None = None,
         gradient_of: str | None = None,
+        tangent: Callable[..., dict[str, Tensor]] | None = None,
+        batch: str = "",
     ) -> None:
         self.name, self.schema = name, schema
         parsed = torch._C.parse_schema(f"{base.NAMESPACE}::{name}{schema}")
-        self.arguments = [a.name for a in parsed.arguments]
-        self.results = [r.name for r in parsed.returns]
-        kinds = {a.name: str(a.type) for a in [*parsed.arguments, *parsed.returns]}
+        arguments, results = (
+            [(v.name or "out", str(v.type)) for v in values] for values in (parsed.arguments, parsed.returns)
+        )
+        self.inputs, self.outputs = Leaves(arguments), Leaves(results)
+        kinds = dict((*arguments, *results))
         self._saved = [(n, kinds[n]) for n in saved.split()]
-        self._lists = [n for n in self.arguments if kinds[n].startswith("List[Tensor")]
-        self._constant, self._gradient = constant.split(), backward
-        self._rule_at = self.arguments.index("attn_mask") if "rule" in self.arguments else None
+        self.backward, self.gradient_of, self.tangent = backward, gradient_of, tangent
+        self.differentiable = backward is not None or gradient_of is not None
+        self.constant = constant.split() if self.differentiable else self.outputs.names
+        self._rule_at = self.inputs.names.index("attn_mask") if "rule" in kinds else None
+        parts = (
+            [] if self._rule_at is None else self.inputs.names[self._rule_at : self._rule_at + rules.PARTS]
+        )
+        self.batch = frozenset((*batch.split(), *(part for part in parts if "Tensor" in kinds[part])))
+        unknown = self.batch.difference(kinds)
+        assert not unknown, f"{name} has no {unknown}"
         self._overloads: dict[str, Callable] = {}
         for wing in base.wings():
             if name in wing.implementations:
                 self._define(wing, fake)
-                if backward is not None:
-                    self._differentiate(wing, self._setup_context, self._formula(wing.name))
-                elif gradient_of is not None:
-                    self._differentiate(wing, lambda ctx, inputs, output: None, _refuse(gradient_of))
 
     def choose(
         self,
@@ -88,8 +88,7 @@ class Op:
         sizes: dict[str, int] | None = None,
     ) -> str:
         """The wing for such a call (`base.choose`); `function` is the public name where it is not the op's."""
-        said: frozenset[str] = frozenset() if rule is None else rule.said()
-        return base.choose(self.name, tensor, backend, function or self.name, said, **(sizes or {}))
+        return base.choose(self.name, tensor, backend, function or self.name, rule, **(sizes or {}))
 
     def on(self, wing: str) -> Callable:
         """`torch.ops.sparse_attn.<op>.<wing>`."""
@@ -112,8 +111,9 @@ class Op:
         torch.library.register_fake(f"{base.NAMESPACE}::{label}", self._with_rule(fake), lib=library)
         overload = getattr(getattr(getattr(torch.ops, base.NAMESPACE), self.name), wing.name)
         self._overloads[wing.name] = overload
-        for key in _AUTOCAST_KEYS:
+        for key in AUTOCAST_KEYS:
             library.impl(label, _without_autocast(overload), key)
+        connect(self, wing.name, overload, partial(library.impl, label))
 
     def _with_rule(self, function: Callable) -> Callable:
         """`function` takes the rule as one argument."""
@@ -128,65 +128,44 @@ class Op:
 
         return call
 
-    def _differentiate(self, wing: base.Wing, setup_context: Callable, formula: Callable) -> None:
-        torch.library.register_autograd(
-            f"{base.NAMESPACE}::{self.name}.{wing.name}", formula, setup_context=setup_context, lib=library
-        )
+    def named(self, arguments: Sequence[Any]) -> dict[str, Any]:
+        """Arguments in the schema's order by name, the rule as one."""
+        found = dict(zip(self.inputs.names, arguments, strict=True))
+        if self._rule_at is not None:
+            names = self.inputs.names[self._rule_at : self._rule_at + rules.PARTS]
+            found["rule"] = rules.PackedRule.of_parts(*(found.pop(name) for name in names))
+        return found
 
-    def _setup_context(self, ctx, inputs, output) -> None:
-        results = output if isinstance(output, tuple) else (output,)
-        values = dict(zip((*self.arguments, *self.results), (*inputs, *results), strict=True))
+    def save(self, ctx: Any, values: dict[str, Any]) -> None:
+        """What the gradient formula needs."""
         tensors: list[Tensor | None] = []
-        ctx.others, ctx.lists = {}, {name: len(values[name]) for name in self._lists}
+        ctx.others = {}
         for name, kind in self._saved:
             if "Tensor" not in kind:
                 ctx.others[name] = values[name]
-            elif name in ctx.lists:
+            elif isinstance(values[name], (list, tuple)):
+                ctx.others[name] = len(values[name])
                 tensors.extend(values[name])
             else:
                 tensors.append(values[name])
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*(values[name] for name in self._constant))
-        ctx.set_materialize_grads(False)
 
-    def _unsaved(self, ctx) -> SimpleNamespace:
+    def saved(self, ctx: Any) -> SimpleNamespace:
         tensors = iter(ctx.saved_tensors)
         saved = SimpleNamespace(**ctx.others)
         for name, kind in self._saved:
-            if name in ctx.lists:
-                setattr(saved, name, [next(tensors) for _ in range(ctx.lists[name])])
+            if name in ctx.others and "Tensor" in kind:
+                setattr(saved, name, [next(tensors) for _ in range(ctx.others[name])])
             elif "Tensor" in kind:
                 setattr(saved, name, next(tensors))
         return saved
-
-    def _formula(self, wing: str) -> Callable:
-        def formula(ctx, *grads):
-            found: dict[str, Any] = {}
-            if self._gradient is not None and any(g is not None for g in grads):
-                needs = dict(zip(self.arguments, ctx.needs_input_grad, strict=True))
-                named = SimpleNamespace(**dict(zip(self.results, grads, strict=True)))
-                found = self._gradient(Backward(wing, self._unsaved(ctx), named, needs))
-            nothing = {name: [None] * length for name, length in ctx.lists.items()}
-            return tuple(found.get(name, nothing.get(name)) for name in self.arguments)
-
-        return formula
 
 
 def _without_autocast(overload: Callable) -> Callable:
     """The op with autocast off inside: its own matrix products would lose their float32 accumulation otherwise."""
 
     def kernel(*arguments):
-        with torch._C._ExcludeDispatchKeyGuard(_WITHOUT_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(WITHOUT_AUTOCAST):
             return overload(*arguments)
 
     return kernel
-
-
-def _refuse(what: str) -> Callable:
-    def formula(ctx, *grads: Sequence[Tensor | None]):
-        raise RuntimeError(
-            f"sparse_attn: {what} has first-order gradients only; "
-            "a second derivative (create_graph=True, then backward) was asked for"
-        )
-
-    return formula

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.wings.reference.gathered_attention import along
 
 
 def fake(query, key, value, indices, scale) -> tuple[Tensor, Tensor]:
@@ -27,6 +28,7 @@ BACKWARD = Op(
     "Tensor lse, float scale, bool atomics) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake_gradients,
     gradient_of="attention",
+    batch="grad_out grad_lse query key value indices out lse grad_query grad_key grad_value",
 )
 
 
@@ -38,6 +40,12 @@ def backward(call: Backward) -> dict[str, Tensor]:
         grad_out, grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.scale, uses_atomics()
     )
     return dict(zip(("query", "key", "value"), found, strict=True))
+
+
+def tangent(call: Forward, query, key, value, indices, scale) -> dict[str, Tensor]:
+    moves = call.tangents
+    out, lse = along(query, key, value, indices, scale, moves.query, moves.key, moves.value)
+    return {"out": out, "lse": lse}
 
 
 def uses_atomics() -> bool:
@@ -53,6 +61,8 @@ OP = Op(
     fake,
     saved=SAVED,
     backward=backward,
+    tangent=tangent,
+    batch="query key value indices out lse",
 )
 
 
@@ -112,6 +122,7 @@ def gathered_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Example:
         >>> import torch, sparse_attn

@@ -20,6 +20,7 @@ OP = Op(
     "indexer_select",
     f"(Tensor query, Tensor key, Tensor weights, SymInt top_k, {rules.SCHEMA}, bool int8) -> Tensor",
     fake,
+    batch="query key weights out",
 )
 
 
@@ -57,6 +58,7 @@ def indexer_select(
     window: int = 0,
     sinks: int = 0,
     int8: bool = False,
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each query the `top_k` keys of the largest indexer score, without a [Tq, Tk] matrix.
@@ -76,7 +78,7 @@ def indexer_select(
         weights: [B, G·Hi, Tq], any float dtype: the weight of each head for each query. Negative ones count as
             they are.
         top_k: keys per query, the whole budget (window and sinks count toward it), at least 1.
-        is_causal, causal_offset, key_lengths, window, sinks, backend: as in :func:`topk_select`.
+        is_causal, causal_offset, key_lengths, window, sinks, key_starts, backend: as in :func:`topk_select`.
         attn_mask: boolean, True = may attend, broadcastable to [B, G, Tq, Tk].
         int8: score from queries and keys rounded to 8 bits, each row by its own scale as in
             :func:`quantized_select`: faster on CPUs that multiply bytes.
@@ -97,5 +99,5 @@ def indexer_select(
         >>> sparse_attn.indexer_select(q, k, w, 16, is_causal=True, window=4, sinks=1).shape
         torch.Size([1, 1, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks)
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, key_starts=key_starts)
     return select(query, key, weights, top_k, rule, int8=int8, backend=backend)

@@ -9,7 +9,7 @@ from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Op
+from sparse_attn.ops.declare import Forward, Op
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -20,6 +20,11 @@ def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Te
     return *gathered_attention.fake(query, key, value, indices, rule.scale), indices
 
 
+def tangent(call: Forward, query, key, value, top_k, rule: PackedRule) -> dict[str, Tensor]:
+    """Through the selected keys; the choice is constant."""
+    return gathered_attention.tangent(call, query, key, value, call.results.indices, rule.scale)
+
+
 OP = Op(
     "topk_attention",
     f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}) -> "
@@ -28,6 +33,8 @@ OP = Op(
     saved=gathered_attention.SAVED,
     constant="indices",
     backward=gathered_attention.backward,
+    tangent=tangent,
+    batch="query key value out lse indices",
 )
 
 
@@ -66,6 +73,7 @@ def topk_attention(
     share: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention of each query to its `top_k` best keys alone, in place of scaled_dot_product_attention.
@@ -93,6 +101,8 @@ def topk_attention(
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
+        key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
+            `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
     Returns:
@@ -102,6 +112,7 @@ def topk_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Sources: Gupta et al., "Memory-efficient Transformers via Top-k Attention" (2021); sinks: Xiao et al.,
     "Efficient Streaming Language Models with Attention Sinks" (2023).
@@ -114,7 +125,7 @@ def topk_attention(
     """
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     if not return_lse and not return_indices:
         return out
@@ -135,6 +146,7 @@ def topk_attention_with_residual(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""`topk_attention` that gives the mass of the keys it leaves out to the mean of their values. Inference only.
@@ -148,8 +160,8 @@ def topk_attention_with_residual(
     selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix.
 
     Args:
-        query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, backend: as in
-            :func:`topk_attention`. There is no attn_mask: what a query sees must be a prefix of the keys.
+        query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, key_starts,
+            backend: as in :func:`topk_attention`. There is no attn_mask: what a query sees must be keys in a row.
 
     Returns:
         out [B, Hq, Tq, Dv] in the query's dtype, without a gradient.
@@ -163,7 +175,8 @@ def topk_attention_with_residual(
         >>> sparse_attn.topk_attention_with_residual(q, k, v, 16, is_causal=True).shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale)
+    checks.inference_only("topk_attention_with_residual", query, key, value)
+    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
     out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
     return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
 
@@ -184,6 +197,7 @@ def explain(
     share: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Explanation:
     """Says which wing `topk_attention` with these arguments would run on, and why not each other one; runs nothing.
@@ -199,5 +213,5 @@ def explain(
     return explain_call(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
-        return_lse=return_lse, return_indices=return_indices, backend=backend,
+        return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, backend=backend,
     )  # fmt: skip

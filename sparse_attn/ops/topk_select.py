@@ -28,6 +28,7 @@ OP = Op(
     f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, bool rounded, Tensor? blocks, SymInt block_size, "
     "SymInt query_tile) -> Tensor",
     fake,
+    batch="query key blocks out",
 )
 
 
@@ -102,6 +103,7 @@ def topk_select(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects for each query the `top_k` keys of the largest :math:`q \cdot k`, exactly, without a [Tq, Tk] matrix.
@@ -122,6 +124,8 @@ def topk_select(
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
+        key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
+            `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
@@ -141,7 +145,7 @@ def topk_select(
         >>> sparse_attn.topk_select(q, k, 16, is_causal=True, share="kv").shape
         torch.Size([1, 2, 128, 16])
     """
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
     return select(query, key, top_k, rule, backend=backend)
 
 
@@ -158,6 +162,7 @@ def quantized_select(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Selects as :func:`topk_select` does, by scores of queries and keys that are rounded to 8 bits.
@@ -185,7 +190,7 @@ def quantized_select(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 64, 16])
     """
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
     return select(query, key, top_k, rule, rounded=True, backend=backend, function="quantized_select")
 
 
@@ -204,6 +209,7 @@ def refine_blocks(
     window: int = 0,
     sinks: int = 0,
     share: str = "none",
+    key_starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Selects for each query the `top_k` best keys by q·k among those of its tile's blocks: indices of tokens.
@@ -212,7 +218,8 @@ def refine_blocks(
     their mass among these keys. Nothing is differentiated. The CPU wing scores these keys alone.
 
     Args:
-        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, backend: as in :func:`topk_select`.
+        query, key, top_k, is_causal, causal_offset, key_lengths, scale, share, key_starts, backend: as in
+            :func:`topk_select`.
         blocks, block_size, query_tile: what :func:`block_select` gave, and what it was given. Its G must divide the
             number of selections that `share` asks for. Numbers out of range are empty slots.
         window, sinks: always kept, in the blocks or not.
@@ -232,6 +239,6 @@ def refine_blocks(
         >>> sparse_attn.gathered_attention(q, k, v, indices).shape
         torch.Size([1, 2, 512, 16])
     """
-    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale)
+    rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, scale, key_starts)
     among = Among(blocks, block_size, query_tile)
     return select(query, key, top_k, rule, among=among, backend=backend, function="refine_blocks")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_attn.checks import cross_entropy as checks
 from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.wings.reference.variable_width_cross_entropy import along
 
 
 def fake(
@@ -53,12 +54,34 @@ def backward(call: Backward) -> dict[str, Any]:
     return dict(zip(("hidden", "tables", "projections"), found, strict=True))
 
 
+def tangent(
+    call: Forward,
+    hidden,
+    targets,
+    tables,
+    projections,
+    token_band,
+    token_row,
+    weight,
+    ignore_index,
+    label_smoothing,
+) -> dict[str, Tensor]:
+    moves = call.tangents
+    loss, lse = along(
+        hidden, targets, tables, projections, token_band, token_row, weight, ignore_index, label_smoothing,
+        moves.hidden, moves.tables, moves.projections,
+    )  # fmt: skip
+    return {"loss": loss, "lse": lse}
+
+
 OP = Op(
     "variable_width_cross_entropy",
     f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor loss, Tensor lse)",
     fake,
     saved="hidden targets tables projections token_band token_row weight lse ignore_index label_smoothing",
     backward=backward,
+    tangent=tangent,
+    batch="hidden targets loss lse",
 )
 
 
@@ -110,6 +133,7 @@ def variable_width_cross_entropy(
     Raises:
         IndexError: a target outside of the vocabulary: which one, and where (read on the CPU only).
         TypeError, ValueError: another wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Sources: Baevski and Auli (2019) and Grave et al. (2017) for heads in bands; Wijmans et al., "Cut Your Losses in
     Large-Vocabulary Language Models" (2024) for the recomputed tiles; Chowdhery et al. (2022) for the z-loss.

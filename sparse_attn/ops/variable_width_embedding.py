@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.embedding import embedding_arguments
-from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.checks.values import mapped
+from sparse_attn.ops.declare import Backward, Forward, Op
 
 
 def fake(ids, tables, projections, token_band, token_row, padding_idx, sparse) -> Tensor:
@@ -70,6 +71,10 @@ def _sparse_rows(rows: Tensor, grad: Tensor, table: Tensor) -> Tensor:
 
 def backward(call: Backward) -> dict[str, Any]:
     s, tables, projections = call.saved, call.needs["tables"], call.needs["projections"]
+    if s.sparse and any(mapped(t) for t in (call.grads.out, s.ids, *s.tables, *s.projections)):
+        raise NotImplementedError(
+            "sparse=True has no gradients under torch.func.vmap, whose entries must be of one size: use sparse=False"
+        )
     grad_tables, grad_projections, rows = BACKWARD.on(call.wing)(
         call.grads.out, s.ids, s.tables, s.projections, s.token_band, s.token_row, s.padding_idx, s.sparse,
         any(tables), any(projections),
@@ -85,12 +90,37 @@ def backward(call: Backward) -> dict[str, Any]:
     }
 
 
+def tangent(
+    call: Forward, ids, tables, projections, token_band, token_row, padding_idx, sparse
+) -> dict[str, Tensor]:
+    """The op is linear in the tables, and in the projections: itself along each."""
+    total: Any = 0.0
+    for moved in ("tables", "projections"):
+        moves = getattr(call.tangents, moved)
+        if all(move is None for move in moves):
+            continue
+        given = tables if moved == "tables" else projections
+        moves = [torch.zeros_like(t) if m is None else m for m, t in zip(moves, given, strict=True)]
+        if moved == "tables":
+            parts = moves, projections
+        else:
+            # A band without a projection does not move with it.
+            still = [
+                t if p.numel() else torch.zeros_like(t) for t, p in zip(tables, projections, strict=True)
+            ]
+            parts = still, moves
+        total = total + OP.on(call.wing)(ids, *parts, token_band, token_row, padding_idx, False)
+    return {"out": total}
+
+
 OP = Op(
     "variable_width_embedding",
     f"({_ARGUMENTS}) -> Tensor out",
     fake,
     saved="ids tables projections token_band token_row padding_idx sparse",
     backward=backward,
+    tangent=tangent,
+    batch="ids out",
 )
 
 
@@ -135,6 +165,7 @@ def variable_width_embedding(
         IndexError: an id outside the vocabulary: which one, and where. On an accelerator the lookup asserts on the
             device instead, as that of nn.Embedding, for reading ids back would wait for the device.
         TypeError, ValueError: another wrong argument, named in the message.
+        NotImplementedError: a second derivative in reverse mode is asked for (docs/torch_func.md says what is there).
 
     Sources: Baevski and Auli, "Adaptive Input Representations for Neural Language Modeling" (2019), whose bands
     need ids in order of frequency; Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient

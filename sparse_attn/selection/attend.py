@@ -52,7 +52,8 @@ def attend(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
-        NotImplementedError: a gradient is wanted of what has none (tail="mean").
+        NotImplementedError: a gradient is wanted of what has none (tail="mean"), or a second derivative in reverse
+            mode.
 
     Example:
         >>> import torch

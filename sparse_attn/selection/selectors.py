@@ -125,12 +125,13 @@ class Blocks:
 
     def select_count(self, query: Tensor, key: Tensor, count: int, rule: Rule) -> Selection:
         """`count` blocks."""
-        check_rule(rule).only("whole blocks", "is_causal", "causal_offset", "key_lengths", "scale", "share")
+        known = ("is_causal", "causal_offset", "key_lengths", "key_starts", "scale", "share")
+        check_rule(rule).only("whole blocks", *known)
         tile = self.query_tile if query.shape[2] > 1 else 1
         blocks = block_select(
             query, key, count, block_size=self.block_size, query_tile=tile, pool=self.pool,
             is_causal=rule.is_causal, causal_offset=rule.causal_offset, key_lengths=rule.key_lengths,
-            scale=rule.scale, share=rule.share, backend=self.backend,
+            scale=rule.scale, share=rule.share, key_starts=rule.key_starts, backend=self.backend,
         )  # fmt: skip
         return Selection(blocks, self.block_size, tile)
 

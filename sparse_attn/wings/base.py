@@ -12,11 +12,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_attn.rule import Rule
 
 NAMESPACE = "sparse_attn"
 
@@ -40,13 +42,17 @@ class Wing:
     rule: frozenset[str] | None = None
     by_name_only: bool = False
 
+    def __post_init__(self) -> None:
+        if self.rule is not None and self.rule.issuperset(part.name for part in fields(Rule)):
+            object.__setattr__(self, "rule", None)  # so that calls need not ask what the rule says
+
     def refusal(
         self,
         op: str,
         device_type: str,
         dtype: torch.dtype,
         sizes: dict[str, int],
-        said: frozenset[str] = frozenset(),
+        rule: Rule | None = None,
     ) -> str | None:
         """None where the wing takes the call, else why not in one clause."""
         if op not in self.implementations:
@@ -61,8 +67,10 @@ class Wing:
                 if limit == 0:
                     return f"it has no {name.replace('_', ' ')}"
                 return f"it takes {name} up to {limit}, got {sizes[name]}"
-        if self.rule is not None and not said <= self.rule:
-            return f"it has no {' and '.join(sorted(said - self.rule))}"
+        if self.rule is not None and rule is not None:
+            unknown = rule.said() - self.rule
+            if unknown:
+                return f"it has no {' and '.join(sorted(unknown))}"
         return None
 
 
@@ -121,10 +129,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def reasons(
-    op: str, device_type: str, dtype: torch.dtype, said: frozenset[str] = frozenset(), **sizes: int
+    op: str, device_type: str, dtype: torch.dtype, rule: Rule | None = None, **sizes: int
 ) -> dict[str, str | None]:
     """For each wing None if it takes the call, else why not."""
-    return {w.name: w.refusal(op, device_type, dtype, sizes, said) for w in _state.wings.values()}
+    return {w.name: w.refusal(op, device_type, dtype, sizes, rule) for w in _state.wings.values()}
 
 
 def choose(
@@ -132,35 +140,34 @@ def choose(
     tensor: Tensor,
     backend: str | None,
     function: str | None = None,
-    said: frozenset[str] = frozenset(),
+    rule: Rule | None = None,
     **sizes: int,
 ) -> str:
     """The name of the wing that runs `op` on such tensors; `backend` (or `use_backend`) forces one.
 
-    `sizes` are those that some wing limits, `said` the parts of the rule that the call gives, `function` is the name
-    that the caller knows.
+    `sizes` are those that some wing limits, `function` is the name that the caller knows.
     """
     device_type, dtype = tensor.device.type, tensor.dtype
     forced = backend if backend is not None else _state.forced
     chosen = None
     if forced is not None:
-        reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes, said)
+        reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes, rule)
         if reason is not None:
             raise ValueError(f"backend={forced!r} cannot run {function or op} here: {reason}")
         chosen = forced
     else:
         for wing in _state.wings.values():
-            if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes, said) is None:
+            if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes, rule) is None:
                 chosen = wing.name
                 break
     if chosen is None:
-        why = reasons(op, device_type, dtype, said, **sizes)
+        why = reasons(op, device_type, dtype, rule, **sizes)
         raise ValueError(f"no backend runs {function or op} on {device_type} with {dtype}: {why}")
     # Of this thread alone; a graph that is being compiled finds nobody asking.
     if _state.explaining and threading.get_ident() in _state.explaining:
-        raise _Explained(Explanation(function or op, chosen, reasons(op, device_type, dtype, said, **sizes)))
+        raise _Explained(Explanation(function or op, chosen, reasons(op, device_type, dtype, rule, **sizes)))
     if chosen == "reference" and forced is None and device_type not in ("cpu", "meta"):
-        _warn_reference(op, device_type, dtype, sizes, said)
+        _warn_reference(op, device_type, dtype, sizes, rule)
     return chosen
 
 
@@ -215,13 +222,13 @@ def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explana
 
 
 def _warn_reference(
-    op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int], said: frozenset[str]
+    op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int], rule: Rule | None
 ) -> None:
     """No silent fallback: on an accelerator the slow path says so, once per op and device type."""
     label = f"{op} on {device_type}"
     if torch.compiler.is_compiling() or label in _state.warned:
         return
     _state.warned.add(label)
-    refusals = reasons(op, device_type, dtype, said, **sizes)
+    refusals = reasons(op, device_type, dtype, rule, **sizes)
     why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
     warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=5)

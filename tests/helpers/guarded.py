@@ -61,6 +61,8 @@ def run(wing: str, dtype: torch.dtype, sizes, top_k: int, at_end: bool, guard) -
             causal | {"window": 1},
             {"attn_mask": guard(mask(batch, 1, queries, keys), at_end)},
             {"key_lengths": guarded(lengths, at_end)},
+            causal
+            | {"key_starts": guarded(torch.arange(batch * queries).view(batch, queries) % keys, at_end)},
         ):
             out = sparse_attn.topk_attention(*inputs, top_k, share=share, backend=wing, **options)
             out.sum().backward()

@@ -123,6 +123,8 @@ OPTIONS: dict[str, dict] = {
     "mask": {"attn_mask": "[B, 1, Tq, Tk]"},
     "mask_keys": {"attn_mask": "[B, 1, 1, Tk]"},
     "mask_2d": {"attn_mask": "[Tq, Tk]", "is_causal": True, "window": 2, "sinks": 1},
+    "starts": {"key_starts": "[B]", "sinks": 1},
+    "starts_of_queries": {"key_starts": "[B, Tq]", "is_causal": True, "window": 2, "sinks": 2},
     "lengths": {"key_lengths": torch.int32},
     "lengths_causal": {"key_lengths": torch.int64, "is_causal": True, "window": 3, "sinks": 1},
     "everything": {
@@ -130,6 +132,7 @@ OPTIONS: dict[str, dict] = {
         "causal_offset": -2,
         "attn_mask": "[B, 1, Tq, Tk]",
         "key_lengths": torch.int32,
+        "key_starts": "[B, Tq]",
         "window": 2,
         "sinks": 2,
         "scale": 0.3,
@@ -148,6 +151,11 @@ def options_for(name: str, query: Tensor, key: Tensor, seed: int = 0) -> dict:
     if "key_lengths" in options:
         lengths = torch.arange(batch) * (keys // 2) % (keys + 1)
         options["key_lengths"] = (keys - lengths).to(options["key_lengths"])
+    if "key_starts" in options:
+        of_batch = torch.arange(batch, dtype=torch.int32) * (keys // 3) % (keys + 1)
+        # Packed sequences: three queries each, some of which see nothing.
+        of_queries = of_batch.long().unsqueeze(1) + torch.arange(queries) // 3 * 3 * keys // max(1, queries)
+        options["key_starts"] = of_batch if options["key_starts"] == "[B]" else of_queries
     if options.get("is_causal") and queries != keys:
         options.setdefault("causal_offset", keys - queries)
     return options

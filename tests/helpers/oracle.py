@@ -28,6 +28,7 @@ def visible(
     causal_offset: int | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     **_others,
 ) -> Tensor:
     """Which keys each query may attend to, bool [B, Hq, Tq, Tk]."""
@@ -40,7 +41,16 @@ def visible(
         seen &= attn_mask.expand(shape)
     if key_lengths is not None:
         seen &= j < key_lengths.view(-1, 1, 1, 1)
-    return seen
+    return seen & (j >= first_keys(query, key_starts))
+
+
+def first_keys(query: Tensor, key_starts: Tensor | None) -> Tensor:
+    """Where each query's keys begin, int64 [B, 1, Tq, 1]."""
+    batch, _, length, _ = query.shape
+    if key_starts is None:
+        return torch.zeros(batch, 1, length, 1, dtype=torch.int64)
+    each = key_starts.view(batch, 1) if key_starts.dim() == 1 else key_starts
+    return each.expand(batch, length).long().clamp(0, 2**40)[:, None, :, None]
 
 
 def forced(
@@ -50,12 +60,13 @@ def forced(
     causal_offset: int | None = None,
     window: int = 0,
     sinks: int = 0,
+    key_starts: Tensor | None = None,
     **_others,
 ) -> Tensor:
-    """Which keys are kept whatever their score if they are visible, bool [Tq, Tk]."""
+    """Which keys are kept whatever their score if they are visible, bool [B, 1, Tq, Tk]."""
     i, j = torch.arange(query.shape[2]).view(-1, 1), torch.arange(key.shape[2])
     own = i + (causal_offset or 0)
-    return (j < sinks) | ((j > own - window) & (j <= own))
+    return (j < first_keys(query, key_starts) + sinks) | ((j > own - window) & (j <= own))
 
 
 def groups(query: Tensor, key: Tensor, share: str) -> int:
@@ -81,7 +92,7 @@ def topk_select(query: Tensor, key: Tensor, top_k: int, **options) -> Tensor:
 
 
 def select(rank: Tensor, seen: Tensor, kept: Tensor, top_k: int) -> Tensor:
-    """int32 [B, G, Tq, K] of rank and seen [B, G, Tq, Tk], kept [Tq, Tk]."""
+    """int32 [B, G, Tq, K] of rank and seen [B, G, Tq, Tk], kept likewise or broadcast."""
     rank, seen = rank.numpy(), seen.numpy()
     kept = np.broadcast_to(kept.numpy(), seen.shape)
     length = rank.shape[-1]

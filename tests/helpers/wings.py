@@ -40,9 +40,11 @@ class WingUnderTest:
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
-    def refuses(self, op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> str | None:
-        """None where the wing takes such a call of the op, else why not."""
-        return base.reasons(op, self.device, dtype, **sizes)[self.name]
+    def refuses(
+        self, op: str, dtype: torch.dtype = torch.float32, said: frozenset[str] = frozenset(), **sizes: int
+    ) -> str | None:
+        """None where the wing takes such a call of the op, else why not; `said` are parts of the rule."""
+        return base.reasons(op, self.device, dtype, said, **sizes)[self.name]
 
     def _run(self, op: str, *args, **kwargs):
         needs, option = NEEDS.get(op, (op, None))

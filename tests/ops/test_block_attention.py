@@ -21,6 +21,15 @@ CASES = {  # (B, Hq, Hkv, Tq, Tk, D, Dv), G, M, block, tile, options
     "offset": ((1, 3, 1, 20, 90, 64, 64), 1, 3, 24, 7, {"is_causal": True, "causal_offset": 60}),
     "odd sizes": ((1, 2, 2, 19, 101, 5, 3), 2, 5, 7, 3, {"is_causal": True, "causal_offset": 82}),
     "lengths": ((2, 2, 1, 40, 130, 8, 8), 1, 4, 32, 16, {"key_lengths": torch.tensor([130, 37])}),
+    "starts": ((2, 2, 1, 40, 130, 8, 8), 1, 4, 32, 16, {"key_starts": torch.tensor([5, 41])}),
+    "starts of queries": (
+        (2, 4, 2, 50, 50, 8, 12),
+        2,
+        4,
+        8,
+        16,
+        {"is_causal": True, "key_starts": torch.tensor([0] * 11 + [11] * 30 + [49] * 9).expand(2, 50)},
+    ),
     "large blocks": ((1, 2, 1, 40, 300, 32, 40), 1, 2, 150, 64, {"is_causal": True, "causal_offset": 260}),
     "one query": ((2, 4, 2, 1, 257, 24, 24), 2, 3, 64, 64, {"is_causal": True, "causal_offset": 256}),
     "block beyond the keys": (
@@ -184,12 +193,13 @@ def test_the_same_for_any_number_of_threads(wing, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["plain", "lengths", "odd sizes"])
+@pytest.mark.parametrize("name", ["plain", "lengths", "starts of queries", "odd sizes"])
 def test_opcheck(wing, name):
     inputs, blocks, options = make(name)
     wing.block_attention(*inputs, blocks, **options)  # skips where the wing has none
     lengths, causal = options.get("key_lengths"), options.get("is_causal", False)
-    rule = PackedRule(None, lengths, causal, options.get("causal_offset", 0), 0, 0, blocks.shape[1], 0.3)
+    numbers = causal, options.get("causal_offset", 0), 0, 0, blocks.shape[1]
+    rule = PackedRule(None, lengths, *numbers, 0.3, options.get("key_starts"))
     leaves = [t.to(wing.device).requires_grad_() for t in inputs]
     sizes = options["block_size"], options["query_tile"]
     arguments = [*leaves, blocks.to(wing.device), *sizes, *rule.parts()]

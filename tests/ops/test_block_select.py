@@ -17,22 +17,30 @@ CASES = {  # Tq, Tk, block, tile, options
     "large tiles": (64, 90, 8, 16, {"is_causal": True, "causal_offset": 26}),
     "odd": (23, 61, 7, 5, {"is_causal": True, "causal_offset": 38}),
     "lengths": (16, 64, 8, 8, {"key_lengths": torch.tensor([64, 21])}),
+    "starts": (16, 64, 8, 8, {"key_starts": torch.tensor([0, 21], dtype=torch.int32)}),
+    "starts of queries": (
+        50,
+        50,
+        8,
+        4,
+        {"is_causal": True, "key_starts": torch.tensor([3] * 20 + [20] * 14 + [34] * 16).expand(2, 50)},
+    ),
     "negative offset": (32, 32, 8, 8, {"is_causal": True, "causal_offset": -11}),
 }
 
 
-def pooled(rows, size, length, how):
-    """One row per piece, float64, of rows [T, D] before `length`."""
+def pooled(rows, size, length, how, begin=0):
+    """One row per piece, float64, of rows [T, D] from `begin` to `length`."""
     pieces = []
     for start in range(0, len(rows), size):
-        piece = rows[start : min(start + size, max(length, start))].double()
+        piece = rows[max(start, begin) : max(0, min(start + size, length))].double()
         if len(piece) == 0:
             piece = torch.zeros(1, rows.shape[1], dtype=torch.float64)
         pieces.append(getattr(piece, how)(0))
     return torch.stack(pieces)
 
 
-def ranks(query, key, block, tile, pool, lengths):
+def ranks(query, key, block, tile, pool, lengths, begins):
     """[B, Hq, N, blocks], float64."""
     share, every = query.shape[1] // key.shape[1], []
     for b in range(query.shape[0]):
@@ -40,10 +48,10 @@ def ranks(query, key, block, tile, pool, lengths):
             q = pooled(query[b, h], tile, query.shape[2], "mean").unsqueeze(1)
             rows = key[b, h // share]
             if pool == "mean":
-                k = pooled(rows, block, lengths[b], "mean")
+                k = pooled(rows, block, lengths[b], "mean", begins[b])
                 every.append((q * k).sum(-1))
             else:
-                low, high = (pooled(rows, block, lengths[b], how) for how in ("amin", "amax"))
+                low, high = (pooled(rows, block, lengths[b], how, begins[b]) for how in ("amin", "amax"))
                 every.append(torch.maximum(q * low, q * high).sum(-1))
     return torch.stack(every).view(*query.shape[:2], -1, every[0].shape[-1])
 
@@ -62,7 +70,8 @@ def test_choices(name, pool):
         query, key, top, block_size=block, query_tile=tile, pool=pool, **options
     )
     lengths = options.get("key_lengths", torch.tensor([keys, keys])).tolist()
-    rank = ranks(query, key, block, tile, pool, lengths)
+    starts = oracle.first_keys(query, options.get("key_starts"))[:, 0, :, 0]
+    rank = ranks(query, key, block, tile, pool, lengths, starts.amin(1).tolist())
     seen = oracle.visible(query, key, **options)
     assert chosen.shape == (2, 4, -(-queries // tile), min(top, -(-keys // block)))
     for b, h, n in torch.cartesian_prod(
@@ -74,7 +83,7 @@ def test_choices(name, pool):
         of_tile = seen[b, h, n * tile : (n + 1) * tile].any(0)
         visible = {j // block for j in of_tile.nonzero().flatten().tolist()}
         assert set(numbers) <= visible
-        first = {0} & visible
+        first = {int(starts[b, n * tile : (n + 1) * tile].min()) // block} & visible
         own = set()
         if options.get("is_causal"):
             offset = options.get("causal_offset", 0)

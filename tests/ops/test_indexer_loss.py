@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import oracle
 from helpers.inputs import index_rows, mask, normal
 
 import sparse_attn
 import sparse_attn.wings.reference.chunks
 from ops.test_memory import MIB, peak_beyond
+from sparse_attn.selection import Rule
 
 SIZES = [  # B, G, Hi, Hq, Hkv, Tq, Tk
     (2, 1, 3, 4, 2, 11, 11),
@@ -139,6 +141,72 @@ def test_memory_grows_with_the_length(monkeypatch, selected):
     assert peak(3072) < 40 * MIB < 4 * 3072 * 3072 * 4 / 3
 
 
+def test_per_sample_gradients():
+    """vmap(grad) is the loop, over the constants too."""
+    samples = [torch.stack((t, 1.1 * t)) for t in make(*SIZES[1])]
+    lengths = torch.tensor([[16], [9]])
+
+    def loss(*inputs):
+        return sparse_attn.indexer_loss(*inputs[:5], key_lengths=inputs[5])
+
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
+    ours = torch.func.vmap(gradients)(*samples, lengths)
+    want = [gradients(*inputs) for inputs in zip(*samples, lengths, strict=True)]
+    assert all(torch.equal(o, torch.stack(w)) for o, w in zip(ours, zip(*want, strict=True), strict=True))
+    leaves = [t[0].clone().requires_grad_() for t in samples[:3]]
+    loss(*leaves, *(t[0] for t in samples[3:]), lengths[0]).backward()
+    assert all(torch.equal(leaf.grad, true) for leaf, true in zip(leaves, want[0], strict=True))
+
+
+def test_other_derivatives_are_refused():
+    inputs = make(*SIZES[1])
+
+    def loss(index_query):
+        return sparse_attn.indexer_loss(index_query, *inputs[1:])
+
+    leaf = inputs[0].clone().requires_grad_()
+    (once,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="indexer_loss has first-order gradients only; a second"):
+        once.sum().backward()
+    with pytest.raises(NotImplementedError, match="indexer_loss has first-order gradients only; a second"):
+        torch.func.jacrev(torch.func.grad(loss))(inputs[0])
+    with pytest.raises(NotImplementedError, match="indexer_loss has no forward mode"):
+        torch.func.jvp(loss, inputs[:1], inputs[:1])
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward mode"):
+        loss(torch.autograd.forward_ad.make_dual(inputs[0], inputs[0]))
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_compiled_for_any_length(selected):
+    """One graph, gradients included."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def gradients(function, inputs, options):
+        leaves = [t.clone().requires_grad_() for t in inputs[:3]]
+        loss = function(*leaves, *inputs[3:], **options)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    compiled = torch.compile(sparse_attn.indexer_loss, fullgraph=True, dynamic=True, backend=counter)
+    for length in (11, 7, 24):
+        inputs = make(2, 2, 2, 4, 2, length, length)
+        options = {"indices": index_rows((2, 2, length, 4), length)} if selected else {"is_causal": True}
+        ours, want = (gradients(f, inputs, options) for f in (compiled, sparse_attn.indexer_loss))
+        assert all(torch.equal(mine, true) for mine, true in zip(ours, want, strict=True))
+    assert counter.frame_count == 1
+
+
+def test_opcheck():
+    inputs = [t.requires_grad_() for t in make(*SIZES[0])[:3]], make(*SIZES[0])[3:]
+    rule = (
+        Rule(True, inputs[0][1].shape[2] - inputs[0][0].shape[2])
+        .packed(*inputs[0][:2], per_group=True)
+        .parts()
+    )
+    op = torch.ops.sparse_attn.indexer_loss.reference
+    torch.library.opcheck(op, (*inputs[0], *inputs[1], None, *rule, True, True, True))
+
+
 def test_errors():
     inputs = dict(
         zip(("index_query", "index_key", "index_weights", "query", "key"), make(*SIZES[1]), strict=True)
@@ -146,7 +214,7 @@ def test_errors():
     for error, says, wrong in (
         (ValueError, "batch size and the lengths of query and key", {"query": inputs["query"][:, :, 1:]}),
         (ValueError, "multiple of the indexer's groups, got 1 and 2", {"key": inputs["key"][:, :1]}),
-        (ValueError, "is_causal, attn_mask and key_lengths go without",
+        (ValueError, "is_causal, attn_mask, key_lengths and key_starts go without",
          {"indices": index_rows((1, 2, 7, 3), 16), "is_causal": True}),
         (ValueError, "needs causal_offset", {"is_causal": True}),
         (ValueError, "scale must be finite", {"scale": math.inf}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
+from helpers import oracle
 from helpers.compare import assert_best, assert_identical
 from helpers.inputs import LAYOUTS, index_rows, integers, normal
 
@@ -19,7 +20,8 @@ def mask_of(blocks, tile, block, queries, keys, **options):
     rows = blocks.repeat_interleave(tile, dim=2)[:, :, :queries]
     inside = (rows.unsqueeze(-1) == j // block).any(-2)
     own = i + options.get("causal_offset", 0)
-    kept = (j < options.get("sinks", 0)) | ((j > own - options.get("window", 0)) & (j <= own))
+    first = oracle.first_keys(blocks[:, :, :1].expand(-1, -1, queries, -1), options.get("key_starts"))
+    kept = (j < first + options.get("sinks", 0)) | ((j > own - options.get("window", 0)) & (j <= own))
     return inside | kept
 
 

@@ -18,6 +18,12 @@ CASES = {
     "shared": ((2, 4, 2, 30, 50, 8, 8), 7, {"is_causal": True, "causal_offset": 20, "share": "kv"}),
     "one for all": ((1, 6, 3, 20, 30, 8, 8), 7, {"share": "all", "scale": 0.9}),
     "lengths": ((2, 2, 1, 12, 30, 8, 5), 4, {"key_lengths": torch.tensor([30, 3])}),
+    "starts": ((2, 2, 1, 12, 30, 8, 5), 4, {"key_starts": torch.tensor([0, 25]), "sinks": 1}),
+    "starts of queries": (
+        (1, 4, 2, 40, 40, 8, 8),
+        5,
+        {"is_causal": True, "key_starts": torch.tensor([[-1] * 13 + [13] * 2 + [15] * 20 + [99] * 5])},
+    ),
     "nothing seen": ((1, 2, 2, 20, 20, 8, 8), 3, {"is_causal": True, "causal_offset": -6}),
 }
 

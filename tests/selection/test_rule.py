@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,6 +25,7 @@ FULL = Rule(
     sinks=1,
     share="kv",
     scale=0.5,
+    key_starts=torch.tensor([2, 0]),
 )
 
 
@@ -34,12 +36,14 @@ def test_its_parts_are_those_of_the_schema_and_come_back():
     again = PackedRule.of_parts(*parts)
     assert again.attn_mask is packed.attn_mask
     assert again.key_lengths is packed.key_lengths
-    assert again[2:] == packed[2:] == (True, 4, 2, 1, 2, 0.5)
+    assert again[2:-1] == packed[2:-1] == (True, 4, 2, 1, 2, 0.5)
+    assert again.key_starts is packed.key_starts
+    assert again.key_starts.tolist() == [[2] * 9, [0] * 9]
 
 
 def test_what_was_left_out_has_its_value():
     packed = Rule(is_causal=True).packed(QUERY[:, :, :5], KEY[:, :, :5])
-    assert packed == (None, None, True, 0, 0, 0, 4, 1 / math.sqrt(8))
+    assert packed == (None, None, True, 0, 0, 0, 4, 1 / math.sqrt(8), None)
 
 
 def test_its_arguments_are_those_of_the_functions():
@@ -77,9 +81,9 @@ def test_a_wing_refuses_what_it_does_not_know():
     """A part that a wing's kernels have not learned is refused, or the call goes to a wing that has it."""
     wing = Wing("toy", "CPU", {"topk_select": None}, lambda *call: None, rule=frozenset(("is_causal",)))
     refusal = partial(wing.refusal, "topk_select", "cpu", torch.float32, {})
-    assert refusal(Rule(is_causal=True).said()) is None
-    assert refusal(FULL.said() - {"is_causal"}).startswith("it has no ")
-    assert refusal(Rule(window=1, sinks=2, is_causal=True).said()) == "it has no sinks and window"
+    assert refusal(Rule(is_causal=True)) is None
+    assert refusal(replace(FULL, is_causal=False)).startswith("it has no ")
+    assert refusal(Rule(window=1, sinks=2, is_causal=True)) == "it has no sinks and window"
 
 
 def test_only_names_what_is_not_kept():

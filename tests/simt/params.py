@@ -69,8 +69,9 @@ def attend_params(
 
 class Rule(Structure):
     _fields_ = [
-        *((n, c_void_p) for n in ("mask", "lengths")),
+        *((n, c_void_p) for n in ("mask", "lengths", "narrow_starts", "wide_starts")),
         ("mask_strides", Strides),
+        *((n, c_int64) for n in ("starts_b", "starts_t")),
         *((n, c_int64) for n in ("causal_offset", "window", "sinks", "groups")),
         ("scale", c_float),
         ("is_causal", c_bool),
@@ -96,7 +97,7 @@ class SelectCall(Structure):
     _fields_ = [("select", SelectParams), ("narrow_lengths", c_void_p), ("lse", c_void_p)]
 
 
-def select_call(gpu, query, key, top_k, mask, lengths, rule, scale) -> SelectCall:
+def select_call(gpu, query, key, top_k, mask, lengths, starts, rule, scale) -> SelectCall:
     """Arguments as the schema of topk_select has them; `rule` is [is_causal, causal_offset, window, sinks, groups]."""
     is_causal, causal_offset, window, sinks, groups = rule
     query, key = contiguous_rows(query), contiguous_rows(key)
@@ -129,6 +130,10 @@ def select_call(gpu, query, key, top_k, mask, lengths, rule, scale) -> SelectCal
         call.narrow_lengths = gpu.put(lengths.contiguous())
     elif lengths is not None:
         call.select.rule.lengths = gpu.put(lengths.contiguous())
+    if starts is not None:
+        width = "narrow" if starts.dtype == torch.int32 else "wide"
+        setattr(call.select.rule, f"{width}_starts", gpu.put(starts))
+        call.select.rule.starts_b, call.select.rule.starts_t = starts.stride()
     if groups < query.shape[1]:
         call.lse = gpu.empty(query.shape[:3], torch.float32)
     return call

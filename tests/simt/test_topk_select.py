@@ -98,6 +98,17 @@ def test_lengths_of_either_width(wing):
         assert_identical(wing.topk_select(query, key, 20, **options), query, key, 20, **options)
 
 
+@pytest.mark.parametrize("share", SHARES)
+def test_packed_sequences(wing, share):
+    """Tiles of queries that begin behind a tile of keys or more, and one that holds the ends of two sequences."""
+    query, key = integers(1, 4, 200, 7), integers(1, 2, 200, 7, seed=1)
+    starts = torch.tensor([0] * 90 + [90] * 70 + [160] * 40)
+    for given in (starts.expand(1, 200), starts.int().unsqueeze(0), starts[150:151]):
+        options = {"key_starts": given, "is_causal": True, "window": 3, "sinks": 2, "share": share}
+        compare = assert_identical if share == "none" else assert_best
+        compare(wing.topk_select(query, key, 20, **options), query, key, 20, **options)
+
+
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("share", ["none", "all"])
 def test_every_schedule_gives_the_same_bits(wing, dtype, share):

@@ -136,10 +136,10 @@ class SimulatedWing:
 
     def topk_select(
         self, query, key, top_k, *, is_causal=False, causal_offset=None, attn_mask=None, key_lengths=None, scale=None,
-        window=0, sinks=0, share="none",
+        window=0, sinks=0, share="none", key_starts=None,
     ):  # fmt: skip
         query, key = query.detach(), key.detach()
-        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale)
+        rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, key_starts)
         packed = rule.packed(query, key, top_k)
         gpu = Device(self.schedule)
         call = select_call(gpu, query, key, top_k, *packed.parts())

@@ -21,6 +21,10 @@ def _mask_strides(masked: bool) -> dict[str, int]:
     return {f"mask_{axis}": (1 if axis == "k" else LENGTH) if masked else 0 for axis in "bgqk"}
 
 
+def _starts_strides(packed: bool) -> dict[str, int]:
+    return {"starts_b": LENGTH if packed else 0, "starts_t": int(packed)}
+
+
 def select(
     dtype: str,
     head_dim: int,
@@ -31,6 +35,7 @@ def select(
     masked: bool = False,
     split: bool = False,
     with_scores: bool = False,
+    packed: bool = False,
     candidate: int = 0,
     **options,
 ) -> Case:
@@ -39,13 +44,19 @@ def select(
     rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
     name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
     name += f" share {sharing}" if sharing > 1 else ""
-    name += (" mask" if masked else "") + (" split" if split else "") + (" scores" if with_scores else "")
+    name += (
+        (" starts" if packed else "")
+        + (" mask" if masked else "")
+        + (" split" if split else "")
+        + (" scores" if with_scores else "")
+    )
     name += f" candidate {candidate}" if candidate else ""
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
         "mask": "*u8" if masked else None,
         "lengths": "*i32" if masked else None,
+        "starts": "*i64" if packed else None,
         "shift": "*fp32" if sharing > 1 else None,
         "slots": "*i64",
         "counts": "*i32",
@@ -56,6 +67,7 @@ def select(
         **_strides("query", head_dim),
         **_strides("key", head_dim),
         **_mask_strides(masked),
+        **_starts_strides(packed),
         "groups": HEADS // sharing,
         "query_length": LENGTH,
         "key_length": LENGTH,
@@ -95,17 +107,19 @@ def both(*arguments, **options) -> list[Case]:
     return [select(*arguments, amd=amd, **options) for amd in (False, True)]
 
 
-def lse(dtype: str, head_dim: int, amd: bool) -> Case:
+def lse(dtype: str, head_dim: int, amd: bool, packed: bool) -> Case:
     c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True)[0]
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
         "mask": None,
         "lengths": None,
+        "starts": "*i64" if packed else None,
         "shift": "*fp32",
         **_strides("query", head_dim),
         **_strides("key", head_dim),
         **_mask_strides(False),
+        **_starts_strides(packed),
         "heads": HEADS,
         "query_length": LENGTH,
         "key_length": LENGTH,
@@ -121,11 +135,11 @@ def lse(dtype: str, head_dim: int, amd: bool) -> Case:
         "BLOCK_D": head_dim,
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
-    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "")
+    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "") + (" starts" if packed else "")
     return Case(name, log_sum_exp, arguments, c.num_warps, c.num_stages, targets=targets)
 
 
-def merge(budget: int, splits: int, amd: bool) -> Case:
+def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
     c = topk_select.configs(2, 128, budget, amd, False)[0]
     capacity = 1 << (splits * budget - 1).bit_length()
     rows, chunk, step = topk_select._cut_shape(c, 32, capacity)
@@ -133,8 +147,12 @@ def merge(budget: int, splits: int, amd: bool) -> Case:
         "slots": "*i64",
         "indices": "*i32",
         "scores": "*fp32",
+        "starts": "*i64" if packed else None,
+        **_starts_strides(packed),
         "rows": LENGTH,
+        "groups": HEADS,
         "query_length": 1,
+        "key_length": LENGTH,
         "width": splits * budget,
         "budget": budget,
         "window_offset": 17,
@@ -146,7 +164,7 @@ def merge(budget: int, splits: int, amd: bool) -> Case:
         "STEP": step,
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
-    name = f"merge K{budget} of {splits}" + (" amd" if amd else "")
+    name = f"merge K{budget} of {splits}" + (" amd" if amd else "") + (" starts" if packed else "")
     return Case(name, merge_pieces, arguments, c.num_warps, 2, targets=targets)
 
 
@@ -167,6 +185,7 @@ def cases() -> list[Case]:
         found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=head_dim == 256)
     found += both("bf16", 128, 64, masked=True)
     found += both("bf16", 128, 64, split=True)
+    found += both("bf16", 128, 64, packed=True)
     # 32 bytes: the sum over the heads is in registers beside a head's scores.
     found += both("bf16", 128, 64, sharing=4, may_spill=True)
     found += both("bf16", 64, 256, sharing=4)
@@ -174,6 +193,7 @@ def cases() -> list[Case]:
         for dtype in ("bf16", "fp32"):
             some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False)
             found += [select(dtype, 64, 64, amd=amd, candidate=n) for n in range(1, len(some))]
-    found += [lse("bf16", 128, amd) for amd in (False, True)]
-    found += [merge(64, 16, amd) for amd in (False, True)]
+    for amd in (False, True):
+        for packed in (False, True):
+            found += [lse("bf16", 128, amd, packed), merge(64, 16, amd, packed)]
     return found

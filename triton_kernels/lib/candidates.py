@@ -63,7 +63,10 @@ def count_passes(score_a, count_a, score_b, count_b):
 
 @triton.jit
 def load_keys(rows, column, count, first_kept, window_start):
-    """(int32 [Q, C] keys, which slots are filled, slots) of the columns; HIDDEN where a slot is empty."""
+    """(int32 [Q, C] keys, which slots are filled, slots) of the columns; HIDDEN where a slot is empty.
+
+    `first_kept` is one number for all rows, or [Q, 1].
+    """
     inside = column[None, :] < count[:, None]
     slot = tl.load(rows[:, None] + column[None, :], mask=inside, other=-1)
     index = index_of(slot)

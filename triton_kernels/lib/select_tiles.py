@@ -16,7 +16,7 @@ from .candidates import (
     score_of,
 )
 from .dot import dot
-from .shared_scores import attention_mass
+from .shared_scores import attention_mass, first_keys
 
 
 @triton.jit
@@ -37,11 +37,19 @@ def _sum_of(passes):
 
 
 @triton.jit
+def _kept_until(starts, batch, position, starts_b, starts_t, length, first_kept):
+    """Up to where each query always keeps its first keys, int32 [Q, 1]."""
+    first = first_keys(starts, batch, position, starts_b, starts_t, length)
+    return (first + tl.minimum(first_kept, length - first))[:, None]
+
+
+@triton.jit
 def select_tiles(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, Tk, D]
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
+    starts,  # int [B, Tq] or None
     shift,  # float32 [B, Hq, Tq]: LSE of each head where heads share, or None
     slots,  # int64 [programs, BLOCK_M, CAPACITY + BLOCK_N], scratch
     counts,  # int32 [programs, BLOCK_M], scratch
@@ -61,6 +69,8 @@ def select_tiles(
     mask_g,
     mask_q,
     mask_k,
+    starts_b,
+    starts_t,
     groups,
     query_length,
     key_length,
@@ -126,7 +136,15 @@ def select_tiles(
             tile_end = length
             plain_end = length
         # Key tiles of [plain_first, plain_stop) are seen whole by every row, and hold no forced key.
-        plain_first = tl.cdiv(first_kept, BLOCK_N)
+        n = split * (split_length // BLOCK_N)
+        n_stop = tl.minimum(tl.cdiv(tile_end, BLOCK_N), n + split_length // BLOCK_N)
+        if starts is None:
+            plain_first = tl.cdiv(first_kept, BLOCK_N)
+        else:
+            row_start = first_keys(starts, batch, position, starts_b, starts_t, key_length)
+            kept_end = row_start + tl.minimum(first_kept, key_length - row_start)
+            plain_first = tl.cdiv(tl.max(kept_end, 0), BLOCK_N)
+            n = tl.maximum(n, tl.min(row_start, 0) // BLOCK_N)
         plain_stop = tl.maximum(plain_end, 0) // BLOCK_N
         if mask is not None:
             plain_stop = plain_stop * 0
@@ -136,9 +154,6 @@ def select_tiles(
                 + (group % groups).to(tl.int64) * mask_g
                 + position.to(tl.int64) * mask_q
             )
-        n = split * (split_length // BLOCK_N)
-        n_stop = tl.minimum(tl.cdiv(tile_end, BLOCK_N), n + split_length // BLOCK_N)
-
         query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
         key_head = key + batch * key_b + (head // REPEAT) * key_h
         if SHARING > 1:
@@ -157,8 +172,14 @@ def select_tiles(
                     some_start = LARGEST + tl.zeros_like(some)
                     if IS_CAUSAL:
                         some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+                    some_kept = first_kept
+                    if starts is not None:
+                        some_kept = _kept_until(
+                            starts, batch, tl.minimum(first_row + some, last_row), starts_b, starts_t, key_length,
+                            first_kept,
+                        )  # fmt: skip
                     kept, bar = cut_in_place(
-                        slots + some * STRIDE, tl.load(counts + some), first_kept, some_start, budget, slack,
+                        slots + some * STRIDE, tl.load(counts + some), some_kept, some_start, budget, slack,
                         CAPACITY, CHUNK, STEP,
                     )  # fmt: skip
                     tl.store(counts + some, kept)
@@ -223,7 +244,12 @@ def select_tiles(
                             SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
                     passes = ~(threshold[None, :] >= score)
-                    passes |= (index < first_kept)[:, None] | (index[:, None] >= window_start[None, :])
+                    passes |= index[:, None] >= window_start[None, :]
+                    if starts is None:
+                        passes |= (index < first_kept)[:, None]
+                    else:
+                        passes |= index[:, None] < kept_end[None, :]
+                        passes &= index[:, None] >= row_start[None, :]
                     passes &= index[:, None] < row_end[None, :]
                     if mask is not None:
                         allowed = tl.load(
@@ -252,9 +278,20 @@ def select_tiles(
             some_start = LARGEST + tl.zeros_like(some)
             if IS_CAUSAL:
                 some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+            some_kept = first_kept
+            if starts is not None:
+                some_kept = _kept_until(
+                    starts,
+                    batch,
+                    tl.minimum(first_row + some, last_row),
+                    starts_b,
+                    starts_t,
+                    key_length,
+                    first_kept,
+                )
             out_row = group.to(tl.int64) * query_length + first_row + some
             _emit(
-                slots + some * STRIDE, tl.load(counts + some), valid, first_kept, some_start, budget,
+                slots + some * STRIDE, tl.load(counts + some), valid, some_kept, some_start, budget,
                 (out_row * splits + split) * budget, indices, scores, SPLIT, CAPACITY, CHUNK, STEP,
             )  # fmt: skip
         tl.debug_barrier()  # the next tile overwrites what some thread may still read
@@ -266,7 +303,7 @@ def _emit(
     rows,  # pointer to each row of slots, [Q]
     count,  # int32 [Q]
     valid,  # int1 [Q]: rows that exist
-    first_kept,
+    first_kept,  # int32, or [Q, 1]
     window_start,  # int32 [Q]
     budget,
     place,  # int64 [Q]: where each row's output begins
@@ -308,8 +345,13 @@ def merge_pieces(
     slots,  # int64 [rows, splits · K], ascending keys, index −1 where empty
     indices,  # int32 [rows, K]
     scores,  # float32 [rows, K] or None
+    starts,  # int [B, Tq] or None
+    starts_b,
+    starts_t,
     rows,
+    groups,
     query_length,
+    key_length,
     width,  # splits · K
     budget,
     window_offset,
@@ -328,7 +370,11 @@ def merge_pieces(
     start = LARGEST + tl.zeros_like(count)
     if IS_CAUSAL:
         start = (row % query_length).to(tl.int32) + window_offset + 1
+    kept = first_kept
+    if starts is not None:
+        batch = row // query_length // groups
+        kept = _kept_until(starts, batch, row % query_length, starts_b, starts_t, key_length, first_kept)
     _emit(
-        slots + row * width, count, valid, first_kept, start, budget,
+        slots + row * width, count, valid, kept, start, budget,
         row * budget, indices, scores, False, CAPACITY, CHUNK, STEP,
     )  # fmt: skip

@@ -72,11 +72,19 @@ def attention_mass(
 
 
 @triton.jit
+def first_keys(starts, batch, position, starts_b, starts_t, length):
+    """Where the keys of each query begin, int32 in [0, length]: starts int [B, Tq], position int32 [Q]."""
+    first = tl.load(starts + batch * starts_b + position.to(tl.int64) * starts_t)
+    return tl.minimum(tl.maximum(first, 0), length).to(tl.int32)
+
+
+@triton.jit
 def log_sum_exp(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, Tk, D]
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
+    starts,  # int [B, Tq] or None
     shift,  # float32 [B, Hq, Tq], written
     query_b,
     query_h,
@@ -90,6 +98,8 @@ def log_sum_exp(
     mask_g,
     mask_q,
     mask_k,
+    starts_b,
+    starts_t,
     heads,
     query_length,
     key_length,
@@ -131,9 +141,14 @@ def log_sum_exp(
     if mask is not None:
         mask_rows = mask + batch * mask_b + (head // SHARING) * mask_g + position.to(tl.int64) * mask_q
 
+    tile_start = 0
+    if starts is not None:
+        row_start = first_keys(starts, batch, position, starts_b, starts_t, key_length)
+        tile_start = tl.min(row_start, 0) // BLOCK_N * BLOCK_N
+
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(0, tile_end, BLOCK_N):
+    for first in range(tile_start, tile_end, BLOCK_N):
         index = first + column
         keys = tl.load(
             key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
@@ -142,6 +157,8 @@ def log_sum_exp(
         )
         score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale
         seen = (index[:, None] < row_end[None, :]) & (score == score)
+        if starts is not None:
+            seen &= index[:, None] >= row_start[None, :]
         if mask is not None:
             seen &= (
                 tl.load(mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=seen, other=0) != 0

@@ -41,17 +41,19 @@ struct RowState {
     int64_t stride;
 };
 
-// scores [kTileRows, kChunk] → exponentials; columns from limit[r] on become 0. Rescales what is there
+// scores [kTileRows, kChunk] → exponentials; columns that are not in seen[r] become 0. Rescales what is there
 // already.
-SPARSE_ATTN_INLINE void softmax_chunk(RowState& state, float* scores, int64_t count, const int64_t* limit) {
+SPARSE_ATTN_INLINE void softmax_chunk(RowState& state, float* scores, int64_t count, const Range* seen) {
     const float nothing = -__builtin_inff();
     for (int r = 0; r < kTileRows; ++r) {
         float* row = scores + r * kChunk;
         Vec top = broadcast(nothing);
         for (int64_t j = 0; j < count; j += Vec::W) {
             Vec s = load(row + j);
-            if (limit[r] < j + Vec::W) {
-                s = where(low_bits(clamp<int64_t>(limit[r] - j, 0, Vec::W)), s, broadcast(nothing));
+            if (seen[r].end < j + Vec::W || seen[r].begin > j) {
+                const uint32_t lanes = low_bits(clamp<int64_t>(seen[r].end - j, 0, Vec::W)) &
+                                       ~low_bits(clamp<int64_t>(seen[r].begin - j, 0, Vec::W));
+                s = where(lanes, s, broadcast(nothing));
                 store(row + j, s);
             }
             top = max(s, top);  // skips NaN
@@ -81,9 +83,9 @@ SPARSE_ATTN_INLINE void softmax_chunk(RowState& state, float* scores, int64_t co
 // out += weights · values, with the rows' own keys alone: 0 · NaN of a key that a row does not see is no part
 // of it.
 inline void add_visible(RowState& state, const float* weights, const float* packed, int64_t count,
-                        const int64_t* limit, int64_t value_dim) {
+                        const Range* seen, int64_t value_dim) {
     for (int r = 0; r < kTileRows; ++r)
-        for (int64_t j = 0; j < minimum(count, limit[r]); ++j)
+        for (int64_t j = seen[r].begin; j < minimum(count, seen[r].end); ++j)
             for (int64_t d = 0; d < value_dim; ++d)
                 state.out[r * state.stride + d] +=
                     weights[r * kChunk + j] *
@@ -97,7 +99,6 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
     const int64_t begin = tile * p.query_tile, length = minimum(p.query_tile, a.query_length - begin);
     const int64_t rows = (heads.end - heads.begin) * length, stride = round_up(a.value_dim, kTileCols);
     const int64_t kv_head = heads.begin / (a.heads / a.kv_heads), group = heads.begin / (a.heads / a.groups);
-    const int64_t keys = p.rule.lengths ? p.rule.lengths[b] : a.key_length;
     const int64_t first_chunk = (b * a.kv_heads + kv_head) * p.block_count * p.chunks_per_block;
     const int64_t key_size = packed_cols_size(a.head_dim, kChunk);
     const int64_t value_size = packed_cols_size(kChunk, a.value_dim);
@@ -110,23 +111,23 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
     state.stride = stride;
 
     for (int64_t start = 0; start < rows; start += kTileRows) {
-        int64_t end[kTileRows];  // keys before it are visible
-        int64_t most = 0, least = keys;
+        Range keys[kTileRows];         // visible to each row
+        Range any{a.key_length, 0};    // to one of them at least
+        Range every{0, a.key_length};  // and to all
         for (int r = 0; r < kTileRows; ++r) {
             const int64_t row = start + r, h = heads.begin + row / length, i = begin + row % length;
             state.peak[r] = -__builtin_inff();
             state.total[r] = 0.0f;
-            end[r] = 0;
+            keys[r] = row < rows ? key_range(p.rule, b, i, a.key_length) : Range{0, 0};
+            if (keys[r].begin < keys[r].end)
+                any = {minimum(any.begin, keys[r].begin), maximum(any.end, keys[r].end)};
+            every = {maximum(every.begin, keys[r].begin), minimum(every.end, keys[r].end)};
             if (row < rows) {
-                end[r] = p.rule.is_causal ? clamp<int64_t>(i + p.rule.causal_offset + 1, 0, keys) : keys;
-                most = maximum(most, end[r]);
-                least = minimum(least, end[r]);
                 const Strides& s = a.query_strides;
                 const T* query = static_cast<const T*>(a.query) + b * s.b + h * s.h + i * s.t;
                 for (int64_t d = 0; d < a.head_dim; ++d)
                     queries[d * kTileRows + r] = to_float(query[d * s.d]) * a.scale;
             } else {
-                least = 0;
                 for (int64_t d = 0; d < a.head_dim; ++d) queries[d * kTileRows + r] = 0.0f;
             }
         }
@@ -138,17 +139,19 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
             for (int64_t part = 0; part < p.chunks_per_block; ++part) {
                 const int64_t n = block * p.chunks_per_block + part;
                 const Chunk c = chunk_of(p, n);
-                if (c.count == 0 || c.first >= most) break;
-                int64_t limit[kTileRows];
-                for (int r = 0; r < kTileRows; ++r) limit[r] = clamp<int64_t>(end[r] - c.first, 0, c.count);
+                if (c.count == 0 || c.first >= any.end) break;
+                if (c.first + c.count <= any.begin) continue;
+                Range seen[kTileRows];
+                for (int r = 0; r < kTileRows; ++r) seen[r] = within(c, keys[r]);
                 const float* key = p.packed_key + (first_chunk + n) * key_size;
                 const float* value = p.packed_value + (first_chunk + n) * value_size;
                 for (int64_t j = 0; j < c.count; j += kTileCols)
                     gemm_tile<1, kTileRows, false>(scores + j, kChunk, queries, key + j * a.head_dim,
                                                    a.head_dim);
-                softmax_chunk(state, scores, c.count, limit);
-                if (p.special[first_chunk + n] && least < c.first + c.count) {
-                    add_visible(state, scores, value, c.count, limit, a.value_dim);
+                softmax_chunk(state, scores, c.count, seen);
+                const bool whole = every.begin <= c.first && c.first + c.count <= every.end;
+                if (p.special[first_chunk + n] && !whole) {
+                    add_visible(state, scores, value, c.count, seen, a.value_dim);
                     continue;
                 }
                 for (int64_t d = 0; d < stride; d += kTileCols)

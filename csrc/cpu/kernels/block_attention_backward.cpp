@@ -109,7 +109,6 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
     const int64_t begin = tile * f.query_tile, length = minimum(f.query_tile, a.query_length - begin);
     const int64_t owned = (heads.end - heads.begin) * length;
     const int64_t kv_head = heads.begin / (a.heads / a.kv_heads), group = heads.begin / (a.heads / a.groups);
-    const int64_t keys = f.rule.lengths ? f.rule.lengths[b] : a.key_length;
     const int32_t* blocks =
         a.indices + b * a.indices_strides.b + group * a.indices_strides.h + tile * a.indices_strides.t;
     Rows key = take_rows(scratch, a.head_dim), value = take_rows(scratch, a.value_dim);
@@ -118,24 +117,25 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
     float* sums = scratch.take<float>(kPadded * key.stride);
     float* lse = scratch.take<float>(kCols);
     float* centre = scratch.take<float>(kCols);
-    int32_t* end = scratch.take<int32_t>(kCols);  // keys before it are visible
+    int32_t* begin_of = scratch.take<int32_t>(kCols);  // from there
+    int32_t* end = scratch.take<int32_t>(kCols);       // up to there keys are visible
     int64_t* used = scratch.take<int64_t>(most_chunks(f));
     float* probability = scratch.take<float>(most_chunks(f) * kPadded * kCols + kTileRows);
     float* grad_score = scratch.take<float>(most_chunks(f) * kPadded * kCols + kTileRows);
 
     for (int64_t start = 0; start < owned; start += kCols) {
         const int64_t cols = minimum(kCols, owned - start);
-        int64_t most = 0;
+        Range any{a.key_length, 0};  // keys that one of them sees
         for (int64_t c = 0; c < kCols; ++c) {
             const int64_t h = heads.begin + (start + c) / length, i = begin + (start + c) % length;
             centre[c] = 0.0f;
             lse[c] = 0.0f;
-            end[c] = 0;
+            begin_of[c] = end[c] = 0;
             if (c >= cols) continue;
-            const int64_t visible =
-                f.rule.is_causal ? clamp<int64_t>(i + f.rule.causal_offset + 1, 0, keys) : keys;
-            most = maximum(most, visible);
-            end[c] = static_cast<int32_t>(visible);
+            const Range keys = key_range(f.rule, b, i, a.key_length);
+            if (keys.begin < keys.end) any = {minimum(any.begin, keys.begin), maximum(any.end, keys.end)};
+            begin_of[c] = static_cast<int32_t>(keys.begin);
+            end[c] = static_cast<int32_t>(keys.end);
             lse[c] = a.lse[(b * a.heads + h) * a.query_length + i];
             if (lse[c] == -__builtin_inff()) lse[c] = __builtin_inff();  // P = 0
             put_column(queries, c, at<T>(a.query, a.query_strides, b, h, i), a.query_strides.d, a.head_dim,
@@ -160,7 +160,8 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
             for (int64_t part = 0; part < f.chunks_per_block; ++part) {
                 const int64_t chunk = blocks[m] * f.chunks_per_block + part;
                 const Chunk c = chunk_of(f, chunk);
-                if (c.count == 0 || c.first >= most) break;
+                if (c.count == 0 || c.first >= any.end) break;
+                if (c.first + c.count <= any.begin) continue;
                 float *to = probability + n * kPadded * kCols, *grad_to = grad_score + n * kPadded * kCols;
                 used[n++] = chunk;
                 put_keys(c);
@@ -171,7 +172,8 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
                 multiply(grad_to, value, c.count, grads, cols);
                 for (int64_t r = 0; r < c.count; ++r)
                     for (int64_t j = 0; j < cols; j += Vec::W) {
-                        const uint32_t seen = keys_ge(end + j, static_cast<int32_t>(c.first + r + 1));
+                        const int32_t next = static_cast<int32_t>(c.first + r + 1);
+                        const uint32_t seen = keys_ge(end + j, next) & ~keys_ge(begin_of + j, next);
                         float *s = to + r * kCols + j, *g = grad_to + r * kCols + j;
                         const Vec weight = where(seen, exp(load(s) - load(lse + j)), zero());
                         const Vec grad = where(seen, load(g), zero());
@@ -215,7 +217,7 @@ void query_tile(const BlockBackwardParams& p, int64_t b, Range heads, int64_t ti
 struct Passing {
     Rows query, grad;
     float lse[kMostRows], centre[kMostRows];
-    int64_t limit[kMostRows];  // keys of the chunk before it are visible
+    Range seen[kMostRows];  // keys of the chunk
     int64_t count;
 };
 
@@ -233,7 +235,8 @@ inline void flush(Passing& rows, const KeySums& k) {
     multiply(k.grad_score, rows.grad, rows.count, k.value, k.cols);
     for (int64_t r = 0; r < rows.count; ++r)
         for (int64_t j = 0; j < k.cols; j += Vec::W) {
-            const uint32_t seen = low_bits(clamp<int64_t>(rows.limit[r] - j, 0, Vec::W));
+            const uint32_t seen = low_bits(clamp<int64_t>(rows.seen[r].end - j, 0, Vec::W)) &
+                                  ~low_bits(clamp<int64_t>(rows.seen[r].begin - j, 0, Vec::W));
             float *s = k.probability + r * kCols + j, *g = k.grad_score + r * kCols + j;
             const Vec weight = where(seen, exp(load(s) - broadcast(rows.lse[r])), zero());
             store(s, weight);
@@ -251,8 +254,6 @@ void key_chunk(const BlockBackwardParams& p, int64_t b, int64_t kv_head, int64_t
     Scratch scratch{static_cast<char*>(memory)};
     const Chunk c = chunk_of(f, chunk);
     if (c.count == 0) return;
-    const int64_t keys =
-        clamp<int64_t>((f.rule.lengths ? f.rule.lengths[b] : a.key_length) - c.first, 0, c.count);
     Passing rows{take_rows(scratch, a.head_dim), take_rows(scratch, a.value_dim), {}, {}, {}, 0};
     float* key = scratch.take<float>(kCols * a.head_dim);
     float* value = scratch.take<float>(kCols * a.value_dim);
@@ -284,12 +285,11 @@ void key_chunk(const BlockBackwardParams& p, int64_t b, int64_t kv_head, int64_t
         for (int64_t e = p.starts[list]; e < p.starts[list + 1]; ++e) {
             const int64_t begin = p.tiles_of[e] * f.query_tile;
             for (int64_t i = begin; i < minimum(begin + f.query_tile, a.query_length); ++i) {
-                const int64_t limit =
-                    f.rule.is_causal ? clamp<int64_t>(i + f.rule.causal_offset + 1 - c.first, 0, keys) : keys;
+                const Range seen = within(c, key_range(f.rule, b, i, a.key_length));
                 const int64_t row = (b * a.heads + h) * a.query_length + i;
-                if (limit == 0 || a.lse[row] == -__builtin_inff()) continue;
+                if (seen.begin == seen.end || a.lse[row] == -__builtin_inff()) continue;
                 const int64_t r = rows.count++;
-                rows.limit[r] = limit;
+                rows.seen[r] = seen;
                 rows.lse[r] = a.lse[row];
                 rows.centre[r] = p.centre[row];
                 rows.query.put(r, at<T>(a.query, a.query_strides, b, h, i), a.query_strides.d);
@@ -313,7 +313,7 @@ void key_chunk(const BlockBackwardParams& p, int64_t b, int64_t kv_head, int64_t
 
 int64_t block_backward_query_scratch_bytes(const BlockBackwardParams& p) {
     const AttendParams& a = p.forward.attend;
-    return 2 * rows_bytes(a.head_dim) + rows_bytes(a.value_dim) + 4 * kCols * (a.head_dim + a.value_dim + 3) +
+    return 2 * rows_bytes(a.head_dim) + rows_bytes(a.value_dim) + 4 * kCols * (a.head_dim + a.value_dim + 4) +
            most_chunks(p.forward) * (kPadded * kCols * 8 + 8) + 8 * kTileRows + 1024;
 }
 

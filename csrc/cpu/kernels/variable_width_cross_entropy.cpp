@@ -12,7 +12,7 @@ int64_t cross_entropy_project_scratch_bytes(const CrossEntropyParams& p) {
            gemm_scratch_bytes(kTokenBlock, width, p.embedding_dim) + 256;
 }
 
-template <class T>
+template <class T, class S>
 void project_of(const CrossEntropyParams& p, int64_t b, int64_t block, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
     const CrossEntropyBand& band = p.bands[b];
@@ -30,16 +30,15 @@ void project_of(const CrossEntropyParams& p, int64_t b, int64_t block, void* mem
              static_cast<const T*>(band.projection), width, int64_t{1}, scratch);
         projected = product, stride = padded;
     }
-    pack_rows(band.projected + block * kTokenBlock * width, projected, tokens, stride, width, int64_t{1});
+    pack_rows<S>(band.projected + block * kTokenBlock * steps<S>(width), projected, tokens, stride, width,
+                 int64_t{1});
     if (band.projected_cols)
-        pack_cols(band.projected_cols + block * kTokenBlock * padded, projected, tokens, stride, width,
-                  int64_t{1});
+        pack_cols<S>(band.projected_cols + block * steps<S>(kTokenBlock) * padded, projected, tokens, stride,
+                     width, int64_t{1});
 }
 
 void cross_entropy_project(const CrossEntropyParams& p, int64_t band, int64_t block, void* scratch) {
-    if (p.dtype == DType::kFloat32) project_of<float>(p, band, block, scratch);
-    if (p.dtype == DType::kBFloat16) project_of<bfloat16>(p, band, block, scratch);
-    if (p.dtype == DType::kFloat16) project_of<float16>(p, band, block, scratch);
+    with_types(p, [&]<class T, class S>() { project_of<T, S>(p, band, block, scratch); });
 }
 
 // ---- forward
@@ -62,21 +61,19 @@ int64_t cross_entropy_forward_scratch_bytes(const CrossEntropyParams& p) {
 void cross_entropy_forward_begin(const CrossEntropyParams& p, ClassTile tile, void* scratch) {
     const int64_t width = p.bands[tile.band].width, classes = tile.end - tile.begin;
     float* rows = forward_scratch(scratch).rows;
-    if (p.dtype == DType::kFloat32)
-        pack_cols(rows, table_rows<float>(p, tile), width, int64_t{1}, classes, width);
-    if (p.dtype == DType::kBFloat16)
-        pack_cols(rows, table_rows<bfloat16>(p, tile), width, int64_t{1}, classes, width);
-    if (p.dtype == DType::kFloat16)
-        pack_cols(rows, table_rows<float16>(p, tile), width, int64_t{1}, classes, width);
+    with_types(p, [&]<class T, class S>() {
+        pack_cols<S>(rows, table_rows<T>(p, tile), width, int64_t{1}, classes, width);
+    });
 }
 
-void cross_entropy_forward_block(const CrossEntropyParams& p, ClassTile tile, int64_t segment, int64_t block,
-                                 void* scratch) {
+template <class S>
+void forward_block(const CrossEntropyParams& p, ClassTile tile, int64_t segment, int64_t block,
+                   void* scratch) {
     constexpr int W = Vec::W;
     const ForwardScratch s = forward_scratch(scratch);
     const int64_t classes = tile.end - tile.begin, first = p.bands[tile.band].first + tile.begin;
     const int64_t at = segment * padded_tokens(p) + block * kTokenBlock;
-    tile_logits(p, tile, block, s.rows, s.logits, [&](int64_t begin, int64_t end) {
+    tile_logits<S>(p, tile, block, s.rows, s.logits, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             float* row = s.logits + i * kLogitStride;
             const int64_t n = block * kTokenBlock + i, target = p.target[n] - first;
@@ -106,6 +103,11 @@ void cross_entropy_forward_block(const CrossEntropyParams& p, ClassTile tile, in
             p.partial_max[at + i] = peak;
         }
     });
+}
+
+void cross_entropy_forward_block(const CrossEntropyParams& p, ClassTile tile, int64_t segment, int64_t block,
+                                 void* scratch) {
+    with_types(p, [&]<class T, class S>() { forward_block<S>(p, tile, segment, block, scratch); });
 }
 
 SPARSE_ATTN_KERNELS(variable_width_cross_entropy, CrossEntropyKernels) = {

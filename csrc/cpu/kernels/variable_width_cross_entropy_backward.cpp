@@ -8,6 +8,8 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 struct BackwardScratch {
     float* logits;      // [kTokenBlock, kLogitStride]
+    float* by_token;    // Pairs: gradients of the logits, [kTokenBlock, kLogitStride / 2] pairs of classes
+    float* by_class;    // Pairs: and again, [kTokenBlock / 2, kLogitStride] pairs of tokens
     float* rows;        // the tile's rows as columns of B: depth is the width
     float* rows_deep;   // and again: depth is the class
     float* grad_table;  // [classes padded, width padded]
@@ -17,27 +19,25 @@ SPARSE_ATTN_INLINE BackwardScratch backward_scratch(const CrossEntropyParams& p,
     const int64_t most = most_elements(p);
     BackwardScratch s;
     s.logits = scratch.take<float>(kTokenBlock * kLogitStride);
+    s.by_token = scratch.take<float>(kTokenBlock * kLogitStride / 2);
+    s.by_class = scratch.take<float>(kTokenBlock * kLogitStride / 2);
     s.rows = scratch.take<float>(most);
     s.rows_deep = scratch.take<float>(most);
     s.grad_table = scratch.take<float>(most);
     return s;
 }
 int64_t cross_entropy_backward_scratch_bytes(const CrossEntropyParams& p) {
-    return 4 * (kTokenBlock * kLogitStride + 3 * most_elements(p)) + 256;
-}
-
-template <class T>
-void begin_of(const CrossEntropyParams& p, ClassTile tile, const BackwardScratch& s) {
-    const int64_t width = p.bands[tile.band].width, classes = tile.end - tile.begin;
-    pack_cols(s.rows, table_rows<T>(p, tile), width, int64_t{1}, classes, width);
-    pack_cols(s.rows_deep, table_rows<T>(p, tile), classes, width, width, int64_t{1});
+    return 4 * (2 * kTokenBlock * kLogitStride + 3 * most_elements(p)) + 384;
 }
 
 void cross_entropy_backward_begin(const CrossEntropyParams& p, ClassTile tile, void* scratch) {
     const BackwardScratch s = backward_scratch(p, scratch);
-    if (p.dtype == DType::kFloat32) begin_of<float>(p, tile, s);
-    if (p.dtype == DType::kBFloat16) begin_of<bfloat16>(p, tile, s);
-    if (p.dtype == DType::kFloat16) begin_of<float16>(p, tile, s);
+    const int64_t width = p.bands[tile.band].width, classes = tile.end - tile.begin;
+    with_types(p, [&]<class T, class S>() {
+        const T* rows = table_rows<T>(p, tile);
+        pack_cols<S>(s.rows, rows, width, int64_t{1}, classes, width);
+        pack_cols<S>(s.rows_deep, rows, classes, width, width, int64_t{1});
+    });
 }
 
 // logits → d loss / d logit, in place. What stands behind the tile's tokens and classes reaches no result.
@@ -60,44 +60,85 @@ inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t b
     }
 }
 
-template <bool kAdd>
-inline void add_table_gradient(float* grad, const float* logits, const float* projected, int64_t classes,
-                               int64_t padded, int64_t tokens) {
+#if defined(__AVX512BF16__)
+// The gradients of the logits of tokens [begin, end), from float32, as pairs along either axis. begin is
+// even; behind the last token and the last class stands what the other operand's zeros meet: a number, never
+// NaN of another token.
+inline void pair_up(const BackwardScratch& s, int64_t classes, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += 2) {
+        const float *even = s.logits + i * kLogitStride, *odd = even + kLogitStride;
+        uint16_t* by_token = reinterpret_cast<uint16_t*>(s.by_token) + i * kLogitStride;
+        for (int64_t j = 0; j < round_up(classes, Vec::W); j += Vec::W) {
+            const __m256i low = (__m256i)_mm512_cvtneps_pbh(load(even + j).v);
+            const __m256i high = i + 1 < end ? (__m256i)_mm512_cvtneps_pbh(load(odd + j).v) : __m256i{};
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_token + j), low);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_token + kLogitStride + j), high);
+            const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+            store(s.by_class + i / 2 * kLogitStride + j, Vec{_mm512_castsi512_ps(pair)});
+        }
+    }
+}
+#else
+inline void pair_up(const BackwardScratch&, int64_t, int64_t, int64_t) {}
+#endif
+
+template <bool kAdd, class S>
+inline void add_table_gradient(const BackwardScratch& s, const float* projected, int64_t classes,
+                               int64_t padded, int64_t words) {
+    const float* from = S::kDepth == 1 ? s.logits : s.by_class;
     for (int64_t j = 0; j < padded; j += kTileCols)
         for (int64_t v = 0; v < classes; v += kTileRows)
-            gemm_tile<1, kLogitStride, kAdd>(grad + v * padded + j, padded, logits + v,
-                                             projected + j * tokens, tokens);
+            gemm_tile<1, kLogitStride, kAdd, S>(s.grad_table + v * padded + j, padded, from + v,
+                                                projected + j * words, words);
+}
+
+template <class S>
+void backward_scores(const CrossEntropyParams& p, ClassTile tile, int64_t block, const BackwardScratch& s) {
+    const CrossEntropyBand& band = p.bands[tile.band];
+    const int64_t padded = round_up(band.width, kTileCols), classes = tile.end - tile.begin;
+    tile_logits<S>(p, tile, block, s.rows, s.logits, [&](int64_t begin, int64_t end) {
+        differentiate(p, tile, block, s.logits, begin, end);
+        if (S::kDepth == 2) pair_up(s, classes, begin, end);
+    });
+    const float* projected = band.projected_cols + block * steps<S>(kTokenBlock) * padded;
+    const int64_t words = steps<S>(block_rows(p, block));
+    if (block == 0)
+        add_table_gradient<false, S>(s, projected, classes, padded, words);
+    else
+        add_table_gradient<true, S>(s, projected, classes, padded, words);
 }
 
 void cross_entropy_backward_scores(const CrossEntropyParams& p, ClassTile tile, int64_t block,
                                    void* scratch) {
     const BackwardScratch s = backward_scratch(p, scratch);
-    const CrossEntropyBand& band = p.bands[tile.band];
-    const int64_t padded = round_up(band.width, kTileCols), classes = tile.end - tile.begin;
-    tile_logits(p, tile, block, s.rows, s.logits,
-                [&](int64_t begin, int64_t end) { differentiate(p, tile, block, s.logits, begin, end); });
-    const float* projected = band.projected_cols + block * kTokenBlock * padded;
-    if (block == 0)
-        add_table_gradient<false>(s.grad_table, s.logits, projected, classes, padded, block_rows(p, block));
-    else
-        add_table_gradient<true>(s.grad_table, s.logits, projected, classes, padded, block_rows(p, block));
+    with_types(p, [&]<class T, class S>() { backward_scores<S>(p, tile, block, s); });
+}
+
+template <bool kAdd, class S>
+inline void add_hidden_gradient(const BackwardScratch& s, float* grad, int64_t tokens, int64_t padded,
+                                int64_t words) {
+    constexpr int kStride = kLogitStride / S::kDepth;
+    const float* from = S::kDepth == 1 ? s.logits : s.by_token;
+    for (int64_t j = 0; j < padded; j += kTileCols)
+        for (int64_t i = 0; i < tokens; i += kTileRows)
+            gemm_tile<kStride, 1, kAdd, S>(grad + i * padded + j, padded, from + i * kStride,
+                                           s.rows_deep + j * words, words);
 }
 
 void cross_entropy_backward_hidden(const CrossEntropyParams& p, ClassTile tile, int64_t block,
                                    void* scratch) {
     const BackwardScratch s = backward_scratch(p, scratch);
     const CrossEntropyBand& band = p.bands[tile.band];
-    const int64_t padded = round_up(band.width, kTileCols), classes = tile.end - tile.begin;
+    const int64_t padded = round_up(band.width, kTileCols), tokens = block_rows(p, block);
     float* grad = band.grad_projected + block * kTokenBlock * padded;
-    for (int64_t j = 0; j < padded; j += kTileCols)
-        for (int64_t i = 0; i < block_rows(p, block); i += kTileRows) {
-            float* to = grad + i * padded + j;
-            const float *from = s.logits + i * kLogitStride, *panel = s.rows_deep + j * classes;
-            if (tile.begin == 0)
-                gemm_tile<kLogitStride, 1, false>(to, padded, from, panel, classes);
-            else
-                gemm_tile<kLogitStride, 1, true>(to, padded, from, panel, classes);
-        }
+    with_types(p, [&]<class T, class S>() {
+        const int64_t words = steps<S>(tile.end - tile.begin);
+        if (tile.begin == 0)
+            add_hidden_gradient<false, S>(s, grad, tokens, padded, words);
+        else
+            add_hidden_gradient<true, S>(s, grad, tokens, padded, words);
+    });
 }
 
 template <class T>
@@ -111,9 +152,7 @@ void end_of(const CrossEntropyParams& p, ClassTile tile, const float* grad) {
 
 void cross_entropy_backward_end(const CrossEntropyParams& p, ClassTile tile, void* scratch) {
     const float* grad = backward_scratch(p, scratch).grad_table;
-    if (p.dtype == DType::kFloat32) end_of<float>(p, tile, grad);
-    if (p.dtype == DType::kBFloat16) end_of<bfloat16>(p, tile, grad);
-    if (p.dtype == DType::kFloat16) end_of<float16>(p, tile, grad);
+    with_types(p, [&]<class T, class S>() { end_of<T>(p, tile, grad); });
 }
 
 // ---- from the projected hidden states back
@@ -181,16 +220,12 @@ void grad_projection_of(const CrossEntropyParams& p, int64_t b, int64_t begin, i
 }
 
 void cross_entropy_grad_hidden(const CrossEntropyParams& p, int64_t block, void* scratch) {
-    if (p.dtype == DType::kFloat32) grad_hidden_of<float>(p, block, scratch);
-    if (p.dtype == DType::kBFloat16) grad_hidden_of<bfloat16>(p, block, scratch);
-    if (p.dtype == DType::kFloat16) grad_hidden_of<float16>(p, block, scratch);
+    with_types(p, [&]<class T, class S>() { grad_hidden_of<T>(p, block, scratch); });
 }
 
 void cross_entropy_grad_projection(const CrossEntropyParams& p, int64_t band, int64_t begin, int64_t end,
                                    void* scratch) {
-    if (p.dtype == DType::kFloat32) grad_projection_of<float>(p, band, begin, end, scratch);
-    if (p.dtype == DType::kBFloat16) grad_projection_of<bfloat16>(p, band, begin, end, scratch);
-    if (p.dtype == DType::kFloat16) grad_projection_of<float16>(p, band, begin, end, scratch);
+    with_types(p, [&]<class T, class S>() { grad_projection_of<T>(p, band, begin, end, scratch); });
 }
 
 SPARSE_ATTN_KERNELS(variable_width_cross_entropy_backward, CrossEntropyBackwardKernels) = {

@@ -52,7 +52,19 @@ struct SelectShared {
 struct SelectTile {
     int64_t b, group, first;
     int64_t length, limit;  // keys of the batch entry; those that the last query may see
+    int64_t begin;          // a multiple of kGemmTile: no query sees a key before it
 };
+
+// Where the keys of a query begin, in [0, Tk].
+__device__ __forceinline__ int64_t first_key(const SelectParams& p, const SelectTile& tile, int64_t t) {
+    int64_t first = 0;
+    const int64_t at = tile.b * p.rule.starts_b + t * p.rule.starts_t;
+    if (p.rule.narrow_starts) first = p.rule.narrow_starts[at];
+    if (p.rule.wide_starts) first = p.rule.wide_starts[at];
+    return first < 0 ? 0 : first < p.key_length ? first : p.key_length;
+}
+
+// The block's threads are together.
 __device__ __forceinline__ SelectTile select_tile(const SelectCall& call) {
     const SelectParams& p = call.select;
     SelectTile tile;
@@ -66,12 +78,26 @@ __device__ __forceinline__ SelectTile select_tile(const SelectCall& call) {
     tile.limit = tile.length;
     if (p.rule.is_causal && last + p.rule.causal_offset < tile.limit)
         tile.limit = last + p.rule.causal_offset;
+    tile.begin = 0;
+    if (p.rule.narrow_starts || p.rule.wide_starts) {
+        int least = static_cast<int>(p.key_length);
+        for (int64_t t = tile.first + threadIdx.x % 32; t < last; t += 32) {
+            const int first = static_cast<int>(first_key(p, tile, t));
+            least = first < least ? first : least;
+        }
+        for (int step = 16; step > 0; step /= 2) {
+            const int theirs = __shfl_xor_sync(kWarp, least, step);
+            least = theirs < least ? theirs : least;
+        }
+        tile.begin = least / kGemmTile * kGemmTile;
+    }
     return tile;
 }
 
 __device__ __forceinline__ bool visible(const SelectParams& p, const SelectTile& tile, int64_t t,
                                         int64_t key) {
-    if (t >= p.query_length || key >= tile.length || (p.rule.is_causal && key > t + p.rule.causal_offset))
+    if (t >= p.query_length || key >= tile.length || (p.rule.is_causal && key > t + p.rule.causal_offset) ||
+        key < first_key(p, tile, t))
         return false;
     const Strides& s = p.rule.mask_strides;
     return !p.rule.mask || p.rule.mask[tile.b * s.b + tile.group * s.h + t * s.t + key * s.d];
@@ -81,7 +107,8 @@ __device__ __forceinline__ bool visible(const SelectParams& p, const SelectTile&
 __device__ __forceinline__ uint32_t rank_of(const SelectParams& p, const SelectTile& tile, int64_t t,
                                             int64_t key, float score) {
     if (!visible(p, tile, t, key)) return kHidden;
-    if (key < p.rule.sinks || (p.rule.is_causal && key > t + p.rule.causal_offset - p.rule.window))
+    if (key - first_key(p, tile, t) < p.rule.sinks ||
+        (p.rule.is_causal && key > t + p.rule.causal_offset - p.rule.window))
         return kForced;
     if (score != score) return kNan;
     const uint32_t bits = __float_as_uint(score + 0.f);  // −0 becomes 0
@@ -133,7 +160,7 @@ __global__ void __launch_bounds__(kGemmThreads, 4)
     float* scores = reinterpret_cast<float*>(shared);  // [kRows, kPitch]
     const int i = LaneKeys::row();
     float maximum = -INFINITY, total = 0.f;
-    for (int64_t key = 0; key < tile.limit; key += kGemmTile) {
+    for (int64_t key = tile.begin; key < tile.limit; key += kGemmTile) {
         score_tile<T>(p, tile, h, key, shared, aligned_query, aligned_key, p.rule.scale * kLog2E,
                       [&](int row, int j, float score) { scores[row * kPitch + j] = score; });
         __syncthreads();
@@ -352,7 +379,7 @@ __global__ void __launch_bounds__(kGemmThreads)
         if (!last)
             for (int i = threadIdx.x; i < kRows * kBinPitch; i += kGemmThreads) counts[i] = 0;
         __syncthreads();
-        for (int64_t key = 0; key < tile.limit; key += kGemmTile) {
+        for (int64_t key = tile.begin; key < tile.limit; key += kGemmTile) {
             rank_tile<T>(call, tile, key, shared, aligned_query, aligned_key);
             if (!last) {
                 count_digits(p, tile, key, scores, states, counts, above, shift);

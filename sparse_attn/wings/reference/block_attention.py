@@ -57,14 +57,17 @@ class _TiledAttention:
         self.compute = torch.promote_types(query.dtype, torch.float32)
         self.rule = rule
         self.query, self.blocks = query, blocks.repeat_interleave(self.units // blocks.shape[1], dim=1)
-        self.key, self.value = self._in_blocks(key), self._in_blocks(value)
+        self.key, self.value = self.in_blocks(key), self.in_blocks(value)
         self.block_count = self.key.shape[0] // max(1, batch * kv_heads)
         self.limits = None if rule.key_lengths is None else rule.key_lengths.view(-1, 1, 1, 1, 1)
+        self.starts = None  # [B, 1, N · S]: of the queries of all tiles
+        if rule.key_starts is not None:
+            self.starts = pad(rule.key_starts, (0, -self.query_length % max(1, self.tile))).unsqueeze(1)
         base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
         base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
         self.base = base.view(batch, self.units, 1, 1) * self.block_count
 
-    def _in_blocks(self, rows: Tensor) -> Tensor:
+    def in_blocks(self, rows: Tensor) -> Tensor:
         """[B, H, T, D] → [B·H·blocks, block, D], zeros behind the last."""
         return pad(rows, (0, 0, 0, -rows.shape[2] % self.size)).reshape(-1, self.size, rows.shape[3])
 
@@ -102,6 +105,9 @@ class _TiledAttention:
             queries = queries.view(-1, self.tile, 1)  # [n, S, 1]
             if self.rule.is_causal:
                 visible = visible & (position <= queries + self.rule.causal_offset)
+            if self.starts is not None:
+                starts = self.starts[..., tiles.start * self.tile : tiles.stop * self.tile]
+                visible = visible & (position >= starts.unflatten(2, (-1, self.tile)).unsqueeze(-1))
             visible = visible & (queries < self.query_length)
             # What no query of the tile sees must not reach a product: 0 · NaN is NaN.
             used = visible.any(3).unsqueeze(-1)
@@ -186,3 +192,45 @@ def _from_blocks(total: Tensor, like: Tensor) -> Tensor:
     if like.numel() == 0:
         return torch.zeros_like(like)
     return total.view(batch, heads, -1, dim)[:, :, :length].to(like.dtype)
+
+
+def along(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    query_tile: int,
+    rule: PackedRule,
+    query_move: Tensor | None,  # the tangents, each of its tensor's shape; None is 0
+    key_move: Tensor | None,
+    value_move: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # of out [B, Hq, Tq, Dv] and of lse float32 [B, Hq, Tq]
+    """Forward mode of `block_attention`; differentiable itself, and nothing is changed in place."""
+    p = _TiledAttention(query, key, value, blocks, block_size, query_tile, rule)
+    outs = [query.new_zeros((*query.shape[:2], 0, value.shape[3]))]
+    lses = [query.new_zeros((*query.shape[:2], 0), dtype=torch.float32)]
+    for tiles in p.chunks():
+        seen = tiles.seen()
+        used = tiles.visible.any(3).unsqueeze(-1)
+
+        def gathered(tensor: Tensor, tiles=tiles, used=used) -> Tensor:  # [B, U, n, C, D]
+            return torch.where(used, p.in_blocks(tensor)[tiles.rows].flatten(3, 4).to(p.compute), 0.0)
+
+        probabilities, _ = softmax(tiles.scores(rule.scale))
+        # dLSE = Σ P ∘ dS, dO = Σ P ∘ (dS − dLSE) · V + P · dV
+        moves = torch.zeros_like(probabilities)
+        if query_move is not None:
+            moves = moves + p.in_tiles(query_move, tiles.slice) @ tiles.key.mT
+        if key_move is not None:
+            moves = moves + tiles.query @ gathered(key_move).mT
+        moves = torch.where(seen, moves * rule.scale, 0.0)
+        lse = (probabilities * moves).sum(-1, keepdim=True)
+        out = _weighted(probabilities * (moves - lse), tiles.value, seen)
+        if value_move is not None:
+            out = out + _weighted(probabilities, gathered(value_move), seen)
+        outs.append(p.from_tiles(out, tiles.slice).to(query.dtype))
+        lses.append(p.from_tiles(lse, tiles.slice).squeeze(-1).to(torch.float32))
+    if len(outs) == 1:
+        return query.new_zeros((*query.shape[:3], value.shape[3])), query.new_zeros(query.shape[:3]).float()
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

@@ -121,3 +121,46 @@ def add_rows(total: Tensor, rows: Tensor, terms: Tensor, filled: Tensor) -> None
         total.scatter_add_(0, rows.unsqueeze(-1).expand_as(terms), terms)
     else:
         total.index_put_((rows,), terms, accumulate=True)
+
+
+def along(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    indices: Tensor,  # int32 [B, G, Tq, K]
+    scale: float,
+    query_move: Tensor | None,  # the tangents, each of its tensor's shape; None is 0
+    key_move: Tensor | None,
+    value_move: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # of out [B, Hq, Tq, Dv] and of lse float32 [B, Hq, Tq]
+    """Forward mode of `gathered_attention`; differentiable itself, and nothing is changed in place."""
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    budget = indices.shape[3]
+    if query_length == 0 or budget == 0 or key_length == 0:
+        nothing = query.new_zeros((*query.shape[:3], value_dim))
+        return nothing, nothing.new_zeros(query.shape[:3], dtype=torch.float32)
+    compute = torch.promote_types(query.dtype, torch.float32)
+    outs, lses = [], []
+    for chunk in query_chunks(query_length, 4 * batch * heads * budget * max(head_dim, value_dim)):
+        rows, filled = _rows_of(indices[:, :, chunk], heads, kv_heads, key_length)
+
+        def gathered(tensor: Tensor, rows=rows, filled=filled) -> Tensor:  # [B, Hq, t, K, D]
+            return torch.where(filled.unsqueeze(-1), tensor.flatten(0, 2)[rows].to(compute), 0.0)
+
+        queries, keys, values = query[:, :, chunk].to(compute), gathered(key), gathered(value)
+        probabilities, _ = softmax(_scores(queries, keys, filled, scale))
+        # dLSE = Σ P ∘ dS, dO = Σ P ∘ (dS − dLSE) · V + P · dV
+        moves = torch.zeros_like(probabilities)
+        if query_move is not None:
+            moves = moves + (keys @ query_move[:, :, chunk].to(compute).unsqueeze(-1)).squeeze(-1)
+        if key_move is not None:
+            moves = moves + (gathered(key_move) @ queries.unsqueeze(-1)).squeeze(-1)
+        moves = torch.where(filled, moves * scale, 0.0)
+        lse = (probabilities * moves).sum(-1)
+        out = (probabilities * (moves - lse.unsqueeze(-1))).unsqueeze(-2) @ values
+        if value_move is not None:
+            out = out + probabilities.unsqueeze(-2) @ gathered(value_move)
+        outs.append(out.squeeze(-2).to(query.dtype))
+        lses.append(lse.to(torch.float32))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

@@ -28,6 +28,10 @@ class VisibleKeys:
         self.exists = None  # [B, 1, 1, Tk]
         if rule.key_lengths is not None:
             self.exists = self.positions < rule.key_lengths.view(-1, 1, 1, 1)
+        self.starts = None  # int64 [B, 1, Tq, 1]
+        if rule.key_starts is not None:
+            starts = rule.key_starts.to(torch.int64).clamp(0, key.shape[2])  # sums of them fit
+            self.starts = starts[:, None, :, None]
         self.blocks, self.block_size, self.query_tile = blocks, block_size, query_tile
 
     def of(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -36,7 +40,10 @@ class VisibleKeys:
         queries = torch.arange(rows.start, rows.stop, device=device)
         shape = (*self.shape, rows.stop - rows.start, self.positions.shape[0])
         visible = torch.ones(shape, dtype=torch.bool, device=device)
-        forced = (self.positions < rule.sinks).expand_as(visible)
+        first = 0 if self.starts is None else self.starts[:, :, rows]
+        forced = (self.positions < first + rule.sinks).expand_as(visible)
+        if self.starts is not None:
+            visible = visible & (self.positions >= first)
         if rule.is_causal:
             last = queries.unsqueeze(-1) + rule.causal_offset  # [t, 1]
             visible = visible & (self.positions <= last)

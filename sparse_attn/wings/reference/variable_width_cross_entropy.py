@@ -133,3 +133,46 @@ def variable_width_cross_entropy_backward(
             for g, q in zip(grad_projections, projections, strict=True)
         ],
     )
+
+
+def along(
+    hidden: Tensor,  # [N, D]
+    targets: Tensor,
+    tables: list[Tensor],
+    projections: list[Tensor],
+    token_band: Tensor,
+    token_row: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_move: Tensor | None,  # the tangents, each of its tensor's shape; None is 0
+    table_moves: list[Tensor | None],
+    projection_moves: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:  # of loss [N] and of lse [N]
+    """Forward mode of `variable_width_cross_entropy`; differentiable itself, and nothing is changed in place."""
+    p = _BandedLoss(hidden, targets, tables, projections, token_band, token_row, weight, ignore_index)
+    losses, lses = [p.tables[0].new_zeros((0,))], [p.tables[0].new_zeros((0,))]
+    for chunk in p.chunks():
+        chunk_hidden, projected = p.projected(chunk)
+        moves = []  # of the logits, by band
+        for h, table, projection, table_move, projection_move in zip(
+            projected, p.tables, p.projections, table_moves, projection_moves, strict=True
+        ):
+            move = torch.zeros_like(chunk_hidden)
+            if hidden_move is not None:
+                move = torch.where(p.active[chunk].unsqueeze(1), hidden_move[chunk].to(p.compute), 0.0)
+            if projection is not None:
+                move = move @ projection
+                if projection_move is not None:
+                    move = move + chunk_hidden @ projection_move.to(p.compute)
+            move = move @ table.t()
+            moves.append(move if table_move is None else move + h @ table_move.to(p.compute).t())
+        move = torch.cat(moves, dim=1)  # [n, V] in class order
+        total = (p.logits(projected).softmax(1) * move).sum(1)
+        picked = move.gather(1, p.target[chunk]).squeeze(1)
+        value = (1 - label_smoothing) * p.target_weight[chunk] * (total - picked)
+        if label_smoothing > 0:
+            value = value + label_smoothing / p.vocabulary * (p.weight.sum() * total - move @ p.weight)
+        losses.append(torch.where(p.active[chunk], value, 0.0))
+        lses.append(torch.where(p.active[chunk], total, 0.0))
+    return torch.cat(losses), torch.cat(lses)

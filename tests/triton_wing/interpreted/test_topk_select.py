@@ -32,7 +32,15 @@ def sizes(monkeypatch):
     return choose
 
 
-SHARED = ("causal", "window_sinks", "negative_scale", "mask_keys", "lengths_causal", "everything")
+SHARED = (
+    "causal",
+    "window_sinks",
+    "negative_scale",
+    "mask_keys",
+    "starts_of_queries",
+    "lengths_causal",
+    "everything",
+)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +61,7 @@ def test_options(wing, name, share):
     (assert_identical if exact else assert_best)(indices, query, key, 5, **options)
 
 
-@pytest.mark.parametrize("name", ["window_sinks", "everything", "mask", "lengths"])
+@pytest.mark.parametrize("name", ["window_sinks", "everything", "mask", "lengths", "starts_of_queries"])
 def test_options_in_small_tiles(wing, sizes, name):
     """More than one tile of queries and of keys, and rows that are cut while forced keys are in them."""
     query, key = integers(2, 1, 11, 8, seed=1), integers(2, 1, 37, 8, seed=2)
@@ -115,15 +123,16 @@ def test_candidates_beyond_the_registers(wing, sizes, order):
     assert_identical(wing.topk_select(query, key, 9, **options), query, key, 9, **options)
 
 
+@pytest.mark.parametrize("starts", [None, torch.tensor([[0, 40, 590], [500, 7, 19]])], ids=["", "starts"])
 @pytest.mark.parametrize("share", ["none", "all"])
-def test_keys_split_over_programs(wing, sizes, share):
+def test_keys_split_over_programs(wing, sizes, share, starts):
     """Few queries and many keys: pieces of the keys, then a merge."""
     sizes(programs=8, capacity=32, block_n=16, cut_elements=256)
     query, key = integers(2, 1, 3, 8), integers(2, 1, 600, 8, seed=1)
     if share == "all":
         query = query.expand(2, 2, 3, 8)
     options = {"key_lengths": torch.tensor([600, 20]), "share": share}
-    options |= {"is_causal": True, "causal_offset": 580, "window": 1, "sinks": 1}
+    options |= {"is_causal": True, "causal_offset": 580, "window": 1, "sinks": 1, "key_starts": starts}
     indices = wing.topk_select(query, key, 3, **options)
     (assert_identical if share == "none" else assert_best)(indices, query, key, 3, **options)
     assert topk_select._splits(2, 16, 600, 3, 16)[0] > 1

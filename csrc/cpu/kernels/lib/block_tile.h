@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/block_attention.h"
 #include "gemm_tile.h"
+#include "key_range.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -18,6 +19,10 @@ SPARSE_ATTN_INLINE Chunk chunk_of(const BlockParams& p, int64_t chunk) {
     const int64_t first = block * p.block_size + within;
     const int64_t count = minimum(kChunk, p.block_size - within);
     return {first, maximum<int64_t>(0, minimum(count, p.attend.key_length - first))};
+}
+// Which of its keys lie in a range, counted from its first.
+SPARSE_ATTN_INLINE Range within(const Chunk& c, Range keys) {
+    return {clamp<int64_t>(keys.begin - c.first, 0, c.count), clamp<int64_t>(keys.end - c.first, 0, c.count)};
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -36,6 +36,16 @@ SPARSE_ATTN_INLINE int64_t most_elements(const CrossEntropyParams& p) {
     return most;
 }
 
+// f<T, S>() for the dtype: T is what tensors hold, S how their products are taken. bfloat16 is multiplied as
+// it is where the CPU does that; what was float32 on the way, projected hidden states and gradients of
+// logits, is rounded to it, as everything is in PyTorch's own bfloat16.
+template <class F>
+SPARSE_ATTN_INLINE void with_types(const CrossEntropyParams& p, F&& f) {
+    if (p.dtype == DType::kFloat32) f.template operator()<float, Singles>();
+    if (p.dtype == DType::kBFloat16) f.template operator()<bfloat16, Pairs>();
+    if (p.dtype == DType::kFloat16) f.template operator()<float16, Singles>();
+}
+
 template <class T>
 SPARSE_ATTN_INLINE const T* table_rows(const CrossEntropyParams& p, ClassTile tile) {
     const CrossEntropyBand& band = p.bands[tile.band];
@@ -45,16 +55,17 @@ SPARSE_ATTN_INLINE const T* table_rows(const CrossEntropyParams& p, ClassTile ti
 // logits [kTokenBlock, kLogitStride] of the block and tile; `rows` are the tile's packed rows, as columns of
 // B. Columns behind the tile hold 0 up to whole tiles. A group of tokens is finished before the next begins:
 // finish(first, last) works on its logits while they are in the first-level cache.
-template <class Finish>
+template <class S, class Finish>
 inline void tile_logits(const CrossEntropyParams& p, ClassTile tile, int64_t block, const float* rows,
                         float* logits, Finish&& finish) {
     const CrossEntropyBand& band = p.bands[tile.band];
-    const int64_t width = band.width, tokens = block_rows(p, block), classes = tile.end - tile.begin;
-    const float* a = band.projected + block * kTokenBlock * width;
+    const int64_t words = steps<S>(band.width), tokens = block_rows(p, block),
+                  classes = tile.end - tile.begin;
+    const float* a = band.projected + block * kTokenBlock * words;
     for (int64_t i = 0; i < tokens; i += kTileRows) {
         for (int64_t j = 0; j < classes; j += kTileCols)
-            gemm_tile<1, kTileRows, false>(logits + i * kLogitStride + j, kLogitStride, a + i * width,
-                                           rows + j * width, width);
+            gemm_tile<1, kTileRows, false, S>(logits + i * kLogitStride + j, kLogitStride, a + i * words,
+                                              rows + j * words, words);
         finish(i, minimum(i + kTileRows, tokens));
     }
 }

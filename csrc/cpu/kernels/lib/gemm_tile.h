@@ -1,9 +1,11 @@
 // Matrix products of float32 tiles held in registers: kTileRows × kTileCols accumulators, fed by broadcasts
-// from A and vector loads from B. Everything a kernel multiplies is first packed to float32: A in groups of
-// kTileRows rows, B in panels of kTileCols columns, both padded with zeros, so that no tile has an edge.
+// from A and vector loads from B. Everything a kernel multiplies is first packed: A in groups of kTileRows
+// rows, B in panels of kTileCols columns, both padded with zeros, so that no tile has an edge.
 //
 //   packed A  [M / kTileRows groups][K][kTileRows]
 //   packed B  [N / kTileCols panels][K][kTileCols]
+//
+// What stands there is float32 and K the depth, or (Pairs below) two bfloat16 and K half the depth.
 #pragma once
 
 #include "scratch.h"
@@ -25,6 +27,40 @@ SPARSE_ATTN_INLINE int64_t padded_cols(int64_t cols) {
     return round_up(cols, kTileCols);
 }
 
+// One step of a product: floats …
+struct Singles {
+    static constexpr int kDepth = 1;
+    // Element k, k + 1, … of a column, of which `left` are there, as one word of a packed operand.
+    template <class T>
+    static SPARSE_ATTN_INLINE float word(const T* from, int64_t, int64_t /* left */) {
+        return to_float(*from);
+    }
+    static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
+        return fma(broadcast(*a), load(b), c);
+    }
+};
+#if defined(__AVX512BF16__)
+// … or pairs of bfloat16: twice the multiply-adds an instruction, summed in float32.
+struct Pairs {
+    static constexpr int kDepth = 2;
+    template <class T>
+    static SPARSE_ATTN_INLINE float word(const T* from, int64_t stride, int64_t left) {
+        const uint32_t high = left > 1 ? round_to_bfloat16(to_float(from[stride])) : 0u;
+        return float_of(high << 16 | round_to_bfloat16(to_float(*from)));
+    }
+    static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
+        return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_set1_ps(*a), (__m512bh)load(b).v)};
+    }
+};
+#else
+using Pairs = Singles;
+#endif
+// Words of `depth` numbers.
+template <class S>
+SPARSE_ATTN_INLINE int64_t steps(int64_t depth) {
+    return (depth + S::kDepth - 1) / S::kDepth;
+}
+
 // Elements of packed A and packed B.
 SPARSE_ATTN_INLINE int64_t packed_rows_size(int64_t rows, int64_t depth) {
     return round_up(rows, kTileRows) * depth;
@@ -34,14 +70,15 @@ SPARSE_ATTN_INLINE int64_t packed_cols_size(int64_t depth, int64_t cols) {
 }
 
 // to[g][k][r] = from(g·width + r, k), element (i, k) of `from` at i·stride + k·depth_stride: panels of
-// `width` rows (or columns: the roles are the same), zeros behind the last.
-template <class T>
+// `width` rows (or columns: the roles are the same), zeros behind the last; k in steps of S.
+template <class S = Singles, class T>
 inline void pack_panels(float* to, int64_t width, const T* from, int64_t count, int64_t stride, int64_t depth,
                         int64_t depth_stride) {
-    for (int64_t first = 0; first < count; first += width, to += width * depth) {
+    const int64_t words = steps<S>(depth), word_stride = S::kDepth * depth_stride;
+    for (int64_t first = 0; first < count; first += width, to += width * words) {
         const T* panel = from + first * stride;
         const int64_t n = minimum(width, count - first);
-        if (stride == 1) {
+        if (S::kDepth == 1 && stride == 1) {
             for (int64_t k = 0; k < depth; ++k) {
                 load_row(to + k * width, panel + k * depth_stride, n);
                 for (int64_t j = n; j < width; ++j) to[k * width + j] = 0.0f;
@@ -49,33 +86,34 @@ inline void pack_panels(float* to, int64_t width, const T* from, int64_t count, 
             continue;
         }
         // Blocks of depth, so that the lines written stay in the first-level cache.
-        for (int64_t block = 0; block < depth; block += 64) {
-            const int64_t end = minimum(depth, block + 64);
+        for (int64_t block = 0; block < words; block += 64) {
+            const int64_t end = minimum(words, block + 64);
             for (int64_t j = 0; j < n; ++j)
                 for (int64_t k = block; k < end; ++k)
-                    to[k * width + j] = to_float(panel[j * stride + k * depth_stride]);
+                    to[k * width + j] =
+                        S::word(panel + j * stride + k * word_stride, depth_stride, depth - k * S::kDepth);
             for (int64_t k = block; k < end; ++k)
                 for (int64_t j = n; j < width; ++j) to[k * width + j] = 0.0f;
         }
     }
 }
 // A: rows × depth, element (i, k) at i·row_stride + k·depth_stride.
-template <class T>
+template <class S = Singles, class T>
 SPARSE_ATTN_INLINE void pack_rows(float* to, const T* from, int64_t rows, int64_t row_stride, int64_t depth,
                                   int64_t depth_stride) {
-    pack_panels(to, kTileRows, from, rows, row_stride, depth, depth_stride);
+    pack_panels<S>(to, kTileRows, from, rows, row_stride, depth, depth_stride);
 }
 // B: depth × cols, element (k, j) at k·depth_stride + j·col_stride.
-template <class T>
+template <class S = Singles, class T>
 SPARSE_ATTN_INLINE void pack_cols(float* to, const T* from, int64_t depth, int64_t depth_stride, int64_t cols,
                                   int64_t col_stride) {
-    pack_panels(to, kTileCols, from, cols, col_stride, depth, depth_stride);
+    pack_panels<S>(to, kTileCols, from, cols, col_stride, depth, depth_stride);
 }
 
 // C[r][j] (+)= Σ_k A(r, k) · B(k, j) for one tile: A(r, k) at a[r·a_row + k·a_depth] (packed A: 1 and
-// kTileRows), B(k, j) at b[k·ldb + j], C(r, j) at c[r·ldc + j]. To be inlined into a function that is not:
-// the accumulators need all registers.
-template <bool kAdd>
+// kTileRows), B(k, j) at b[k·ldb + j], C(r, j) at c[r·ldc + j]; k counts words. To be inlined into a function
+// that is not: the accumulators need all registers.
+template <bool kAdd, class S = Singles>
 SPARSE_ATTN_INLINE void multiply_tile(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_depth,
                                       const float* b, int64_t ldb, int64_t depth) {
     constexpr int W = Vec::W;
@@ -89,7 +127,7 @@ SPARSE_ATTN_INLINE void multiply_tile(float* c, int64_t ldc, const float* a, int
         for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < kTileVecs; ++v)
-                acc[r][v] = fma(broadcast(a[r * a_row]), load(b + v * W), acc[r][v]);
+                acc[r][v] = S::multiply_add(a + r * a_row, b + v * W, acc[r][v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
@@ -101,10 +139,10 @@ SPARSE_ATTN_INLINE void multiply_tile(float* c, int64_t ldc, const float* a, int
 }
 
 // With strides of A that are known at compile time, and packed B.
-template <int kRowStride, int kDepthStride, bool kAdd>
+template <int kRowStride, int kDepthStride, bool kAdd, class S = Singles>
 __attribute__((noinline)) void gemm_tile(float* c, int64_t ldc, const float* a, const float* b,
                                          int64_t depth) {
-    multiply_tile<kAdd>(c, ldc, a, kRowStride, kDepthStride, b, kTileCols, depth);
+    multiply_tile<kAdd, S>(c, ldc, a, kRowStride, kDepthStride, b, kTileCols, depth);
 }
 
 // C [rows, cols] (+)= A · B from packed operands. C has room for whole tiles: rows and cols rounded up.

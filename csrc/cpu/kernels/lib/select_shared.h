@@ -37,25 +37,27 @@ struct Panels {
     SPARSE_ATTN_INLINE uint32_t seen(int64_t n, const Visible& v) const {
         const uint32_t kept = low_bits(clamp<int64_t>(v.sink_end - first[n], 0, NR)) |
                               ~low_bits(clamp<int64_t>(v.end - first[n], 0, NR));
-        return (inside[n] | kept) & low_bits(clamp<int64_t>(v.limit - first[n], 0, NR));
+        return (inside[n] | kept) & low_bits(clamp<int64_t>(v.limit - first[n], 0, NR)) &
+               ~low_bits(clamp<int64_t>(v.begin - first[n], 0, NR));
     }
 };
 
-inline Panels panels_of(const SelectParams& p, int64_t b, int64_t group, Range queries, int64_t limit,
+// `all` is what the task's queries see and keep together: the widest of each part.
+inline Panels panels_of(const SelectParams& p, int64_t b, int64_t group, Range queries, const Visible& all,
                         Scratch& scratch) {
     Panels panels{scratch.take<int64_t>(panel_count(p)), scratch.take<uint32_t>(panel_count(p)), 0};
-    const int64_t total = (limit + NR - 1) / NR;
-    for (int64_t n = 0; n < total; ++n) panels.inside[n] = p.blocks ? 0u : ~0u;
+    const int64_t from = all.begin / NR, total = (all.limit + NR - 1) / NR;
+    for (int64_t n = from; n < total; ++n) panels.inside[n] = p.blocks ? 0u : ~0u;
     const KeyRanges ranges = key_ranges(p, b, group, queries.begin);
     for (int64_t m = 0; p.blocks && m < ranges.count; ++m) {
         const Range keys = ranges.at(m);
-        for (int64_t n = keys.begin / NR; n * NR < minimum(keys.end, limit); ++n)
+        for (int64_t n = maximum(from, keys.begin / NR); n * NR < minimum(keys.end, all.limit); ++n)
             panels.inside[n] |= low_bits(clamp<int64_t>(keys.end - n * NR, 0, NR)) &
                                 ~low_bits(clamp<int64_t>(keys.begin - n * NR, 0, NR));
     }
-    const Visible v = visible_to(p, b, group, queries.begin);  // its window is the first
-    for (int64_t n = 0; n < total; ++n) {
-        if (!panels.inside[n] && !may_keep(p, v, n * NR, (n + 1) * NR)) continue;
+    for (int64_t n = from; n < total; ++n) {
+        const bool kept = n * NR < all.sink_end || (p.rule.window > 0 && (n + 1) * NR > all.end);
+        if (!panels.inside[n] && !kept) continue;
         panels.inside[panels.count] = panels.inside[n];
         panels.first[panels.count++] = n * NR;
     }
@@ -91,7 +93,11 @@ inline float exponentiate(float* scores, const Panels& panels, const Visible& v,
         store(scores + j, e);
         total = total + where(is_nan(e), zero(), e);
     }
-    const float weight = sum(total);
+    // A sequence alone begins in the first lane, and its sum is to have the same order.
+    alignas(64) float lanes[2 * W];
+    store(lanes, total);
+    store(lanes + W, total);
+    const float weight = sum(load(lanes + v.begin % W));
     return weight > 0 ? 1.0f / weight : 0.0f;
 }
 
@@ -110,14 +116,22 @@ void select_shared(const SelectParams& p, int64_t b, int64_t group, Range querie
     const int64_t tile_rows = rows * heads_per_kv, padded_rows = round_up(tile_rows, MR);
     float* tile_queries = scratch.take<float>(padded_rows * column);
 
-    int64_t limit = 0;
-    for (int64_t i = 0; i < rows; ++i)
-        limit = maximum(limit, visible_to(p, b, group, queries.begin + i).limit);
-    const Panels panels = panels_of(p, b, group, queries, limit, scratch);
+    Visible all = visible_to(p, b, group, queries.begin);
+    for (int64_t i = 1; i < rows; ++i) {
+        const Visible v = visible_to(p, b, group, queries.begin + i);
+        if (v.begin == v.limit) continue;
+        all = {minimum(all.begin, v.begin),
+               maximum(all.sink_end, v.sink_end),
+               minimum(all.end, v.end),
+               maximum(all.limit, v.limit),
+               nullptr,
+               0};
+    }
+    const Panels panels = panels_of(p, b, group, queries, all, scratch);
     const int64_t length = panels.count * NR;
     float* scores = scratch.take<float>(rows * sharing * length);  // [rows, sharing, length]
 
-    const bool trivial = !p.rule.mask && !p.blocks && limit <= p.top_k;
+    const bool trivial = !p.rule.mask && !p.blocks && all.limit - all.begin <= p.top_k;
     alignas(64) float tile[MR * NR];
     const Strides& s = p.query_strides;
     for (int64_t k = 0; k < kv_heads && !trivial; ++k) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "candidates.h"
+#include "key_range.h"
 #include "select_tile.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -11,34 +12,27 @@ constexpr int kBlockRows = MR * kRowGroups;
 
 // ---- what a query may see
 
-// Keys [0, sink_end) and [end, limit) are forced where the mask lets them, [sink_end, end) are candidates.
+// Keys [begin, sink_end) and [end, limit) are forced where the mask lets them, [sink_end, end) are
+// candidates.
 struct Visible {
-    int64_t sink_end, end, limit;
+    int64_t begin, sink_end, end, limit;
     const uint8_t* mask;  // its row, or null
     int64_t mask_stride;
 };
 
 SPARSE_ATTN_INLINE Visible visible_to(const SelectParams& p, int64_t b, int64_t group, int64_t query) {
+    const Range keys = key_range(p.rule, b, query, p.key_length);
     Visible v;
-    v.limit = p.rule.lengths ? p.rule.lengths[b] : p.key_length;
+    v.begin = keys.begin;
+    v.limit = keys.end;
+    v.sink_end = minimum(v.begin + p.rule.sinks, v.limit);
     v.end = v.limit;
-    if (p.rule.is_causal) {
-        int64_t causal_end = query + p.rule.causal_offset + 1;
-        v.limit = clamp<int64_t>(causal_end, 0, v.limit);
-        v.end = clamp<int64_t>(causal_end - p.rule.window, 0, v.limit);
-    }
-    v.sink_end = minimum(p.rule.sinks, v.limit);
-    v.end = maximum(v.end, v.sink_end);
+    if (p.rule.is_causal)
+        v.end = clamp<int64_t>(query + p.rule.causal_offset + 1 - p.rule.window, v.sink_end, v.limit);
     const Strides& s = p.rule.mask_strides;
     v.mask = p.rule.mask ? p.rule.mask + b * s.b + group * s.h + query * s.t : nullptr;
     v.mask_stride = s.d;
     return v;
-}
-
-// Whether a query of a task may always keep one of the keys [begin, end); `first` is what the task's first
-// sees.
-SPARSE_ATTN_INLINE bool may_keep(const SelectParams& p, const Visible& first, int64_t begin, int64_t end) {
-    return begin < p.rule.sinks || (p.rule.window > 0 && end > first.end);
 }
 
 SPARSE_ATTN_INLINE bool allowed(const Visible& v, int64_t key) {
@@ -46,9 +40,9 @@ SPARSE_ATTN_INLINE bool allowed(const Visible& v, int64_t key) {
 }
 
 SPARSE_ATTN_INLINE int64_t forced_count(const Visible& v) {
-    if (!v.mask) return v.sink_end + (v.limit - v.end);
+    if (!v.mask) return (v.sink_end - v.begin) + (v.limit - v.end);
     int64_t n = 0;
-    for (int64_t j = 0; j < v.sink_end; ++j) n += allowed(v, j);
+    for (int64_t j = v.begin; j < v.sink_end; ++j) n += allowed(v, j);
     for (int64_t j = v.end; j < v.limit; ++j) n += allowed(v, j);
     return n;
 }
@@ -74,7 +68,7 @@ SPARSE_ATTN_INLINE uint32_t candidate_bits(const Visible& v, int64_t first, int6
 SPARSE_ATTN_INLINE void emit(int32_t* row, int64_t slots, const Visible& v, const int32_t* chosen,
                              int64_t count) {
     int64_t n = 0;
-    for (int64_t j = 0; j < v.sink_end; ++j)
+    for (int64_t j = v.begin; j < v.sink_end; ++j)
         if (allowed(v, j)) row[n++] = static_cast<int32_t>(j);
     memcpy(row + n, chosen, static_cast<size_t>(count) * 4);
     n += count;
