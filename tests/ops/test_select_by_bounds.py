@@ -155,7 +155,7 @@ def test_bounds_leave_few_keys_and_give_up_where_they_prune_nothing():
 
 @compiled
 def test_long_rows_choose_bounds_by_themselves():
-    query, key = normal(1, 1, 2048, 64), normal(1, 1, 2048, 64, seed=1)
+    query, key = normal(1, 1, 4096, 64), normal(1, 1, 4096, 64, seed=1)
     before = native.bounds_counts()
     sparse_attn.topk_select(query, key, 32, is_causal=True, backend="cpu")
     ran = native.bounds_counts()["blocks"] > before["blocks"]

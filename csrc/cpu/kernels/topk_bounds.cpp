@@ -96,17 +96,12 @@ void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range p
             for (int v = 0; v < NV; ++v) {
                 const RoundedNorms x =
                     round_columns(panel + v * W, NR, columns[v], p.head_dim, scale, inverse);
-                const Vec key_error =
-                    fma(max(max(as_is[v], x.norm), broadcast(kSmallest)), broadcast(slack), x.error);
-                // Infinite ones where a key has no bounds: its panel has none then.
-                const Vec key_norm = usable ? x.norm : broadcast(__builtin_inff());
-                store(norms_of(panel, word_count) + v * W, key_norm);
-                store(norms_of(panel, word_count) + NR + v * W, usable ? key_error : zero());
-                norm = max(key_norm, norm);
-                error = max(usable ? key_error : zero(), error);
+                norm = max(x.norm, norm);
+                error = max(fma(max(max(as_is[v], x.norm), broadcast(kSmallest)), broadcast(slack), x.error),
+                            error);
             }
-            facts.norm = max_lane(norm);
-            facts.error = max_lane(error);
+            facts.norm = usable ? max_lane(norm) : __builtin_inff();  // no bounds
+            facts.error = usable ? max_lane(error) : 0.0f;
             *facts_of(panel, word_count) = facts;
         }
     });
@@ -125,9 +120,14 @@ bool bounds_pay(const SelectParams& p) {
 #if defined(__AVX512BF16__)
     if (p.dtype == DType::kBFloat16) return false;
 #endif
+#if defined(__AVX512F__)
+    constexpr int64_t kLong = 2048, kOfBudget = 32;
+#elif defined(__AVX2__)
+    constexpr int64_t kLong = 4096, kOfBudget = 64;
+#endif
 #if defined(__AVX2__)
-    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 8 * kBlockRows && p.key_length >= 1024 &&
-           p.key_length >= 8 * p.top_k;
+    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= kLong / 4 && p.key_length >= kLong &&
+           p.key_length >= kOfBudget * p.top_k;
 #else
     (void)p;
     return false;

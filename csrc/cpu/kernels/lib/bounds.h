@@ -14,47 +14,40 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-struct Bounded {
-    float *upper, *lower;  // [capacity + slack]
-    int32_t* indices;      // [capacity + slack]
-    int32_t count;
-    int32_t keep;
-};
-
 // A row whose bounds leave more than three quarters of its buffer is given up.
 SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
-    return round_up(2 * keep + maximum<int64_t>(keep, 128), Vec::W);
+    return round_up(2 * keep + maximum<int64_t>(keep, 128), W);
 }
 
-// Drops what the bounds rule out, keeping the order. Returns the new threshold: at least `keep` of what is
-// left have no smaller lower bound.
-inline float prune(Bounded& c, float threshold, int32_t* keys) {
-    if (c.count < c.keep) return threshold;
-    const int32_t padded = order_all(c.lower, c.count, keys);
-    const Cut cut = find_cut(keys, c.count, padded, c.keep, c.keep + c.keep / 8, order_of(threshold));
-    threshold = maximum(threshold, float_of_order(cut.low));
-    const Vec bound = broadcast(threshold);
-    int32_t n = 0;
-    for (int32_t i = 0; i < c.count; i += W) {
-        const Vec upper = load(c.upper + i), lower = load(c.lower + i);
-        const uint32_t bits = ~not_le(bound, upper) & low_bits(minimum<int32_t>(W, c.count - i));
-        compress_floats(c.lower + n, bits, lower);
-        n += compress_to(c.upper + n, c.indices + n, bits, c.upper + i, c.indices + i);
-    }
-    c.count = n;
-    return threshold;
-}
-
-// What a row group needs to make bounds of sums, a lane per row.
+// A row group, a lane per row. A rounded score is off by at most half of `width`, whichever the key.
 struct alignas(64) RowFacts {
-    float threshold[W];  // of upper bounds; −∞ lets all pass, +∞ none
+    float best[W];       // at least `keep` of the candidates reach it
+    float threshold[W];  // best − width: what does not beat it is out; +∞ for rows without candidates
+    float width[W];
     float scale[W], inverse[W];
     float norm[W], error[W];  // of the rounded row (or larger), of its rounding
 };
 
+// Drops what the bounds rule out, keeping the order.
+inline void prune(Candidates& c, RowFacts& rows, int r, int32_t* keys) {
+    if (c.count < c.keep) return;
+    const int32_t padded = order_all(c.scores, c.count, keys);
+    const Cut cut = find_cut(keys, c.count, padded, c.keep, c.keep + c.keep / 8, order_of(rows.best[r]));
+    rows.best[r] = float_of_order(cut.low);
+    rows.threshold[r] = rows.best[r] - rows.width[r];
+    const Vec threshold = broadcast(rows.threshold[r]);
+    int32_t n = 0;
+    for (int32_t i = 0; i < c.count; i += W) {
+        const uint32_t bits =
+            ~not_le(threshold, load(c.scores + i)) & low_bits(minimum<int32_t>(W, c.count - i));
+        n += compress_to(c.scores + n, c.indices + n, bits, c.scores + i, c.indices + i);
+    }
+    c.count = n;
+}
+
 SPARSE_ATTN_INLINE int64_t bounds_scratch_bytes(const SelectParams& p, int64_t column) {
     const int64_t buffer = bounded_capacity(p.top_k) + kSlack;
-    return kBlockRows * (buffer * 12 + 192) + buffer * 12 + pair_words(p.head_dim) * (kBlockRows + W) * 4 +
+    return kBlockRows * (buffer * 8 + 128) + buffer * 12 + pair_words(p.head_dim) * (kBlockRows + W) * 4 +
            p.head_dim * W * 4 + column * 4 + 2048;
 }
 
@@ -121,22 +114,22 @@ struct BoundedRows {
     }
 
     // The exact best of a row's candidates, in place and in order.
-    void finish(Bounded& c, float threshold, int64_t row) {
+    void finish(Candidates& c, RowFacts& rows, int r, int64_t row) {
         ++survivors.rows;
         survivors.budget += c.keep;
-        prune(c, threshold, keys);
+        prune(c, rows, r, keys);
         survivors.kept += c.count;
         if (c.count <= c.keep) return;
-        // At most `keep` candidates reach `sure` with their upper bounds: one that does with its lower bound
-        // is chosen, whatever the exact scores are.
-        const int32_t padded = order_all(c.upper, c.count, keys);
-        const int32_t sure_keys = maximum(1, c.keep - c.keep / 8);
-        const Cut cut = find_cut(keys, c.count, padded, sure_keys, c.keep);
-        const float sure = cut.at_least <= c.keep ? float_of_order(cut.low) : __builtin_inff();
+        // At most `keep` candidates reach the cut: one that is above it by the width is chosen, whatever the
+        // exact scores are.
+        const int32_t padded = order_all(c.scores, c.count, keys);
+        const Cut cut = find_cut(keys, c.count, padded, maximum(1, c.keep - c.keep / 8), c.keep);
+        const float sure =
+            cut.at_least <= c.keep ? float_of_order(cut.low) + rows.width[r] : __builtin_inff();
         int32_t n = 0;
         for (int32_t i = 0; i < c.count; i += W) {
-            const Vec lower = load(c.lower + i);
-            const uint32_t open = not_le(broadcast(sure), lower) & low_bits(minimum<int32_t>(W, c.count - i));
+            const uint32_t open =
+                not_le(broadcast(sure), load(c.scores + i)) & low_bits(minimum<int32_t>(W, c.count - i));
             for (uint32_t left = open; left; left &= left - 1) places[n++] = i + __builtin_ctz(left);
         }
         survivors.scored += n;
@@ -146,41 +139,25 @@ struct BoundedRows {
         Tile::template pack_column<true>(exact_query, 1, query + row * s.t, s.d, p.head_dim, words<Tile>(p),
                                          sign_of(p.rule.scale));
         exact_scores<T, Tile>(p, exact_query, key, unsure, n, scores);
-        for (int32_t i = 0; i < c.count; ++i) c.upper[i] = __builtin_inff();
-        for (int32_t i = 0; i < n; ++i) c.upper[places[i]] = scores[i];
-        Candidates ranked{c.upper, c.indices, c.count, c.keep};
-        keep_best<false>(ranked, keys);
-        c.count = ranked.count;
+        for (int32_t i = 0; i < c.count; ++i) c.scores[i] = __builtin_inff();
+        for (int32_t i = 0; i < n; ++i) c.scores[places[i]] = scores[i];
+        keep_best<false>(c, keys);
     }
 };
 
-// The sums above which some key of a panel may beat the threshold of its row with its upper bound.
+// The sums above which a key of a panel beats the threshold of its row.
 SPARSE_ATTN_INLINE void thresholds(const RowFacts& rows, const PanelFacts& panel, int32_t* bound) {
-    const Vec margin = fma(load(rows.error), broadcast(panel.norm), load(rows.norm) * broadcast(panel.error));
-    const Vec sums = (load(rows.threshold) - margin) * load(rows.inverse) * broadcast(panel.inverse);
+    const Vec sums = load(rows.threshold) * load(rows.inverse) * broadcast(panel.inverse);
     const Vec most = broadcast(0x1.fffffep30f);
     // Never above the whole number below.
     const Vec whole = round_even(max(sums, zero() - most) - broadcast(0.5f));
     store_whole(bound, zero() - max(zero() - whole, zero() - most));
 }
 
-// Appends those of the marked keys of a panel whose own upper bounds beat the threshold of row r.
-SPARSE_ATTN_INLINE int32_t append_bounded(const Bounded& c, const int32_t* sums, uint32_t bits,
-                                          const RowFacts& rows, int r, const PanelFacts& panel,
-                                          const float* norms, int32_t base) {
-    const Vec scale = broadcast(rows.scale[r] * panel.scale), threshold = broadcast(rows.threshold[r]);
-    const Vec norm = broadcast(rows.norm[r]), error = broadcast(rows.error[r]);
-    int32_t n = c.count;
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-        const Vec score = floats_of(sums + v * W) * scale;
-        const Vec margin = fma(error, load(norms + v * W), norm * load(norms + NR + v * W));
-        const Vec upper = score + margin;
-        const uint32_t beat = not_le(upper, threshold) & bits >> (v * W) & low_bits(W);
-        compress_floats(c.lower + n, beat, score - margin);
-        n += append(c.upper + n, c.indices + n, beat, upper, base + v * W);
-    }
-    return n - c.count;
+// How wide the bounds of each row are, by the largest norms of the keys that it may see.
+inline void set_width(RowFacts& rows, float key_norm, float key_error) {
+    const Vec margin = fma(load(rows.error), broadcast(key_norm), load(rows.norm) * broadcast(key_error));
+    store(rows.width, margin + margin);
 }
 
 // select_rows by bounds; false, and nothing written, where they leave too many candidates.
@@ -196,8 +173,7 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         panels_of_head,
         scratch,
         survivors};
-    const int64_t panel_words = rounded_panel_words(p.head_dim);
-    Bounded candidates[kBlockRows];
+    Candidates candidates[kBlockRows];
     Visible visible[kBlockRows];
     RowFacts facts[kRowGroups];
     alignas(64) int32_t tile[MR * NR];
@@ -209,12 +185,14 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
     for (int g = 0; g < kRowGroups; ++g) {
         needed[g] = {INT64_MAX, 0};
         inner[g] = {0, INT64_MAX};
-        for (int r = 0; r < W; ++r) facts[g].threshold[r] = __builtin_inff();
+        for (int r = 0; r < W; ++r) {
+            facts[g].best[r] = -__builtin_inff();
+            facts[g].threshold[r] = __builtin_inff();
+        }
         for (int r = 0; r < MR; ++r) {
             const int64_t i = g * MR + r;
-            Bounded& c = candidates[i];
-            c = {scratch.take<float>(work.buffer), scratch.take<float>(work.buffer),
-                 scratch.take<int32_t>(work.buffer), 0, 0};
+            Candidates& c = candidates[i];
+            c = {scratch.take<float>(work.buffer), scratch.take<int32_t>(work.buffer), 0, 0};
             if (i >= rows) continue;
             const Visible v = visible[i] = visible_to(p, b, head, queries.begin + i);
             c.keep = static_cast<int32_t>(p.top_k - forced_count(v));
@@ -232,11 +210,23 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
             return false;
     }
 
+    const auto panel_at = [&](int64_t n) {
+        return const_cast<uint32_t*>(panels_of_head) + n * rounded_panel_words(p.head_dim);
+    };
+    float key_norm = 0.0f, key_error = 0.0f;
+    for (int64_t n = span.begin; n < span.end; ++n) {
+        const PanelFacts& panel = *facts_of(panel_at(n), work.word_count);
+        key_norm = maximum(key_norm, panel.norm);
+        key_error = maximum(key_error, panel.error);
+    }
+    if (!(key_norm <= 4 * kLargest)) return false;
+    for (int g = 0; g < kRowGroups; ++g)
+        if (needed[g].end > 0) set_width(facts[g], key_norm, key_error);
+
     for (int64_t n = span.begin; n < span.end; ++n) {
         const int64_t base = n * NR;
-        uint32_t* panel = const_cast<uint32_t*>(panels_of_head) + n * panel_words;
+        uint32_t* panel = panel_at(n);
         const PanelFacts& keys_facts = *facts_of(panel, work.word_count);
-        const float* key_norms = norms_of(panel, work.word_count);
         for (int g = 0; g < kRowGroups; ++g) {
             if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
             thresholds(facts[g], keys_facts, bound);
@@ -248,12 +238,17 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
                 const int r = __builtin_ctz(beaten), i = g * MR + r;
                 uint32_t bits = beats[r];
                 if (!all_lanes) bits &= candidate_bits(visible[i], base, NR);
-                Bounded& c = candidates[i];
-                const int32_t count = c.count =
-                    c.count + append_bounded(c, tile + r * NR, bits, facts[g], r, keys_facts, key_norms,
-                                             static_cast<int32_t>(base));
+                Candidates& c = candidates[i];
+                const Vec scale = broadcast(facts[g].scale[r] * keys_facts.scale);
+                int32_t count = c.count;
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v)
+                    count +=
+                        append(c.scores + count, c.indices + count, bits >> (v * W) & low_bits(W),
+                               floats_of(tile + r * NR + v * W) * scale, static_cast<int32_t>(base + v * W));
+                c.count = count;
                 if (count <= work.full) continue;
-                facts[g].threshold[r] = prune(c, facts[g].threshold[r], work.keys);
+                prune(c, facts[g], r, work.keys);
                 if (c.count > work.full - work.full / 4) return false;
             }
         }
@@ -261,10 +256,10 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
 
     int32_t* out = p.indices + ((b * p.rule.groups + head) * p.query_length + queries.begin) * p.top_k;
     for (int64_t i = 0; i < rows; ++i, out += p.top_k) {
-        Bounded& c = candidates[i];
+        Candidates& c = candidates[i];
         const Visible& v = visible[i];
         if (scored_rows[i / MR] >> (i % MR) & 1) {
-            work.finish(c, facts[i / MR].threshold[i % MR], queries.begin + i);
+            work.finish(c, facts[i / MR], static_cast<int>(i % MR), queries.begin + i);
         } else if (c.keep > 0) {
             for (int64_t j = v.sink_end; j < v.end; ++j) c.indices[c.count++] = static_cast<int32_t>(j);
         }

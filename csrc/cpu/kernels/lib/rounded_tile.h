@@ -3,7 +3,6 @@
 // of float32, and bytes no faster, unless they have VNNI. A panel is
 //
 //   words  uint32 [ceil(D / 2)][NR]    two components each
-//   norms  float [2][NR]               upper bounds of ‖key‖ (shifted), ‖key − rounded‖ (with the slack)
 //   facts  PanelFacts
 #pragma once
 
@@ -11,20 +10,18 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-// One scale for all keys of a panel, and the largest of their norms.
+// One scale for all keys of a panel, and upper bounds over them.
 struct PanelFacts {
     float scale, inverse;
-    float norm, error;
+    float norm;   // ‖key‖, shifted
+    float error;  // ‖key − rounded‖, with the slack
 };
 
 SPARSE_ATTN_INLINE int64_t rounded_panel_words(int64_t head_dim) {
-    return (pair_words(head_dim) + 2) * NR + 16;
-}
-SPARSE_ATTN_INLINE float* norms_of(uint32_t* panel, int64_t word_count) {
-    return reinterpret_cast<float*>(panel + word_count * NR);
+    return pair_words(head_dim) * NR + 16;
 }
 SPARSE_ATTN_INLINE PanelFacts* facts_of(uint32_t* panel, int64_t word_count) {
-    return reinterpret_cast<PanelFacts*>(panel + (word_count + 2) * NR);
+    return reinterpret_cast<PanelFacts*>(panel + word_count * NR);
 }
 
 #if defined(__AVX512F__)
@@ -58,7 +55,9 @@ SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
 }
 #else
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
-    return _mm512_add_epi32(c, _mm512_madd_epi16(queries, keys));
+    __m512i pairs;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(c), "=&v"(pairs) : "v"(queries), "v"(keys));
+    return c;
 }
 #endif
 #elif defined(__AVX2__)
@@ -85,7 +84,10 @@ SPARSE_ATTN_INLINE void store_whole(int32_t* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.v));
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
-    return _mm256_add_epi32(c, _mm256_madd_epi16(queries, keys));
+    // Not the intrinsics: GCC 12 multiplies everything first, and then runs out of registers.
+    __m256i pairs;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(pairs) : "x"(queries), "x"(keys));
+    return c;
 }
 #else
 struct Sums {

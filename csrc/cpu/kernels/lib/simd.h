@@ -468,9 +468,6 @@ SPARSE_ATTN_INLINE int append(float* values, int32_t* indices, uint32_t bits, Ve
                         _mm256_add_epi32(lanes, _mm256_set1_epi32(base)));
     return __builtin_popcount(bits);
 }
-SPARSE_ATTN_INLINE void compress_floats(float* values, uint32_t bits, Vec a) {
-    _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(a.v, marked_lanes(bits)));
-}
 SPARSE_ATTN_INLINE int compress_to(float* values, int32_t* indices, uint32_t bits, const float* from_values,
                                    const int32_t* from_indices) {
     const __m256i lanes = marked_lanes(bits), from = load_int(from_indices);
@@ -478,11 +475,7 @@ SPARSE_ATTN_INLINE int compress_to(float* values, int32_t* indices, uint32_t bit
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices), _mm256_permutevar8x32_epi32(from, lanes));
     return __builtin_popcount(bits);
 }
-#elif defined(__AVX512F__)
-SPARSE_ATTN_INLINE void compress_floats(float* values, uint32_t bits, Vec a) {
-    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), a.v));
-}
-#else
+#elif !defined(__AVX512F__)
 // Survivors are few, so a loop over the set bits will do.
 SPARSE_ATTN_INLINE int append(float* values, int32_t* indices, uint32_t bits, Vec a, int32_t base) {
     float lanes[Vec::W];
@@ -504,9 +497,6 @@ SPARSE_ATTN_INLINE int compress_to(float* values, int32_t* indices, uint32_t bit
         indices[n] = from_indices[lane];
     }
     return n;
-}
-SPARSE_ATTN_INLINE void compress_floats(float* values, uint32_t bits, Vec a) {
-    for (int n = 0; bits; bits &= bits - 1) values[n++] = a.v[__builtin_ctz(bits)];
 }
 #endif
 
