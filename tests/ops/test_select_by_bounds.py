@@ -54,7 +54,7 @@ def test_rules(name, dtype):
         query, key, value = (make(2, h, length, dim, seed=i) for i, h in enumerate((*heads, heads[1])))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         counts = same_bits(query, key, value, top_k, **options_for(name, query, key, seed=number))
-        assert counts["blocks"] > 0
+        assert (counts["blocks"] > 0) == (name != "zero_scale")  # all keys tie there
 
 
 @compiled
