@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "build_config.h"  // written by the build
+#include "cpu/bounds.h"
 #include "cpu/isa.h"
 #include "cpu/token_counts.h"
 
@@ -81,5 +82,28 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "largest_token", [](const py::buffer& t) { return read_tokens(t, std::nullopt); },
         "The largest id, or -1.");
+    m.def(
+        "use_bounds",
+        [](std::optional<bool> use) {
+            using sparse_attn::ByBounds;
+            sparse_attn::use_bounds(!use ? ByBounds::kAuto : *use ? ByBounds::kAlways : ByBounds::kNever);
+        },
+        "Exact selection by bounds of rounded scores: wherever it can be done (True), never (False), where "
+        "it "
+        "is faster (None). The selection is the same.");
+    m.def(
+        "bounds_counts",
+        [] {
+            const sparse_attn::BoundsCounts n = sparse_attn::bounds_counts();
+            py::dict counts;
+            counts["blocks"] = n.blocks;
+            counts["given_up"] = n.given_up;
+            counts["rows"] = n.rows;
+            counts["budget"] = n.budget;
+            counts["kept"] = n.kept;
+            counts["scored"] = n.scored;
+            return counts;
+        },
+        "What selection by bounds did since the process began.");
     m.def("build_info", &build_info, "What this extension was built with and for, as a dict.");
 }

@@ -1,5 +1,7 @@
 #include "cpu/selection.h"
 
+#include <atomic>
+
 namespace sparse_attn {
 
 std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,
@@ -33,13 +35,18 @@ bool needs_scores(const SelectParams& p) {
     return most > p.top_k || p.rule.mask != nullptr || p.blocks != nullptr;
 }
 
-void pack_keys(Selection& s, int64_t block) {
+static void divide(Selection& s, int64_t block) {
     const SelectParams& p = s.params;
-    const cpu::SelectKernels& k = cpu::topk_select_kernels();
     s.block = block;
     s.per_head = blocks(p.query_length, s.block);
     double pairs = static_cast<double>(p.batch * p.heads) * p.query_length * p.key_length;
     s.parallel = worth_threads(pairs * p.head_dim);
+}
+
+void pack_keys(Selection& s, int64_t block) {
+    const SelectParams& p = s.params;
+    const cpu::SelectKernels& k = cpu::topk_select_kernels();
+    divide(s, block);
     if (!needs_scores(p)) return;
     const int64_t head_bytes = k.packed_head_bytes(p), panels = k.panel_count(p), chunk = 64;
     s.packed = allocate(head_bytes * p.batch * p.kv_heads);
@@ -49,6 +56,89 @@ void pack_keys(Selection& s, int64_t block) {
         k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, {c * chunk, std::min(panels, (c + 1) * chunk)},
                     s.packed.get() + head * head_bytes);
     });
+}
+
+// ---- by bounds
+
+static std::atomic<ByBounds> bounds_used{ByBounds::kAuto};
+static std::atomic<int64_t> counts[6];
+
+void use_bounds(ByBounds when) {
+    bounds_used = when;
+}
+
+BoundsCounts bounds_counts() {
+    return {counts[0], counts[1], counts[2], counts[3], counts[4], counts[5]};
+}
+
+static bool by_bounds(const SelectParams& p) {
+    const ByBounds when = bounds_used;
+    if (when == ByBounds::kNever || !needs_scores(p)) return false;
+    const cpu::BoundsKernels& k = cpu::topk_bounds_kernels();
+    return when == ByBounds::kAlways ? k.takes(p) : k.pays(p);
+}
+
+static Memory rounded_keys(const Selection& s) {
+    const SelectParams& p = s.params;
+    const cpu::BoundsKernels& k = cpu::topk_bounds_kernels();
+    const int64_t head_bytes = k.packed_head_bytes(p), heads = p.batch * p.kv_heads;
+    const int64_t panels = cpu::topk_select_kernels().panel_count(p), chunk = 64,
+                  chunks = blocks(panels, chunk);
+    Memory packed = allocate(head_bytes * heads);
+    for_each_task(heads, 64, s.parallel, [&](int64_t i, char*) {
+        k.find_shift(p, i / p.kv_heads, i % p.kv_heads, packed.get() + i * head_bytes);
+    });
+    for_each_task(heads * chunks, 64, s.parallel, [&](int64_t i, char*) {
+        const int64_t head = i / chunks, c = i % chunks;
+        k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, {c * chunk, std::min(panels, (c + 1) * chunk)},
+                    packed.get() + head * head_bytes);
+    });
+    return packed;
+}
+
+void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(const Block&, char*)>& then) {
+    const SelectParams& p = s.params;
+    const cpu::SelectKernels& full = cpu::topk_select_kernels();
+    const int64_t step = full.block_queries(p);
+    divide(s, step);
+    const int64_t tasks = p.batch * p.rule.groups * s.per_head;
+    auto block = [&](int64_t i) { return block_of(i, p.rule.groups, s.per_head, s.block, p.query_length); };
+    // The tasks that the full product has to do: all, or those whose bounds leave too many keys.
+    std::vector<int64_t> left;
+    const bool bounds = by_bounds(p);
+    if (bounds) {
+        const cpu::BoundsKernels& k = cpu::topk_bounds_kernels();
+        const Memory packed = rounded_keys(s);
+        std::vector<uint8_t> done(static_cast<size_t>(tasks));
+        std::atomic<int64_t> tried{0}, given_up{0};
+        const int64_t bytes = std::max(k.scratch_bytes(p), scratch_bytes);
+        for_each_task(tasks, bytes, s.parallel, [&](int64_t i, char* scratch) {
+            if (given_up * 4 > tried + 16) return;  // inputs that bounds do not suit
+            const Block t = block(i);
+            cpu::Survivors n{};
+            ++tried;
+            if (!k.select(p, {t.b, t.group, t.queries, packed.get()}, scratch, &n)) {
+                ++given_up;
+                return;
+            }
+            done[static_cast<size_t>(i)] = 1;
+            then(t, scratch);
+            const int64_t add[] = {1, 0, n.rows, n.budget, n.kept, n.scored};
+            for (int j = 0; j < 6; ++j) counts[j] += add[j];
+        });
+        for (int64_t i = 0; i < tasks; ++i)
+            if (!done[static_cast<size_t>(i)]) left.push_back(i);
+        counts[1] += static_cast<int64_t>(left.size());
+        if (left.empty()) return;
+    }
+    pack_keys(s, step);
+    const int64_t bytes = std::max(full.select.scratch_bytes(p), scratch_bytes);
+    for_each_task(bounds ? static_cast<int64_t>(left.size()) : tasks, bytes, s.parallel,
+                  [&](int64_t i, char* scratch) {
+                      const Block t = block(bounds ? left[static_cast<size_t>(i)] : i);
+                      full.select.run(p, {t.b, t.group, t.queries, s.packed.get()}, scratch);
+                      then(t, scratch);
+                  });
 }
 
 }  // namespace sparse_attn

@@ -2,15 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
 #include "common/attention.h"
+#include "cpu/bounds.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/topk_select.h"
+#include "cpu/kernels/topk_bounds.h"
 #include "cpu/tasks.h"
 
 SPARSE_ATTN_FIND_KERNELS(topk_select, SelectKernels)
+SPARSE_ATTN_FIND_KERNELS(topk_bounds, BoundsKernels)
 
 namespace sparse_attn {
 
@@ -54,5 +57,9 @@ inline Block block_of(int64_t i, int64_t groups, int64_t per_head, int64_t block
     int64_t head = i / per_head, n = per_head - 1 - i % per_head;
     return {head / groups, head % groups, {n * block, std::min(query_length, (n + 1) * block)}};
 }
+
+// Selects for all queries, by bounds where that is faster: then(block, scratch) for each block of queries, in
+// the task that chose its keys and with as much scratch as was asked for.
+void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(const Block&, char*)>& then);
 
 }  // namespace sparse_attn

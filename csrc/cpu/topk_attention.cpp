@@ -30,7 +30,6 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(
     set_indices(a, op, indices);
     a.out = out.mutable_data_ptr();
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
-    const cpu::SelectKernels& select = cpu::topk_select_kernels();
     const cpu::AttendKernel& attend = cpu::gathered_attention_kernels();
     const int64_t sharing = p.heads / p.rule.groups;
     if (decodes(p)) {
@@ -39,12 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(
         });
         return {out, lse, indices};
     }
-    pack_keys(s, select.block_queries(p));
-    const int64_t bytes = std::max(select.select.scratch_bytes(p), attend.scratch_bytes(a));
     // One task selects and attends: the block's indices and keys are still in cache.
-    for_each_task(p.batch * p.rule.groups * s.per_head, bytes, s.parallel, [&](int64_t i, char* scratch) {
-        Block t = block_of(i, p.rule.groups, s.per_head, s.block, p.query_length);
-        select.select.run(p, {t.b, t.group, t.queries, s.packed.get()}, scratch);
+    select_all(s, attend.scratch_bytes(a), [&](const Block& t, char* scratch) {
         attend.run(a, {t.b, {t.group * sharing, (t.group + 1) * sharing}, t.queries}, scratch);
     });
     return {out, lse, indices};

@@ -45,11 +45,15 @@ Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional<Te
         decode(p, 0, [](int64_t, int64_t, int64_t, char*) {});
         return indices;
     }
+    if (!chosen) {
+        select_all(s, 0, [](const Block&, char*) {});
+        return indices;
+    }
     const cpu::SelectKernels& k = cpu::topk_select_kernels();
     const int64_t step = k.block_queries(p);
     pack_keys(s, step);
-    // A task's queries lie in one tile; without blocks all queries are one. The longest rows first.
-    const int64_t tile = chosen ? p.query_tile : p.query_length, parts = blocks(tile, step);
+    // A task's queries lie in one tile. The longest rows first.
+    const int64_t tile = p.query_tile, parts = blocks(tile, step);
     const int64_t per_head = blocks(p.query_length, tile) * parts, groups = p.rule.groups;
     for_each_task(
         p.batch * groups * per_head, k.select.scratch_bytes(p), s.parallel, [&](int64_t i, char* scratch) {

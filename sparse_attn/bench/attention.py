@@ -134,10 +134,20 @@ def select(case: AttentionCase, tensors: Triple) -> Tensor:
 def on_real_inputs(rows: list[Comparison]) -> list[Comparison]:
     """The comparisons with dense attention once more, on a language model's own queries and keys."""
     return [
-        replace(row, case=replace(row.case, inputs="real"), rivals=("sdpa",), targets={}, section="real")
+        replace(
+            row,
+            case=replace(row.case, inputs="real"),
+            rivals=_dense_and_full(row),
+            targets={},
+            section="real",
+        )
         for row in rows
         if "sdpa" in row.rivals
     ]
+
+
+def _dense_and_full(row: Comparison) -> tuple[str, ...]:
+    return tuple(name for name in ("sdpa", "full_product") if name in row.rivals)
 
 
 def with_targets_alone(rows: list[Comparison]) -> list[Comparison]:

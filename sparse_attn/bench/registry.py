@@ -103,6 +103,10 @@ class Op:
         """Raises WrongResult unless the result, and the gradients if timed, are what they should be."""
         raise NotImplementedError
 
+    def remark(self, case: Case) -> str:
+        """What the checks of a case found out that a reader wants to know; stands with the row's note."""
+        return ""
+
     def scaling(self) -> dict[str, list[Case]]:
         """Contender → cases over which its time is followed (none: no curve)."""
         return {}

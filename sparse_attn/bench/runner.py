@@ -124,7 +124,7 @@ def _row(op: Op, case: Case, at: int, rivals, times: dict[tuple[str, int], Times
         "op": op.name,
         "name": str(case),
         "case": {**asdict(case), "backward": case.direction != "forward"},
-        "note": note,
+        "note": "; ".join(filter(None, (note, op.remark(case)))),
         "rounds": len(ours.samples),
         "milliseconds": ours.median * 1e3,
         "quartiles": [1e3 * t for t in ours.quartiles()],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from sparse_attn.rule import EVERY_PART
@@ -34,3 +37,25 @@ def _way(op: str, sizes: dict[str, int]) -> str | None:
 
 CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART, way=_way)
 register(CPU_WING)
+
+
+@contextmanager
+def selection_by_bounds(use: bool | None) -> Iterator[dict[str, int]]:
+    """Exact selection by bounds of rounded scores in this process, which has the same bits.
+
+    True: wherever it can be done; False: never; None: where it is faster, as without this.
+
+    Yields a dict that the end of the block fills with what the bounds did meanwhile: blocks of queries selected so, and
+    blocks given_up for the full product; of the former the rows, their budget of keys, how many keys were kept as
+    candidates and how many of these had to be scored exactly.
+    """
+    if extension.module is None:
+        raise RuntimeError(extension.load_error)
+    before = extension.module.bounds_counts()
+    counts: dict[str, int] = {}
+    extension.module.use_bounds(use)
+    try:
+        yield counts
+    finally:
+        extension.module.use_bounds(None)
+        counts.update({name: n - before[name] for name, n in extension.module.bounds_counts().items()})

@@ -16,6 +16,7 @@ FILES = (
     "test_topk_select_long.py",
     "test_decoding.py",
     "test_key_index.py",
+    "test_select_by_bounds.py",
     "test_indexer_select.py",
     "test_quantized_select.py",
     "test_block_attention.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ import sparse_attn
 from sparse_attn.bench import contenders, correctness
 from sparse_attn.bench.attention import (
     DENSE,
+    LABELS,
     PLAIN,
     AttentionCase,
     AttentionOp,
@@ -20,7 +22,9 @@ from sparse_attn.bench.attention import (
     select,
     with_targets_alone,
 )
-from sparse_attn.bench.registry import Comparison, Peak
+from sparse_attn.bench.registry import Comparison, Peak, WrongResult
+from sparse_attn.wings import extension
+from sparse_attn.wings.cpu import selection_by_bounds
 
 BASE = AttentionCase("topk_attention", 4096)
 HALF = {"dtype": "bfloat16"}
@@ -30,6 +34,10 @@ DECODING = 16  # queries; more of them go another way
 
 class TopkAttention(AttentionOp):
     name = "topk_attention"
+    labels: ClassVar = LABELS | {"full_product": "topk_attention, every score exact"}
+
+    def __init__(self) -> None:
+        self.remarks: dict[AttentionCase, str] = {}
 
     def ours(self, case: AttentionCase, tensors: Triple) -> contenders.Forward:
         options = rule(case)
@@ -38,7 +46,20 @@ class TopkAttention(AttentionOp):
         return lambda q, k, v: sparse_attn.topk_attention(q, k, v, case.top_k, **options)
 
     def plain(self, contender: str, case: AttentionCase, tensors: Triple) -> contenders.Forward:
+        if contender == "full_product":
+            ours = self.ours(case, tensors)
+
+            def without_bounds(*leaves: Tensor) -> Tensor:
+                with selection_by_bounds(False):
+                    return ours(*leaves)
+
+            return without_bounds
         return contenders.plain_topk(contender, case)
+
+    def problem(self, contender: str, case: AttentionCase) -> str | None:
+        if contender == "full_product":
+            return extension.load_error
+        return super().problem(contender, case)
 
     def used(self, contender: str, case: AttentionCase, tensors: Triple) -> Tensor | None:
         if contender in self.dense:
@@ -48,6 +69,9 @@ class TopkAttention(AttentionOp):
         return select(case, tensors)
 
     def check(self, contender, case, inputs, work) -> None:
+        if contender == "full_product":
+            self.check_same_bits(case, inputs)
+            return
         indices = self.used(contender, case, inputs)
         if indices is not None:
             correctness.check_selection(contender, case, indices, inputs)
@@ -66,13 +90,36 @@ class TopkAttention(AttentionOp):
         assert isinstance(many, tuple)
         correctness.check_alone("ours", case, few, many)
 
+    def check_same_bits(self, case: AttentionCase, inputs: Triple) -> None:
+        """Selection by bounds and by the full product give the same bits; remarks what the bounds left."""
+        results = []
+        for use in (False, None):
+            with torch.no_grad(), selection_by_bounds(use) as counts:
+                results.append(
+                    sparse_attn.topk_attention(
+                        *inputs, case.top_k, return_lse=True, return_indices=True, **rule(case)
+                    )
+                )
+        if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
+            raise WrongResult(f"selection by bounds differs from the full product: {case}")
+        kept, scored = (counts[name] / max(1, counts["budget"]) for name in ("kept", "scored"))
+        self.remarks[case] = (
+            f"by bounds: {kept:.2f}·K keys left, {scored:.2f}·K scored again, "
+            f"{counts['given_up']} of {counts['blocks'] + counts['given_up']} blocks given up"
+            if counts["blocks"] + counts["given_up"]
+            else "every score exact"
+        )
+
+    def remark(self, case: AttentionCase) -> str:
+        return self.remarks.get(case, "")
+
     def comparisons(self, quick: bool) -> list[Comparison]:
         both = {"direction": "both"}
         rows = [
             Comparison(BASE, (*PLAIN, *DENSE), {"plain": 25}),
             Comparison(replace(BASE, **HALF), (*PLAIN, *DENSE)),
-            Comparison(replace(BASE, length=8192), DENSE, {"sdpa": 1.0}),
-            Comparison(replace(BASE, length=8192, **HALF), DENSE, {"sdpa": 1 / 1.3}),
+            Comparison(replace(BASE, length=8192), (*DENSE, "full_product"), {"sdpa": 1.0}),
+            Comparison(replace(BASE, length=8192, **HALF), (*DENSE, "full_product"), {"sdpa": 1 / 1.3}),
             Comparison(replace(BASE, **both), ("plain_tuned", "sdpa"), {"sdpa": 1.0}),
             Comparison(replace(BASE, **both, **HALF), ("sdpa",)),
         ]

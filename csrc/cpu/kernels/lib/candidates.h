@@ -42,6 +42,44 @@ SPARSE_ATTN_INLINE int32_t count_ge(const int32_t* keys, int32_t n, int32_t boun
     return count;
 }
 
+// The largest order key found that at least `keep` of the n keys reach (n >= keep; whole vectors, the tail of
+// the last lost), and how many do: at most `most`, unless they tie.
+struct Cut {
+    int32_t low, at_least;
+};
+SPARSE_ATTN_INLINE Cut find_cut(const int32_t* keys, int32_t n, int32_t padded, int32_t keep, int32_t most,
+                                int32_t known = INT32_MAX) {
+    int32_t low = INT32_MAX, high = INT32_MIN;
+    for (int32_t i = 0; i < n; ++i) {
+        low = minimum(low, keys[i]);
+        high = maximum(high, keys[i]);
+    }
+    if (known != INT32_MAX) low = maximum(low, known);  // one that `keep` keys reach
+    // Bisection over the order keys, until few enough are at or above `low` or one value remains.
+    int32_t at_least = n;
+    while (at_least > most && low != high) {
+        uint32_t distance = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
+        int32_t middle = static_cast<int32_t>(static_cast<uint32_t>(low) + distance / 2 + (distance & 1));
+        int32_t reach = count_ge(keys, padded, middle);
+        if (reach >= keep) {
+            low = middle;
+            at_least = reach;
+        } else {
+            high = middle - 1;
+        }
+    }
+    return {low, at_least};
+}
+
+// Order keys of n values, and of the tail of the last vector keys that lose every comparison. Returns the
+// padded length.
+SPARSE_ATTN_INLINE int32_t order_all(const float* values, int32_t n, int32_t* keys) {
+    const int32_t padded = static_cast<int32_t>(round_up(n, Vec::W));
+    for (int32_t i = 0; i < n; i += Vec::W) order_keys(values + i, keys + i);
+    for (int32_t i = n; i < padded; ++i) keys[i] = INT32_MIN;
+    return padded;
+}
+
 // Cuts the buffer to its best `keep` scores (NaN counts as best, ties go to the smaller index), keeping the
 // order; with kRough to those and at most a quarter more, in fewer steps. Returns the new threshold. `keys`
 // is scratch of the buffer's length.
@@ -52,29 +90,10 @@ inline float keep_best(Candidates& c, int32_t* keys) {
         return closed_threshold();
     }
     if (c.count < c.keep) return open_threshold();
-    // The tail of the last vector must lose every comparison.
-    int32_t padded = static_cast<int32_t>(round_up(c.count, Vec::W));
-    for (int32_t i = 0; i < c.count; i += Vec::W) order_keys(c.scores + i, keys + i);
-    for (int32_t i = c.count; i < padded; ++i) keys[i] = INT32_MIN;
-    int32_t low = INT32_MAX, high = INT32_MIN;
-    for (int32_t i = 0; i < c.count; ++i) {
-        low = minimum(low, keys[i]);
-        high = maximum(high, keys[i]);
-    }
-    // Bisection over the order keys, until few enough are at or above `low` or one value remains.
+    const int32_t padded = order_all(c.scores, c.count, keys);
     const int32_t most = kRough ? c.keep + c.keep / 4 : c.keep;
-    int32_t at_least = c.count;  // how many are >= low
-    while (at_least > most && low != high) {
-        uint32_t distance = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
-        int32_t middle = static_cast<int32_t>(static_cast<uint32_t>(low) + distance / 2 + (distance & 1));
-        int32_t n = count_ge(keys, padded, middle);
-        if (n >= c.keep) {
-            low = middle;
-            at_least = n;
-        } else {
-            high = middle - 1;
-        }
-    }
+    const Cut cut = find_cut(keys, c.count, padded, c.keep, most);
+    const int32_t low = cut.low, at_least = cut.at_least;
     // Of those equal to `low`, too many by `excess`: the last ones go.
     const int32_t excess = at_least > most ? at_least - c.keep : 0;
     int32_t equal_left = INT32_MAX;

@@ -32,8 +32,8 @@ struct FloatTile {
     }
     using Sum = Vec;
     static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return zero(); }
-    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
-        return fma(broadcast(*a), load(b), c);
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, Vec b, Sum c) {
+        return fma(broadcast(*a), b, c);
     }
     static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
@@ -57,9 +57,9 @@ struct BFloat16Tile {
     }
     using Sum = Vec;
     static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return zero(); }
-    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, Vec b, Sum c) {
         __m512 pair = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits_of(*a))));
-        return {_mm512_dpbf16_ps(c.v, (__m512bh)pair, (__m512bh)load(b).v)};
+        return {_mm512_dpbf16_ps(c.v, (__m512bh)pair, (__m512bh)b.v)};
     }
     static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
@@ -116,10 +116,10 @@ struct Int8Tile {
     static SPARSE_ATTN_INLINE Sum start(const float* panel, int64_t words) {
         return _mm512_loadu_si512(panel + (words + 1) * NR);
     }
-    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, Vec b, Sum c) {
         int32_t query;
         memcpy(&query, a, 4);
-        const __m512i queries = _mm512_set1_epi32(query), keys = _mm512_loadu_si512(b);
+        const __m512i queries = _mm512_set1_epi32(query), keys = _mm512_castps_si512(b.v);
         // Not the intrinsic: GCC 12 copies its accumulator around each use, and then runs out of registers.
         asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
         return c;
@@ -140,8 +140,8 @@ struct Int8Tile {
     }
     using Sum = Vec;
     static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return zero(); }
-    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, const float* b, Sum c) {
-        return fma(broadcast(*a), load(b), c);
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, Vec b, Sum c) {
+        return fma(broadcast(*a), b, c);
     }
     static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
@@ -204,7 +204,8 @@ SPARSE_ATTN_INLINE void accumulate(Vec (&acc)[MR][NV], const float* queries, con
         for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v)
-                sums[r][v] = Tile::multiply_add(queries + w * MR + r, panel + w * NR + v * W, sums[r][v]);
+                sums[r][v] =
+                    Tile::multiply_add(queries + w * MR + r, load(panel + w * NR + v * W), sums[r][v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)

@@ -61,6 +61,13 @@ SPARSE_ATTN_INLINE uint32_t low_bits(int64_t n) {
     return n >= 32 ? ~0u : (1u << n) - 1u;
 }
 
+// Order-preserving integer of a float: −0 equals +0, NaN is largest.
+SPARSE_ATTN_INLINE int32_t order_of(float x) {
+    if (x != x) return 0x7fffffff;
+    const int32_t i = static_cast<int32_t>(bits_of(x + 0.0f));
+    return i ^ ((i >> 31) & 0x7fffffff);
+}
+
 // ---- one instruction set: Vec, lanes(), loads and stores, comparisons, compression
 
 #if defined(__AVX512F__)
@@ -424,12 +431,6 @@ SPARSE_ATTN_INLINE Vec scale_by_power(Vec a, Vec n) {
 SPARSE_ATTN_INLINE Vec transpose_sum(const Vec* v) {
     SPARSE_ATTN_LANES(sum(v[i]));
 }
-// Order-preserving integer of a float: −0 equals +0, NaN is largest.
-SPARSE_ATTN_INLINE int32_t order_of(float x) {
-    if (x != x) return 0x7fffffff;
-    int32_t i = static_cast<int32_t>(bits_of(x + 0.0f));
-    return i ^ ((i >> 31) & 0x7fffffff);
-}
 SPARSE_ATTN_INLINE void order_keys(const float* values, int32_t* keys) {
     for (int i = 0; i < 4; ++i) keys[i] = order_of(values[i]);
 }
@@ -450,8 +451,41 @@ SPARSE_ATTN_INLINE uint32_t in_range(const int32_t* indices, int32_t low, int32_
 
 #endif
 
-#if !defined(__AVX512F__)
-// No compress instruction: survivors are few, so a loop over the set bits will do.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// No compress instruction: a permutation for each of the 256 sets of lanes.
+struct LaneTable {
+    uint64_t bytes[256];  // byte n: the n-th marked lane
+};
+constexpr LaneTable make_lane_table() {
+    LaneTable table{};
+    for (int bits = 0; bits < 256; ++bits) {
+        int n = 0;
+        for (int lane = 0; lane < 8; ++lane)
+            if (bits >> lane & 1) table.bytes[bits] |= static_cast<uint64_t>(lane) << (8 * n++);
+    }
+    return table;
+}
+inline constexpr LaneTable kLanes = make_lane_table();
+
+SPARSE_ATTN_INLINE __m256i marked_lanes(uint32_t bits) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLanes.bytes + bits)));
+}
+SPARSE_ATTN_INLINE int append(float* values, int32_t* indices, uint32_t bits, Vec a, int32_t base) {
+    const __m256i lanes = marked_lanes(bits);
+    _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(a.v, lanes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices),
+                        _mm256_add_epi32(lanes, _mm256_set1_epi32(base)));
+    return __builtin_popcount(bits);
+}
+SPARSE_ATTN_INLINE int compress_to(float* values, int32_t* indices, uint32_t bits, const float* from_values,
+                                   const int32_t* from_indices) {
+    const __m256i lanes = marked_lanes(bits), from = load_int(from_indices);
+    _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(_mm256_loadu_ps(from_values), lanes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices), _mm256_permutevar8x32_epi32(from, lanes));
+    return __builtin_popcount(bits);
+}
+#elif !defined(__AVX512F__)
+// Survivors are few, so a loop over the set bits will do.
 SPARSE_ATTN_INLINE int append(float* values, int32_t* indices, uint32_t bits, Vec a, int32_t base) {
     float lanes[Vec::W];
     store(lanes, a);

@@ -1,0 +1,132 @@
+// Rows rounded to 13 bits for the bounds of bounds.h: W rows at a time, component by component (x[d][W]), so
+// that every step is a vector of rows.
+//
+// A row is rotated before it is rounded: an orthogonal rotation of queries and keys alike changes no product
+// and spreads what stands in a few components over all of them, where it costs fewer bits.
+#pragma once
+
+#include "select_tile.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+constexpr int64_t kWidest = 256;  // D
+
+// Norms between these leave no product of two rows that overflows, or loses more to underflow than the
+// bound's slack.
+constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p60f;
+// Norms are float32 sums themselves: a factor that makes them upper bounds.
+constexpr float kNormSlack = 1.0001f;
+
+// Of ‖q‖·‖k‖: what the float32 sum of the exact score may be off by (at most two roundings a step, 2D ·
+// 2⁻²⁴), and the rotation, the scores and the thresholds made of rounded rows (a few roundings each).
+SPARSE_ATTN_INLINE float slack_of(int64_t head_dim) {
+    return static_cast<float>(head_dim + 64) * 0x1p-23f;
+}
+
+// Rows are whole numbers of [−most, most]: D products of two of them are summed in int32.
+SPARSE_ATTN_INLINE float largest_whole(int64_t head_dim) {
+    return head_dim <= 128 ? 4095.0f : 2895.0f;
+}
+// Words of a row, two numbers each.
+SPARSE_ATTN_INLINE int64_t pair_words(int64_t head_dim) {
+    return (head_dim + 1) / 2;
+}
+
+SPARSE_ATTN_INLINE Vec root(Vec a) {
+    float lanes[W];
+    store(lanes, a);
+    for (int j = 0; j < W; ++j) lanes[j] = __builtin_sqrtf(lanes[j]);
+    return load(lanes);
+}
+SPARSE_ATTN_INLINE Vec magnitude(Vec a) {
+    return max(a, zero() - a);
+}
+
+// x[d][j] = (row j)[d] − shift[d], zeros for rows from n on; returns the norms of the rows as they come.
+template <class T>
+inline Vec load_columns(float* x, const T* from, int64_t n, int64_t row_stride, int64_t stride,
+                        int64_t head_dim, float sign, const float* shift) {
+    for (int64_t j = 0; j < n; ++j)
+        for (int64_t d = 0; d < head_dim; ++d)
+            x[d * W + j] = to_float(from[j * row_stride + d * stride]) * sign;
+    Vec squares = zero();
+    for (int64_t d = 0; d < head_dim; ++d) {
+        for (int64_t j = n; j < W; ++j) x[d * W + j] = 0.0f;
+        const Vec a = load(x + d * W);
+        squares = fma(a, a, squares);
+        if (shift) store(x + d * W, a - broadcast(shift[d]));
+    }
+    if (shift)
+        for (int64_t d = 0; d < head_dim; ++d)
+            for (int64_t j = n; j < W; ++j) x[d * W + j] = 0.0f;
+    return root(squares) * broadcast(kNormSlack);
+}
+
+// Orthonormal Hadamard transforms of the components, in blocks of powers of two.
+inline void rotate(float* x, int64_t head_dim) {
+    for (int64_t begin = 0, size; begin < head_dim; begin += size) {
+        for (size = 1; begin + 2 * size <= head_dim;) size *= 2;
+        float* block = x + begin * W;
+        for (int64_t half = 1; half < size; half *= 2)
+            for (int64_t i = 0; i < size; i += 2 * half)
+                for (int64_t j = i; j < i + half; ++j) {
+                    const Vec a = load(block + j * W), b = load(block + (j + half) * W);
+                    store(block + j * W, a + b);
+                    store(block + (j + half) * W, a - b);
+                }
+        const Vec unit = broadcast(1.0f / __builtin_sqrtf(static_cast<float>(size)));
+        for (int64_t j = 0; j < size; ++j) store(block + j * W, load(block + j * W) * unit);
+    }
+}
+
+SPARSE_ATTN_INLINE Vec largest_of(const float* x, int64_t head_dim) {
+    Vec largest = zero();
+    for (int64_t d = 0; d < head_dim; ++d) largest = max(magnitude(load(x + d * W)), largest);
+    return largest;
+}
+
+// Whole numbers of 16 bits to words of two, the first lowest.
+SPARSE_ATTN_INLINE void store_pairs(uint32_t* to, Vec low, Vec high) {
+#if defined(__AVX512F__)
+    const __m512i first = _mm512_maskz_cvtps_epi32(0xffff, low.v),
+                  second = _mm512_maskz_cvtps_epi32(0xffff, high.v);
+    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_and_si512(first, _mm512_set1_epi32(0xffff)),
+                                            _mm512_slli_epi32(second, 16)));
+#elif defined(__AVX2__)
+    const __m256i first = _mm256_cvtps_epi32(low.v), second = _mm256_cvtps_epi32(high.v);
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to),
+        _mm256_or_si256(_mm256_and_si256(first, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(second, 16)));
+#else
+    for (int j = 0; j < W; ++j)
+        to[j] = (static_cast<uint32_t>(static_cast<int32_t>(low.v[j])) & 0xffff) |
+                static_cast<uint32_t>(static_cast<int32_t>(high.v[j])) << 16;
+#endif
+}
+
+struct RoundedNorms {
+    Vec norm, error;  // upper bounds of ‖x‖ and ‖x − scale · rounded‖
+};
+
+// to[w][width]: two whole numbers per word, x / scale rounded; `x` is overwritten.
+inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t head_dim, Vec scale,
+                                  Vec inverse) {
+    const Vec least = broadcast(-largest_whole(head_dim));
+    Vec squares = zero(), errors = zero();
+    for (int64_t d = 0; d < head_dim; ++d) {
+        const Vec a = load(x + d * W);
+        // max() gives its second operand for a NaN, whose row is used by nobody.
+        const Vec number = zero() - max(zero() - max(round_even(a * inverse), least), least);
+        const Vec error = a - scale * number;
+        squares = fma(a, a, squares);
+        errors = fma(error, error, errors);
+        store(x + d * W, number);
+    }
+    for (int64_t w = 0; w < pair_words(head_dim); ++w)
+        store_pairs(to + w * width, load(x + 2 * w * W),
+                    2 * w + 1 < head_dim ? load(x + (2 * w + 1) * W) : zero());
+    const Vec norm = root(squares) * broadcast(kNormSlack);
+    return {norm, fma(norm, broadcast(0x1p-22f), root(errors) * broadcast(kNormSlack))};
+}
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,0 +1,181 @@
+"""Selection by bounds of rounded scores: the same bits as by the full product, whatever the inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.bounds import bounds_of, survivors
+from helpers.inputs import OPTIONS, integers, normal, options_for
+
+import sparse_attn
+from sparse_attn.wings import extension
+from sparse_attn.wings.cpu import selection_by_bounds
+
+native = extension.module
+compiled = pytest.mark.skipif(native is None, reason=str(extension.load_error))
+
+
+def same_bits(query, key, value, top_k, **options) -> dict[str, int]:
+    """Asserts that both ways give the same out, lse and indices; what the bounds did."""
+    call = lambda: sparse_attn.topk_attention(  # noqa: E731
+        query, key, value, top_k, return_lse=True, return_indices=True, backend="cpu", **options
+    )
+    with selection_by_bounds(False) as counts:
+        full = call()
+    assert counts["blocks"] == counts["given_up"] == 0
+    with selection_by_bounds(True) as counts:
+        bounded = call()
+        chosen = sparse_attn.topk_select(query, key, top_k, backend="cpu", **options)
+    for name, a, b in zip(("out", "lse", "indices"), full, bounded, strict=True):
+        whole = {torch.float32: torch.int32, torch.int32: torch.int32}.get(a.dtype, torch.int16)
+        # Of a NaN only that it is one.
+        differ = (a.view(whole) != b.view(whole)) & ~((a != a) & (b != b))
+        assert not differ.any(), (
+            f"{name}: {int(differ.sum())} differ, first at {differ.nonzero()[0].tolist()}"
+        )
+    assert torch.equal(chosen, full[2])
+    return counts
+
+
+def correlated(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Rows like a model's: a common mean, a few large components, neighbours alike."""
+    rows = normal(*shape, seed=seed)
+    rows = rows + 0.7 * rows.roll(1, -2) + 2 * normal(*shape[:2], 1, shape[-1], seed=seed + 1)
+    return rows * (1 + 4 * (torch.arange(shape[-1]) % 16 == 3))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_rules(name, dtype):
+    for number, (make, heads, length, dim, top_k) in enumerate(
+        [(normal, (2, 2), 150, 64, 16), (correlated, (4, 2), 131, 40, 9), (integers, (3, 1), 97, 7, 8)]
+    ):
+        query, key, value = (make(2, h, length, dim, seed=i) for i, h in enumerate((*heads, heads[1])))
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        counts = same_bits(query, key, value, top_k, **options_for(name, query, key, seed=number))
+        assert (counts["blocks"] > 0) == (name != "zero_scale")  # all keys tie there
+
+
+@compiled
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 8, 31, 72, 96, 128, 200, 256])
+def test_head_dimensions(dim):
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key = correlated(1, 2, 120, dim).to(dtype), correlated(1, 1, 120, dim, seed=5).to(dtype)
+        same_bits(query, key, key, 7, is_causal=True)
+
+
+@compiled
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_scales_and_layouts(scale):
+    query, key = correlated(1, 80, 4, 32).transpose(1, 2), correlated(1, 90, 2, 32, seed=3).transpose(1, 2)
+    same_bits(query, key, key, 6, scale=scale, is_causal=True, causal_offset=10)
+    same_bits(query, key.mT.contiguous().mT, key, 6, scale=scale)  # keys whose components are not neighbours
+
+
+def _nan(query, key):
+    query[0, 0, 20], query[0, 1, 3, 5] = torch.nan, torch.nan
+    key[0, 0, 30], key[0, 1, 77, 2] = torch.nan, torch.nan
+
+
+def _infinite(query, key):
+    query[0, 0, 20, 1], query[0, 1, 3, 5] = torch.inf, -torch.inf
+    key[0, 0, 30, 1], key[0, 1, 77, 2] = torch.inf, -torch.inf
+
+
+def _zero_rows(query, key):
+    query[:, :, ::3] = 0
+    key[:, :, ::4] = 0
+
+
+def _outlier(query, key):
+    key[:, :, 7] *= 1000
+    key[..., 5] *= 100
+
+
+def _ties(query, key):
+    key.copy_(key[:, :, torch.arange(key.shape[2]) % 5])
+
+
+def _near_ties(query, key):
+    key.copy_(key[:, :, :1] * (1 + 1e-6 * torch.randn(1, 1, key.shape[2], 1)))
+
+
+def _tiny(query, key):
+    query *= 1e-30
+    key *= 1e-15
+
+
+def _denormal(query, key):
+    query *= 1e-38
+    key[:, :, ::2] *= 1e-38
+
+
+def _huge(query, key):
+    query *= 1e30
+    key *= 1e25
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change", [_nan, _infinite, _zero_rows, _outlier, _ties, _near_ties, _tiny, _denormal, _huge]
+)
+def test_special_values(change, dtype):
+    query, key = normal(1, 2, 300, 48), normal(1, 2, 300, 48, seed=1)
+    change(query, key)
+    query, key = query.to(dtype), key.to(dtype)
+    same_bits(query, key, normal(1, 2, 300, 48).to(dtype), 12, is_causal=True)
+    same_bits(query, key, key, 12, is_causal=True, window=3, sinks=2)
+
+
+@compiled
+def test_any_number_of_threads():
+    query, key = correlated(1, 3, 400, 64), correlated(1, 3, 400, 64, seed=1)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            same_bits(query, key, key, 20, is_causal=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@compiled
+def test_bounds_leave_few_keys_and_give_up_where_they_prune_nothing():
+    query, key = correlated(1, 2, 600, 64), correlated(1, 2, 600, 64, seed=1)
+    counts = same_bits(query, key, key, 16)
+    assert counts["given_up"] == 0
+    assert counts["budget"] == 16 * counts["rows"]
+    assert counts["kept"] < 1.5 * counts["budget"]
+    _near_ties(query, key)
+    counts = same_bits(query, key, key, 16)
+    assert counts["given_up"] > 0
+
+
+@compiled
+def test_long_rows_choose_bounds_by_themselves():
+    query, key = normal(1, 1, 4096, 64), normal(1, 1, 4096, 64, seed=1)
+    before = native.bounds_counts()
+    sparse_attn.topk_select(query, key, 32, is_causal=True, backend="cpu")
+    ran = native.bounds_counts()["blocks"] > before["blocks"]
+    assert ran == (native.cpu_isa() != "generic")
+    before = native.bounds_counts()
+    sparse_attn.topk_select(query[:, :, :256], key[:, :, :256], 32, is_causal=True, backend="cpu")
+    assert native.bounds_counts() == before
+
+
+@pytest.mark.parametrize("bits", [4, 8, 13])
+@pytest.mark.parametrize("make", [normal, correlated])
+def test_no_key_of_the_true_selection_is_ever_pruned(make, bits):
+    for seed in range(5):
+        query, key = make(1, 2, 64, 40, seed=seed), make(1, 2, 300, 40, seed=seed + 50)
+        bounds = bounds_of(query, key, bits)
+        left = survivors(bounds, 10)
+        exact = query @ key.mT  # float32 sums, in some order
+        assert left.gather(-1, exact.topk(10, -1).indices).all()
+        shifted = exact.double() - (query.double() @ key.double().mean(-2, keepdim=True).mT)
+        assert (shifted >= bounds.lower).all()
+        assert (shifted <= bounds.upper).all()
+        if bits == 13:
+            assert left.sum() <= 1.1 * 10 * left[..., 0].numel()
