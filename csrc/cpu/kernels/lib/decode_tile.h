@@ -7,21 +7,6 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-// FloatTile and BFloat16Tile with a step that takes the words of W keys in a register.
-template <class Base>
-struct Streamed : Base {
-    using Base::multiply_add;
-    static SPARSE_ATTN_INLINE Vec multiply_add(const float* query, Vec keys, Vec sum) {
-#if defined(__AVX512BF16__)
-        if constexpr (Base::kDepth == 2) {
-            const __m512i pair = _mm512_set1_epi32(static_cast<int>(bits_of(*query)));
-            return {_mm512_dpbf16_ps(sum.v, (__m512bh)pair, (__m512bh)keys.v)};
-        }
-#endif
-        return fma(broadcast(*query), keys, sum);
-    }
-};
-
 // W rows of W lanes → W columns.
 SPARSE_ATTN_INLINE void transpose(Vec (&v)[W]) {
 #if defined(__AVX512F__)
@@ -219,7 +204,8 @@ __attribute__((noinline)) uint32_t stored_tile(float* tile, const float* queries
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v)
-                sums[r][v] = Tile::multiply_add(queries + w * R + r, panel + w * NR + v * W, sums[r][v]);
+                sums[r][v] =
+                    Tile::multiply_add(queries + w * R + r, load(panel + w * NR + v * W), sums[r][v]);
     }
     return finish_tile<R, kCompare>(sums, tile, threshold, beats);
 }
@@ -255,9 +241,9 @@ __attribute__((noinline)) uint32_t streamed_tile(const KeyPanel<T, Tile>& keys, 
 // Calls f.template operator()<T, Tile>() with the tile of unrounded scores.
 template <class F>
 SPARSE_ATTN_INLINE void with_exact_tile(DType dtype, const F& f) {
-    if (dtype == DType::kFloat32) f.template operator()<float, Streamed<FloatTile>>();
-    if (dtype == DType::kBFloat16) f.template operator()<bfloat16, Streamed<BFloat16Tile>>();
-    if (dtype == DType::kFloat16) f.template operator()<float16, Streamed<FloatTile>>();
+    if (dtype == DType::kFloat32) f.template operator()<float, FloatTile>();
+    if (dtype == DType::kBFloat16) f.template operator()<bfloat16, BFloat16Tile>();
+    if (dtype == DType::kFloat16) f.template operator()<float16, FloatTile>();
 }
 
 // Calls f.template operator()<R>() for the smallest tile that holds `rows` queries.
