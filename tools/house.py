@@ -17,7 +17,7 @@ LIBRARY = {"sparse_attn": "*.py", "triton_kernels": "*.py", "csrc": "*.[hc]*"}
 # Shipped beside the library, not part of it: what measures it.
 APART = ("sparse_attn/bench/",)
 WORDS = ("sinks", "window", "causal_offset", "key_lengths", "attn_mask")
-MOST_FILES = {"sinks": 15}  # the narrowest word of the rule: the others mean other things elsewhere, too
+MOST_FILES = {"sinks": 14}  # the narrowest word of the rule: the others mean other things elsewhere, too
 
 
 def library_files() -> list[Path]:

@@ -336,7 +336,7 @@ def _sums(key: Tensor, value: Tensor, chunks: int, atomics: bool) -> tuple[Tenso
 
 
 def _by_tiles(inputs, sink_logits, strides, sizes, scales, dims, atomics):
-    # The LSE has the sinks in it, and nothing else is needed of them here.
+    # The LSE has the sink logits in it, and nothing else is needed of them here.
     _, _, query, key, value, indices, _, _ = inputs
     batch, heads, kv_heads, groups, query_length, key_length, budget = sizes
     shared = heads // kv_heads

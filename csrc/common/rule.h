@@ -48,6 +48,9 @@ struct Rule {
         return query + (offsets.given() ? within_reach(offsets.at(batch, query)) : causal_offset);
     }
 
+    // Where the first keys that are always kept end, of a query whose keys begin there.
+    constexpr int64_t sink_end(int64_t begin) const { return begin + sinks; }
+
     // At most so many keys of a query are always kept.
     int64_t kept() const { return window + sinks; }
 };

@@ -154,7 +154,7 @@ def gathered_attention(
         scale: factor of q·k, default 1/√D.
         return_lse: also return the natural-log-sum-exp of the attended scores (differentiable).
         softcap: bound of the scores, positive (Gemma 2 has 50); None: none.
-        sink_logits: float [Hq] on the query's device (`sinks` of gpt-oss), differentiable; None: none. The LSE has
+        sink_logits: float [Hq] on the query's device (`s_aux` of gpt-oss), differentiable; None: none. The LSE has
             them in it.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 

@@ -67,8 +67,8 @@ def with_tail(
     every = normalise(query, key, first, seen, seen_by.scale, seen_by.softcap)
     if seen_by.sink_logits is not None:
         # Two of −inf would have no gradient.
-        sinks = seen_by.sink_logits.clamp(min=torch.finfo(compute).min)
-        every = torch.logaddexp(every, sinks.unsqueeze(-1))
+        extra = seen_by.sink_logits.clamp(min=torch.finfo(compute).min)
+        every = torch.logaddexp(every, extra.unsqueeze(-1))
     gap = lse - every
     # Where nothing is left out the gap may be −inf − −inf, which has no gradient.
     gap = torch.where(left.squeeze(-1) > 0, gap, 0.0).clamp(max=0.0)

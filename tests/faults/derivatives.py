@@ -79,3 +79,14 @@ def vmap_over_ids() -> str:
         [sa.topk_attention(a, a, a, 2, key_lengths=n) for a, n in zip(q, lengths, strict=True)]
     )
     return off_by(ours, right, 1e-12)
+
+
+@case(
+    "a score of +inf in bfloat16, on CPUs with and without AVX-512",
+    "tests took PyTorch's NaN, or 0, for right",
+)
+def infinite_score() -> str:
+    q, k = (torch.full((1, 1, 1, 4), x, dtype=torch.bfloat16) for x in (3e38, 1.0))
+    out, lse = sa.topk_attention(q, k.expand(1, 1, 3, 4), k.expand(1, 1, 3, 4), 2, return_lse=True)
+    assert out.isnan().all(), out
+    return f"NaN, as inf − inf has it, LSE {lse.item()}"

@@ -100,3 +100,20 @@ def context_parallel() -> str:
         mesh = init_device_mesh("cpu", (1,))
         with context_parallel(mesh, buffers=(q, k, v), buffer_seq_dims=(2, 2, 2)):
             return refused(lambda: sa.topk_attention(q, k, v, 4, is_causal=True), "context_parallel")
+
+
+@case(
+    'tensor parallel with `share="all"`: a rank has some of the heads', "its own choice, logits off by 0.256"
+)
+def tensor_parallel_with_one_selection() -> str:
+    from faults.huggingface import _configure, _ids, _llama, _logits
+
+    model, ids = _configure(_llama(), top_k=4, share="all"), _ids(1, 24)
+    for layer in model.model.layers:  # as the first of two ranks has them
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(attention, name)
+            linear.weight = torch.nn.Parameter(linear.weight[: len(linear.weight) // 2])
+        attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :24])
+    with _world():
+        return refused(lambda: _logits(model, ids), "share='all'", "tensor parallelism")

@@ -104,7 +104,7 @@ __device__ __forceinline__ bool visible(const SelectParams& p, const SelectTile&
 __device__ __forceinline__ uint32_t rank_of(const SelectParams& p, const SelectTile& tile, int64_t t,
                                             int64_t key, float score) {
     if (!visible(p, tile, t, key)) return kHidden;
-    if (key - first_key(p, tile, t) < p.rule.sinks ||
+    if (key < p.rule.sink_end(first_key(p, tile, t)) ||
         (p.rule.is_causal && key > t + p.rule.causal_offset - p.rule.window))
         return kForced;
     if (score != score) return kNan;

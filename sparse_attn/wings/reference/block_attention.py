@@ -75,7 +75,7 @@ class _TiledAttention:
         base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
         base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
         self.base = base.view(batch, self.units, 1, 1) * self.block_count
-        self.sinks = None if rule.sink_logits is None else self.of_heads(rule.sink_logits)
+        self.sink = None if rule.sink_logits is None else self.of_heads(rule.sink_logits)
 
     def in_blocks(self, rows: Tensor) -> Tensor:
         """[B, H, T, D] → [B·H·blocks, block, D], zeros behind the last."""
@@ -153,7 +153,7 @@ def block_attention(
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
     lse = lse_of_nothing(query, rule.sink_logits)
     for tiles in p.chunks():
-        probabilities, total = softmax(tiles.scores(rule), p.sinks)
+        probabilities, total = softmax(tiles.scores(rule), p.sink)
         rows = p.rows_of(tiles.slice)
         attended = _weighted(probabilities, tiles.value, tiles.seen())
         out[:, :, rows] = p.from_tiles(attended, tiles.slice).to(out.dtype)
@@ -182,7 +182,7 @@ def block_attention_backward(
     for tiles in p.chunks():
         rows = p.rows_of(tiles.slice)
         scores = tiles.scores(rule)
-        probabilities, _ = softmax(scores, p.sinks)
+        probabilities, _ = softmax(scores, p.sink)
         grads = p.in_tiles(grad_out, tiles.slice)
         # dS = P ∘ (dO·Vᵀ − Σ P ∘ (dO·Vᵀ) + dLSE)
         grad_probabilities = torch.where(tiles.seen(), grads @ tiles.value.mT, 0.0)
@@ -232,7 +232,7 @@ def along(
             return torch.where(used, p.in_blocks(tensor)[tiles.rows].flatten(3, 4).to(p.compute), 0.0)
 
         scores = tiles.scores(rule)
-        probabilities, own = softmax(scores, p.sinks)
+        probabilities, own = softmax(scores, p.sink)
         # dLSE = Σ P ∘ dS, dO = Σ P ∘ (dS − dLSE) · V + P · dV; of a sink V is 0
         moves = torch.zeros_like(probabilities)
         if query_move is not None:
@@ -241,8 +241,8 @@ def along(
             moves = moves + tiles.query @ gathered(key_move).mT
         moves = torch.where(seen, moves * cap_slopes(scores, rule.softcap) * rule.scale, 0.0)
         lse = (probabilities * moves).sum(-1, keepdim=True)
-        if p.sinks is not None and tangents.sink_logits is not None:
-            lse = lse + sink_share(p.sinks, own.unsqueeze(-1)) * p.of_heads(tangents.sink_logits)
+        if p.sink is not None and tangents.sink_logits is not None:
+            lse = lse + sink_share(p.sink, own.unsqueeze(-1)) * p.of_heads(tangents.sink_logits)
         out = _weighted(probabilities * (moves - lse), tiles.value, seen)
         if value_move is not None:
             out = out + _weighted(probabilities, gathered(value_move), seen)

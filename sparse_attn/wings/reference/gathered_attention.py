@@ -48,9 +48,9 @@ def cap_slopes(scores: Tensor, softcap: float) -> Tensor | float:
     return 1.0 - (scores / softcap).square() if softcap else 1.0
 
 
-def sink_share(sinks: Tensor, lse: Tensor) -> Tensor:
-    """exp(sink − LSE): what the sinks have of the probability. Where nothing weighs anything the LSE is −inf."""
-    return torch.where(lse == -torch.inf, 0.0, (sinks - lse).exp())
+def sink_share(sink: Tensor, lse: Tensor) -> Tensor:
+    """exp(sink − LSE): what a sink has of the probability. Where nothing weighs anything the LSE is −inf."""
+    return torch.where(lse == -torch.inf, 0.0, (sink - lse).exp())
 
 
 def lse_along_nothing(query: Tensor, sink_move: Tensor | None) -> Tensor:
@@ -80,7 +80,7 @@ def gathered_attention(
     budget = indices.shape[3]
     out = query.new_zeros((batch, heads, query_length, value_dim))
     lse = lse_of_nothing(query, sink_logits)
-    sinks = None if sink_logits is None else sink_logits.view(-1, 1, 1)
+    sink = None if sink_logits is None else sink_logits.view(-1, 1, 1)
     if out.numel() == 0 or budget == 0 or key_length == 0:
         return out, lse
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -89,7 +89,7 @@ def gathered_attention(
     for chunk in query_chunks(query_length, batch * heads * budget * max(head_dim, value_dim)):
         rows, filled = _rows_of(indices[:, :, chunk], heads, kv_heads, key_length)
         queries, keys = query[:, :, chunk].to(compute), key_rows[rows].to(compute)
-        probabilities, chunk_lse = softmax(_scores(queries, keys, filled, scale, softcap), sinks)
+        probabilities, chunk_lse = softmax(_scores(queries, keys, filled, scale, softcap), sink)
         # An empty slot reads row 0, whose NaN must not leak: 0 · NaN is NaN.
         values = torch.where(filled.unsqueeze(-1), value_rows[rows].to(compute), 0.0)
         out[:, :, chunk] = (probabilities.unsqueeze(-2) @ values).squeeze(-2).to(out.dtype)
@@ -121,7 +121,7 @@ def gathered_attention_backward(
     grad_value = value.new_zeros((batch * kv_heads * key_length, value_dim), dtype=compute)
     key_rows, value_rows = key.flatten(0, 2), value.flatten(0, 2)
     empty = out.numel() == 0 or budget == 0 or key_length == 0
-    sinks = None if sink_logits is None else sink_logits.view(-1, 1, 1)
+    sink = None if sink_logits is None else sink_logits.view(-1, 1, 1)
 
     for chunk in query_chunks(
         0 if empty else query_length, batch * heads * budget * max(head_dim, value_dim)
@@ -131,7 +131,7 @@ def gathered_attention_backward(
         keys = torch.where(filled.unsqueeze(-1), key_rows[rows].to(compute), 0.0)
         values = torch.where(filled.unsqueeze(-1), value_rows[rows].to(compute), 0.0)
         scores = _scores(queries, keys, filled, scale, softcap)
-        probabilities, _ = softmax(scores, sinks)
+        probabilities, _ = softmax(scores, sink)
         # dS = P ∘ (dO·Vᵀ − Σ P ∘ (dO·Vᵀ) + dLSE)
         grad_probabilities = (values @ grads.unsqueeze(-1)).squeeze(-1)
         centre = (probabilities * grad_probabilities).sum(-1, keepdim=True)
@@ -179,7 +179,7 @@ def along(
     if query_length == 0 or budget == 0 or key_length == 0:
         nothing = query.new_zeros((*query.shape[:3], value_dim))
         return nothing, lse_along_nothing(query, tangents.sink_logits)
-    sinks = None if sink_logits is None else sink_logits.view(-1, 1, 1)
+    sink = None if sink_logits is None else sink_logits.view(-1, 1, 1)
     compute = torch.promote_types(query.dtype, torch.float32)
     outs, lses = [], []
     for chunk in query_chunks(query_length, 4 * batch * heads * budget * max(head_dim, value_dim)):
@@ -190,7 +190,7 @@ def along(
 
         queries, keys, values = query[:, :, chunk].to(compute), gathered(key), gathered(value)
         scores = _scores(queries, keys, filled, scale, softcap)
-        probabilities, own = softmax(scores, sinks)
+        probabilities, own = softmax(scores, sink)
         # dLSE = Σ P ∘ dS, dO = Σ P ∘ (dS − dLSE) · V + P · dV; of a sink V is 0
         moves = torch.zeros_like(probabilities)
         if query_move is not None:
@@ -199,8 +199,8 @@ def along(
             moves = moves + (gathered(key_move) @ queries.unsqueeze(-1)).squeeze(-1)
         moves = torch.where(filled, moves * cap_slopes(scores, softcap) * scale, 0.0)
         lse = (probabilities * moves).sum(-1)
-        if sinks is not None and tangents.sink_logits is not None:
-            lse = lse + sink_share(sinks, own.unsqueeze(-1)).squeeze(-1) * tangents.sink_logits.view(-1, 1)
+        if sink is not None and tangents.sink_logits is not None:
+            lse = lse + sink_share(sink, own.unsqueeze(-1)).squeeze(-1) * tangents.sink_logits.view(-1, 1)
         out = (probabilities * (moves - lse.unsqueeze(-1))).unsqueeze(-2) @ values
         if value_move is not None:
             out = out + probabilities.unsqueeze(-2) @ gathered(value_move)

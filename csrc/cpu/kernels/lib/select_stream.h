@@ -25,7 +25,7 @@ SPARSE_ATTN_INLINE Visible visible_to(const SelectParams& p, int64_t b, int64_t 
     Visible v;
     v.begin = keys.begin;
     v.limit = keys.end;
-    v.sink_end = minimum(v.begin + p.rule.sinks, v.limit);
+    v.sink_end = minimum(p.rule.sink_end(v.begin), v.limit);
     v.end = v.limit;
     if (p.rule.is_causal)
         v.end = clamp<int64_t>(p.rule.last_key(b, query) + 1 - p.rule.window, v.sink_end, v.limit);
@@ -64,7 +64,7 @@ SPARSE_ATTN_INLINE uint32_t candidate_bits(const Visible& v, int64_t first, int6
     return bits & open;
 }
 
-// Writes one query's row: forced sinks, the chosen, forced window; ascending, then −1.
+// Writes one query's row: the first keys, the chosen, the window; ascending, then −1.
 SPARSE_ATTN_INLINE void emit(int32_t* row, int64_t slots, const Visible& v, const int32_t* chosen,
                              int64_t count) {
     int64_t n = 0;
