@@ -303,7 +303,7 @@ class Study:
 
 def selected_lse(options: dict, budget: int, given: Given) -> Tensor:
     """Log-sum-exp over the keys that the arm selects for a layer's last queries, [B, Hq, t]."""
-    module, hidden, rope, query, key, value, scale = given
+    module, hidden, rope, query, key, value, scale = given[:7]
     count = query.shape[2]
     selector = options.pop("selector", "exact")
     options.pop("residual", None)

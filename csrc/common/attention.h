@@ -119,7 +119,19 @@ inline PerQuery per_query(const char* op, const char* name, const Tensor& t, con
     return numbers;
 }
 
-// What the schema carries of the rule.
+// What a schema carries of the rule: in the schema, among the parameters of an op's function, and passed on.
+// The order is that of sparse_attn/rule.py, whose SCHEMA is compared with this one on import.
+#define SPARSE_ATTN_RULE_SCHEMA                                                            \
+    "Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, " \
+    "SymInt[] rule, float scale, float softcap, Tensor? sink_logits"
+#define SPARSE_ATTN_RULE_PARAMETERS                                                                       \
+    std::optional<Tensor> attn_mask, std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts, \
+        std::optional<Tensor> causal_offsets, std::vector<int64_t> rule, double scale, double softcap,    \
+        std::optional<Tensor> sink_logits
+#define SPARSE_ATTN_RULE_ARGUMENTS \
+    attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits
+
+// The same, by reference.
 struct RuleArguments {
     const std::optional<Tensor>& attn_mask;       // bool [B, G, Tq, Tk]
     const std::optional<Tensor>& key_lengths;     // int32 or int64 [B]

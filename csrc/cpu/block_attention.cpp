@@ -94,17 +94,14 @@ TilesOf tiles_of_blocks(const BlockParams& p) {
     return result;
 }
 
-std::tuple<Tensor, Tensor> block_attention_cpu(
-    Tensor query, Tensor key, Tensor value, Tensor blocks_of, int64_t block_size, int64_t query_tile,
-    std::optional<Tensor> attn_mask, std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
-    std::optional<Tensor> causal_offsets, std::vector<int64_t> rule, double scale, double softcap,
-    std::optional<Tensor> sink_logits) {
+std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor blocks_of,
+                                               int64_t block_size, int64_t query_tile,
+                                               SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "block_attention.cpu";
     check_qkv(op, query, key, &value);
     const std::vector<int64_t> lengths = lengths_of(op, key_lengths, query.size(0), key.size(2));
-    BlockParams p =
-        block_params(op, query, key, value, blocks_of, block_size, query_tile, lengths,
-                     {attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits});
+    BlockParams p = block_params(op, query, key, value, blocks_of, block_size, query_tile, lengths,
+                                 {SPARSE_ATTN_RULE_ARGUMENTS});
     AttendParams& a = p.attend;
     Tensor out = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.value_dim});
     Tensor lse = new_lse(query);
@@ -134,9 +131,7 @@ std::tuple<Tensor, Tensor> block_attention_cpu(
 
 std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor blocks_of,
-    Tensor lse, int64_t block_size, int64_t query_tile, std::optional<Tensor> attn_mask,
-    std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts, std::optional<Tensor> causal_offsets,
-    std::vector<int64_t> rule, double scale, double softcap, std::optional<Tensor> sink_logits) {
+    Tensor lse, int64_t block_size, int64_t query_tile, SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "block_attention_backward.cpu";
     check_qkv(op, query, key, &value);
     lse = torch::stable::contiguous(lse);
@@ -145,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     BlockBackwardParams p{};
     BlockParams& f = p.forward;
     f = block_params(op, query, key, value, blocks_of, block_size, query_tile, lengths,
-                     {attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits});
+                     {SPARSE_ATTN_RULE_ARGUMENTS});
     AttendParams& a = f.attend;
     check_gradients(op, a, grad_out, grad_lse, lse);
     Tensor grad_query = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.head_dim});
@@ -184,19 +179,11 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "block_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor blocks, SymInt block_size, "
-        "SymInt query_tile, Tensor? attn_mask, Tensor? key_lengths, Tensor? key_starts, Tensor? "
-        "causal_offsets, SymInt[] rule, float "
-        "scale, float softcap, Tensor? sink_logits) "
-        "-> (Tensor out, Tensor lse)");
+        "SymInt query_tile, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
     m.def(
         "block_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
-        "value, "
-        "Tensor blocks, Tensor lse, SymInt block_size, SymInt query_tile, Tensor? attn_mask, Tensor? "
-        "key_lengths, "
-        "Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, float softcap, Tensor? "
-        "sink_logits) -> (Tensor "
-        "grad_query, Tensor grad_key, Tensor "
-        "grad_value)");
+        "value, Tensor blocks, Tensor lse, SymInt block_size, SymInt query_tile, " SPARSE_ATTN_RULE_SCHEMA
+        ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("block_attention.cpu", TORCH_BOX(&sparse_attn::block_attention_cpu));

@@ -29,18 +29,13 @@ KeyIndexParams key_index_of(const char* op, const Tensor& key, const Tensor& cod
             static_cast<const float*>(shift.const_data_ptr()), n};
 }
 
-Tensor indexed_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
-                          std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
-                          std::optional<Tensor> causal_offsets, std::vector<int64_t> rule, double scale,
-                          double softcap, std::optional<Tensor> sink_logits, Tensor codes, Tensor bounds,
-                          Tensor shift) {
+Tensor indexed_select_cpu(Tensor query, Tensor key, int64_t top_k, SPARSE_ATTN_RULE_PARAMETERS, Tensor codes,
+                          Tensor bounds, Tensor shift) {
     const char* op = "indexed_select.cpu";
     check_qkv(op, query, key, nullptr);
     key = with_contiguous_rows(key);
     Selection s;
-    prepare_selection(
-        s, op, query, key, top_k,
-        {attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits});
+    prepare_selection(s, op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS});
     const KeyIndexParams index = key_index_of(op, key, codes, bounds, shift);
     Tensor indices = new_indices(query, s.params);
     if (indices.numel() > 0) decode(s.params, 0, [](int64_t, int64_t, int64_t, char*) {}, index);
@@ -51,12 +46,8 @@ Tensor indexed_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional
 }  // namespace sparse_attn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
-    m.def(
-        "indexed_select.cpu(Tensor query, Tensor key, SymInt top_k, Tensor? attn_mask, Tensor? key_lengths, "
-        "Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, float softcap, Tensor? "
-        "sink_logits, Tensor codes, "
-        "Tensor bounds, Tensor shift) -> "
-        "Tensor");
+    m.def("indexed_select.cpu(Tensor query, Tensor key, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
+          ", Tensor codes, Tensor bounds, Tensor shift) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("indexed_select.cpu", TORCH_BOX(&sparse_attn::indexed_select_cpu));

@@ -11,16 +11,11 @@ namespace sparse_attn {
 namespace {
 
 Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, int64_t top_k,
-                          std::optional<Tensor> attn_mask, std::optional<Tensor> key_lengths,
-                          std::optional<Tensor> key_starts, std::optional<Tensor> causal_offsets,
-                          std::vector<int64_t> rule, double scale, double softcap,
-                          std::optional<Tensor> sink_logits, bool int8) {
+                          SPARSE_ATTN_RULE_PARAMETERS, bool int8) {
     const char* op = "indexer_select.cpu";
     check_qkv(op, query, key, nullptr);
     Selection s;
-    prepare_selection(s, op, query, key, top_k,
-                      {attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits},
-                      int8);
+    prepare_selection(s, op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS}, int8);
     STD_TORCH_CHECK(s.params.rule.groups == key.size(1), op,
                     ": a key head is one group's; got groups=", s.params.rule.groups, " and key ",
                     shape_of(key));
@@ -48,10 +43,8 @@ Tensor indexer_select_cpu(Tensor query, Tensor key, Tensor weights, int64_t top_
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(  // scale is not used: an indexer's weights have it
-        "indexer_select.cpu(Tensor query, Tensor key, Tensor weights, SymInt top_k, Tensor? attn_mask, "
-        "Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, float "
-        "softcap, Tensor? "
-        "sink_logits, bool int8) -> Tensor");
+        "indexer_select.cpu(Tensor query, Tensor key, Tensor weights, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
+        ", bool int8) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("indexer_select.cpu", TORCH_BOX(&sparse_attn::indexer_select_cpu));

@@ -9,18 +9,14 @@ SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
 namespace sparse_attn {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(
-    Tensor query, Tensor key, Tensor value, int64_t top_k, std::optional<Tensor> attn_mask,
-    std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts, std::optional<Tensor> causal_offsets,
-    std::vector<int64_t> rule, double scale, double softcap, std::optional<Tensor> sink_logits) {
+std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, Tensor value, int64_t top_k,
+                                                      SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "topk_attention.cpu";
     check_qkv(op, query, key, &value);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     Selection s;
-    prepare_selection(
-        s, op, query, key, top_k,
-        {attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits});
+    prepare_selection(s, op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS});
     SelectParams& p = s.params;
     Tensor indices = new_indices(query, p);
     Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, value.size(3)});
@@ -49,12 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(
 }  // namespace sparse_attn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
-    m.def(
-        "topk_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, Tensor? attn_mask, "
-        "Tensor? key_lengths, Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, float "
-        "softcap, Tensor? "
-        "sink_logits) -> (Tensor out, Tensor lse, "
-        "Tensor indices)");
+    m.def("topk_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
+          ") -> (Tensor out, Tensor lse, Tensor indices)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));

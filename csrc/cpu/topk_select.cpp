@@ -26,17 +26,12 @@ void set_blocks(SelectParams& p, const char* op, Tensor& chosen, int64_t block_s
     p.blocks_strides = strides_of(chosen);
 }
 
-Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
-                       std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
-                       std::optional<Tensor> causal_offsets, std::vector<int64_t> rule, double scale,
-                       double softcap, std::optional<Tensor> sink_logits, bool rounded,
+Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, SPARSE_ATTN_RULE_PARAMETERS, bool rounded,
                        std::optional<Tensor> chosen, int64_t block_size, int64_t query_tile) {
     const char* op = "topk_select.cpu";
     check_qkv(op, query, key, nullptr);
     Selection s;
-    prepare_selection(s, op, query, key, top_k,
-                      {attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits},
-                      rounded);
+    prepare_selection(s, op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS}, rounded);
     SelectParams& p = s.params;
     if (chosen) set_blocks(p, op, *chosen, block_size, query_tile);
     Tensor indices = new_indices(query, p);
@@ -70,13 +65,8 @@ Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, std::optional<Te
 }  // namespace sparse_attn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
-    m.def(
-        "topk_select.cpu(Tensor query, Tensor key, SymInt top_k, Tensor? attn_mask, Tensor? key_lengths, "
-        "Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, float softcap, Tensor? "
-        "sink_logits, bool rounded, "
-        "Tensor? blocks, SymInt block_size, "
-        "SymInt query_tile) -> "
-        "Tensor");
+    m.def("topk_select.cpu(Tensor query, Tensor key, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
+          ", bool rounded, Tensor? blocks, SymInt block_size, SymInt query_tile) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("topk_select.cpu", TORCH_BOX(&sparse_attn::topk_select_cpu));

@@ -8,10 +8,7 @@
 
 namespace sparse_attn {
 
-Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<Tensor> attn_mask,
-                        std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
-                        std::optional<Tensor> causal_offsets, std::vector<int64_t> rule, double scale,
-                        double softcap, std::optional<Tensor> sink_logits, bool rounded,
+Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, SPARSE_ATTN_RULE_PARAMETERS, bool rounded,
                         std::optional<Tensor> blocks_of, int64_t block_size, int64_t query_tile) {
     const char* op = "topk_select.cuda";
     (void)block_size, (void)query_tile;  // of blocks
@@ -26,9 +23,7 @@ Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<T
     cuda::SelectCall c{};
     SelectParams& p = c.select;
     STD_TORCH_CHECK(!causal_offsets, op, ": has no causal_offsets");
-    p = select_params(
-        op, query, key, top_k,
-        {attn_mask, key_lengths, key_starts, causal_offsets, rule, scale, softcap, sink_logits});
+    p = select_params(op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS});
     STD_TORCH_CHECK(p.head_dim >= 1 && p.batch <= 65535 && p.heads <= 65535, op,
                     ": takes D from 1 on, B and Hq up to 65535; got ", shape_of(query));
     if (key_lengths) {
@@ -52,13 +47,8 @@ Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, std::optional<T
 }  // namespace sparse_attn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
-    m.def(
-        "topk_select.cuda(Tensor query, Tensor key, SymInt top_k, Tensor? attn_mask, Tensor? key_lengths, "
-        "Tensor? key_starts, Tensor? causal_offsets, SymInt[] rule, float scale, float softcap, Tensor? "
-        "sink_logits, bool rounded, "
-        "Tensor? blocks, SymInt block_size, "
-        "SymInt query_tile) -> "
-        "Tensor");
+    m.def("topk_select.cuda(Tensor query, Tensor key, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
+          ", bool rounded, Tensor? blocks, SymInt block_size, SymInt query_tile) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CUDA, m) {
     m.impl("topk_select.cuda", TORCH_BOX(&sparse_attn::topk_select_cuda));

@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import sparse_attn
+from sparse_attn.rule import Rule
 from sparse_attn.wings import base
 from sparse_attn.wings import triton as triton_wing
 
@@ -41,10 +42,10 @@ class WingUnderTest:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
     def refuses(
-        self, op: str, dtype: torch.dtype = torch.float32, said: frozenset[str] = frozenset(), **sizes: int
+        self, op: str, dtype: torch.dtype = torch.float32, rule: Rule | None = None, **sizes: int
     ) -> str | None:
-        """None where the wing takes such a call of the op, else why not; `said` are parts of the rule."""
-        return base.reasons(op, self.device, dtype, said, **sizes)[self.name]
+        """None where the wing takes such a call of the op, else why not."""
+        return base.reasons(op, self.device, dtype, rule, **sizes)[self.name]
 
     def _run(self, op: str, *args, **kwargs):
         needs, option = NEEDS.get(op, (op, None))

@@ -473,8 +473,8 @@ def test_wrong_sinks_are_refused_in_a_direct_call(op, sinks):
     arguments = {
         "topk_select": (QUERY, KEY, 2, *rule, False, None, 1, 1),
         "topk_attention": (QUERY, KEY, VALUE, 2, *rule),
-        "gathered_attention": (QUERY, KEY, VALUE, indices, *rule[4:]),
-        "gathered_attention_backward": (out, None, QUERY, KEY, VALUE, indices, out, lse, *rule[4:], False),
+        "gathered_attention": (QUERY, KEY, VALUE, indices, *rule[-3:]),
+        "gathered_attention_backward": (out, None, QUERY, KEY, VALUE, indices, out, lse, *rule[-3:], False),
         "block_attention": (*blocks, 5, 3, *rule),
         "block_attention_backward": (out, None, *blocks, lse, 5, 3, *rule),
     }[op]
