@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/attention.h"
 #include "common/tensors.h"
 
 namespace sparse_attn {
