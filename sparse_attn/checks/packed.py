@@ -70,13 +70,30 @@ def same_sequences(cu_seq_q: Tensor, cu_seq_k: Tensor) -> None:
         )
 
 
-def packed_indices(indices: object, query: Tensor) -> None:
-    """indices int [T, G, K] beside query [T, Hq, D]."""
+def packed_value(value: object, key: Tensor) -> None:
+    """value [Tk, Hkv, Dv] beside key [Tk, Hkv, D]."""
+    packed_tensor("value", value, "[Tk, Hkv, Dv]")
+    assert isinstance(value, Tensor)
+    if value.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            "value must be [Tk, Hkv, Dv] with the key's tokens and heads, "
+            f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+
+
+def packed_indices(indices: object, query: Tensor, key: Tensor) -> None:
+    """indices int [T, G, K] beside query [T, Hq, D] and key [Tk, Hkv, D]."""
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be an int32 (or int64) tensor [T, G, K], got {describe(indices)}")
     if indices.dim() != 3 or indices.shape[0] != query.shape[0]:
         raise ValueError(
             f"indices must have shape [T, G, K] with T = {query.shape[0]}, got {describe(indices)}"
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if indices.shape[1] not in (1, kv_heads, heads):
+        raise ValueError(
+            "indices must have shape [T, G, K] with G one of 1, Hkv, Hq; "
+            f"here Hkv={kv_heads}, Hq={heads}, got {describe(indices)}"
         )
 
 

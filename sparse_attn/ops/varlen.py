@@ -205,7 +205,7 @@ def varlen_topk_attention(
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
     where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k)
-    check.packed_tensor("value", value, "[Tk, Hkv, Dv]")
+    check.packed_value(value, key)
     top_k = checks.top_k_of(top_k)
     scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
@@ -262,8 +262,8 @@ def varlen_gathered_attention(
     """
     return_lse = checks.boolean("return_lse", return_lse)
     where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, False, 0, seqused_k)
-    check.packed_tensor("value", value, "[Tk, Hkv, Dv]")
-    check.packed_indices(indices, query)
+    check.packed_value(value, key)
+    check.packed_indices(indices, query, key)
     q, k, v = _batched(query, key, value)
     out, lse = gathered_attention.attend(
         q,

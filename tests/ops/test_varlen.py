@@ -206,6 +206,7 @@ def bad(**changes):
     [
         ({"query": normal(1, 7, 4, 9)}, "query must have 3 dimensions"),
         ({"value": None}, "value must be a tensor of shape"),
+        ({"value": normal(8, 2, 5)}, r"key's tokens and heads, got key \[9, 2, 9\] and value \[8, 2, 5\]"),
         ({"cu_seq_q": [0, 3, 7]}, "cu_seq_q must be an int32 or int64 tensor"),
         ({"cu_seq_q": torch.tensor([0.0, 7.0])}, "cu_seq_q must be int32 or int64"),
         ({"cu_seq_q": torch.tensor([[0, 7]])}, r"cu_seq_q must have shape \[S \+ 1\]"),
@@ -237,3 +238,5 @@ def test_indices_of_other_sequences_are_empty_slots():
     assert torch.equal(out, value[first].repeat_interleave(2, dim=1))
     with pytest.raises(ValueError, match=r"indices must have shape \[T, G, K\] with T = 4"):
         sparse_attn.varlen_gathered_attention(query, key, value, indices[:3], *where)
+    with pytest.raises(ValueError, match="G one of 1, Hkv, Hq; here Hkv=2, Hq=4"):
+        sparse_attn.varlen_gathered_attention(query, key, value, indices.expand(4, 3, 4), *where)
