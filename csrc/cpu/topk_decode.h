@@ -34,9 +34,9 @@ inline DecodeParams decode_params(const SelectParams& p, const KeyIndexParams& i
     return d;
 }
 
-// Fills the indices of all calls, which differ in their sequences and in nothing else. Threads share the keys of
-// all of them. As soon as the row of a group and query is there, row_done(call, b, group, query, scratch) is
-// called by some thread, with row_bytes of scratch.
+// Fills the indices of all calls, which differ in their sequences and in nothing else. Threads share the keys
+// of all of them. As soon as the row of a group and query is there, row_done(call, b, group, query, scratch)
+// is called by some thread, with row_bytes of scratch.
 template <class F>
 void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_done) {
     const cpu::DecodeKernels& k = cpu::topk_decode_kernels();
@@ -140,8 +140,9 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
 template <class F>
 void decode(const SelectParams& p, int64_t row_bytes, const F& row_done, const KeyIndexParams& index = {}) {
     DecodeParams d = decode_params(p, index);
-    decode(&d, 1, row_bytes,
-           [&](int64_t, int64_t b, int64_t group, int64_t i, char* scratch) { row_done(b, group, i, scratch); });
+    decode(&d, 1, row_bytes, [&](int64_t, int64_t b, int64_t group, int64_t i, char* scratch) {
+        row_done(b, group, i, scratch);
+    });
 }
 
 }  // namespace sparse_attn

@@ -86,6 +86,7 @@ struct PagedPanels {
 
     SPARSE_ATTN_INLINE const T* row(int64_t key) const {
         const int64_t at = pages.first + key;
+        if (pages.size == 1) return head + pages.table[at] * p.key_strides.b;
         return head + pages.table[at / pages.size] * p.key_strides.b + at % pages.size * p.key_strides.t;
     }
     // The first keys of a panel's vectors; behind the last key the first again.
