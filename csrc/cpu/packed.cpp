@@ -18,7 +18,7 @@ struct Pack {
 };
 
 // Sequences of fewer keys are worth no task of their own, unless there are others that are.
-constexpr int64_t kOwnTask = 128;
+constexpr int64_t kOwnTask = 32;
 // Scores, or places for the best of them, that are stored at once.
 constexpr int64_t kStored = int64_t{1} << 23;
 
@@ -128,7 +128,7 @@ void decode_runs(const SelectParams& p, const Pack& pack, const KeyPages& pages,
 // The queries of the runs in parts of one task each, those with the most keys first. Short sequences share
 // one.
 std::vector<QueryPart> parts_of(const SelectParams& p, const std::vector<Run>& runs) {
-    const int64_t step = cpu::topk_select_kernels().block_queries(p), together = 4 * kOwnTask;
+    const int64_t step = cpu::topk_select_kernels().block_queries(p), together = 512;
     std::vector<std::pair<int64_t, QueryPart>> parts;  // with their keys
     int64_t end = 0;                                   // of the keys of the last part
     for (const Run& r : runs) {
@@ -222,7 +222,9 @@ void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t
     for (Run& r : runs) {
         for (int64_t i = r.first; i < r.first + r.count; ++i) {
             const size_t at = static_cast<size_t>(i);
-            starts[at] = length + pack.starts[at];
+            // Those that see nothing see nothing of the sequence that follows here, either.
+            const bool nothing = keys_of(p, 0, i).begin == keys_of(p, 0, i).end;
+            starts[at] = nothing ? kFar : length + pack.starts[at];
             offsets[at] = length + pack.offsets[at] - r.first;
             moves[at] = r.start - length;
         }

@@ -35,7 +35,7 @@ void prepare(Selection& s, const char* op, const Tensor& query, const Tensor& ke
     p.top_k = std::min(top_k, p.key_length);
     STD_TORCH_CHECK(p.rule.is_causal, op, ": the rule must be causal");
     for (int64_t i = 0; i < p.query_length; ++i)
-        STD_TORCH_CHECK(p.rule.last_key(0, i) < p.key_length, op,
+        STD_TORCH_CHECK(p.rule.starts.at(0, i) >= p.key_length || p.rule.last_key(0, i) < p.key_length, op,
                         ": causal_offsets must not pass the last key; got one of query ", i);
 }
 

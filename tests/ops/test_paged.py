@@ -35,7 +35,7 @@ class Cache(NamedTuple):
     def over_pages(self, function: str, *tensors: Tensor, **options):
         cu_seq_q, _, max_q, max_k = self.bounds
         top_k = (6,) if "topk" in function else ()
-        used = torch.tensor(self.used)
+        used = torch.tensor(self.used, dtype=torch.int64)
         given = {"seqused_k": used, "block_table": self.table} | options
         return getattr(sparse_attn, function)(
             self.query, *tensors, cu_seq_q, None, max_q, max_k, *top_k, **given
