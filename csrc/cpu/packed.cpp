@@ -5,18 +5,20 @@
 namespace sparse_attn {
 namespace {
 
-// Queries in a row that see keys of [start, start + keys) alone, which those before and behind them do not see.
+// Queries in a row that see keys of [start, start + keys) alone, which those before and behind them do not
+// see.
 struct Run {
     int64_t b, first, count, start, keys;
 };
 
 struct Pack {
-    std::vector<Run> few, many;            // those that decode, and those that are tiles of queries
-    std::vector<int64_t> starts, offsets;  // [B, Tq]: the rule's, counted from the run's own first query and key
+    std::vector<Run> few, many;  // those that decode, and those that are tiles of queries
+    std::vector<int64_t> starts,
+        offsets;  // [B, Tq]: the rule's, counted from the run's own first query and key
 };
 
 // Sequences of fewer keys are worth no task of their own, unless there are others that are.
-constexpr int64_t kOwnTask = 128;
+constexpr int64_t kOwnTask = 32;
 // Scores, or places for the best of them, that are stored at once.
 constexpr int64_t kStored = int64_t{1} << 23;
 
@@ -61,9 +63,9 @@ Pack pack_of(const SelectParams& p) {
         return r.count <= kDecodeQueries && stored_of(p, r) <= kDecodeScores &&
                (p.key_strides.d == 1 || p.head_dim <= 1);
     };
-    const bool any = p.query_length <= kDecodeQueries ||
-                     std::any_of(runs.begin(), runs.end(),
-                                 [&](const Run& r) { return decodes(r) && r.keys >= kOwnTask; });
+    const bool any =
+        p.query_length <= kDecodeQueries ||
+        std::any_of(runs.begin(), runs.end(), [&](const Run& r) { return decodes(r) && r.keys >= kOwnTask; });
     pack.starts.resize(static_cast<size_t>(p.batch * p.query_length));
     pack.offsets.resize(pack.starts.size());
     for (const Run& r : runs) {
@@ -75,10 +77,6 @@ Pack pack_of(const SelectParams& p) {
         }
     }
     return pack;
-}
-
-int64_t bytes_of(DType dtype) {
-    return dtype == DType::kFloat32 ? 4 : 2;
 }
 
 // One run as a call of its own.
@@ -127,9 +125,10 @@ void decode_runs(const SelectParams& p, const Pack& pack, const KeyPages& pages,
     }
 }
 
-// The queries of the runs in parts of one task each, those with the most keys first. Short sequences share one.
+// The queries of the runs in parts of one task each, those with the most keys first. Short sequences share
+// one.
 std::vector<QueryPart> parts_of(const SelectParams& p, const std::vector<Run>& runs) {
-    const int64_t step = cpu::topk_select_kernels().block_queries(p), together = 4 * kOwnTask;
+    const int64_t step = cpu::topk_select_kernels().block_queries(p), together = 512;
     std::vector<std::pair<int64_t, QueryPart>> parts;  // with their keys
     int64_t end = 0;                                   // of the keys of the last part
     for (const Run& r : runs) {
@@ -189,9 +188,9 @@ void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then) {
     decode_runs(p, pack, {}, scratch_bytes, then);
 }
 
-void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t page_count) {
+void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t page_count,
+                  int64_t scratch_bytes, const PagedRowDone& then) {
     SelectParams& p = s.params;
-    const RowsDone nothing = [](int64_t, int64_t, cpu::Range, char*) {};
     const Pack pack = pack_of(p);
     // Pages that are needed and there. The others' keys do not exist.
     std::vector<int32_t> pages(static_cast<size_t>(p.key_length / page_size));
@@ -210,18 +209,24 @@ void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t
         p.rule.mask = exists.data();
         p.rule.mask_strides = {0, 0, 0, 1};
     }
-    decode_runs(p, pack, {pages.data(), 0, page_size}, 0, nothing);
+    decode_runs(p, pack, {pages.data(), 0, page_size}, scratch_bytes,
+                [&](int64_t, int64_t group, cpu::Range queries, char* scratch) {
+                    then(group, queries.begin, pages.data(), scratch);
+                });
     if (pack.many.empty()) return;
 
     // Keys that many queries read are worth a copy in one piece, [Tk', Hkv, D].
     std::vector<Run> runs = pack.many;
-    std::vector<int64_t> starts(static_cast<size_t>(p.query_length)), offsets(starts.size());
+    std::vector<int64_t> starts(static_cast<size_t>(p.query_length)), offsets(starts), moves(starts);
     int64_t length = 0;
     for (Run& r : runs) {
         for (int64_t i = r.first; i < r.first + r.count; ++i) {
             const size_t at = static_cast<size_t>(i);
-            starts[at] = length + pack.starts[at];
+            // Those that see nothing see nothing of the sequence that follows here, either.
+            const bool nothing = keys_of(p, 0, i).begin == keys_of(p, 0, i).end;
+            starts[at] = nothing ? kFar : length + pack.starts[at];
             offsets[at] = length + pack.offsets[at] - r.first;
+            moves[at] = r.start - length;
         }
         r.start = length;
         length += r.keys;
@@ -233,21 +238,23 @@ void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t
     constexpr int64_t kCopied = 512;  // keys
     for (size_t n = 0; n < runs.size(); ++n) {
         const int64_t from = pack.many[n].start, to = runs[n].start, count = runs[n].keys;
-        if (!mask.empty() && count) std::memcpy(mask.data() + to, exists.data() + from, static_cast<size_t>(count));
+        if (!mask.empty() && count)
+            std::memcpy(mask.data() + to, exists.data() + from, static_cast<size_t>(count));
         for_each_task(blocks(count, kCopied), 64, count > kCopied, [&](int64_t task, char*) {
             for (int64_t j = task * kCopied; j < std::min(count, (task + 1) * kCopied); ++j) {
                 const int64_t at = from + j;
-                const char* source =
-                    static_cast<const char*>(p.key) +
-                    (pages[static_cast<size_t>(at / page_size)] * p.key_strides.b + at % page_size * p.key_strides.t) *
-                        size;
+                const char* source = static_cast<const char*>(p.key) +
+                                     (pages[static_cast<size_t>(at / page_size)] * p.key_strides.b +
+                                      at % page_size * p.key_strides.t) *
+                                         size;
                 char* target = keys.get() + (to + j) * p.kv_heads * row;
                 if (in_one) {
                     std::memcpy(target, source, static_cast<size_t>(p.kv_heads * row));
                     continue;
                 }
                 for (int64_t h = 0; h < p.kv_heads; ++h)
-                    std::memcpy(target + h * row, source + h * p.key_strides.h * size, static_cast<size_t>(row));
+                    std::memcpy(target + h * row, source + h * p.key_strides.h * size,
+                                static_cast<size_t>(row));
             }
         });
     }
@@ -260,11 +267,12 @@ void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t
     own.rule.offsets = {nullptr, offsets.data(), 0, 1};
     if (!mask.empty()) own.rule.mask = mask.data();
     rest.parts = parts_of(own, runs);
-    select_all(rest, 0, [](const Block&, char*) {});
-    for (size_t n = 0; n < runs.size(); ++n)
-        for (int64_t i = runs[n].first; i < runs[n].first + runs[n].count; ++i)
-            for (int64_t g = 0; g < p.rule.groups; ++g)
-                add_to_row(p, 0, g, i, pack.many[n].start - runs[n].start);
+    select_all(rest, scratch_bytes, [&](const Block& t, char* scratch) {
+        for (int64_t i = t.queries.begin; i < t.queries.end; ++i) {
+            add_to_row(p, 0, t.group, i, moves[static_cast<size_t>(i)]);
+            then(t.group, i, pages.data(), scratch);
+        }
+    });
 }
 
 }  // namespace sparse_attn

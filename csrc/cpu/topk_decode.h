@@ -1,6 +1,8 @@
 // Selection of a few queries (decoding), where reading the keys is the price: the way round cpu/selection.h.
 #pragma once
 
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "cpu/kernels/topk_decode.h"
@@ -34,9 +36,9 @@ inline DecodeParams decode_params(const SelectParams& p, const KeyIndexParams& i
     return d;
 }
 
-// Fills the indices of all calls, which differ in their sequences and in nothing else. Threads share the keys of
-// all of them. As soon as the row of a group and query is there, row_done(call, b, group, query, scratch) is
-// called by some thread, with row_bytes of scratch.
+// Fills the indices of all calls, which differ in their sequences and in nothing else. Threads share the keys
+// of all of them. As soon as the row of a group and query is there, row_done(call, b, group, query, scratch)
+// is called by some thread, with row_bytes of scratch.
 template <class F>
 void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_done) {
     const cpu::DecodeKernels& k = cpu::topk_decode_kernels();
@@ -59,6 +61,16 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
     const bool even = count == 1 && scans % threads == 0;
     const int64_t longest = even ? panels : std::max<int64_t>(1, blocks(panels, 4 * threads));
 
+    // Where heads lie beside each other in a token, those of a chunk follow each other while the machine
+    // still knows its pages of memory.
+    constexpr int64_t kChunkBytes = int64_t{4} << 20;
+    const SelectParams& any = calls[0].select;
+    const int64_t token_bytes = any.key_strides.t * (any.dtype == DType::kFloat32 ? 4 : 2);
+    const bool beside = any.key_strides.t > 2 * any.head_dim;
+    // Many heads: the rows of each are finished by whoever scans its last chunk, while some of it is in
+    // cache.
+    const bool at_once = !shared && scans >= 2 * threads;
+
     struct Task {
         int64_t call, head, chunk, panels;
     };
@@ -69,37 +81,44 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
         memory += blocks(bytes, 64) * 64;
         return at;
     };
-    std::vector<int64_t> places;
+    std::vector<int64_t> places, firsts;  // of each call: its memory, its first head among those of all
+    int64_t counted = 0;
     for (int64_t c = 0; c < count; ++c) {
         DecodeParams& d = calls[c];
         const SelectParams& p = d.select;
         const int64_t own = k.panels(p), rows = p.batch * heads * p.query_length;
         const int64_t least = blocks(std::max<int64_t>(1024, 4 * p.top_k), k.panel_keys());
-        const int64_t parts = std::max<int64_t>(1, blocks(own, std::max(longest, least)));
+        int64_t most = longest;
+        if (beside && at_once && token_bytes > 0)
+            most = std::min(most, blocks(kChunkBytes / token_bytes, k.panel_keys()));
+        const int64_t parts = std::max<int64_t>(1, blocks(own, std::max(most, least)));
         d.chunk = std::max<int64_t>(1, blocks(blocks(own, parts), 2)) * 2;  // whole blocks of an index, too
         d.chunks = std::max<int64_t>(1, blocks(own, d.chunk));
         d.kept = std::min(p.top_k, d.chunk * k.panel_keys());
         d.length = own * k.panel_keys();
         const int64_t lists = rows * d.chunks;
         places.push_back(place(shared ? (rows * d.length + rows) * 4 : lists * (d.kept * 8 + 4)));
-        const bool whole = d.chunks == 1 && !shared;  // one task does it all
+        const bool whole = at_once || (d.chunks == 1 && !shared);  // one task does it all
         choose_bytes = std::max(choose_bytes, k.choose.scratch_bytes(d));
         scan_bytes = std::max({scan_bytes, k.scan.scratch_bytes(d), whole ? choose_bytes : 0});
-        for (int64_t i = 0; i < p.batch * kv_heads * d.chunks; ++i) {
-            const int64_t part = std::min(d.chunk, own - i % d.chunks * d.chunk);
-            scan.push_back({c, i / d.chunks, i % d.chunks, part});
-        }
+        const int64_t all = p.batch * kv_heads;
+        for (int64_t i = 0; i < all * d.chunks; ++i) scan.push_back({c, i % all, i / all, own});
+        firsts.push_back(counted);
+        counted += all;
         for (int64_t i = 0; !whole && i < p.batch * groups * p.query_length; ++i)
             finish.push_back({c, i / p.query_length, i % p.query_length, 0});
     }
-    // The longest first.
+    // The longest calls first.
     if (count > 1)
         std::stable_sort(scan.begin(), scan.end(),
                          [](const Task& a, const Task& b) { return a.panels > b.panels; });
+    const auto chunks_left = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(counted));
     const Memory stored = allocate(memory);
     for (int64_t c = 0; c < count; ++c) {
         DecodeParams& d = calls[c];
         const int64_t rows = d.select.batch * heads * d.select.query_length, lists = rows * d.chunks;
+        for (int64_t h = 0; h < d.select.batch * kv_heads; ++h)
+            chunks_left[static_cast<size_t>(firsts[static_cast<size_t>(c)] + h)] = d.chunks;
         float* at = reinterpret_cast<float*>(stored.get() + places[static_cast<size_t>(c)]);
         if (shared) {
             d.scores = at;
@@ -120,7 +139,8 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
         const DecodeParams& d = calls[t.call];
         const int64_t b = t.head / kv_heads, kv = t.head % kv_heads;
         k.scan.run(d, {b, kv, t.chunk}, scratch);
-        const bool whole = d.chunks == 1 && !shared;
+        const size_t counter = static_cast<size_t>(firsts[static_cast<size_t>(t.call)] + t.head);
+        const bool whole = !shared && (at_once || d.chunks == 1) && --chunks_left[counter] == 0;
         for (int64_t h = kv * sharing; whole && h < (kv + 1) * sharing; ++h)
             for (int64_t q = 0; q < d.select.query_length; ++q) choose(t.call, b, h, q, scratch);
     });
@@ -140,8 +160,9 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
 template <class F>
 void decode(const SelectParams& p, int64_t row_bytes, const F& row_done, const KeyIndexParams& index = {}) {
     DecodeParams d = decode_params(p, index);
-    decode(&d, 1, row_bytes,
-           [&](int64_t, int64_t b, int64_t group, int64_t i, char* scratch) { row_done(b, group, i, scratch); });
+    decode(&d, 1, row_bytes, [&](int64_t, int64_t b, int64_t group, int64_t i, char* scratch) {
+        row_done(b, group, i, scratch);
+    });
 }
 
 }  // namespace sparse_attn

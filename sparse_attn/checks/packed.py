@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.checks.attention import query_key
-from sparse_attn.checks.values import describe, has_values, integer
+from sparse_attn.checks.attention import query_key, value_of
+from sparse_attn.checks.values import boolean, describe, has_values, integer
 
 
 def packed_tensor(name: str, value: object, axes: str) -> None:
@@ -89,10 +89,13 @@ def pages(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name} must have fewer than 2^31 keys in its pages, got {describe(value)}")
 
 
-def paged_query_key(query: Tensor, key: Tensor) -> None:
-    """query [1, Hq, T, D] beside pages of keys [P, Hkv, page size, D]."""
-    # A batch entry of one page in the place of the pages, which none may be.
-    query_key(query, key[:1] if key.shape[0] else key.new_empty((1, *key.shape[1:])))
+def paged_tensors(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
+    """query [1, Hq, T, D] beside pages [P, Hkv, page size, D] and [P, Hkv, page size, Dv]."""
+    # A batch entry of one page in the place of the pages, of which there may be none.
+    page = key[:1] if key.shape[0] else key.new_empty((1, *key.shape[1:]))
+    query_key(query, page)
+    if value is not None:
+        value_of(page, value[:1] if value.shape[0] else value.new_empty((1, *value.shape[1:])))
 
 
 def paged_value(value: object, key: Tensor) -> None:
@@ -112,6 +115,14 @@ def no_gradient(*tensors: object) -> None:
         raise NotImplementedError(
             "a call with block_table has no gradient: call it under torch.no_grad(), or give key and value end to end"
         )
+
+
+def kind_of_indices(physical_indices: object, block_table: object) -> bool:
+    """physical_indices, which only pages have."""
+    physical_indices = boolean("physical_indices", physical_indices)
+    if physical_indices and block_table is None:
+        raise ValueError("physical_indices needs block_table: without pages there is one kind of indices")
+    return physical_indices
 
 
 def block_table_of(block_table: object, key: Tensor, count: int) -> Tensor:
@@ -173,7 +184,9 @@ def used_of_pages(
                 f"got {int(found[at])} for sequence {at} of {int(most[at])} keys"
             )
         if int(found.max()) > longest:
-            raise ValueError(f"max_k must be at least the longest sequence, {int(found.max())}, got {longest}")
+            raise ValueError(
+                f"max_k must be at least the longest sequence, {int(found.max())}, got {longest}"
+            )
         needed = torch.arange(block_table.shape[1]) * size < found.unsqueeze(1)
         absent = needed & ((block_table < 0) | (block_table >= key.shape[0]))
         if bool(absent.any()):

@@ -1,8 +1,8 @@
 """Packed sequences: end to end in one [T, H, D] tensor, found through `cu_seq` offsets, as in torch's `varlen_attn`.
 
 A packed call is a call of the same op with one batch entry, in which each query has a first key and a causal offset of
-its own: nothing is padded, and no key of another sequence is scored. Keys may lie in the pages of a cache: they are found
-through `block_table`, as if all pages that it names lay end to end.
+its own: nothing is padded, and no key of another sequence is scored. Keys may lie in the pages of a cache: they are
+found through `block_table`, as if all pages that it names lay end to end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks import packed as check
-from sparse_attn.ops import gathered_attention, paged_select, topk_attention, topk_select
+from sparse_attn.ops import gathered_attention, paged_attention, topk_attention, topk_select
 from sparse_attn.rule import Rule
 
 
@@ -148,10 +148,10 @@ def varlen_topk_select(
         window: always keep the last `window` keys up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys of each sequence.
         scale, share, softcap, sink_logits, backend: as in :func:`topk_select`.
-        block_table: int32 (or int64) [S, pages]; key is then a cache in pages, [P, page size, Hkv, D], of a page size of
-            1 or a multiple of 16, and the keys of sequence s lie in its pages ``block_table[s, 0]``, ``[s, 1]``, … How
-            many there are say seqused_k, or the differences of cu_seq_k, or both (then None is not cu_seq_q). Entries
-            and keys beyond them may be anything; sequences may share pages.
+        block_table: int32 (or int64) [S, pages]; key is then a cache in pages, [P, page size, Hkv, D], of a page size
+            of 1 or a multiple of 16, and the keys of sequence s lie in its pages ``block_table[s, 0]``, ``[s, 1]``, …
+            How many there are say seqused_k, or the differences of cu_seq_k (None is not cu_seq_q then), or both.
+            Entries and keys beyond them may be anything; sequences may share pages.
         physical_indices: with block_table give indices as page · page size + place in the page.
 
     Returns:
@@ -171,44 +171,30 @@ def varlen_topk_select(
         >>> sparse_attn.varlen_topk_select(q, k, cu_seq, None, 12, 12, 8, is_causal=True, sinks=1).shape
         torch.Size([20, 4, 8])
     """
-    physical_indices = checks.boolean("physical_indices", physical_indices)
-    if physical_indices and block_table is None:
-        raise ValueError("physical_indices needs block_table: without pages there is one kind of indices")
+    physical_indices = check.kind_of_indices(physical_indices, block_table)
     given = cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k, block_table
     where = sequences(query, key, *given)
     top_k = checks.top_k_of(top_k)
     scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
     if where.table is not None:
-        found = _paged(query, key, where.table, top_k, rule, backend, "varlen_topk_select")
+        found = paged_attention.select(
+            query, key, where.table, top_k, rule, backend=backend, function="varlen_topk_select"
+        )
         return _given_out(found, where, top_k, key, physical_indices)
     q, k = _batched(query, key)
     indices = topk_select.select(q, k, top_k, rule, backend=backend, function="varlen_topk_select")
     return where.own(indices, top_k)
 
 
-def _paged(
-    query: Tensor,  # [T, Hq, D]
-    key: Tensor,  # [P, page size, Hkv, D]
-    table: Tensor,  # int32 [S, pages]
-    top_k: int,
-    rule: Rule,
-    backend: str | None,
-    function: str,
-) -> Tensor:  # int32 [1, G, T, K]
-    """The selection, counted from the first page of the table."""
-    q = query.transpose(0, 1)[None]
-    return paged_select.select(q, key.transpose(1, 2), table, top_k, rule, backend=backend, function=function)
-
-
 def _given_out(indices: Tensor, where: Sequences, top_k: int, key: Tensor, physical_indices: bool) -> Tensor:
-    """What `_paged` found, [1, G, T, K'], as the caller gets it, [T, G, K]."""
+    """A selection from pages, [1, G, T, K'], as the caller gets it, [T, G, K]."""
     if not physical_indices:
         return where.own(indices, top_k)
     assert where.table is not None
     indices = indices[..., : min(top_k, where.longest)]
     pages, size = key.shape[:2]
-    return paged_select.physical(indices, where.table, size, pages, size)[0].transpose(0, 1)
+    return paged_attention.physical(indices, where.table, size, pages, size)[0].transpose(0, 1)
 
 
 def varlen_topk_attention(
@@ -277,9 +263,7 @@ def varlen_topk_attention(
     """
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    physical_indices = checks.boolean("physical_indices", physical_indices)
-    if physical_indices and block_table is None:
-        raise ValueError("physical_indices needs block_table: without pages there is one kind of indices")
+    physical_indices = check.kind_of_indices(physical_indices, block_table)
     given = cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k, block_table
     where = sequences(query, key, *given)
     (check.packed_value if where.table is None else check.paged_value)(value, key)
@@ -291,38 +275,18 @@ def varlen_topk_attention(
         out, lse, indices = topk_attention.attend_best(
             q, k, v, top_k, rule, backend=backend, function="varlen_topk_attention"
         )
-        chosen = where.own(indices, top_k) if return_indices else None
+        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
     else:
         check.no_gradient(query, key, value, sink_logits)
-        indices = _paged(query, key, where.table, top_k, rule, backend, "varlen_topk_attention")
-        out, lse = _attend_pages(query, key, value, indices, where.table, scoring, backend)
-        chosen = _given_out(indices, where, top_k, key, physical_indices) if return_indices else None
-    found: tuple[Tensor, ...] = (out[0].transpose(0, 1),)
+        out, lse, indices = paged_attention.attend_best(
+            query, key, value, where.table, top_k, rule, backend=backend, function="varlen_topk_attention"
+        )
+    found: tuple[Tensor, ...] = (out,)
     if return_lse:
-        found += (lse[0].transpose(0, 1),)
-    if chosen is not None:
-        found += (chosen,)
+        found += (lse,)
+    if return_indices:
+        found += (_given_out(indices, where, top_k, key, physical_indices),)
     return found if len(found) > 1 else found[0]
-
-
-def _attend_pages(
-    query: Tensor,  # [T, Hq, D]
-    key: Tensor,  # [P, page size, Hkv, D]
-    value: Tensor,  # [P, page size, Hkv, Dv]
-    indices: Tensor,  # int32 [1, G, T, K], counted from the first page of the table; without a table physical
-    table: Tensor | None,  # int32 [S, pages]
-    scoring: dict[str, Any],
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """(out [1, Hq, T, Dv], lse [1, Hq, T]): gathered attention to rows of the pages, where they lie."""
-    pages, size = key.shape[:2]
-    step, (k, v) = paged_select.rows(key, value)
-    if table is None:
-        chosen = paged_select.placed(indices, size, pages, step)
-    else:
-        chosen = paged_select.physical(indices, table, size, pages, step)
-    q = query.transpose(0, 1)[None]
-    return gathered_attention.attend(q, k, v, chosen, **scoring, backend=backend)
 
 
 def varlen_gathered_attention(
@@ -372,20 +336,23 @@ def varlen_gathered_attention(
         torch.Size([20, 4, 16])
     """
     return_lse = checks.boolean("return_lse", return_lse)
-    physical_indices = checks.boolean("physical_indices", physical_indices)
-    if physical_indices and block_table is None:
-        raise ValueError("physical_indices needs block_table: without pages there is one kind of indices")
+    physical_indices = check.kind_of_indices(physical_indices, block_table)
     where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, False, 0, seqused_k, block_table)
     (check.packed_value if where.table is None else check.paged_value)(value, key)
     check.packed_indices(indices, query, key)
-    scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    scoring: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     if where.table is None:
         q, k, v = _batched(query, key, value)
         out, lse = gathered_attention.attend(q, k, v, where.of_pack(indices), **scoring, backend=backend)
     else:
         check.no_gradient(query, key, value, sink_logits)
-        chosen = indices.transpose(0, 1)[None] if physical_indices else where.of_pack(indices)
-        table = None if physical_indices else where.table
-        out, lse = _attend_pages(query, key, value, chosen, table, scoring, backend)
+        pages, size = key.shape[:2]
+        step, (k, v) = paged_attention.rows(key, value)
+        if physical_indices:
+            chosen = paged_attention.placed(indices.transpose(0, 1)[None], size, pages, step)
+        else:
+            chosen = paged_attention.physical(where.of_pack(indices), where.table, size, pages, step)
+        q = query.transpose(0, 1)[None]
+        out, lse = gathered_attention.attend(q, k, v, chosen, **scoring, backend=backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0].transpose(0, 1)) if return_lse else out

@@ -49,7 +49,7 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
     const int64_t per_kv_head = p.heads / p.kv_heads, per_group = p.heads / p.groups;
 
     // The rows of a few queries are in no cache, and lie too far apart to be foreseen.
-    const bool few = p.query_length <= 16;
+    const bool few = p.query_length <= 16 || queries.end - queries.begin == 1;
 
     // Heads inside queries: heads that share keys find them in cache.
     for (int64_t i = queries.begin; i < queries.end; ++i) {

@@ -86,6 +86,7 @@ struct PagedPanels {
 
     SPARSE_ATTN_INLINE const T* row(int64_t key) const {
         const int64_t at = pages.first + key;
+        if (pages.size == 1) return head + pages.table[at] * p.key_strides.b;
         return head + pages.table[at / pages.size] * p.key_strides.b + at % pages.size * p.key_strides.t;
     }
     // The first keys of a panel's vectors; behind the last key the first again.
@@ -95,7 +96,8 @@ struct PagedPanels {
     }
     SPARSE_ATTN_INLINE KeyPanel<T, Tile> panel(int64_t n) const {
         const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(T)), key = n * NR;
-        const int64_t ahead = minimum(key + round_up(ahead_keys(row_bytes), NR), (p.key_length - 1) / NR * NR);
+        const int64_t ahead =
+            minimum(key + round_up(ahead_keys(row_bytes), NR), (p.key_length - 1) / NR * NR);
         KeyPanel<T, Tile> keys{{}, {}, minimum<int64_t>(NR, p.key_length - key), p.key_strides.t, p.head_dim};
         if (pages.size % W == 0 && pages.first % W == 0) {
             rows_of(key, keys.rows);
@@ -130,9 +132,9 @@ SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range pa
                                      d.pages.table ? scratch.take<T>(NR * p.head_dim) : nullptr};
     if (!d.pages.table) head_keys += t.b * p.key_strides.b;
     for (int64_t n = panels.begin; n < panels.end; ++n) {
-        const KeyPanel<T, Tile> keys =
-            d.pages.table ? paged.panel(n)
-                          : side_by_side<T, Tile>(head_keys, n * NR, p.key_length, p.key_strides.t, p.head_dim);
+        const KeyPanel<T, Tile> keys = d.pages.table ? paged.panel(n)
+                                                     : side_by_side<T, Tile>(head_keys, n * NR, p.key_length,
+                                                                             p.key_strides.t, p.head_dim);
         const bool streamed = rows <= kStreamedRows;
         if (!streamed) store_panel(keys, panel);
         for (int64_t first = 0; first < rows; first += MR) {

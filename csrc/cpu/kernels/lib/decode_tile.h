@@ -130,8 +130,8 @@ struct KeyPanel {
     SPARSE_ATTN_INLINE void each_block(const F& use) const {
         const int64_t row_bytes = head_dim * static_cast<int64_t>(sizeof(T)),
                       full = head_dim / (W * Tile::kDepth);
-        Ahead next{reinterpret_cast<const char*>(ahead[0]), reinterpret_cast<const char*>(ahead[1]), row_bytes,
-                   stride * static_cast<int64_t>(sizeof(T))};
+        Ahead next{reinterpret_cast<const char*>(ahead[0]), reinterpret_cast<const char*>(ahead[1]),
+                   row_bytes, stride * static_cast<int64_t>(sizeof(T))};
         const bool whole = count == NR;
         for (int64_t b = 0; whole && b < full; ++b)
 #pragma GCC unroll 2

@@ -1,7 +1,7 @@
-"""`paged_select`: the selection of packed sequences whose keys lie in pages, and the way from it to rows of the pages.
+"""`paged_attention` and `paged_select`: topk_attention and its selection for packed sequences in the pages of a cache.
 
-A sequence of a pack has the keys of its row of the table, page after page; the rule and the selection speak of them as if
-all pages of the table lay end to end.
+A sequence of a pack has the keys of its row of the table, page after page; the rule and the selection speak of them as
+if all pages of the table lay end to end. Nothing is differentiated.
 """
 
 from __future__ import annotations
@@ -21,16 +21,28 @@ def fake(query, key, block_table, top_k, rule: PackedRule) -> Tensor:
     return query.new_empty((1, rule.groups, query.shape[2], slots), dtype=torch.int32)
 
 
-OP = Op(
+def fake_attention(query, key, value, block_table, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
+    rows = query.shape[2], query.shape[1]
+    out = query.new_empty((*rows, value.shape[3]))
+    return out, query.new_empty(rows, dtype=torch.float32), fake(query, key, block_table, top_k, rule)
+
+
+SELECT = Op(
     "paged_select",
     f"(Tensor query, Tensor key, Tensor block_table, SymInt top_k, {rules.SCHEMA}) -> Tensor",
     fake,
 )
+OP = Op(
+    "paged_attention",
+    f"(Tensor query, Tensor key, Tensor value, Tensor block_table, SymInt top_k, {rules.SCHEMA}) -> "
+    "(Tensor out, Tensor lse, Tensor indices)",
+    fake_attention,
+)
 
 
 def select(
-    query: Tensor,  # [1, Hq, T, D]
-    key: Tensor,  # [P, Hkv, page size, D]
+    query: Tensor,  # [T, Hq, D]
+    key: Tensor,  # [P, page size, Hkv, D]
     block_table: Tensor,  # int32 [S, pages]
     top_k: int,
     rule: Rule,
@@ -38,11 +50,35 @@ def select(
     backend: str | None = None,
     function: str = "paged_select",
 ) -> Tensor:  # int32 [1, G, T, K]
-    query, key = autocast(query, key)
-    check.paged_query_key(query, key)
-    packed = rule.packed(query, key, top_k)
-    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes_of(query))
-    return OP.on(wing)(query, key, block_table, top_k, *packed.parts())
+    q, k = _checked(query, key)
+    packed = rule.packed(q, k, top_k)
+    wing = SELECT.choose(q, backend, rule=rule, function=function, sizes=sizes_of(q))
+    return SELECT.on(wing)(q, k, block_table, top_k, *packed.parts())
+
+
+def attend_best(
+    query: Tensor,  # [T, Hq, D]
+    key: Tensor,  # [P, page size, Hkv, D]
+    value: Tensor,  # [P, page size, Hkv, Dv]
+    block_table: Tensor,  # int32 [S, pages]
+    top_k: int,
+    rule: Rule,
+    *,
+    backend: str | None = None,
+    function: str = "paged_attention",
+) -> tuple[Tensor, Tensor, Tensor]:  # out [T, Hq, Dv], lse [T, Hq], indices int32 [1, G, T, K]
+    q, k, v = _checked(query, key, value)
+    packed = rule.packed(q, k, top_k)
+    wing = OP.choose(q, backend, rule=rule, function=function, sizes=sizes_of(q, v))
+    return OP.on(wing)(q, k, v, block_table, top_k, *packed.parts())
+
+
+def _checked(query: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    """As the ops take them: query [1, Hq, T, D], pages [P, Hkv, page size, D]."""
+    query, *pages = autocast(query, *caches)
+    found = query.transpose(0, 1)[None], *(t.transpose(1, 2) for t in pages)
+    check.paged_tensors(*found)
+    return found
 
 
 def rows(*caches: Tensor) -> tuple[int, tuple[Tensor, ...]]:
@@ -74,7 +110,7 @@ def _rows_of_page(pages: Tensor) -> int:
 
 
 def physical(
-    indices: Tensor,  # int32 [1, G, T, K], as `select` has them
+    indices: Tensor,  # int32 [1, G, T, K], as the ops have them
     block_table: Tensor,  # int32 [S, pages]
     page_size: int,
     page_count: int,
