@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_attn.integrations.options import NAME, mark, needs_order, options_of
+from sparse_attn.integrations.options import needs_order, options_of
 from sparse_attn.integrations.visibility import Visibility, holes, none_beyond
 
 
@@ -35,8 +35,6 @@ def attention_mask(
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-    if not torch.compiler.is_compiling() and getattr(config, "_attn_implementation", None) == NAME:
-        mark(config)  # of a model that was loaded: it is to be saved as it came
     if isinstance(attention_mask, Visibility):
         return attention_mask  # made in advance by generate()
     counted = isinstance(q_offset, Tensor)  # by a static cache

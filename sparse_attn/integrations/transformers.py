@@ -39,6 +39,7 @@ from sparse_attn.integrations.options import (
     maskless,
     needs_order,
     options_of,
+    say_when_saved,
     set_options,
     unchanged_if_refused,
 )
@@ -69,13 +70,14 @@ def register() -> None:
         ImportError: transformers is not installed (``pip install "sparse-attn[hf]"``).
     """
     try:
-        from transformers import AttentionInterface
+        from transformers import AttentionInterface, PreTrainedConfig
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError as error:
         raise ImportError(f'{error}: pip install "sparse-attn[hf]" (transformers >= 5)') from None
     AttentionInterface.register(NAME, attention_forward)
     # Without a mask function of the same name transformers makes no mask, and padding would be attended to.
     AttentionMaskInterface.register(NAME, attention_mask)
+    say_when_saved(PreTrainedConfig)
 
 
 def configure(
