@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.checks.values import describe, has_values, integer
+from sparse_attn.checks.values import bare, describe, has_values, integer
 
 
 def packed_tensor(name: str, value: object, axes: str) -> None:
@@ -29,10 +29,11 @@ def offsets(name: str, cu_seq: object, tokens: Tensor, longest_name: str, longes
         raise ValueError(f"{name} must have at least one entry, the 0 where sequences begin, got none")
     longest = integer(longest_name, longest, 0)
     if cu_seq.device.type == "cpu" and has_values(cu_seq):
-        first, last = int(cu_seq[0]), int(cu_seq[-1])
-        lengths = cu_seq.diff()
+        bounds = bare(cu_seq)
+        first, last = int(bounds[..., 0].max()), int(bounds[..., -1].max())
+        lengths = bounds.diff()
         shortest, most = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
-        if first != 0 or shortest < 0 or last > tokens.shape[0]:
+        if bool(bounds[..., 0].any()) or shortest < 0 or last > tokens.shape[0]:
             raise ValueError(
                 f"{name} must rise from 0 to at most {tokens.shape[0]}, the number of tokens, "
                 f"got values from {first} to {last}{'' if shortest >= 0 else ' that fall in between'}"

@@ -43,6 +43,7 @@ from sparse_attn.integrations.options import (
     set_options,
     unchanged_if_refused,
 )
+from sparse_attn.integrations.packed import within_documents
 from sparse_attn.integrations.selectors import OWN, SELECTORS, check_named, remember, selector_of
 from sparse_attn.integrations.self_test import meant_layers, prove
 from sparse_attn.integrations.visibility import Visibility, scores_of
@@ -191,6 +192,7 @@ def attention_forward(
     refusals.refuse_call(module, dropout, others)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     seen = Visibility.of(attention_mask, query, key, causal)
+    seen = within_documents(seen, others, query, key)
     scores = scores_of(scaling, softcap, s_aux)
     if indices is not None:
         chosen = Selection(seen.only_visible(indices))

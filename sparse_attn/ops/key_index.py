@@ -234,4 +234,6 @@ def serves(index: object, query: Tensor, key: Tensor, rule: PackedRule) -> bool:
     if not isinstance(index, KeyIndex):
         raise TypeError(f"key_index must be a sparse_attn.KeyIndex, got {checks.describe(index)}")
     index.check(key)
+    if checks.mapped(key) and not checks.mapped(index.codes):
+        raise ValueError("key_index is of the same keys in all entries of a vmap over key: leave it out")
     return query.shape[2] <= MOST_QUERIES and rule.groups == query.shape[1]
