@@ -271,3 +271,21 @@ def tied_to_an_embedding_of_bands() -> str:
         sa.nn.VariableWidthEmbedding(sa.WidthPlan.from_cutoffs(64, 48, cutoffs=[16], widths=[48, 8]))
     )
     return refused(model.tie_weights, "VariableWidthHead")
+
+
+@case(
+    "packed documents by `cu_seq_lens_q`, and by `position_ids` beside an empty cache",
+    "one document saw another",
+)
+def documents_by_their_bounds() -> str:
+    model, ids = _configure(_llama(), top_k=6, window=2, sinks=2), _ids(1, 31)
+    positions = torch.cat((torch.arange(14), torch.arange(17)))[None]
+    found = []
+    for told in (
+        {"cu_seq_lens_q": torch.tensor([0, 14, 31])},
+        {"position_ids": positions, "use_cache": True},
+    ):
+        together = _logits(model, ids, **told)
+        found.append(off_by(together[:, :14], _logits(model, ids[:, :14]), 1e-5))
+        found.append(off_by(together[:, 14:], _logits(model, ids[:, 14:]), 1e-5))
+    return "each as alone, " + ", ".join(dict.fromkeys(found))
