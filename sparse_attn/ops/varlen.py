@@ -325,5 +325,7 @@ def varlen_indexer_select(
     top_k = checks.top_k_of(top_k)
     q, k = _batched(query, key)
     rule = where.rule(window=window, sinks=sinks)
-    options = {"int8": int8, "backend": backend, "function": "varlen_indexer_select"}
-    return where.own(indexer_select.select(q, k, weights.T[None], top_k, rule, **options), top_k)
+    indices = indexer_select.select(
+        q, k, weights.T[None], top_k, rule, int8=int8, backend=backend, function="varlen_indexer_select"
+    )
+    return where.own(indices, top_k)

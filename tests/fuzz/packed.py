@@ -8,10 +8,11 @@ from torch import Tensor
 
 import sparse_attn
 from fuzz.attention import check_attention, check_indices, draw_gradients, leaves_of, scoring_of, sink_leaf
-from fuzz.bounds import attention_to
+from fuzz.bounds import Attention, attention_to
 from fuzz.case import Case, Draw, Fuzzed, bits, draw_kinds, fuzzed, generator, run, tensor
 from fuzz.rules import OPTIONS, SCORING, draw_rule, rule_of
 
+_SIZES = (1, 2, 3, 4, 7, 8, 16, 64)
 _ONE_CALL = ("causal_offset", "attn_mask", "key_lengths", "key_starts")  # what a packed call says otherwise
 
 
@@ -192,4 +193,74 @@ class VarlenGathered(Packed):
         )  # fmt: skip
         query, key, value = (t.detach() for t in leaves)
         exact = attention_to(query, key, value, self.of_pack(case, indices), **scoring_of(scoring))
+        check_attention(case, out.transpose(0, 1)[None], lse.T[None], [*leaves, *sinks], exact)
+
+
+@fuzzed
+class VarlenBlocks(Packed):
+    """Choice and attention in one case: a choice that is drawn would seldom be one of a pack's."""
+
+    name = "varlen_block_attention"
+
+    def draw(self, draw: Draw) -> Case:
+        case = draw_sequences(draw, value=True)
+        case |= {
+            "lengths_k": case["lengths_q"],
+            "behind_k": case["behind_q"],
+            "Tk": case["Tq"],
+            "used": False,
+        }
+        case |= draw_kinds(draw, "query", "key", "value") | draw_gradients(draw)
+        case |= {"block_size": draw.choice(_SIZES), "query_tile": draw.choice(_SIZES), "more": 0}
+        case |= {"pool": draw.choice(("mean", "bound")), "top_blocks": draw.size(5)}
+        for name in ("is_causal", "share", *SCORING):
+            value = OPTIONS[name](draw, case)
+            if value is not None:
+                case[name] = abs(value) if name == "scale" else value
+        return case
+
+    def check(self, case: Case) -> None:
+        leaves = leaves_of(case, *self.tensors(case, value=True))
+        (where, _), rule = self.where(case), rule_of(case)
+        sizes = {"block_size": case["block_size"], "query_tile": case["query_tile"]}
+        own = (case["query_tile"] - 2) // case["block_size"] + 2 if rule.get("is_causal") else 0
+        budget, share = 1 + max(1, own) + case["top_blocks"], {"share": rule.pop("share", "none")}
+        query, key, value = (t.detach() for t in leaves)
+        choice = {**sizes, **share, "pool": case["pool"]}
+        scores = scoring_of(rule)
+        seen = {"is_causal": True} if rule.get("is_causal") else {}
+        blocks = run(
+            case, "varlen_block_select", *views(query, key), *where, budget, **choice, **scores, **seen
+        )
+        sinks = sink_leaf(case, rule)
+        out, lse = run(
+            case, "varlen_block_attention", *views(*leaves), blocks, *where, **sizes, **rule, return_lse=True
+        )  # fmt: skip
+        counts = torch.zeros(1, case["Hq"], case["Tq"], case["Tk"], dtype=torch.float64)
+        first = 0
+        for queries, keys in self.alone(case):
+            parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            length = queries.stop - queries.start
+            tiles = -(-length // max(1, min(case["query_tile"], case["Tq"])))
+            mine = blocks[first : first + tiles].transpose(0, 1)[None]
+            first += tiles
+            if not length:
+                continue
+            at = torch.arange(length)
+            near = mine[:, :, at // case["query_tile"]].unsqueeze(-1) == at // case["block_size"]
+            each = near.sum(-2).double().repeat_interleave(case["Hq"] // mine.shape[1], dim=1)
+            counts[:, :, queries, keys] = each * (at <= at[:, None]) if seen else each
+            if case["wing"] != "cpu":
+                continue
+            found = sparse_attn.block_select(*parts[:2], budget, backend="cpu", **choice, **scores, **seen)
+            width = found.shape[-1]
+            assert torch.equal(mine[..., :width], found), "a sequence alone has other blocks"
+            assert bool((mine[..., width:] == -1).all())
+            options = {**sizes, **scores, **seen, "backend": "cpu", "return_lse": True}
+            alone = sparse_attn.block_attention(*parts, found, **options)
+            for one, other in zip(alone, (out, lse), strict=True):
+                packed = other.detach()[queries].transpose(0, 1)[None]
+                assert torch.equal(bits(one), bits(packed)), "a sequence alone gives other bits"
+        assert bool((blocks[first:] == -1).all()), "a tile of no sequence has blocks"
+        exact = Attention(query, key, value, counts, **scores)
         check_attention(case, out.transpose(0, 1)[None], lse.T[None], [*leaves, *sinks], exact)
