@@ -50,8 +50,8 @@ class Pieces:
 
     def lay(self, rows: Tensor) -> Tensor:
         """[T, H, …] → [1, H, places, …], 0 where there is no token."""
-        if rows.shape[0] == 0:
-            return rows.new_zeros((1, rows.shape[1], len(self.source), *rows.shape[2:]))
+        if rows.shape[0] == 0:  # a row to take for none, which keeps the gradient's way
+            rows = torch.cat((rows, rows.new_zeros((1, *rows.shape[1:]))))
         there = self.there.view(-1, *[1] * (rows.dim() - 1))
         return torch.where(there, rows.index_select(0, self.source), 0).transpose(0, 1)[None]
 

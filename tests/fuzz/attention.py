@@ -196,7 +196,7 @@ def check_attention(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor], 
     if among(case, EXTREME, "grad_out"):
         return
     if (
-        case["op"] == "block_attention"
+        case["op"] in ("block_attention", "varlen_block_attention")
         and case["wing"] == "reference"
         and among(case, SPECIAL, *names, "grad_out")
     ):

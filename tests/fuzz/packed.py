@@ -260,7 +260,8 @@ class VarlenBlocks(Packed):
             alone = sparse_attn.block_attention(*parts, found, **options)
             for one, other in zip(alone, (out, lse), strict=True):
                 packed = other.detach()[queries].transpose(0, 1)[None]
-                assert torch.equal(bits(one), bits(packed)), "a sequence alone gives other bits"
+                equal = (one == packed) | (one.isnan() & packed.isnan())  # a NaN may have either sign
+                assert bool(equal.all()), "a sequence alone gives other numbers"
         assert bool((blocks[first:] == -1).all()), "a tile of no sequence has blocks"
         exact = Attention(query, key, value, counts, **scores)
         check_attention(case, out.transpose(0, 1)[None], lse.T[None], [*leaves, *sinks], exact)

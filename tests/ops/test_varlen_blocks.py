@@ -190,3 +190,13 @@ def test_refusals(words):
     query, key, _, cu_seq, *_ = pack([12, 8], [12, 8])
     with pytest.raises((ValueError, TypeError), match=words):
         REFUSED[words](query, key, cu_seq)
+
+
+def test_an_empty_pack_has_a_gradient():
+    """Of nothing: a training step without a document is no error."""
+    leaves = [torch.zeros(0, h, 5, requires_grad=True) for h in (4, 2, 2)]
+    where = torch.zeros(1, dtype=torch.int64), None, 0, 0
+    blocks = sparse_attn.varlen_block_select(*leaves[:2], *where, 3, is_causal=True)
+    out, lse = sparse_attn.varlen_block_attention(*leaves, blocks, *where, is_causal=True, return_lse=True)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    assert [g.shape for g in grads] == [t.shape for t in leaves]
