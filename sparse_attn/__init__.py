@@ -11,7 +11,13 @@ from sparse_attn.ops.topk_attention import explain, topk_attention, topk_attenti
 from sparse_attn.ops.topk_select import quantized_select, refine_blocks, topk_select
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
 from sparse_attn.ops.variable_width_embedding import variable_width_embedding
-from sparse_attn.ops.varlen import varlen_gathered_attention, varlen_topk_attention, varlen_topk_select
+from sparse_attn.ops.varlen import (
+    varlen_gathered_attention,
+    varlen_indexer_select,
+    varlen_topk_attention,
+    varlen_topk_select,
+)
+from sparse_attn.ops.varlen_blocks import varlen_block_attention, varlen_block_select
 from sparse_attn.planner import WidthPlan, plan_widths
 from sparse_attn.selection import attend
 from sparse_attn.wings.base import explain_call, use_backend
@@ -39,7 +45,10 @@ __all__ = [
     "use_backend",
     "variable_width_cross_entropy",
     "variable_width_embedding",
+    "varlen_block_attention",
+    "varlen_block_select",
     "varlen_gathered_attention",
+    "varlen_indexer_select",
     "varlen_topk_attention",
     "varlen_topk_select",
 ]

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fuzz import shrink, worker
 from fuzz.case import OPS, draw_case, load
 
 import sparse_attn
+from sparse_attn.ops import gathered_attention
 
 TESTS = Path(__file__).parent
 
@@ -61,3 +63,58 @@ def test_a_failure_comes_with_its_command():
     assert "SPARSE_ATTN_CPU_ISA must be" in result.stdout
     command = "SPARSE_ATTN_CPU_ISA=no_such_set python -m fuzz --seed 3 --ops topk_select --case "
     assert command in result.stdout
+
+
+def other_softcap(options):
+    return options | {"softcap": options["softcap"] * 1.05} if "softcap" in options else options
+
+
+def other_sinks(options):
+    return options | {"sink_logits": options["sink_logits"] + 0.05} if "sink_logits" in options else options
+
+
+def other_offset(options):
+    offset = options.get("causal_offset")
+    return options | {"causal_offset": offset + 1} if isinstance(offset, torch.Tensor) else options
+
+
+def other_starts(options):
+    return options | {"key_starts": options["key_starts"] + 1} if "key_starts" in options else options
+
+
+def other_used(options):
+    used = options.get("seqused_k")
+    return options if used is None else options | {"seqused_k": (used - 1).clamp(min=0)}
+
+
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        ("topk_attention", other_softcap),
+        ("topk_attention", other_sinks),
+        ("topk_attention_with_residual", other_softcap),
+        ("topk_attention_with_residual", other_sinks),
+        ("gathered_attention", other_sinks),
+        ("block_attention", other_sinks),
+        ("topk_select", other_offset),
+        ("topk_select", other_starts),
+        ("varlen_topk_attention", other_softcap),
+        ("varlen_topk_attention", other_used),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)  # fmt: skip
+def test_a_part_that_is_a_little_wrong_is_found(monkeypatch, op, change):
+    load()
+    right = getattr(sparse_attn, op)
+    monkeypatch.setattr(sparse_attn, op, lambda *tensors, **options: right(*tensors, **change(options)))
+    found = [worker.failure(draw_case(0, number, [op], large=0.0)) for number in range(250)]
+    assert any(isinstance(f, str) and f.startswith("AssertionError") for f in found)
+
+
+@pytest.mark.parametrize("op", ["gathered_attention", "block_attention"])
+def test_a_gradient_that_is_a_little_wrong_is_found(monkeypatch, op):
+    load()
+    right = gathered_attention.sink_gradient
+    monkeypatch.setattr(gathered_attention, "sink_gradient", lambda *given: right(*given) * 1.01)
+    found = [worker.failure(draw_case(0, number, [op], large=0.0)) for number in range(250)]
+    assert any(f is not None and "gradient of sink_logits" in f for f in found)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.checks.attention import query_key, value_of
-from sparse_attn.checks.values import boolean, describe, has_values, integer
+from sparse_attn.checks.values import bare, boolean, describe, has_values, integer
 
 
 def packed_tensor(name: str, value: object, axes: str) -> None:
@@ -34,10 +34,11 @@ def offsets(
         raise ValueError(f"{name} must have at least one entry, the 0 where sequences begin, got none")
     longest = integer(longest_name, longest, 0)
     if cu_seq.device.type == "cpu" and has_values(cu_seq):
-        first, last = int(cu_seq[0]), int(cu_seq[-1])
-        lengths = cu_seq.diff()
+        bounds = bare(cu_seq)
+        first, last = int(bounds[..., 0].max()), int(bounds[..., -1].max())
+        lengths = bounds.diff()
         shortest, most = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
-        if first != 0 or shortest < 0 or (last > tokens.shape[0] and not paged):
+        if bool(bounds[..., 0].any()) or shortest < 0 or (last > tokens.shape[0] and not paged):
             most_tokens = "" if paged else f" to at most {tokens.shape[0]}, the number of tokens"
             raise ValueError(
                 f"{name} must rise from 0{most_tokens}, "
@@ -206,6 +207,41 @@ def packed_value(value: object, key: Tensor) -> None:
         raise ValueError(
             "value must be [Tk, Hkv, Dv] with the key's tokens and heads, "
             f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+
+
+def one_cu_seq(cu_seq_q: Tensor, cu_seq_k: Tensor | None) -> None:
+    """That the queries of each sequence are its keys. Values are read on the CPU alone."""
+    if cu_seq_k is None or cu_seq_k is cu_seq_q:
+        return
+    if cu_seq_q.device.type != "cpu" or not has_values(cu_seq_q):
+        raise ValueError("blocks of causal sequences need cu_seq_k=None: the queries of each are its keys")
+    if not bool(bare(cu_seq_q == cu_seq_k).all()):
+        raise ValueError(
+            "blocks of causal sequences need cu_seq_k to be cu_seq_q: the queries of each are its keys"
+        )
+
+
+def packed_blocks(blocks: object, query: Tensor, key: Tensor, tiles: int) -> None:
+    """blocks int [N, G, M] beside query [T, Hq, D] and key [Tk, Hkv, D]."""
+    if not isinstance(blocks, Tensor) or blocks.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"blocks must be an int32 (or int64) tensor [N, G, M], got {describe(blocks)}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if blocks.dim() != 3 or blocks.shape[0] != tiles or blocks.shape[1] not in (1, kv_heads, heads):
+        raise ValueError(
+            "blocks must have shape [N, G, M] with a row for each tile, as varlen_block_select gives them, and G one "
+            f"of 1, Hkv, Hq; here Hkv={kv_heads}, Hq={heads}, got {describe(blocks)}"
+        )
+
+
+def packed_weights(weights: object, query: Tensor) -> None:
+    """weights [T, G·Hi] beside an indexer's query [T, G·Hi, D]; the op checks the rest of it."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor of shape [T, G·Hi], got {describe(weights)}")
+    if weights.shape != query.shape[:2]:
+        raise ValueError(
+            f"weights must have the query's first two dimensions [T, G·Hi] = {list(query.shape[:2])}, "
+            f"got {describe(weights)}"
         )
 
 

@@ -15,6 +15,8 @@ from sparse_attn import checks
 from sparse_attn.distillation.teacher import keeping_gradients
 from sparse_attn.files import read_tensors, refusal
 from sparse_attn.integrations.indexers import attention_layers, indexers
+from sparse_attn.integrations.refusals import refuse_call
+from sparse_attn.integrations.visibility import scores_of
 from sparse_attn.integrations.watching import Given, watching
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
@@ -185,23 +187,27 @@ class _Lessons:
 
     def look(self, given: Given) -> None:
         layer = given.module.layer_idx
-        self.losses[layer] = self._teach(
-            self.found[layer], given.hidden, given.rope, given.query, given.key, given.scale
-        )
+        self.losses[layer] = self._teach(self.found[layer], given)
 
-    def _teach(self, indexer, hidden, rope, query, key, scale) -> float:
-        """One layer: hidden [B, T, C], query [B, Hq, T, D], key [B, Hkv, T, D]."""
-        length = hidden.shape[1]
+    def _teach(self, indexer, given: Given) -> float:
+        """One layer."""
+        refuse_call(given.module, 0.0, given.others)
+        query, key = given.query, given.key
+        assert given.hidden is not None
+        length = given.hidden.shape[1]
         count = length if self.queries is None else min(self.queries, length)
         first = int(torch.randint(length - count + 1, (), generator=self.generator))
-        last = first + count
-        hidden = hidden[:, :last].detach().to(indexer.key.weight.dtype)
-        rope = None if rope is None else tuple(t[:, :last] for t in rope)
+        rows = slice(first, first + count)
+        last, rule = given.seen.of_rows(rows, query.shape[0])
+        scoring = scores_of(given.scale, given.others["softcap"], given.others["s_aux"])
+        hidden = given.hidden.detach().to(indexer.key.weight.dtype)
+        rope = given.rope
         with torch.enable_grad():
-            own_rope = None if rope is None else tuple(t[:, first:] for t in rope)
-            index_query, weights = indexer.queries(hidden[:, first:], own_rope)
-            index_key = indexer.keys(hidden, rope)
-            rule = {"is_causal": True, "causal_offset": first}
+            of_rows, of_keys = (
+                None if rope is None else tuple(t[:, s] for t in rope) for s in (rows, slice(last))
+            )
+            index_query, weights = indexer.queries(hidden[:, rows], of_rows)
+            index_key = indexer.keys(hidden[:, :last], of_keys)
             if self.top_k is not None:
                 with torch.no_grad():
                     chosen = indexer_select(index_query, index_key, weights, self.top_k, **rule)
@@ -210,9 +216,9 @@ class _Lessons:
                 index_query,
                 index_key,
                 weights,
-                query[:, :, first:last].float(),
+                query[:, :, rows].float(),
                 key[:, :, :last].float(),
-                scale=scale,
+                **scoring,
                 **rule,
             )
             loss.backward()

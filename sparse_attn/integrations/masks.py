@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_attn.integrations.options import NAME, mark, needs_order, options_of
-from sparse_attn.integrations.visibility import Visibility, holes, none_beyond
+from sparse_attn.integrations.options import needs_order, options_of
+from sparse_attn.integrations.visibility import Visibility, holds, holes, none_beyond
+
+_PAIRS = 1 << 22  # of queries and keys that are looked at at a time
 
 
 def attention_mask(
@@ -35,8 +37,6 @@ def attention_mask(
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-    if not torch.compiler.is_compiling() and getattr(config, "_attn_implementation", None) == NAME:
-        mark(config)  # of a model that was loaded: it is to be saved as it came
     if isinstance(attention_mask, Visibility):
         return attention_mask  # made in advance by generate()
     counted = isinstance(q_offset, Tensor)  # by a static cache
@@ -57,6 +57,14 @@ def attention_mask(
         starts, padding = ends_of(attention_mask, kv_length, kv_offset, causal=False)
         return None if starts is None else Visibility(*lengths, starts=starts, padding=padding)
 
+    wants_order = needs_order(options_of(config))
+    alone = attention_mask is None and known and offset == 0 and q_length == kv_length
+    packed = alone and mask_function is not causal_mask_function and not skip and not use_vmap
+    # Packed documents, or blocks that look ahead; under torch.compile nobody knows yet whether there are several.
+    if packed and local_size is None and (wants_order or not torch.compiler.is_compiling()):
+        starts = documents(mask_function, batch_size, q_length, device)
+        if starts is not None:
+            return Visibility(*lengths, offset=0, starts=starts)
     made = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -71,21 +79,16 @@ def attention_mask(
         device=device,
         **others,
     )
-    wants_order = needs_order(options_of(config))
-    alone = attention_mask is None and known and offset == 0 and q_length == kv_length
-    packed = alone and mask_function is not causal_mask_function and not skip and not use_vmap
     if made is None or mask_function is causal_mask_function:
-        return made
-    if packed and local_size is None:
-        # Packed documents, or blocks that look ahead; under torch.compile nobody knows yet whether there are several.
-        if (wants_order or not torch.compiler.is_compiling()) and none_beyond(made, 0):
-            return Visibility(*lengths, offset=0, starts=documents(made))
         return made
     order = wants_order and none_beyond(made, offset)
     starts = None
     if local_size is not None and local_size != getattr(config, "attention_chunk_size", None):
         # Sliding windows: the first keys are those of the sequence, where they can still be seen.
-        starts = documents(made) if packed else ends_of(attention_mask, kv_length, kv_offset)[0]
+        neighbours = made[:, 0].diagonal(-1, -2, -1) if packed else None
+        starts = (
+            ends_of(attention_mask, kv_length, kv_offset)[0] if neighbours is None else starts_of(neighbours)
+        )
         if starts is None:
             starts = torch.zeros((batch_size,), dtype=torch.int64, device=made.device)
     if not order and starts is None:
@@ -117,9 +120,28 @@ def ends_of(
     return first - kv_offset, padding
 
 
-def documents(mask: Tensor) -> Tensor:
-    """bool [B, 1, T, T] → int64 [B, T]: where each query's document starts: after a key that the next does not see."""
-    sees = mask[:, 0].diagonal(-1, -2, -1)  # [B, T − 1], of query i + 1: key i
-    positions = torch.arange(1, mask.shape[-1], device=mask.device)
-    starts = torch.where(sees, 0, positions).cummax(-1).values
-    return pad(starts, (1, 0))
+def documents(mask_function, batch: int, length: int, device) -> Tensor | None:
+    """int64 [B, T]: where each query's document starts, if `mask_function` is causal attention within documents.
+
+    It is asked for every pair, some queries at a time: no [T, T] tensor is stored.
+    """
+    rows = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    places = torch.arange(length, device=device).view(1, 1, 1, -1)
+    nothing = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
+    before, behind = places[..., :-1], places[..., 1:]
+    starts = starts_of(mask_function(rows, nothing, behind, before).expand(batch, 1, 1, length - 1)[:, 0, 0])
+    compiling = torch.compiler.is_compiling()
+    step = length if compiling else max(1, _PAIRS // max(1, batch * length))
+    for first in range(0, length, step):
+        queries = places[..., first : first + step].mT
+        begin = starts[:, first : first + step].view(batch, 1, -1, 1)
+        wanted = (places <= queries) & (places >= begin)
+        if not holds((mask_function(rows, nothing, queries, places) == wanted).all()):
+            return None
+    return starts
+
+
+def starts_of(sees: Tensor) -> Tensor:
+    """bool [B, T − 1], whether query i + 1 sees key i → int64 [B, T]: where each query's document starts."""
+    positions = torch.arange(1, sees.shape[1] + 1, device=sees.device)
+    return pad(torch.where(sees, 0, positions).cummax(-1).values, (1, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ UNKNOWN = (
     "block_indices",
     "cache",
 )
-_MARK = "attn_implementation"  # of a saved config: what from_pretrained is to use
+_MARK = "attn_implementation"  # in a saved config: what from_pretrained is to use
 _INTERNAL = "_attn_implementation_internal"
 _FIELDS = [f"{NAME}_{name}" for name in DEFAULTS]
 
@@ -63,19 +64,42 @@ def set_options(model: torch.nn.Module, options: dict[str, Any]) -> None:
     for config in configs_of(model):
         for name, value in options.items():
             setattr(config, f"{NAME}_{name}", value)
-        mark(config)
 
 
-def mark(config: Any) -> None:
-    """Lets a config say, once saved, that the model is to be loaded with this attention, not with another."""
-    if _MARK not in config.__dict__:
-        setattr(config, _MARK, NAME)
+def _attention_of(config: Any) -> str | dict[str, Any] | None:
+    """As transformers takes it: a name for all of a config, or by its parts where some have another; None: no word."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    of_parts = {name: _attention_of(part) for name, part in parts.items() if part is not None}
+    own = NAME if config._attn_implementation == NAME else None
+    if all(attention == own for attention in of_parts.values()):
+        return own
+    said = {"": own, **of_parts}
+    return {name: attention for name, attention in said.items() if attention is not None}
+
+
+def say_when_saved(kind: type) -> None:
+    """Lets configs of transformers' class `kind` say, once written, that their model has this attention, while it has.
+
+    Transformers writes no config's attention, and loading takes it from there. The moment of writing alone can tell:
+    a model that was loaded, or given another attention, has passed through nothing of this package since.
+    """
+    written = kind.to_dict
+    if getattr(written, "_of_sparse_attn", False):
+        return
+
+    @wraps(written)
+    def to_dict(self) -> dict[str, Any]:
+        found, attention = written(self), _attention_of(self)
+        return found if attention is None else {**found, _MARK: attention}
+
+    to_dict._of_sparse_attn = True
+    kind.to_dict = to_dict
 
 
 @contextmanager
 def unchanged_if_refused(model: torch.nn.Module) -> Iterator[None]:
     """Puts the configs back as they were where anything is raised."""
-    fields = [*_FIELDS, _MARK, _INTERNAL]
+    fields = [*_FIELDS, _INTERNAL]
     before = [(c, {f: c.__dict__[f] for f in fields if f in c.__dict__}) for c in configs_of(model)]
     try:
         yield

@@ -39,9 +39,11 @@ from sparse_attn.integrations.options import (
     maskless,
     needs_order,
     options_of,
+    say_when_saved,
     set_options,
     unchanged_if_refused,
 )
+from sparse_attn.integrations.packed import within_documents
 from sparse_attn.integrations.selectors import OWN, SELECTORS, check_named, remember, selector_of
 from sparse_attn.integrations.self_test import meant_layers, prove
 from sparse_attn.integrations.visibility import Visibility, scores_of
@@ -69,13 +71,14 @@ def register() -> None:
         ImportError: transformers is not installed (``pip install "sparse-attn[hf]"``).
     """
     try:
-        from transformers import AttentionInterface
+        from transformers import AttentionInterface, PreTrainedConfig
         from transformers.masking_utils import AttentionMaskInterface
     except ImportError as error:
         raise ImportError(f'{error}: pip install "sparse-attn[hf]" (transformers >= 5)') from None
     AttentionInterface.register(NAME, attention_forward)
     # Without a mask function of the same name transformers makes no mask, and padding would be attended to.
     AttentionMaskInterface.register(NAME, attention_mask)
+    say_when_saved(PreTrainedConfig)
 
 
 def configure(
@@ -189,6 +192,7 @@ def attention_forward(
     refusals.refuse_call(module, dropout, others)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     seen = Visibility.of(attention_mask, query, key, causal)
+    seen = within_documents(seen, others, query, key)
     scores = scores_of(scaling, softcap, s_aux)
     if indices is not None:
         chosen = Selection(seen.only_visible(indices))

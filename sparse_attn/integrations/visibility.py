@@ -86,6 +86,24 @@ class Visibility:
         first = self.mask.any(1).to(torch.uint8).argmax(-1)  # [B or 1, Tq or 1]
         return replace(self, starts=first.expand(batch, self.query_length))
 
+    def of_rows(self, rows: slice, batch: int) -> tuple[int, dict[str, Any]]:
+        """What some queries of a whole sequence see, for the public functions, and how many first keys that takes."""
+        seen = self.in_order()
+        if seen.mask is not None and seen.mask.shape[1] > 1:
+            raise ValueError("its heads see different keys")
+        keys, found = seen.key_length, {}
+        if seen.offset is not None:
+            keys = max(0, min(keys, rows.stop + seen.offset))
+            found |= {"is_causal": True, "causal_offset": rows.start + seen.offset}
+        mask = seen.of_first_keys(keys)._masks()
+        if mask is not None:
+            mask = mask.expand(-1, -1, seen.query_length, -1)
+            found["attn_mask"] = mask[:, :, rows]
+        if seen.starts is not None:
+            starts = seen.starts.expand(batch, *seen.starts.shape[1:])
+            found["key_starts"] = starts if starts.dim() == 1 else starts[:, rows]
+        return keys, found
+
     def of_first_keys(self, count: int) -> Visibility:
         """The same for the first `count` keys alone; no query sees any other."""
         padding = None if self.padding is None else self.padding[:, :count]

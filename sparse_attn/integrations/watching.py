@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.integrations.masks import attention_mask as make_mask
 from sparse_attn.integrations.options import configs_of
+from sparse_attn.integrations.packed import within_documents
 from sparse_attn.integrations.visibility import Visibility, scores_of
 
 _IMPLEMENTATION = "sparse_attn_watching"
@@ -60,7 +61,7 @@ def dense_but_shown(model: torch.nn.Module, look: Callable[[Given], None]):
         **others,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        seen = Visibility.of(attention_mask, query, key, causal)
+        seen = within_documents(Visibility.of(attention_mask, query, key, causal), others, query, key)
         asked = {"dropout": dropout, "softcap": softcap, "s_aux": s_aux, **others}
         look(Given(module, None, None, query, key, value, scaling, seen, asked))
         out = seen.dense_attention(query, key, value, scores_of(scaling, softcap, s_aux))

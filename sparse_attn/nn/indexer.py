@@ -153,11 +153,14 @@ class Indexer(WholeState):
         key_lengths: Tensor | None = None,
         scale: float | None = None,
         key_starts: Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,  # float [Hq]
     ) -> Tensor:
         """KL from the attention of `query` and `key` to the softmax of the scores: see `sparse_attn.indexer_loss`.
 
         Over all visible keys (the dense warm-up), or over those that `indices` names, such as what :meth:`select`
-        gave. query and key are those of the attention layer, after their rotary embedding, and constants here.
+        gave. query, key, softcap and sink_logits are those of the attention layer, query and key after their rotary
+        embedding, and constants here.
         """
         index_query, weights = self.queries(hidden, rope)
         if indices is not None:
@@ -174,6 +177,8 @@ class Indexer(WholeState):
             key_lengths=key_lengths,
             scale=scale,
             key_starts=key_starts,
+            softcap=softcap,
+            sink_logits=sink_logits,
         )
 
     def _check(self, hidden: Tensor) -> None:

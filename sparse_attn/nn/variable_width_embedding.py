@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,18 @@ from sparse_attn.planner.low_rank import FactorizationReport, factorize
 
 class NoWeight(AttributeError, NotImplementedError):
     """An AttributeError, so that `hasattr` is False."""
+
+
+_TIED = (
+    "{} has tables of several widths and no `weight` that could be tied: "
+    "model.set_output_embeddings(VariableWidthHead(embedding)) with config.tie_word_embeddings = False is a tied head"
+)
+
+
+def refuse_tied_weight(module: torch.nn.Module, name: str, value: Any) -> None:
+    """Tying sets the `weight` of one module in another: here it would be a parameter that nothing reads."""
+    if name == "weight" and isinstance(value, Tensor):
+        raise NotImplementedError(_TIED.format(type(module).__name__))
 
 
 class VariableWidthEmbedding(WholeState):
@@ -175,11 +188,18 @@ class VariableWidthEmbedding(WholeState):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
+            if sys._getframe(1).f_code is torch.nn.Module.get_parameter.__code__:
+                # Whoever asks for a parameter by its name (transformers, to tie it) would hide our words.
+                raise NotImplementedError(_TIED.format(type(self).__name__))
             raise NoWeight(
                 "VariableWidthEmbedding has tables of several widths and no `weight`: VariableWidthHead(embedding) is "
                 "a tied head, embedding.resize(…) makes the vocabulary larger, embedding.full_table() is a weight"
             )
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_tied_weight(self, name, value)
+        super().__setattr__(name, value)
 
     @property
     def num_embeddings(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.nn.variable_width_embedding import VariableWidthEmbedding
+from sparse_attn.nn.variable_width_embedding import VariableWidthEmbedding, refuse_tied_weight
 from sparse_attn.nn.whole_state import WholeState
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
 from sparse_attn.planner import WidthPlan
@@ -53,6 +53,10 @@ class VariableWidthHead(WholeState):
             )
         self.embedding = embedding
         self.backend = backend
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_tied_weight(self, name, value)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_plan(

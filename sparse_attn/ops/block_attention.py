@@ -75,6 +75,7 @@ def attend(
     rule: Rule,
     *,
     backend: str | None = None,
+    function: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); of the rule, causality, lengths, starts and what scores are."""
     query, key, value = autocast(query, key, value)
@@ -85,8 +86,8 @@ def attend(
     blocks = checks.blocks_of(blocks, query, key, query_tile)
     packed = rule.packed(query, key)._replace(groups=blocks.shape[1])
     known = "is_causal", "causal_offset", "key_lengths", "key_starts", "scale", "softcap", "sink_logits"
-    rule.only("whole blocks", *known)
-    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query, value))
+    rule.only("whole blocks", *known, rules.OFFSETS)
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, blocks, block_size, query_tile, *packed.parts())
 
 
@@ -99,7 +100,7 @@ def block_attention(
     block_size: int = 64,
     query_tile: int = 64,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,

@@ -90,7 +90,7 @@ def block_select(
     starts = None if key_starts is None else checks.starts_of(key_starts, query)
     groups = checks.groups_of(share, query.shape[1], key.shape[1])
     count, tiles = -(-key_length // block_size), -(-query_length // query_tile)
-    own = _own_blocks(query_tile, block_size, offset) if is_causal else 0
+    own = own_blocks(query_tile, block_size, offset) if is_causal else 0
     top_blocks = checks.integer("top_blocks", top_blocks, 1 + own)
     budget = min(top_blocks, count)
     if count == 0 or tiles == 0 or batch == 0:
@@ -143,7 +143,7 @@ def block_select(
     return ascending(torch.cat((far, steps.to(torch.int32)), dim=-1))[..., :budget]
 
 
-def _own_blocks(tile: int, block: int, offset: int) -> int:
+def own_blocks(tile: int, block: int, offset: int) -> int:
     """The most blocks in which the queries of one tile can lie."""
     if block % tile == 0 and offset % tile == 0:
         return 1
@@ -167,13 +167,26 @@ def _mean(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
     """[B, H, pieces, D]: the mean of what exists."""
     if exists is None and rows.shape[2] % size == 0:
         return rows.unflatten(2, (-1, size)).mean(3, dtype=torch.promote_types(rows.dtype, torch.float32))
-    rows, there = _split(rows, size, exists)
+    return _mean_of(*_split(rows, size, exists))
+
+
+def _mean_of(rows: Tensor, there: Tensor) -> Tensor:
     return torch.where(there, rows, 0.0).sum(3) / there.sum(3).clamp(min=1)
 
 
 def _extremes(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
     """[B, H, pieces, 2·D]: the largest components, then the smallest; 0 where nothing exists."""
-    rows, there = _split(rows, size, exists)
+    return _extremes_of(*_split(rows, size, exists))
+
+
+def _extremes_of(rows: Tensor, there: Tensor) -> Tensor:
     high = torch.where(there, rows, -torch.inf).amax(3)
     low = torch.where(there, rows, torch.inf).amin(3)
     return torch.where(there.any(3), torch.cat((high, low), dim=-1), 0.0)
+
+
+def pooled(rows: Tensor, there: Tensor, size: int, pool: str) -> Tensor:
+    """rows [1, H, pieces · size, D] → [1, H, pieces, D], or 2·D of a bound; `there` bool [pieces · size]."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(2, (-1, size))
+    there = there.view(1, 1, -1, size, 1)
+    return _mean_of(rows, there) if pool == "mean" else _extremes_of(rows, there)

@@ -62,6 +62,8 @@ def indexer_loss(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     key_starts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
 ) -> Tensor:
     r"""KL divergence from the attention of frozen heads to the softmax of an indexer's scores, mean over queries.
 
@@ -73,8 +75,10 @@ def indexer_loss(
               \left(\ln p_{ij} - \ln \mathrm{softmax}_{j \in S_i}(\mathrm{score}_{ij})\right)
 
     Without `indices` it is the dense warm-up, over all visible pairs; with the indexer's own selection it costs K
-    per query. Queries are taken in blocks and the gradients of a block are computed at once, so memory
-    grows with T, never with T². Differentiable (once) in the three index tensors; query and key are constants.
+    per query. With `sink_logits` the heads' probabilities leave out what a sink takes, and their mean is made a
+    distribution again: a head counts by what it gives to keys. Queries are taken in blocks and the gradients of a
+    block are computed at once, so memory grows with T, never with T². Differentiable (once) in the three index
+    tensors; query and key are constants.
 
     Args:
         index_query, index_key, index_weights: the indexer's tensors, as :func:`indexer_select` takes them.
@@ -84,6 +88,7 @@ def indexer_loss(
             are −1. With it, the mask, the lengths and causality are those that made it, and are not given again.
         is_causal, causal_offset, attn_mask, key_lengths, key_starts: as in :func:`indexer_select`.
         scale: factor of q·k of the attention, default 1/√D.
+        softcap, sink_logits: of the attention, as in :func:`gathered_attention`; constants here.
 
     Returns:
         A float32 scalar (float64 for float64), 0 where no query sees a key.
@@ -116,7 +121,11 @@ def indexer_loss(
             f"key heads must be a multiple of the indexer's groups, got {key.shape[1]} and {groups} groups"
         )
     is_causal = checks.boolean("is_causal", is_causal)
-    scale = checks.softmax_scale(scale, query.shape[3])
+    scoring: dict[str, Any] = {"scale": checks.softmax_scale(scale, query.shape[3])}
+    if softcap is not None:
+        scoring["softcap"] = checks.soft_cap(softcap)
+    if sink_logits is not None:
+        scoring["sink_logits"] = checks.sink_logits_of(sink_logits, query).detach()
     if indices is not None:
         if is_causal or any(t is not None for t in (attn_mask, key_lengths, key_starts)):
             raise ValueError(
@@ -130,7 +139,7 @@ def indexer_loss(
         rule = Rule()
     else:
         rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, key_starts=key_starts)
-    packed = rule.packed(index_query, index_key, per_group=True)._replace(scale=scale)
+    packed = rule.packed(index_query, index_key, per_group=True)._replace(**scoring)
     index = index_query, index_key, index_weights
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in index]
     # Plain PyTorch on every device: there is no wing to choose.

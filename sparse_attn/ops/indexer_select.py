@@ -35,6 +35,7 @@ def select(
     *,
     int8: bool = False,
     backend: str | None = None,
+    function: str | None = None,
 ) -> Tensor:  # int32 [B, G, Tq, K]
     """`indexer_select` by a rule, of which `share` and what it says of scores say nothing here."""
     query, key = autocast(query, key)
@@ -45,7 +46,7 @@ def select(
         rule = replace(rule, softcap=None, sink_logits=None)  # of the attention's heads, not of these
     packed = rule.packed(query, key, top_k, per_group=True)
     int8 = checks.boolean("int8", int8)
-    wing = OP.choose(query, backend, rule=rule, sizes=sizes_of(query))
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes_of(query))
     return OP.on(wing)(query, key, weights, top_k, *packed.parts(), int8)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn import rule as rules
+from sparse_attn.checks.values import mapped
 from sparse_attn.ops.declare import Op
 from sparse_attn.rule import PackedRule, selection_shape
 
@@ -234,4 +235,6 @@ def serves(index: object, query: Tensor, key: Tensor, rule: PackedRule) -> bool:
     if not isinstance(index, KeyIndex):
         raise TypeError(f"key_index must be a sparse_attn.KeyIndex, got {checks.describe(index)}")
     index.check(key)
+    if mapped(key) and not mapped(index.codes):
+        raise ValueError("key_index is of the same keys in all entries of a vmap over key: leave it out")
     return query.shape[2] <= MOST_QUERIES and rule.groups == query.shape[1]

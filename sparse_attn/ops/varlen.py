@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks import packed as check
-from sparse_attn.ops import gathered_attention, paged_attention, topk_attention, topk_select
+from sparse_attn.ops import gathered_attention, indexer_select, paged_attention, topk_attention, topk_select
 from sparse_attn.rule import Rule
 
 
@@ -155,9 +155,9 @@ def varlen_topk_select(
         physical_indices: with block_table give indices as page · page size + place in the page.
 
     Returns:
-        int32 [T, G, min(top_k, max_k)], counted from the start of each query's own sequence; unique, ascending, empty
-        slots −1 at the end. Bit for bit what `topk_select` gives for each sequence alone. With physical_indices the
-        same keys in the same order.
+        int32 [T, G, min(top_k, max_k)], of Tk slots at most where there are no pages, counted from the start of each
+        query's own sequence; unique, ascending, empty slots −1 at the end. Bit for bit what `topk_select` gives for
+        each sequence alone. With physical_indices the same keys in the same order.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -356,3 +356,55 @@ def varlen_gathered_attention(
         out, lse = gathered_attention.attend(q, k, v, chosen, **scoring, backend=backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0].transpose(0, 1)) if return_lse else out
+
+
+def varlen_indexer_select(
+    query: Tensor,  # [T, G·Hi, D]
+    key: Tensor,  # [Tk, G, D]
+    weights: Tensor,  # [T, G·Hi]
+    cu_seq_q: Tensor,  # int [S + 1]
+    cu_seq_k: Tensor | None,  # int [S + 1]
+    max_q: int,
+    max_k: int,
+    top_k: int,
+    *,
+    seqused_k: Tensor | None = None,  # int [S]
+    is_causal: bool = False,
+    window: int = 0,
+    sinks: int = 0,
+    int8: bool = False,
+    backend: str | None = None,
+) -> Tensor:  # int32 [T, G, K]
+    r""":func:`indexer_select` of packed sequences: each query chooses among the keys of its own sequence.
+
+    Args:
+        query: [T, G·Hi, D], float32, float16, bfloat16 or float64; the Hi heads of a group stand next to each other.
+        key: [Tk, G, D], same dtype and device: one key head per group.
+        weights: [T, G·Hi], any float dtype.
+        cu_seq_q, cu_seq_k, max_q, max_k, top_k, seqused_k, is_causal, window, sinks: as in
+            :func:`varlen_topk_select`.
+        int8, backend: as in :func:`indexer_select`.
+
+    Returns:
+        int32 [T, G, min(top_k, max_k, Tk)], counted from the start of each query's own sequence; bit for bit what
+        `indexer_select` gives for each sequence alone.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q, k, w = torch.randn(20, 4, 16), torch.randn(20, 1, 16), torch.randn(20, 4)
+        >>> cu_seq = torch.tensor([0, 12, 20])
+        >>> sparse_attn.varlen_indexer_select(q, k, w, cu_seq, None, 12, 12, 8, is_causal=True).shape
+        torch.Size([20, 1, 8])
+    """
+    where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k)
+    check.packed_weights(weights, query)
+    top_k = checks.top_k_of(top_k)
+    q, k = _batched(query, key)
+    rule = where.rule(window=window, sinks=sinks)
+    indices = indexer_select.select(
+        q, k, weights.T[None], top_k, rule, int8=int8, backend=backend, function="varlen_indexer_select"
+    )
+    return where.own(indices, top_k)

@@ -197,3 +197,95 @@ def padded_batch_with_sinks() -> str:
     ours = sum("sparse_attn" in name for name in calls)
     assert ours == 2, f"{ours} calls of ours in two layers"
     return "one call a layer, " + off_by(padded[1, 7:], _logits(model, ids[1:, 7:])[0], 1e-5)
+
+
+@case("a sparse model loaded and saved again without a forward between", "dense when loaded the second time")
+def saved_again() -> str:
+    import transformers
+
+    model, ids = _configure(_llama(), top_k=4, window=1, sinks=1), _ids(2, 24)
+    before = _logits(model, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            model.save_pretrained(folder)
+            model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    return "sparse again, " + off_by(_logits(model, ids), before, 1e-6)
+
+
+@case('`set_attn_implementation("sdpa")` of a sparse model, then `save_pretrained`', "sparse when loaded")
+def saved_as_dense() -> str:
+    import transformers
+
+    model, ids = _configure(_llama(), top_k=4, window=1, sinks=1), _ids(2, 24)
+    model.set_attn_implementation("sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    return "dense, " + off_by(_logits(again, ids), _logits(model, ids), 1e-6)
+
+
+@case("`distill_indexers` on Gemma 2, gpt-oss and Mistral", "soft caps, sinks and sliding windows left out")
+def distillation_of_other_softmaxes() -> str:
+    import transformers
+
+    import sparse_attn.integrations.transformers as sparse_transformers
+    from sparse_attn.distillation import distill_indexers
+
+    torch.manual_seed(0)
+    shape, more = (
+        {**SHAPE, "head_dim": 8, "sliding_window": 8},
+        {"num_local_experts": 2, "num_experts_per_tok": 1},
+    )
+    models = (
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape, attn_logit_softcapping=1.5)),
+        transformers.GptOssForCausalLM(transformers.GptOssConfig(**shape, **more)),
+        transformers.MistralForCausalLM(transformers.MistralConfig(**shape)),
+    )
+    found, ids = [], _ids(1, 24)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "sinks")):
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.eval().set_attn_implementation("eager")
+        mass = model(ids, output_attentions=True, use_cache=False).attentions
+        sparse_transformers.add_indexers(model, num_heads=1, head_dim=8)
+        wanted = []
+        for number, indexer in sparse_transformers.indexers(model).items():
+            indexer.weight.weight.zero_()  # every visible key alike: the loss is a matter of the attention alone
+            each = mass[number].double().mean(1)
+            each = each / each.sum(-1, keepdim=True)
+            seen = (each > 0).sum(-1, keepdim=True)
+            wanted.append((torch.xlogy(each, each * seen)).sum(-1).mean())
+        (loss,) = distill_indexers(model, [ids], 1, dense_steps=1)
+        found.append(off_by(torch.tensor(loss), torch.stack(wanted).mean().float(), 1e-5))
+    return "the layer's own attention, " + ", ".join(dict.fromkeys(found))
+
+
+@case(
+    "`tie_weights` of a model with a VariableWidthEmbedding",
+    "transformers' words, or a parameter that nothing reads",
+)
+def tied_to_an_embedding_of_bands() -> str:
+    model = _llama(tie_word_embeddings=True)
+    model.set_input_embeddings(
+        sa.nn.VariableWidthEmbedding(sa.WidthPlan.from_cutoffs(64, 48, cutoffs=[16], widths=[48, 8]))
+    )
+    return refused(model.tie_weights, "VariableWidthHead")
+
+
+@case(
+    "packed documents by `cu_seq_lens_q`, and by `position_ids` beside an empty cache",
+    "one document saw another",
+)
+def documents_by_their_bounds() -> str:
+    model, ids = _configure(_llama(), top_k=6, window=2, sinks=2), _ids(1, 31)
+    positions = torch.cat((torch.arange(14), torch.arange(17)))[None]
+    found = []
+    for told in (
+        {"cu_seq_lens_q": torch.tensor([0, 14, 31])},
+        {"position_ids": positions, "use_cache": True},
+    ):
+        together = _logits(model, ids, **told)
+        found.append(off_by(together[:, :14], _logits(model, ids[:, :14]), 1e-5))
+        found.append(off_by(together[:, 14:], _logits(model, ids[:, 14:]), 1e-5))
+    return "each as alone, " + ", ".join(dict.fromkeys(found))

@@ -23,7 +23,7 @@ from pathlib import Path
 from fuzz.case import LARGE, draw_case, load
 
 BATCH = 200  # cases between two words with a worker
-HANGS = 300.0  # seconds without an answer, after which a worker is taken for dead
+HANGS = 1200.0  # seconds without an answer, after which a worker is taken for dead; a busy machine takes many
 NOBODY = 2**64 - 1
 
 

@@ -10,6 +10,7 @@ from helpers.compare import accumulation, assert_highest, assert_identical, asse
 from helpers.inputs import index_rows
 from torch import Tensor
 
+import sparse_attn
 from fuzz.bounds import Attention, assert_bounded, attention_to
 from fuzz.case import (
     DTYPES,
@@ -20,6 +21,7 @@ from fuzz.case import (
     Draw,
     Fuzzed,
     among,
+    bits,
     call,
     draw_kinds,
     draw_view,
@@ -29,7 +31,7 @@ from fuzz.case import (
     run,
     tensor,
 )
-from fuzz.rules import draw_rule, rule_of
+from fuzz.rules import OPTIONS, SCORING, draw_rule, one_offset, rule_of
 
 
 def draw_sizes(draw: Draw, *, value: bool) -> Case:
@@ -76,6 +78,32 @@ def check_indices(case: Case, indices: Tensor, query: Tensor, key: Tensor, top_k
     )
 
 
+def draw_index(draw: Draw) -> Case:
+    return draw.maybe(
+        0.3, lambda: {"key_index": draw.choice(("of", "room", "appended", "cropped", "reordered"))}, {}
+    )
+
+
+def index_of(case: Case, key: Tensor) -> sparse_attn.KeyIndex:
+    """Of the keys, made as the case says."""
+    how, length = case["key_index"], key.shape[2]
+    some = case["seed"] % (length + 1)
+    if how == "room":
+        return sparse_attn.KeyIndex.of(key, capacity=case["seed"] % 300)
+    if how == "appended":
+        index = sparse_attn.KeyIndex.of(key[:, :, :some])
+        middle = (some + length) // 2
+        return index.append(key[:, :, some:middle]).append(key[:, :, middle:])
+    if how == "cropped":
+        index = sparse_attn.KeyIndex.of(torch.cat((key, key[:, :, :some].flip(1) * 2), dim=2))
+        index.crop(some)
+        return index.append(key[:, :, some:])
+    if how == "reordered" and key.shape[0]:
+        order = torch.arange(key.shape[0]).flip(0)
+        return sparse_attn.KeyIndex.of(key.flip(0)).reorder(order)
+    return sparse_attn.KeyIndex.of(key)
+
+
 @fuzzed
 class TopkSelect(Fuzzed):
     name = "topk_select"
@@ -83,18 +111,24 @@ class TopkSelect(Fuzzed):
     def draw(self, draw: Draw) -> Case:
         case = draw_sizes(draw, value=False)
         case |= draw_kinds(draw, "query", "key") | {"top_k": draw_budget(draw, case)}
-        return draw_rule(draw, case)
+        return draw_rule(draw, case) | draw_index(draw)
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)
         rule = rule_of(case)
         indices = run(case, "topk_select", query, key, case["top_k"], **rule)
         check_indices(case, indices, query, key, case["top_k"], rule)
+        if "key_index" in case:
+            found = run(case, "topk_select", query, key, case["top_k"], key_index=index_of(case, key), **rule)
+            assert torch.equal(found, indices), "an index of the keys changes the selection"
 
 
 @fuzzed
 class QuantizedSelect(TopkSelect):
     name = "quantized_select"
+
+    def draw(self, draw: Draw) -> Case:
+        return {name: value for name, value in super().draw(draw).items() if name != "key_index"}
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)
@@ -122,11 +156,22 @@ def leaves_of(case: Case, *tensors: Tensor) -> list[Tensor]:
     return [t.requires_grad_() if case["grads"] else t for t in tensors]
 
 
+def scoring_of(rule: Case) -> Case:
+    return {
+        name: rule[name].detach() if name == "sink_logits" else rule[name] for name in SCORING if name in rule
+    }
+
+
+def sink_leaf(case: Case, rule: Case) -> list[Tensor]:
+    """The rule's sink_logits, wanting a gradient where the others do."""
+    return leaves_of(case, rule["sink_logits"]) if "sink_logits" in rule else []
+
+
 def check_attention(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor], exact: Attention) -> None:
-    """Out, lse and gradients of leaves (query, key, value)."""
+    """Out, lse and gradients of leaves (query, key, value and sink_logits, where there are any)."""
     assert out.dtype == leaves[0].dtype
     assert lse.dtype == torch.float32
-    names = ["query", "key", "value"]
+    names, given = ["query", "key", "value"], [*leaves]
     if among(case, EXTREME, *names):
         if case["grads"]:
             torch.autograd.grad(out.float().sum() + lse.sum(), leaves)
@@ -145,17 +190,20 @@ def check_attention(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor], 
         grad_lse = torch.randn(lse.shape, generator=generator(case, "grad_lse")).masked_fill(dead, 0.0)
         outs, grads = [*outs, lse], [*grads, grad_lse]
     found = call(case, lambda *g: torch.autograd.grad(outs, leaves, g, retain_graph=True), *grads)
-    for got, leaf, name in zip(found, leaves, names, strict=True):
+    for got, leaf, name in zip(found, leaves, [*names, "sink_logits"][: len(leaves)], strict=True):
         assert got.dtype == leaf.dtype, f"gradient of {name}: {got.dtype}"
         assert got.shape == leaf.shape, f"gradient of {name}: shape {list(got.shape)}"
     if among(case, EXTREME, "grad_out"):
         return
     if (
-        case["op"] == "block_attention"
+        case["op"] in ("block_attention", "varlen_block_attention")
         and case["wing"] == "reference"
         and among(case, SPECIAL, *names, "grad_out")
     ):
         return  # it spoils the gradients of the whole tile
+    if len(given) > 3 and not among(case, SPECIAL, *names, "grad_out"):
+        assert_bounded(found[3], exact.sink_gradient(grad_out, grad_lse), "gradient of sink_logits")
+    found = found[:3]
     for got, wanted, name in zip(found, exact.backward(grad_out, grad_lse), names, strict=True):
         assert_bounded(got, wanted, f"gradient of {name}")
 
@@ -171,19 +219,29 @@ class TopkAttention(Fuzzed):
             | draw_gradients(draw)
             | {"top_k": draw_budget(draw, case)}
         )
-        return draw_rule(draw, case)
+        return draw_rule(draw, case) | draw_index(draw)
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)
         value = tensor(case, "value", case["B"], case["Hkv"], case["Tk"], case["Dv"])
         rule = rule_of(case)
-        leaves = leaves_of(case, query, key, value)
+        leaves, sinks = leaves_of(case, query, key, value), sink_leaf(case, rule)
         out, lse, indices = run(
             case, "topk_attention", *leaves, case["top_k"], return_lse=True, return_indices=True, **rule
         )
-        query, key, value = (t.detach() for t in leaves)
+        leaves += sinks
+        query, key, value = (t.detach() for t in leaves[:3])
+        rule |= scoring_of(rule)
         check_indices(case, indices, query, key, case["top_k"], rule)
-        check_attention(case, out, lse, leaves, attention_to(query, key, value, indices, rule.get("scale")))
+        check_attention(case, out, lse, leaves, attention_to(query, key, value, indices, **scoring_of(rule)))
+        if "key_index" in case:
+            index = index_of(case, key)
+            found = run(
+                case, "topk_attention", query, key, value, case["top_k"], return_lse=True, return_indices=True,
+                key_index=index, **rule,
+            )  # fmt: skip
+            for one, other in zip(found, (out, lse, indices), strict=True):
+                assert torch.equal(bits(one), bits(other)), "an index of the keys changes the result"
 
 
 @fuzzed
@@ -198,7 +256,11 @@ class GatheredAttention(Fuzzed):
             "K": draw.size(40),
             "garbage": draw.random() < 0.4,
         }
-        case |= {"wide": draw.random() < 0.3, "scale": draw.choice((None, None, 0.3, -0.7, 0.0))}
+        case |= {"wide": draw.random() < 0.3}
+        for name in SCORING:
+            value = OPTIONS[name](draw, case)
+            if value is not None:
+                case[name] = value
         return case | {"indices_view": draw_view(draw)}
 
     def check(self, case: Case) -> None:
@@ -207,10 +269,11 @@ class GatheredAttention(Fuzzed):
         shape = (case["B"], case["G"], case["Tq"], case["K"])
         indices = rows(case, shape, case["Tk"])
         indices = indices.long() if case["wide"] else indices
-        leaves = leaves_of(case, query, key, value)
-        out, lse = run(case, "gathered_attention", *leaves, indices, scale=case["scale"], return_lse=True)
-        exact = attention_to(*(t.detach() for t in leaves), indices, case["scale"])
-        check_attention(case, out, lse, leaves, exact)
+        scoring = rule_of(case)
+        leaves, sinks = leaves_of(case, query, key, value), sink_leaf(case, scoring)
+        out, lse = run(case, "gathered_attention", *leaves, indices, return_lse=True, **scoring)
+        exact = attention_to(*(t.detach() for t in leaves), indices, **scoring_of(scoring))
+        check_attention(case, out, lse, leaves + sinks, exact)
 
 
 def rows(case: Case, shape: tuple[int, ...], length: int) -> Tensor:
@@ -228,7 +291,9 @@ class Residual(Fuzzed):
     def draw(self, draw: Draw) -> Case:
         case = draw_sizes(draw, value=True)
         case |= draw_kinds(draw, "query", "key", "value") | {"top_k": draw_budget(draw, case)}
-        return draw_rule(draw, case, "attn_mask")
+        draw_rule(draw, case, "attn_mask")
+        one_offset(case)
+        return case
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)
@@ -242,7 +307,7 @@ class Residual(Fuzzed):
             return
         indices = run(case, "topk_select", query, key, top_k, **rule)
         seen = oracle.visible(query, key, **rule)
-        every = Attention(query, key, value, seen.double(), rule.get("scale"))
+        every = Attention(query, key, value, seen.double(), **scoring_of(rule))
         chosen = oracle.multiplicity(query, key, indices) > 0
         outside = seen & ~chosen
         tail = (outside.double() @ every.value) / outside.sum(-1, keepdim=True).clamp(min=1)

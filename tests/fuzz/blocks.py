@@ -15,10 +15,12 @@ from fuzz.attention import (
     leaves_of,
     query_key,
     rows,
+    scoring_of,
+    sink_leaf,
 )
 from fuzz.bounds import Attention
 from fuzz.case import EXTREME, SPECIAL, Case, Draw, Fuzzed, among, draw_kinds, draw_view, fuzzed, run, tensor
-from fuzz.rules import draw_rule, rule_of
+from fuzz.rules import draw_rule, one_offset, rule_of
 
 
 def draw_blocks(draw: Draw, case: Case) -> Case:
@@ -59,18 +61,21 @@ class BlockAttention(Fuzzed):
             "garbage": draw.random() < 0.4,
         }
         draw_rule(draw, case, "attn_mask", "window", "sinks", "share")
+        one_offset(case)
         return case | {"indices_view": draw_view(draw)}
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)
         value = tensor(case, "value", case["B"], case["Hkv"], case["Tk"], case["Dv"])
         rule, blocks = rule_of(case), blocks_of(case)
-        leaves = leaves_of(case, query, key, value)
+        leaves, sinks = leaves_of(case, query, key, value), sink_leaf(case, rule)
         out, lse = run(case, "block_attention", *leaves, blocks, return_lse=True, **sizes_of(case), **rule)
         query, key, value = (t.detach() for t in leaves)
         counts = times_named(case, blocks).repeat_interleave(case["Hq"] // case["G"], dim=1)
         counts = counts * oracle.visible(query, key, **rule)
-        check_attention(case, out, lse, leaves, Attention(query, key, value, counts, rule.get("scale")))
+        check_attention(
+            case, out, lse, leaves + sinks, Attention(query, key, value, counts, **scoring_of(rule))
+        )
 
 
 @fuzzed
@@ -106,6 +111,7 @@ class BlockSelect(Fuzzed):
         case |= draw_kinds(draw, "query", "key") | draw_blocks(draw, case) | {"top_k": 2**40}
         case |= {"pool": draw.choice(("mean", "bound")), "more": draw.size(5)}
         draw_rule(draw, case, "attn_mask", "window", "sinks")
+        one_offset(case)
         if case.get("scale", 0) < 0:
             case["scale"] = 0.7
         if "key_starts" in case:  # what a tile sees whose queries start apart is no query's own

@@ -2,11 +2,16 @@
 
 First-order rounding analysis of the formulas, every sum in the order that is worst: each error is a multiple of what
 the sum's absolute values come to. Keys that a query does not attend to never enter, NaN or not.
+
+A soft cap c·tanh(s/c) has the slope 1 − tanh² ≤ 1 and the second derivative 2·tanh·(1 − tanh²)/c, at most 0.77/c: it
+never enlarges an error of s. A sink's logit is exact and one more term of the sum, so it enters the LSE, and through
+it all weights; it has no value, so of the gradients it enters its own alone, Σ p₀ (∂lse − ∂out·out).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from helpers import oracle
@@ -22,7 +27,14 @@ class Attention:
     """Softmax attention of each query to keys that count `counts` [B, Hq, Tq, Tk] times."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor, scale: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        counts: Tensor,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> None:
         self.dtype, self.kv_heads = query.dtype, key.shape[1]
         self.unit = accumulation(query.dtype) * (2 if query.dtype == torch.float64 else 1)
@@ -33,21 +45,34 @@ class Attention:
         self.key, self.value = (t.double().repeat_interleave(share, dim=1) for t in (key, value))
         self.finite = all(bool(t.isfinite().all()) for t in (self.query, self.key, self.value))
         self.on = counts > 0
-        scores = (self._products(self.query, self.key) * self.scale).masked_fill(~self.on, -math.inf)
+        scores = self._products(self.query, self.key) * self.scale
+        self.cap, self.bent = softcap, None  # tanh of scores / cap
+        if softcap is not None:
+            self.bent = torch.tanh(scores / softcap)
+            scores = softcap * self.bent
+        scores = scores.masked_fill(~self.on, -math.inf)
         shape = scores.shape
         top = scores.amax(-1, keepdim=True) if shape[-1] else scores.new_full((*shape[:-1], 1), -math.inf)
+        self.sinks = sink_logits
+        sink = oracle.sink_column(scores, sink_logits)
+        top = torch.maximum(top, sink)
         self.alive = top != -math.inf  # [B, Hq, Tq, 1]; NaN is alive
         top = top.masked_fill(~self.alive, 0.0)
         self.weights = torch.where(self.on, counts * (scores - top).exp(), 0.0).masked_fill(~self.alive, 0.0)
-        total = self.weights.sum(-1, keepdim=True).masked_fill(~self.alive, 1.0)
+        of_sink = (sink - top).exp().masked_fill(~self.alive, 0.0)
+        total = (self.weights.sum(-1, keepdim=True) + of_sink).masked_fill(~self.alive, 1.0)
+        self.p_sink = of_sink / total  # [B, Hq, Tq, 1]
         self.p = self.weights / total
         self.lse = torch.where(self.alive, total.log() + top, -math.inf)
-        many = counts.sum(-1, keepdim=True) + 16
+        many = counts.sum(-1, keepdim=True) + 16 + (sink_logits is not None)
         dim = query.shape[3]
         sizes = (self.query.abs().nan_to_num(0, 0, 0) @ self.key.abs().nan_to_num(0, 0, 0).mT).masked_fill(
             ~self.on, 0
         )
         error = abs(self.scale) * ((dim + 3) * self.unit * sizes + dim * _TINY)
+        self.slope, self.slope_error = torch.ones_like(error), torch.zeros_like(error)
+        if softcap is not None:
+            error = self._bend(error, softcap)
         worst = error.amax(-1, keepdim=True) if shape[-1] else error.new_zeros((*shape[:-1], 1))
         spread = (top - scores).masked_fill(~self.on, 0.0).nan_to_num(0, 0, 0).clamp(0, 1e3)
         log = self.lse.nan_to_num(0, 0, 0).abs()
@@ -56,6 +81,18 @@ class Attention:
         self.many = many
         # Of a probability; one below the normal range may be 0.
         self.p_error = torch.where(self.on, self.p * (self.relative + many * self.unit) + _TINY, 0.0)
+
+    def _bend(self, error: Tensor, cap: float) -> Tensor:
+        """The error of the capped score for that of the score; and the slope, with its error."""
+        bent = self.bent.masked_fill(~self.on, 0.0)
+        self.slope = 1 - bent.square()
+        bent = bent.abs().nan_to_num(1.0, 1.0, 1.0)
+        slope = (1 - bent.square()).clamp(min=0.0)
+        # The quotient and tanh are off by a few units of themselves; what of them is below the normal range is lost.
+        of_tanh = torch.minimum(error / cap, slope * error / cap + 0.39 * (error / cap).square())
+        of_tanh = of_tanh + 7 * self.unit * bent + 2 * _TINY
+        self.slope_error = 2 * bent * of_tanh + of_tanh.square() + 4 * self.unit
+        return (cap * (of_tanh + self.unit * bent)).masked_fill(~self.on, 0.0)
 
     def _products(self, left: Tensor, right: Tensor) -> Tensor:
         """left [.., Tq, n] · right [.., Tk, n], where each pair is its own: NaN does not leave it."""
@@ -96,6 +133,29 @@ class Attention:
             self.log_error.squeeze(-1),
         )
 
+    def sink_gradient(self, grad_out: Tensor, grad_lse: Tensor | None) -> Bounded:
+        """That of sink_logits [Hq]."""
+        assert self.sinks is not None
+        grad_out = grad_out.double()
+        (out, out_error), (lse, lse_error) = self.forward()
+        term = -(grad_out * out).sum(-1)
+        size = (grad_out * out).abs().sum(-1)
+        error = (grad_out.abs() * out_error).sum(-1) + (out.shape[-1] + 4) * self.unit * size
+        if grad_lse is not None:
+            term, size = term + grad_lse.double(), size + grad_lse.double().abs()
+            error = error + 4 * self.unit * grad_lse.double().abs()
+        p = self.p_sink.squeeze(-1)
+        # Of p = exp(sink − lse), with the lse as it was stored, in float32.
+        gap = (oracle.sink_column(p.unsqueeze(-1), self.sinks).squeeze(-1) - lse).nan_to_num(0, 0, 0).abs()
+        relative = (lse_error + 2.0**-23 * (gap + 16)).clamp(max=50).expm1()
+        there = p > 0
+        error = torch.where(there, p * (error + relative * (size + error)), 0.0) + _TINY * (size + error)
+        rows = p.shape[0] * p.shape[2] + 4
+        total = torch.where(there, p * term, 0.0).sum((0, 2))
+        error = (error + rows * self.unit * torch.where(there, p * size, 0.0)).sum((0, 2))
+        dtype = torch.finfo(self.sinks.dtype)
+        return total, error + dtype.eps * total.abs() + dtype.tiny + UNDERFLOW
+
     def backward(self, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Bounded, Bounded, Bounded]:
         """The gradients of query, key and value."""
         grad_out, u = grad_out.double(), self.unit
@@ -114,9 +174,13 @@ class Attention:
             centre = centre - extra
             centre_error = centre_error + 4 * u * extra.abs()
         difference = grad_p - centre
-        grad_s = torch.where(self.on & self.alive, on_p * difference * self.scale, 0.0)
+        slope = self.slope.masked_fill(~self.on, 1.0)
+        grad_s = torch.where(self.on & self.alive, on_p * difference * slope * self.scale, 0.0)
         error_s = on_p * (grad_p_error + centre_error + 4 * u * (grad_p.abs() + centre.abs()))
-        error_s = (error_s + p_error * difference.abs()) * abs(self.scale) + _TINY
+        error_s = error_s + p_error * difference.abs()
+        error_s = (error_s * slope + (on_p * difference.abs() + error_s) * self.slope_error) * abs(
+            self.scale
+        ) + _TINY
         error_s = torch.where(self.on & self.alive, error_s, 0.0)
         many, rows = self.many, 4 + self.query.shape[2] * self.query.shape[1] // self.kv_heads
         query = (
@@ -149,11 +213,9 @@ class Attention:
         return tuple(pairs)
 
 
-def attention_to(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, scale: float | None
-) -> Attention:
+def attention_to(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, **scoring: Any) -> Attention:
     """Of the keys that indices name, repeated ones counting again."""
-    return Attention(query, key, value, oracle.multiplicity(query, key, indices), scale)
+    return Attention(query, key, value, oracle.multiplicity(query, key, indices), **scoring)
 
 
 def assert_bounded(actual: Tensor, bounded: Bounded, name: str) -> None:

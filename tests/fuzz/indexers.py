@@ -45,7 +45,7 @@ class IndexerSelect(Fuzzed):
     name = "indexer_select"
 
     def draw(self, draw: Draw) -> Case:
-        case = draw_rule(draw, draw_indexer(draw), "scale", "share")
+        case = draw_rule(draw, draw_indexer(draw), "scale", "share", "softcap", "sink_logits")
         return case | {"int8": draw.random() < 0.3}
 
     def check(self, case: Case) -> None:
@@ -86,7 +86,7 @@ class IndexerLoss(Fuzzed):
         case |= {"G": draw.choice((1, case["Hkv"])), "Hi": draw.randint(1, 3), "Di": draw.size(17, 1)}
         if draw.random() < 0.3:
             return case | {"indices": draw.size(20), "garbage": False}
-        return draw_rule(draw, case, "window", "sinks", "share")
+        return draw_rule(draw, case, "window", "sinks", "share", "softcap", "sink_logits")
 
     def check(self, case: Case) -> None:
         query, key = query_key(case)

@@ -37,13 +37,19 @@ def rule(draw: Draw, *, numbers: list[int] | None = None, masked: bool = True) -
         torch.tensor([9, 4], dtype=draw.choice((torch.int32, torch.int64))) if draw.random() < 0.3 else None
     )
     starts = torch.arange(10).view(2, 5) if draw.random() < 0.3 else None
-    return [mask, lengths, starts, numbers, 0.3]
+    offsets = torch.arange(10).view(2, 5).flip(1) if draw.random() < 0.3 else None
+    return [mask, lengths, starts, offsets, numbers, *scoring(draw)]
+
+
+def scoring(draw: Draw) -> list:
+    """scale, softcap and sink_logits [4]."""
+    return [0.3, draw.choice((0.0, 2.0)), torch.arange(4.0) if draw.random() < 0.3 else None]
 
 
 def select(draw: Draw) -> list:
     query, key, _ = attention(draw)
     arguments = rule(draw)
-    blocks = index_rows((2, arguments[3][4], 3, 2), 3) if draw.random() < 0.5 else None
+    blocks = index_rows((2, arguments[4][4], 3, 2), 3) if draw.random() < 0.5 else None
     return [query, key, 4, *arguments, draw.random() < 0.3, blocks, 4, 2]
 
 
@@ -52,7 +58,7 @@ def attend(draw: Draw) -> list:
 
 
 def gathered(draw: Draw) -> list:
-    return [*attention(draw), index_rows((2, draw.choice((1, 2, 4)), 5, 3), 9, garbage=True), 0.3]
+    return [*attention(draw), index_rows((2, draw.choice((1, 2, 4)), 5, 3), 9, garbage=True), *scoring(draw)]
 
 
 def gradients(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +66,7 @@ def gradients(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gathered_backward(draw: Draw) -> list:
-    *inputs, indices, scale = gathered(draw)
+    *inputs, indices, scale, softcap, sinks = gathered(draw)
     grad_out, grad_lse, lse = gradients(inputs[0])
     return [
         grad_out,
@@ -70,6 +76,8 @@ def gathered_backward(draw: Draw) -> list:
         torch.empty_like(grad_out),
         lse,
         scale,
+        softcap,
+        sinks,
         False,
     ]
 
@@ -82,9 +90,9 @@ def blocks(draw: Draw) -> list:
 
 
 def blocks_backward(draw: Draw) -> list:
-    *inputs, chosen, size, tile, mask, lengths, starts, numbers, scale = blocks(draw)
-    grad_out, grad_lse, lse = gradients(inputs[0])
-    return [grad_out, grad_lse, *inputs, chosen, lse, size, tile, mask, lengths, starts, numbers, scale]
+    query, key, value, chosen, *options = blocks(draw)
+    grad_out, grad_lse, lse = gradients(query)
+    return [grad_out, grad_lse, query, key, value, chosen, lse, *options]
 
 
 def indexer(draw: Draw) -> list:
@@ -226,6 +234,7 @@ class Raw(Fuzzed):
             return
         draw = Draw(str(case["seed"]))
         arguments = RIGHT[case["called"]](draw)
+        op(*arguments)  # right as it is: else all that follows would be refused for another reason
         must = []
         for place in draw.sample(range(len(arguments)), case["spoiled"]):
             arguments[place], wrong = spoil(draw, arguments[place])

@@ -21,15 +21,19 @@ MASKS = (
 )
 
 
-STARTS = ("[B] int32", "[B] int64", "[B, Tq] int32", "[B, Tq] int64")
+PER_QUERY = ("[B] int32", "[B] int64", "[B, Tq] int32", "[B, Tq] int64")
+SOFTCAPS = (0.05, 1.0, 5.0, 30.0, 1e-30, 1e30)
+SINKS = ("normal", "normal", "mixed", "high", "low", "none")  # how large the logits of the sinks are
 
 
-def _offset(draw: Draw, case: Case) -> int | None:
+def _offset(draw: Draw, case: Case) -> int | str | None:
     if not case.get("is_causal"):
         return None
     queries, keys = case["Tq"], case["Tk"]
     if queries == keys and draw.random() < 0.5:
         return None
+    if draw.random() < 0.25:
+        return draw.choice(PER_QUERY)
     far = draw.choice((2**40, -(2**40), 2**61, -(2**61)))
     return draw.choice((keys - queries, keys - queries, 0, draw.randint(-queries - 2, keys + 3), far))
 
@@ -52,8 +56,43 @@ OPTIONS: dict[str, Callable[[Draw, Case], Any]] = {
     ),
     "sinks": lambda draw, case: draw.maybe(0.3, lambda: _budget(draw, case)),
     "share": lambda draw, case: draw.choice((None, "kv", "all")),
-    "key_starts": lambda draw, case: draw.maybe(0.2, lambda: draw.choice(STARTS)),
+    "key_starts": lambda draw, case: draw.maybe(0.2, lambda: draw.choice(PER_QUERY)),
+    "softcap": lambda draw, case: draw.maybe(0.2, lambda: draw.choice(SOFTCAPS)),
+    "sink_logits": lambda draw, case: draw.maybe(0.2, lambda: draw_sinks(draw)),
 }
+# What an op's arguments say of its scores alone.
+SCORING = ("scale", "softcap", "sink_logits")
+
+
+def draw_sinks(draw: Draw) -> str:
+    return f"{draw.choice(SINKS)} {draw.choice(('float32', 'float32', 'bfloat16', 'float16', 'float64'))}"
+
+
+def sinks_of(case: Case) -> torch.Tensor:
+    """sink_logits [Hq], exact in float32."""
+    kind, dtype = case["sink_logits"].split()
+    logits = torch.randn((case["Hq"],), generator=generator(case, "sinks"))
+    if kind == "none" or (kind == "mixed" and case["Hq"] > 0):
+        logits[:: 1 if kind == "none" else 2] = -torch.inf
+    logits = logits + {"low": -30.0, "high": 4.0, "mixed": 2.0}.get(kind, 0.0)
+    return logits.to(getattr(torch, dtype))
+
+
+def per_query(case: Case, name: str, most: int) -> torch.Tensor:
+    """Whole numbers [B] or [B, Tq] about 0 … most, now and then the ends of the dtype."""
+    axes, dtype = case[name].rsplit(" ", 1)
+    shape = (case["B"], case["Tq"])[: 1 + ("Tq" in axes)]
+    numbers = torch.randint(-2, most + 3, shape, generator=generator(case, name))
+    limits = torch.iinfo(getattr(torch, dtype))
+    rare = torch.rand(shape, generator=generator(case, f"rare {name}"))
+    numbers = numbers.masked_fill(rare < 0.03, limits.min).masked_fill(rare > 0.97, limits.max)
+    return numbers.to(getattr(torch, dtype))
+
+
+def one_offset(case: Case) -> None:
+    """For ops that take one number for all queries."""
+    if isinstance(case.get("causal_offset"), str):
+        case["causal_offset"] = case["Tk"] - case["Tq"]
 
 
 def draw_rule(draw: Draw, case: Case, *without: str) -> Case:
@@ -72,13 +111,11 @@ def rule_of(case: Case, heads: int | None = None) -> dict[str, Any]:
         lengths = torch.randint(case["Tk"] + 1, (case["B"],), generator=generator(case, "lengths"))
         rule["key_lengths"] = lengths.to(getattr(torch, rule["key_lengths"]))
     if "key_starts" in rule:
-        axes, dtype = rule["key_starts"].rsplit(" ", 1)
-        shape = (case["B"], case["Tq"])[: 1 + ("Tq" in axes)]
-        starts = torch.randint(-2, case["Tk"] + 3, shape, generator=generator(case, "starts"))
-        limits = torch.iinfo(getattr(torch, dtype))
-        rare = torch.rand(shape, generator=generator(case, "rare"))
-        starts = starts.masked_fill(rare < 0.03, limits.min).masked_fill(rare > 0.97, limits.max)
-        rule["key_starts"] = starts.to(getattr(torch, dtype))
+        rule["key_starts"] = per_query(case, "key_starts", case["Tk"])
+    if isinstance(rule.get("causal_offset"), str):
+        rule["causal_offset"] = per_query(case, "causal_offset", case["Tk"])
+    if "sink_logits" in rule:
+        rule["sink_logits"] = sinks_of(case)
     if "attn_mask" in rule:
         spec = rule["attn_mask"]
         shared = case.get("share") is not None

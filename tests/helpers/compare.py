@@ -52,7 +52,7 @@ def is_chosen(indices: Tensor, length: int) -> Tensor:
 
 
 def rank_errors(
-    query: Tensor, key: Tensor, *, scale=None, share: str = "none", softcap=None, **options
+    query: Tensor, key: Tensor, *, scale=None, share: str = "none", softcap=None, sink_logits=None, **options
 ) -> Tensor:
     """How far a wing's rank may lie from the true one, float64 [B, G, Tq, Tk].
 
@@ -73,10 +73,12 @@ def rank_errors(
     if softcap is not None:
         errors = errors + 8 * unit * each.abs()
     each = each.masked_fill(~seen, -math.inf)
-    spread = (each.logsumexp(-1, keepdim=True) - each).masked_fill(~seen, 0.0).abs()
+    normaliser = torch.cat((each, oracle.sink_column(each, sink_logits)), dim=-1).logsumexp(-1, keepdim=True)
+    spread = (normaliser - each).masked_fill(~seen, 0.0).abs()
     worst = (2 * errors + unit * (spread + 16)).masked_fill(~seen, 0.0).amax(-1, keepdim=True)
     relative = worst.unflatten(1, (count, -1)).amax(2).expm1()
-    masses = oracle.ranks(query, key, scale=scale, share=share, softcap=softcap, **options)
+    scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    masses = oracle.ranks(query, key, share=share, **scoring, **options)
     return masses * relative + query.shape[1] * _TINY
 
 

@@ -26,7 +26,7 @@ def visible(
     key: Tensor,
     *,
     is_causal: bool = False,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_starts: Tensor | None = None,
@@ -35,9 +35,9 @@ def visible(
     """Which keys each query may attend to, bool [B, Hq, Tq, Tk]."""
     shape = (*query.shape[:3], key.shape[2])
     seen = torch.ones(shape, dtype=torch.bool)
-    i, j = torch.arange(shape[2]).view(-1, 1), torch.arange(shape[3])
+    j = torch.arange(shape[3])
     if is_causal:
-        seen &= j <= i + (causal_offset or 0)
+        seen &= j <= own_keys(query, causal_offset)
     if attn_mask is not None:
         seen &= attn_mask.expand(shape)
     if key_lengths is not None:
@@ -54,19 +54,27 @@ def first_keys(query: Tensor, key_starts: Tensor | None) -> Tensor:
     return each.expand(batch, length).long().clamp(0, 2**40)[:, None, :, None]
 
 
+def own_keys(query: Tensor, causal_offset: int | Tensor | None) -> Tensor:
+    """The last key that each query sees where it is causal, int64 [B or 1, 1, Tq, 1]."""
+    i = torch.arange(query.shape[2]).view(1, 1, -1, 1)
+    if not isinstance(causal_offset, Tensor):
+        return i + (causal_offset or 0)
+    offset = causal_offset.long().clamp(-(2**40), 2**40)
+    return i + (offset.view(-1, 1, 1, 1) if offset.dim() == 1 else offset[:, None, :, None])
+
+
 def forced(
     query: Tensor,
     key: Tensor,
     *,
-    causal_offset: int | None = None,
+    causal_offset: int | Tensor | None = None,
     window: int = 0,
     sinks: int = 0,
     key_starts: Tensor | None = None,
     **_others,
 ) -> Tensor:
     """Which keys are kept whatever their score if they are visible, bool [B, 1, Tq, Tk]."""
-    i, j = torch.arange(query.shape[2]).view(-1, 1), torch.arange(key.shape[2])
-    own = i + (causal_offset or 0)
+    j, own = torch.arange(key.shape[2]), own_keys(query, causal_offset)
     return (j < first_keys(query, key_starts) + sinks) | ((j > own - window) & (j <= own))
 
 

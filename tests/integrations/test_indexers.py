@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
+from helpers import oracle
 
 import sparse_attn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from sparse_attn.distillation import distill_indexers  # noqa: E402
 from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
+from tests.integrations.architectures import MODELS  # noqa: E402
 from tests.integrations.models import LENGTH, cached, close, ids, llama, padding, positions_of  # noqa: E402
 
 
@@ -334,6 +337,56 @@ class TestDistillation:
         assert bool((parameter.grad == 1).all())
         others = [p for i in sparse_transformers.indexers(model).values() for p in i.parameters()][1:]
         assert not any(p.requires_grad or p.grad is not None for p in others)
+
+    @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "gpt-oss"])
+    @pytest.mark.parametrize("queries", [None, 9])
+    def test_the_lesson_is_the_models_own_attention(self, name, queries):
+        """Soft caps, sinks and sliding windows included: against what eager attention says of itself."""
+        torch.manual_seed(3)
+        model = MODELS[name]().eval()
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if n.endswith(("q_proj.weight", "k_proj.weight", "sinks")):
+                    p.normal_(std=0.3)
+        sparse_transformers.add_indexers(model, num_heads=2, head_dim=8)
+        tokens, captured = ids(2), {}
+
+        def capture(module, arguments, named):
+            captured[module.layer_idx] = named["hidden_states"], named["position_embeddings"]
+
+        layers = sparse_transformers.indexers(model)
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(capture, with_kwargs=True)
+            for layer in model.model.layers
+        ]
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            weights = model(input_ids=tokens, output_attentions=True, use_cache=False).attentions
+        for hook in hooks:
+            hook.remove()
+        first, expected = 0, []
+        if queries is not None:
+            first = int(torch.randint(LENGTH - queries + 1, (), generator=torch.Generator().manual_seed(0)))
+        rows = slice(first, first + (queries or LENGTH))
+        for number, indexer in layers.items():
+            hidden, rope = captured[number]
+            mass = weights[number].double().mean(1)
+            seen = mass > 0
+            with torch.no_grad():
+                query, of_heads = indexer.queries(hidden, rope)
+                guess = oracle.indexer_scores(query, indexer.keys(hidden, rope), of_heads)[:, 0]
+            mass = (mass / mass.sum(-1, keepdim=True))[:, rows]
+            log = guess.masked_fill(~seen, -torch.inf).log_softmax(-1)[:, rows]
+            expected.append(torch.where(mass > 0, mass * (mass.log() - log), 0.0).sum(-1))
+            if queries is not None:
+                break  # the next layer draws another run of queries
+        model.set_attn_implementation("sdpa" if name in ("Llama", "Mistral") else "eager")
+        if queries is not None:
+            for layer in model.model.layers[1:]:
+                sparse_transformers.remove_indexers(layer)
+        (found,) = distill_indexers(model, [tokens], 1, top_k=4, dense_steps=1, queries=queries)
+        assert found == pytest.approx(float(torch.stack(expected).mean((1, 2)).mean()), rel=1e-4)
+        assert math.isfinite(distill_indexers(model, [tokens], 1, top_k=4, dense_steps=0)[0])
 
     def test_errors(self):
         with pytest.raises(ValueError, match="no indexers to train"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -24,6 +26,55 @@ def test_a_configured_model(tmp_path):
         sparse, before = loaded(tmp_path), sparse
         assert torch.equal(logits(sparse, ids()), logits(before, ids()))
     close(logits(loaded(tmp_path, attn_implementation="sdpa"), ids()), logits(dense, ids()))
+
+
+def test_a_loaded_model_that_never_ran(tmp_path):
+    """Saved as it came; also its config alone, and a copy."""
+    dense, sparse = pair(top_k=8, window=2)
+    for _ in range(3):
+        sparse.save_pretrained(tmp_path)
+        sparse, before = copy.deepcopy(loaded(tmp_path)), sparse
+    assert sparse.config._attn_implementation == "sparse_attn"
+    assert torch.equal(logits(sparse, ids()), logits(before, ids()))
+    assert transformers.AutoConfig.from_pretrained(tmp_path)._attn_implementation == "sparse_attn"
+    dense.save_pretrained(tmp_path)
+    assert loaded(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_another_attention_is_saved_as_such(tmp_path):
+    """Whatever it was before, and back again; options stay in the config, where they do nothing."""
+    dense, sparse = pair(top_k=8, window=2)
+    wanted = logits(sparse, ids())
+    sparse.set_attn_implementation("sdpa")
+    sparse.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(again, ids()), logits(dense, ids()))
+    again.set_attn_implementation("sparse_attn")
+    again.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded(tmp_path), ids()), wanted)
+    loaded(tmp_path, attn_implementation="eager").save_pretrained(tmp_path)
+    assert loaded(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_part_of_a_model(tmp_path):
+    """LLaVA: a config within a config."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.LlavaConfig(
+        text_config=llama().config,
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=32, patch_size=16),
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    language = model.model.language_model
+    sparse_transformers.configure(language, top_k=8)
+    model.save_pretrained(tmp_path)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.model.language_model.config._attn_implementation == "sparse_attn"
+    assert again.model.vision_tower.config._attn_implementation == "sdpa"
+    again.set_attn_implementation("sdpa")
+    again.save_pretrained(tmp_path)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.model.language_model.config._attn_implementation == "sdpa"
 
 
 def test_a_program_that_does_not_know_this_package_refuses_it(tmp_path, monkeypatch):
@@ -83,11 +134,34 @@ def test_an_embedding_of_variable_width():
     before = logits(model, ids())
     model.config.tie_word_embeddings = True  # after which transformers looks for `embed_tokens.weight`
     refusals = {
-        r"no `weight`: VariableWidthHead\(embedding\)": lambda: model.resize_token_embeddings(80),
-        r"model\.embed_tokens\.weight. is neither a parameter": model.tie_weights,
+        r"no `weight`: VariableWidthHead\(embedding\)": (
+            AttributeError,
+            lambda: model.resize_token_embeddings(80),
+        ),
+        r"no `weight` that could be tied: .*VariableWidthHead": (NotImplementedError, model.tie_weights),
     }
-    for words, call in refusals.items():
-        with pytest.raises(AttributeError, match=words):
+    for words, (error, call) in refusals.items():
+        with pytest.raises(error, match=words):
             call()
         assert model.get_input_embeddings() is embedding
         assert torch.equal(logits(model, ids()), before)
+
+
+def test_an_embedding_of_variable_width_with_a_tied_head():
+    """As the refusal says: it runs, trains, and nothing ties it to anything else."""
+    model = llama(tie_word_embeddings=True)
+    embedding = sparse_attn.nn.VariableWidthEmbedding(
+        sparse_attn.WidthPlan.from_cutoffs(64, 48, cutoffs=[16], widths=[48, 8])
+    )
+    model.set_output_embeddings(sparse_attn.nn.VariableWidthHead(embedding))
+    with pytest.raises(NotImplementedError, match="could be tied"):
+        model.tie_weights()  # would leave the head a parameter that nothing reads
+    model.set_input_embeddings(embedding)
+    model.config.tie_word_embeddings = False
+    model.tie_weights()
+    assert not hasattr(embedding, "weight")
+    loss = model(input_ids=ids(), labels=ids()).loss
+    loss.backward()
+    assert all(bool(t.grad.any()) for t in embedding.tables)
+    hidden = model.model(input_ids=ids()).last_hidden_state
+    torch.testing.assert_close(model(input_ids=ids()).logits, hidden @ embedding.full_table().T)

@@ -34,16 +34,20 @@ def make(batch, groups, index_heads, heads, kv_heads, queries, keys, dtype=torch
     )
 
 
-def formula(index_query, index_key, weights, query, key, seen, scale=None):
+def formula(index_query, index_key, weights, query, key, seen, scale=None, softcap=None, sink_logits=None):
     """seen [B, G, Tq, Tk]; row by row."""
     guess = oracle.indexer_scores(index_query, index_key, weights)
     groups = index_key.shape[1]
-    each = oracle.scores(query, key, scale).unflatten(1, (groups, -1))
+    each = oracle.scores(query, key, scale, softcap)
+    each = torch.cat((each, oracle.sink_column(each, sink_logits)), -1).unflatten(1, (groups, -1))
     total, rows = 0.0, 0
     for place in seen.any(-1).nonzero().tolist():
         b, g, i = place
         keys = seen[b, g, i]
-        mass = each[b, g, :, i, keys].softmax(-1).mean(0)
+        mass = (
+            torch.cat((each[b, g, :, i, :-1][:, keys], each[b, g, :, i, -1:]), -1).softmax(-1)[:, :-1].mean(0)
+        )
+        mass = mass / mass.sum()
         total = total + (mass * (mass.log() - guess[b, g, i, keys].log_softmax(-1))).sum()
         rows += 1
     return total / rows
@@ -64,7 +68,8 @@ def options_of(kind, sizes):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kind", ["plain", "causal", "offset", "mask", "lengths", "indices"])
 @pytest.mark.parametrize("block", [None, 40])
-def test_value_and_gradients(monkeypatch, sizes, kind, block):
+@pytest.mark.parametrize("scores", ["plain", "capped", "sinks", "both"])
+def test_value_and_gradients(monkeypatch, sizes, kind, block, scores):
     """In one block, and in blocks of a row or two."""
     if block:
         monkeypatch.setattr(sparse_attn.wings.reference.chunks, "_ELEMENTS", block * 40)
@@ -78,8 +83,11 @@ def test_value_and_gradients(monkeypatch, sizes, kind, block):
     else:
         options = options_of(kind, sizes)
         seen = oracle.visible(inputs[0][:, :groups], inputs[1], **options)
-    loss = sparse_attn.indexer_loss(*inputs, **options)
-    want = formula(*inputs, seen, options.get("scale"))
+    scoring = {"softcap": 1.3} if scores in ("capped", "both") else {}
+    if scores in ("sinks", "both"):
+        scoring["sink_logits"] = normal(inputs[3].shape[1], seed=7) + 2
+    loss = sparse_attn.indexer_loss(*inputs, **options, **scoring)
+    want = formula(*inputs, seen, options.get("scale"), **scoring)
     torch.testing.assert_close(loss, want)
     for ours, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), strict=True):
         torch.testing.assert_close(ours, true)

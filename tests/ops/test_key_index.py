@@ -253,3 +253,16 @@ def test_refusals():
     assert index.length == 50  # a refused call changed nothing
     out = sparse_attn.topk_attention(query, key, value, 5, key_index=index)
     assert torch.equal(out, sparse_attn.topk_attention(query, key, value, 5))
+
+
+def test_a_vmap_over_other_keys_is_refused():
+    """One index for several keys would choose wrongly, without a word."""
+    query, key, value = (normal(2, h, t, 16, seed=s) for s, (h, t) in enumerate(((4, 1), (2, 300), (2, 300))))
+    index = sparse_attn.KeyIndex.of(key)
+    keys = torch.stack([key, key + 1])
+    with pytest.raises(ValueError, match="key_index is of the same keys in all entries of a vmap"):
+        torch.func.vmap(lambda k: sparse_attn.topk_attention(query, k, value, 8, key_index=index))(keys)
+    found = torch.func.vmap(lambda q: sparse_attn.topk_attention(q, key, value, 8, key_index=index))(
+        query[None]
+    )
+    assert torch.equal(found[0], sparse_attn.topk_attention(query, key, value, 8))

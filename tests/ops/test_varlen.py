@@ -240,3 +240,16 @@ def test_indices_of_other_sequences_are_empty_slots():
         sparse_attn.varlen_gathered_attention(query, key, value, indices[:3], *where)
     with pytest.raises(ValueError, match="G one of 1, Hkv, Hq; here Hkv=2, Hq=4"):
         sparse_attn.varlen_gathered_attention(query, key, value, indices.expand(4, 3, 4), *where)
+
+
+def test_vmap_over_where_sequences_lie():
+    query, key, value = (normal(16, h, 6, seed=h) for h in (4, 2, 2))
+    packs = torch.tensor([[0, 5, 5, 14], [0, 3, 7, 16]])
+
+    def call(cu_seq):
+        return sparse_attn.varlen_topk_attention(query, key, value, cu_seq, None, 9, 9, 4, is_causal=True)
+
+    for found, cu_seq in zip(torch.func.vmap(call)(packs), packs, strict=True):
+        assert torch.equal(found, call(cu_seq))
+    with pytest.raises(ValueError, match="cu_seq_q must rise from 0"):
+        torch.func.vmap(call)(packs + torch.tensor([[0], [1]]))

@@ -20,7 +20,7 @@ from sparse_attn.wings.reference.gathered_attention import (
     sink_share,
     softmax,
 )
-from sparse_attn.wings.reference.rule import capped
+from sparse_attn.wings.reference.rule import FAR, capped
 from sparse_attn.wings.reference.wing import implements
 
 
@@ -72,6 +72,10 @@ class _TiledAttention:
         self.starts = None  # [B, 1, N · S]: of the queries of all tiles
         if rule.key_starts is not None:
             self.starts = pad(rule.key_starts, (0, -self.query_length % max(1, self.tile))).unsqueeze(1)
+        self.offsets = None  # likewise
+        if rule.causal_offsets is not None:
+            offsets = rule.causal_offsets.to(torch.int64).clamp(-FAR, FAR)
+            self.offsets = pad(offsets, (0, -self.query_length % max(1, self.tile))).unsqueeze(1)
         base = torch.arange(batch, device=key.device).view(-1, 1) * kv_heads
         base = base + torch.arange(self.units, device=key.device) // (self.units // kv_heads)
         self.base = base.view(batch, self.units, 1, 1) * self.block_count
@@ -98,6 +102,16 @@ class _TiledAttention:
         heads = tiles.unflatten(3, (self.share, self.tile)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return heads[:, :, : min(rows.stop * self.tile, self.query_length) - rows.start * self.tile]
 
+    def offset(self, tiles: slice) -> int | Tensor:
+        """Of the queries of some tiles, where each has its own [B, 1, n, S, 1]."""
+        if self.offsets is None:
+            return self.rule.causal_offset
+        return (
+            self.offsets[..., tiles.start * self.tile : tiles.stop * self.tile]
+            .unflatten(2, (-1, self.tile))
+            .unsqueeze(-1)
+        )
+
     def rows_of(self, tiles: slice) -> slice:
         return slice(tiles.start * self.tile, min(tiles.stop * self.tile, self.query_length))
 
@@ -119,7 +133,7 @@ class _TiledAttention:
             queries = torch.arange(tiles.start * self.tile, tiles.stop * self.tile, device=first.device)
             queries = queries.view(-1, self.tile, 1)  # [n, S, 1]
             if self.rule.is_causal:
-                visible = visible & (position <= queries + self.rule.causal_offset)
+                visible = visible & (position <= queries + self.offset(tiles))
             if self.starts is not None:
                 starts = self.starts[..., tiles.start * self.tile : tiles.stop * self.tile]
                 visible = visible & (position >= starts.unflatten(2, (-1, self.tile)).unsqueeze(-1))

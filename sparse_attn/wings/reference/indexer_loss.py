@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_attn.rule import PackedRule
 from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.indexer_select import indexer_scores
-from sparse_attn.wings.reference.rule import VisibleKeys
+from sparse_attn.wings.reference.rule import VisibleKeys, capped
 from sparse_attn.wings.reference.topk_select import products
 from sparse_attn.wings.reference.wing import implements
 
@@ -26,7 +26,7 @@ def indexer_loss(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
     indices: Tensor | None,  # int32 [B, G, Tq, K]: they say what is seen, not the rule
-    rule: PackedRule,  # its scale is the attention's
+    rule: PackedRule,  # what it says of scores is of the attention's
     need_query: bool,
     need_key: bool,
     need_weights: bool,
@@ -37,7 +37,7 @@ def indexer_loss(
     """
     inputs = (index_query, index_key, index_weights)
     wanted = [i for i, need in enumerate((need_query, need_key, need_weights)) if need]
-    problem = _Divergence(query, key, indices, VisibleKeys(index_key, rule), index_key.shape[1], rule.scale)
+    problem = _Divergence(query, key, indices, VisibleKeys(index_key, rule), index_key.shape[1], rule)
     grads = {i: torch.zeros_like(inputs[i], dtype=problem.compute) for i in wanted}
     total = torch.zeros((), dtype=problem.compute, device=query.device)
     count = torch.zeros((), dtype=torch.int64, device=query.device)
@@ -94,9 +94,9 @@ def _autograd() -> Iterator[None]:
 class _Divergence:
     """The constants, and the sum of the loss over a block of queries."""
 
-    def __init__(self, query, key, indices, keys, groups, scale) -> None:
+    def __init__(self, query, key, indices, keys, groups, rule: PackedRule) -> None:
         self.query, self.key, self.indices, self.keys = query, key, indices, keys
-        self.groups, self.scale = groups, scale
+        self.groups, self.rule = groups, rule
         self.compute = torch.promote_types(query.dtype, torch.float32)
 
     def blocks(self, index_heads: int):
@@ -128,12 +128,23 @@ class _Divergence:
         # A row that sees nothing becomes one that sees all, and is left out of the sum: no NaN, no gradient.
         hidden = ~seen & alive.unsqueeze(-1)
         with torch.no_grad():
-            scores = (scores * self.scale).unflatten(1, (self.groups, -1))  # [B, G, R, t, ·]
-            mass = scores.masked_fill_(hidden.unsqueeze(2), -torch.inf).softmax(-1).mean(2)
+            scores = capped(scores * self.rule.scale, self.rule.softcap)
+            scores = scores.unflatten(1, (self.groups, -1)).masked_fill_(hidden.unsqueeze(2), -torch.inf)
+            mass = self._mass(scores)
         log_guess = index_scores.masked_fill(hidden, -torch.inf).log_softmax(-1)
         terms = mass * (mass.log() - log_guess)
         terms = torch.where((mass > 0) & alive.unsqueeze(-1), terms, 0.0)  # 0 · ln 0 = 0
         return terms.sum(), alive.sum()
+
+    def _mass(self, scores: Tensor) -> Tensor:
+        """What the heads of a group give to each key, [B, G, R, t, ·] → [B, G, t, ·], together 1."""
+        if self.rule.sink_logits is None:
+            return scores.softmax(-1).mean(2)
+        sinks = self.rule.sink_logits.to(scores.dtype).view(1, self.groups, -1, 1, 1)
+        beside = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), dim=-1)
+        logs = beside.log_softmax(-1)[..., :-1].logsumexp(2)
+        # By logarithms: what sinks leave may be very little. A row without keys is left out in the end.
+        return logs.softmax(-1)
 
 
 def _products(query: Tensor, key: Tensor, indices: Tensor, filled: Tensor) -> Tensor:
