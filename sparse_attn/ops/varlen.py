@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.checks import packed as check
 from sparse_attn.ops import gathered_attention, topk_attention, topk_select
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import Rule
 
 
@@ -90,6 +91,7 @@ def _batched(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(0, 1)[None] for t in tensors)
 
 
+@shardable("query:THD key:SHD sink_logits:H", "TGK")
 def varlen_topk_select(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
@@ -151,6 +153,7 @@ def varlen_topk_select(
     return where.own(indices, top_k)
 
 
+@shardable("query:THD key:SHD value:SHD sink_logits:H", "THD TH TGK")
 def varlen_topk_attention(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
@@ -221,6 +224,7 @@ def varlen_topk_attention(
     return found if len(found) > 1 else found[0]
 
 
+@shardable("query:THD key:SHD value:SHD indices:TGK sink_logits:H", "THD TH")
 def varlen_gathered_attention(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
