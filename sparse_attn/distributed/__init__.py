@@ -7,6 +7,7 @@ is here (docs/distributed.md).
 from sparse_attn.distributed.collectives import Traffic, count_bytes
 from sparse_attn.distributed.context import context_parallel, context_parallel_attention
 from sparse_attn.distributed.layout import Layout
+from sparse_attn.distributed.tensor import AcrossRanks, tensor_parallel
 from sparse_attn.distributed.vocabulary import (
     VocabParallel,
     split_plan,
@@ -15,6 +16,7 @@ from sparse_attn.distributed.vocabulary import (
 )
 
 __all__ = [
+    "AcrossRanks",
     "Layout",
     "Traffic",
     "VocabParallel",
@@ -22,6 +24,7 @@ __all__ = [
     "context_parallel_attention",
     "count_bytes",
     "split_plan",
+    "tensor_parallel",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
 ]

@@ -64,7 +64,7 @@ def over_ranks(
                 for name, value in arguments.items()
             }
             if isinstance(rule, Rule):
-                part["rule"] = _of_span(rule, span, queries, keys)
+                part["rule"] = rule_of_span(rule, span, queries, keys)
             found.append(call.function(**part))
     if len(found) == 1:
         return found[0]
@@ -90,16 +90,12 @@ def _rows(value: Tensor, axes: str, span: Span) -> Tensor:
     return value if at < 0 else value.narrow(at, span.at, span.stop - span.start)
 
 
-def _of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
+def rule_of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
     """The rule for one of the rank's ranges of queries, before all keys."""
     parts: dict[str, Any] = {}
     offset = rule.causal_offset
-    if isinstance(offset, Tensor):  # the caller's, of local queries: key numbers count from 0 all the same
-        parts["causal_offset"] = (
-            offset[:, span.local] - span.at if offset.dim() == 2 else offset[:, None].expand(-1, span.stop - span.start)
-        )
-        if offset.dim() == 1:
-            parts["causal_offset"] = parts["causal_offset"] + span.start
+    if isinstance(offset, Tensor):  # of a query's number in the whole sequence
+        parts["causal_offset"] = span.start + (offset[:, span.local] if offset.dim() == 2 else offset)
     elif rule.is_causal:
         parts["causal_offset"] = span.start + checks.causal_offset_of(True, offset, queries.length, keys.length)
     if rule.key_starts is not None and rule.key_starts.dim() == 2:

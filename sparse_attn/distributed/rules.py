@@ -173,7 +173,7 @@ def _divisible(call: Shardable, arguments: dict[str, Any], split: Split) -> None
     if share == "all" and "weights" not in call.axes:
         raise ValueError(
             "share='all' is one selection of all heads, and the mesh splits the heads: "
-            "sparse_attn.distributed.tensor_parallel, or select_across(…), sums over the ranks"
+            "the selector sparse_attn.distributed.AcrossRanks, on local tensors, sums over the ranks"
         )
 
 

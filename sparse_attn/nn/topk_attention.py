@@ -203,6 +203,11 @@ class TopKAttention(WholeState):
                 f"{self.num_heads} here: sparse_attn.distributed.tensor_parallel sums over the ranks"
             )
 
+    def _own_sinks(self) -> Tensor | None:
+        """Under tensor parallelism those of this rank's heads."""
+        sinks: Any = self.sink_logits
+        return sinks.to_local() if hasattr(sinks, "placements") else sinks
+
     def split_heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `qkv` returns, [B, T, (H + 2·Hkv)·Dh] → query [B, H, T, Dh], key and value [B, Hkv, T, Dh]."""
         heads = projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2·Hkv, T, Dh]
@@ -218,7 +223,7 @@ class TopKAttention(WholeState):
             )
         rule = Rule(
             is_causal=True, window=self.window, sinks=self.sinks, share=self.share, softcap=self.softcap,
-            sink_logits=self.sink_logits,
+            sink_logits=self._own_sinks(),
         )  # fmt: skip
         selector = Exact(self.backend) if selector is None else selector
         top_k = max(1, key.shape[2]) if self.top_k is None else self.top_k

@@ -6,6 +6,7 @@ raises is the check's result, and the ranks meet after each, so that a failure o
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import traceback
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)
+HANG = int(os.environ.get("HANG", "240"))  # seconds, of a whole world
 MODULES = ("dtensors", "context", "tensor", "vocabulary", "checkpoints")
 _checks: dict[str, Callable[[int, int], None]] = {}
 
@@ -38,6 +40,7 @@ def names() -> list[str]:
 def run(rank: int, size: int, folder: str, chosen: list[str]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(HANG, exit=True)  # with the place where each thread stands
     names()
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
