@@ -6,6 +6,7 @@ is here (docs/distributed.md).
 
 from sparse_attn.distributed.collectives import Traffic, count_bytes
 from sparse_attn.distributed.context import context_parallel, context_parallel_attention
+from sparse_attn.distributed.costs import ContextCost, context_costs
 from sparse_attn.distributed.layout import Layout
 from sparse_attn.distributed.tensor import AcrossRanks, tensor_parallel
 from sparse_attn.distributed.vocabulary import (
@@ -17,9 +18,11 @@ from sparse_attn.distributed.vocabulary import (
 
 __all__ = [
     "AcrossRanks",
+    "ContextCost",
     "Layout",
     "Traffic",
     "VocabParallel",
+    "context_costs",
     "context_parallel",
     "context_parallel_attention",
     "count_bytes",

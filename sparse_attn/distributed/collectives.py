@@ -132,7 +132,9 @@ def exchange(
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Group, what: str) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Group, what: str
+    ) -> Tensor:
         ctx.how = send, receive, group, what
         return exchange(rows, send, receive, group, what)
 

@@ -97,7 +97,9 @@ def rule_of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
     if isinstance(offset, Tensor):  # of a query's number in the whole sequence
         parts["causal_offset"] = span.start + (offset[:, span.local] if offset.dim() == 2 else offset)
     elif rule.is_causal:
-        parts["causal_offset"] = span.start + checks.causal_offset_of(True, offset, queries.length, keys.length)
+        parts["causal_offset"] = span.start + checks.causal_offset_of(
+            True, offset, queries.length, keys.length
+        )
     if rule.key_starts is not None and rule.key_starts.dim() == 2:
         parts["key_starts"] = rule.key_starts[:, span.local]
     mask = rule.attn_mask
@@ -126,7 +128,9 @@ def _packed_rule(rule: Rule, cu_seq: Tensor | None, layout: Layout, rank: int) -
     if cu_seq is None:
         return rule
     if not rule.is_causal:
-        raise NotImplementedError("cu_seq goes with is_causal=True: a document that sees itself whole is not there yet")
+        raise NotImplementedError(
+            "cu_seq goes with is_causal=True: a document that sees itself whole is not there yet"
+        )
     if rule.key_starts is not None:
         raise ValueError("cu_seq says where keys start: key_starts goes without it")
     if rule.causal_offset not in (None, 0):
@@ -204,7 +208,9 @@ def context_parallel_attention(
         raise ValueError(f"way must be one of {', '.join(map(repr, WAYS))}, got {checks.describe(way)}")
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits)
+    rule = Rule(
+        is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits
+    )
     if cu_seq is not None and keys.length != layout.length:
         raise ValueError("cu_seq is of queries and keys alike: key_layout must be as long as layout")
     rule = _packed_rule(rule, cu_seq, layout, rank_in(group))
@@ -231,11 +237,11 @@ def context_parallel(
     """Inside, this package's attention takes its tensors for this rank's part of a sequence.
 
     A model runs as it is on its part: :func:`sparse_attn.topk_attention`, :func:`~sparse_attn.topk_select`,
-    :func:`~sparse_attn.gathered_attention` (indices are global), the selectors and :class:`sparse_attn.nn.TopKAttention`
-    with a top_k work over all ranks. Positions (rotary or learned) are the caller's: `layout.positions(rank)`. The loss
-    is of this rank's tokens. Backward belongs inside too where parts are computed again (torch.utils.checkpoint).
-    Works around or inside torch's `context_parallel` as well, which then shards the buffers and replaces
-    scaled_dot_product_attention, as it does anyway: its load-balanced order is `Layout.zigzag`.
+    :func:`~sparse_attn.gathered_attention` (indices are global), the selectors of tokens and
+    :class:`sparse_attn.nn.TopKAttention` with a top_k work over all ranks. Positions (rotary or learned) are the
+    caller's: `layout.positions(rank)`. The loss is of this rank's tokens. Backward belongs inside too where parts are
+    computed again (torch.utils.checkpoint). Inside torch's `context_parallel`, which shards the buffers, the layout is
+    `Layout.zigzag` where it balances load, as it does by default.
 
     Args:
         layout: which positions this rank has.
@@ -257,21 +263,29 @@ def context_parallel(
 
     def handle(call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
         arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
-        if "tables" in call.axes:
-            return call.function(*positional, **options)  # a token's own: nothing of other positions
+        if "tables" in call.axes:  # a token's own: nothing of other positions
+            with _alone():
+                return call.outside(*positional, **options)
         rule = arguments.get("rule")
         if isinstance(rule, Rule):
-            if rule.said() & {"attn_mask", "key_lengths", "key_starts", "causal_offsets"} or rule.causal_offset:
+            if (
+                rule.said() & {"attn_mask", "key_lengths", "key_starts", "causal_offsets"}
+                or rule.causal_offset
+            ):
                 raise NotImplementedError(
                     "inside context_parallel a rank does not know whose positions a mask, key_lengths, key_starts or a "
                     "causal_offset mean: cu_seq says where documents are, context_parallel_attention takes the rest"
                 )
             arguments["rule"] = _packed_rule(rule, cu_seq, layout, rank_in(group))
         if call.function is _ATTEND.function and way == "merge":
+            backend = arguments.pop("backend", None)
+            if arguments.pop("key_index", None) is not None:
+                raise ValueError(
+                    "key_index is of one process's keys: leave it out of a call over several ranks"
+                )
+            arguments.pop("function", None)
             with _alone():
-                rest = {n: v for n, v in arguments.items() if n in ("backend",)}
-                first = (arguments[n] for n in ("query", "key", "value", "top_k", "rule"))
-                return merge.attend(*first, layout, layout, group, rest.get("backend"))
+                return merge.attend(**arguments, queries=layout, keys=layout, group=group, backend=backend)
         return over_ranks(call, arguments, layout, layout, group)
 
     before, state.context = state.context, handle

@@ -132,7 +132,9 @@ class _Merge:
             rule = Rule(
                 is_causal=self.rule.is_causal,
                 causal_offset=self.offset - span.start if self.rule.is_causal else None,
-                key_lengths=None if lengths is None else (lengths.to(torch.int64) - span.start).clamp(0, length),
+                key_lengths=None
+                if lengths is None
+                else (lengths.to(torch.int64) - span.start).clamp(0, length),
                 key_starts=None if starts is None else (starts.to(torch.int64) - span.start).clamp(0, length),
                 scale=self.rule.scale,
             )
@@ -171,14 +173,13 @@ class _Merge:
         found = exchange(flat, sizes, [mine * w for w in widths], self.group, what)
         shape = self.queries.lengths[self.rank], rows.shape[0], rows.shape[1]
         pieces = found.split([mine * w for w in widths])
-        return torch.cat(
-            [p.view(*shape, w) for p, w in zip(pieces, widths, strict=True)], -1
-        ).movedim(0, 2)
+        return torch.cat([p.view(*shape, w) for p, w in zip(pieces, widths, strict=True)], -1).movedim(0, 2)
 
     def _widths(self, own: int) -> list[int]:
         """How many choices each rank has for a query, as `_own_choice` makes them."""
         widths = [
-            sum(min(self.budget, s.stop - s.start) for s in self.keys.spans(r)) for r in range(self.keys.ranks)
+            sum(min(self.budget, s.stop - s.start) for s in self.keys.spans(r))
+            for r in range(self.keys.ranks)
         ]
         assert widths[self.rank] == own
         return widths
@@ -187,12 +188,16 @@ class _Merge:
         """Of choices [B, Hq, T_r, M] in ascending order, T_k for none, and their scores, the budget's best."""
         nothing = self.keys.length
         first, last = first[:, None, :, None], last[:, None, :, None]  # [B, 1, T_r, 1]
-        kept = self._kept(first, last).expand(-1, chosen.shape[1], -1, -1)  # [B, Hq, T_r, window + sinks], T_k: none
+        kept = self._kept(first, last).expand(
+            -1, chosen.shape[1], -1, -1
+        )  # [B, Hq, T_r, window + sinks], T_k: none
         room = self.budget - (kept < nothing).sum(-1, keepdim=True)  # [B, Hq, T_r, 1]
         free = chosen < nothing
         if self.rule.window or self.rule.sinks:
             end = self._window_end(last)
-            forced = (chosen < first + self.rule.sinks) | ((chosen > end - self.rule.window) & (self.rule.window > 0))
+            forced = (chosen < first + self.rule.sinks) | (
+                (chosen > end - self.rule.window) & (self.rule.window > 0)
+            )
             free = free & ~forced
         # Descending by score, ties in the order of keys; what is no number first, as the kernels have it.
         rank = torch.where(scores.isnan(), torch.inf, scores)

@@ -22,7 +22,13 @@ from sparse_attn.distributed.layout import Layout
 from sparse_attn.ops.shards import Shardable
 from sparse_attn.rule import Rule
 
-_RULE = {"attn_mask": "BHTS", "key_lengths": "B", "key_starts": "BT", "causal_offset": "BT", "sink_logits": "H"}
+_RULE = {
+    "attn_mask": "BHTS",
+    "key_lengths": "B",
+    "key_starts": "BT",
+    "causal_offset": "BT",
+    "sink_logits": "H",
+}
 WHOLE = "R"  # the letter of a mesh dimension over which nothing is split
 
 
@@ -83,7 +89,12 @@ class Split:
         placements = self.placements(letters, shape)
         strides = [_product(shape[i + 1 :]) for i in range(len(shape))]
         return DTensor.from_local(
-            result.contiguous(), self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+            result.contiguous(),
+            self.mesh,
+            placements,
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=tuple(strides),
         )
 
 
@@ -96,12 +107,13 @@ def on_dtensors(call: Shardable, positional: tuple, options: dict[str, Any]) -> 
     lead = arguments[name]
     for other, letters in call.axes.items():
         value = arguments.get(other)
-        if isinstance(value, Tensor) and letters not in ("B", "B*") and not isinstance(value, DTensor):
-            if "mask" not in other:
-                raise TypeError(
-                    f"{other} must be a DTensor, as other arguments are, got a plain tensor of shape "
-                    f"{list(value.shape)}: DTensor.from_local(…, [Replicate()]) where it is the same on every rank"
-                )
+        plain = isinstance(value, Tensor) and not isinstance(value, DTensor)
+        if plain and letters not in ("B", "B*") and "mask" not in other:
+            assert isinstance(value, Tensor)
+            raise TypeError(
+                f"{other} must be a DTensor, as other arguments are, got a plain tensor of shape "
+                f"{list(value.shape)}: DTensor.from_local(…, [Replicate()]) where it is the same on every rank"
+            )
     if arguments.get("key_index") is not None:
         raise ValueError("key_index is of one process's keys: leave it out of a call with DTensors")
     split = Split(lead.device_mesh, [_letter(name, p, axes, lead) for p in lead.placements])
@@ -120,12 +132,16 @@ def on_dtensors(call: Shardable, positional: tuple, options: dict[str, Any]) -> 
     return _wrapped(call, found, split, sizes, arguments)
 
 
-def _wrapped(call: Shardable, found: Any, split: Split, sizes: dict[str, int], options: dict[str, Any]) -> Any:
+def _wrapped(
+    call: Shardable, found: Any, split: Split, sizes: dict[str, int], options: dict[str, Any]
+) -> Any:
     results = found if isinstance(found, tuple) else (found,)
     letters = call.results
     if len(results) < len(letters):  # which of them were asked for
         letters = tuple(
-            a for a in letters if a == letters[0] or options.get("return_indices" if "G" in a else "return_lse")
+            a
+            for a in letters
+            if a == letters[0] or options.get("return_indices" if "G" in a else "return_lse")
         )
     wrapped = tuple(split.whole(r, axes, sizes) for r, axes in zip(results, letters, strict=True))
     return wrapped if isinstance(found, tuple) else wrapped[0]
@@ -204,5 +220,3 @@ def _local_rule(rule: Rule, split: Split) -> Rule:
             axes = axes[-value.dim() :] if name == "attn_mask" else axes[: value.dim()]
             parts[name] = split.local(value, axes, "BHTS" if name == "attn_mask" else "")
     return replace(rule, **parts) if parts else rule
-
-

@@ -18,6 +18,7 @@ from sparse_attn.distributed.context import rule_of_span
 from sparse_attn.distributed.layout import Layout
 from sparse_attn.nn import HybridAttention, Indexer, TopKAttention
 from sparse_attn.ops import topk_select
+from sparse_attn.ops.shards import refuse_context
 from sparse_attn.rule import Rule
 from sparse_attn.selection import Exact, LowRank, Selection
 from sparse_attn.selection.selection import check_rule
@@ -32,9 +33,9 @@ SHARINGS = ("rows", "masses", "rank")
 class AcrossRanks:
     """A selector: one selection by true q·k of heads that lie on several ranks, the same on each.
 
-    A key's rank is its attention mass summed over the heads of all ranks, as in one process with ``share="all"``. Give it
-    the rule's share="all"; it goes wherever a selector goes (`nn.TopKAttention`, `configure(model, selector=…)` of a
-    Hugging Face model under its tensor-parallel plan).
+    A key's rank is its attention mass summed over the heads of all ranks, as in one process with ``share="all"``, which
+    the rule must say. It goes wherever a selector goes (`nn.TopKAttention`, `configure(model, selector=…)` of a Hugging
+    Face model under its tensor-parallel plan).
 
     Args:
         group: the ranks that have the heads, in the order of the heads; None is the default group. Where they have the
@@ -57,11 +58,14 @@ class AcrossRanks:
 
     def __post_init__(self) -> None:
         if self.way not in SHARINGS:
-            raise ValueError(f"way must be one of {', '.join(map(repr, SHARINGS))}, got {checks.describe(self.way)}")
+            raise ValueError(
+                f"way must be one of {', '.join(map(repr, SHARINGS))}, got {checks.describe(self.way)}"
+            )
 
     @torch.no_grad()
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
         """query [B, Hq / ranks, Tq, D], key [B, Hkv / ranks, Tk, D] → indices [B, 1, Tq, K], the same on every rank."""
+        refuse_context("a selection of heads on several ranks")
         checks.query_key(query, key)
         if check_rule(rule).share != "all":
             raise ValueError(f"AcrossRanks is one selection of all heads: share='all', got {rule.share!r}")
@@ -128,8 +132,8 @@ def tensor_parallel(model: torch.nn.Module, mesh: DeviceMesh, *, way: str = "row
 
     The projections `qkv.query`, `qkv.key`, `qkv.value` become ColwiseParallel, `out` RowwiseParallel: hidden states are
     the same on every rank, before and after. A selection of all heads (share="all") is made over the ranks
-    (:class:`AcrossRanks`); an :class:`~sparse_attn.nn.Indexer` of one group is replicated, one with a group per key head
-    is split with them. What is not attention is left alone (`parallelize_module` splits an MLP).
+    (:class:`AcrossRanks`); an :class:`~sparse_attn.nn.Indexer` of one group is replicated, one with a group per key
+    head is split with them. What is not attention is left alone (`parallelize_module` splits an MLP).
 
     Args:
         model: with TopKAttention modules, or one itself; the same weights on every rank.
@@ -171,7 +175,9 @@ def tensor_parallel(model: torch.nn.Module, mesh: DeviceMesh, *, way: str = "row
 
 def _refuse(name: str, layer: TopKAttention, ranks: int) -> None:
     if isinstance(layer, HybridAttention) and layer.approximated_heads:
-        raise ValueError(f"{name}: networks of approximated heads are of all heads, and are not split over ranks")
+        raise ValueError(
+            f"{name}: networks of approximated heads are of all heads, and are not split over ranks"
+        )
     if layer.num_kv_heads % ranks:
         raise ValueError(
             f"{name} has {layer.num_kv_heads} key heads and {layer.num_heads} query heads, which {ranks} ranks do not "
@@ -179,12 +185,16 @@ def _refuse(name: str, layer: TopKAttention, ranks: int) -> None:
         )
     selector = layer.token_selector
     if isinstance(selector, LowRank):
-        raise ValueError(f"{name}: a LowRank selector has components for all heads, and is not split over ranks")
+        raise ValueError(
+            f"{name}: a LowRank selector has components for all heads, and is not split over ranks"
+        )
     if isinstance(selector, Indexer):
         if selector.groups > 1 and selector.groups % ranks:
-            raise ValueError(f"{name}: its indexer has {selector.groups} groups, which {ranks} ranks do not divide")
+            raise ValueError(
+                f"{name}: its indexer has {selector.groups} groups, which {ranks} ranks do not divide"
+            )
     elif layer.share == "all" and selector is not None and not isinstance(selector, (Exact, AcrossRanks)):
         raise ValueError(
-            f"{name}: share='all' is one selection of all heads, which {type(selector).__name__} would make of a rank's "
-            "own: the exact selector sums over the ranks"
+            f"{name}: share='all' is one selection of all heads, which {type(selector).__name__} would make of a "
+            "rank's own: the exact selector sums over the ranks"
         )

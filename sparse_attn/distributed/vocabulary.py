@@ -21,8 +21,8 @@ from sparse_attn import checks
 from sparse_attn.checks import cross_entropy as check
 from sparse_attn.distributed.collectives import Group, copied, largest, rank_in, size_of, summed
 from sparse_attn.nn import VariableWidthEmbedding, VariableWidthHead
-from sparse_attn.ops.shards import Shardable
 from sparse_attn.ops import variable_width_cross_entropy as cross_entropy
+from sparse_attn.ops.shards import Shardable
 from sparse_attn.ops.variable_width_embedding import variable_width_embedding
 from sparse_attn.planner import WidthPlan
 
@@ -36,7 +36,9 @@ def rows_of(size: int, ranks: int, rank: int) -> tuple[int, int]:
 class Part:
     """One rank's part of a vocabulary in bands."""
 
-    def __init__(self, sizes: Sequence[int], token_band: Tensor, token_row: Tensor, ranks: int, rank: int) -> None:
+    def __init__(
+        self, sizes: Sequence[int], token_band: Tensor, token_row: Tensor, ranks: int, rank: int
+    ) -> None:
         bounds = [rows_of(size, ranks, rank) for size in sizes]
         device = token_band.device
         band = token_band.to(torch.int64)
@@ -114,7 +116,9 @@ def vocab_parallel_embedding(
     dim = next((p.shape[0] for p in projections if p is not None), tables[0].shape[1])
     out = tables[0].new_zeros((ids.numel(), dim))
     if len(part.tokens):
-        own = variable_width_embedding(tokens, tables, projections, part.band_of, part.row_of, backend=backend)
+        own = variable_width_embedding(
+            tokens, tables, projections, part.band_of, part.row_of, backend=backend
+        )
         out = out.index_put((at,), own)
     else:
         out = out + sum(t.sum() for t in tables)  # of no rows: 0, with a gradient
@@ -207,7 +211,7 @@ def _own_logits(
     """(log-sum-exp over this rank's classes [N], the target's logit where it is one of them [N])."""
     compute = torch.promote_types(hidden.dtype, torch.float32)
     if not len(part.tokens):  # of no rows: nothing, with a gradient of 0
-        nothing = sum(t.sum() for t in tables).to(compute)
+        nothing = torch.stack([t.sum() for t in tables]).sum().to(compute)
         zero = torch.where(active, hidden.to(compute).sum(-1), 0.0) * 0.0 + nothing
         return torch.where(active, -torch.inf, zero), zero
     # A target of another rank stands for any: its loss is not looked at, its log-sum-exp is.
@@ -235,7 +239,9 @@ def _weighed(
             row = rows.sum(0)
         else:
             inside = part.band_of == b
-            of_rows = weight.new_zeros(len(table)).scatter(0, part.row_of[inside].long(), weight[part.tokens[inside]])
+            of_rows = weight.new_zeros(len(table)).scatter(
+                0, part.row_of[inside].long(), weight[part.tokens[inside]]
+            )
             row = of_rows.to(compute) @ rows
         total = total + (hidden @ row if projection is None else hidden @ (projection.to(compute) @ row))
     return total
@@ -254,7 +260,10 @@ def on_dtensors(call: Shardable, arguments: dict[str, Any]) -> Any:
     tokens = arguments["ids" if lookup else "hidden"]
     lead = next(t for t in (tokens, *tables) if isinstance(t, DTensor))
     mesh = lead.device_mesh
-    for name, value in (("ids" if lookup else "hidden", tokens), *((f"tables[{b}]", t) for b, t in enumerate(tables))):
+    for name, value in (
+        ("ids" if lookup else "hidden", tokens),
+        *((f"tables[{b}]", t) for b, t in enumerate(tables)),
+    ):
         if not isinstance(value, DTensor):
             raise TypeError(
                 f"{name} must be a DTensor, as other arguments are, got {checks.describe(value)}: "
@@ -292,7 +301,7 @@ def on_dtensors(call: Shardable, arguments: dict[str, Any]) -> Any:
         grads = [Partial() if p.is_replicate() and b else p for p, b in zip(placements, busy, strict=True)]
         return t.to_local(grad_placements=grads)
 
-    parts = {name: value for name, value in arguments.items()}
+    parts = dict(arguments)
     parts["tables"] = [local(t, of_tables) for t in tables]
     parts["projections"] = [local(p, replicated) for p in projections]
     for name in ("token_band", "token_row", "weight"):
@@ -314,9 +323,7 @@ def on_dtensors(call: Shardable, arguments: dict[str, Any]) -> Any:
     reduction = check.reduction_of(parts.pop("reduction", "mean"))
     function = call.function
     if split:
-        function = partial(
-            vocab_parallel_cross_entropy, group=mesh.get_group(split[0]), sum_gradients=False
-        )
+        function = partial(vocab_parallel_cross_entropy, group=mesh.get_group(split[0]), sum_gradients=False)
     loss = _whole(function(**parts, reduction="none"), mesh, of_tokens, arguments["targets"].shape)
     if reduction == "none":
         return loss
@@ -324,8 +331,10 @@ def on_dtensors(call: Shardable, arguments: dict[str, Any]) -> Any:
         return loss.sum()
     active = parts["targets"] != parts.get("ignore_index", -100)
     weight = parts.get("weight")
-    counted = active.to(loss.dtype) if weight is None else torch.where(
-        active, weight.to(loss.dtype)[torch.where(active, parts["targets"], 0)], 0.0
+    counted = (
+        active.to(loss.dtype)
+        if weight is None
+        else torch.where(active, weight.to(loss.dtype)[torch.where(active, parts["targets"], 0)], 0.0)
     )
     return loss.sum() / _whole(counted, mesh, of_tokens, arguments["targets"].shape).sum()
 
@@ -336,7 +345,12 @@ def _whole(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sha
         strides.insert(0, strides[0] * size)
     shape = torch.Size(shape)
     return DTensor.from_local(
-        local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=tuple(strides[: len(shape)])
+        local.contiguous(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=shape,
+        stride=tuple(strides[: len(shape)]),
     )
 
 
@@ -370,7 +384,9 @@ class VocabParallel(ParallelStyle):
                 f"{checks.describe(module)}"
             )
         if embedding.sparse:
-            raise ValueError("VocabParallel has dense gradients: make the VariableWidthEmbedding with sparse=False")
+            raise ValueError(
+                "VocabParallel has dense gradients: make the VariableWidthEmbedding with sparse=False"
+            )
         for parameters, placement in ((embedding.tables, Shard(0)), (embedding.projections, Replicate())):
             for i, parameter in enumerate(parameters):
                 if not isinstance(parameter, DTensor):

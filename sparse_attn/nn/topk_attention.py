@@ -22,37 +22,47 @@ class Projections(WholeState):
     `bias` are those of that projection, made anew at each look. Its state is loaded from a fused one's, too.
     """
 
-    def __init__(self, embed_dim: int, widths: tuple[int, int, int], bias: bool, **where: Any) -> None:
+    query: torch.nn.Linear
+    key: torch.nn.Linear
+    value: torch.nn.Linear
+
+    def __init__(self, embed_dim: int, widths: tuple[int, ...], bias: bool, **where: Any) -> None:
         super().__init__()
         fused = torch.nn.Linear(embed_dim, sum(widths), bias=bias, **where)  # one draw, as it always was
-        for name, width, at in zip(("query", "key", "value"), widths, (0, widths[0], sum(widths[:2])), strict=True):
+        for name, width, at in zip(
+            ("query", "key", "value"), widths, (0, widths[0], sum(widths[:2])), strict=True
+        ):
             part = torch.nn.Linear(embed_dim, width, bias=bias, device="meta")
             for own, _ in list(part.named_parameters()):
                 rows = getattr(fused, own).detach()[at : at + width].clone()
                 setattr(part, own, torch.nn.Parameter(rows))
             self.add_module(name, part)
 
+    def parts(self) -> list[torch.nn.Linear]:
+        """query, key, value"""
+        return [self.query, self.key, self.value]
+
     @property
     def weight(self) -> Tensor:
         """[(H + 2·Hkv)·Dh, embed_dim]"""
-        return torch.cat([part.weight for part in self.children()])
+        return torch.cat([part.weight for part in self.parts()])
 
     @property
     def bias(self) -> Tensor | None:
         """[(H + 2·Hkv)·Dh]"""
         if self.query.bias is None:
             return None
-        return torch.cat([part.bias for part in self.children()])
+        return torch.cat([part.bias for part in self.parts()])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return torch.cat([part(hidden) for part in self.children()], dim=-1)
+        return torch.cat([part(hidden) for part in self.parts()], dim=-1)
 
     def _why_not_load(self, state: dict[str, Any], prefix: str) -> str | None:
         return self.unfuse(state, prefix) or super()._why_not_load(state, prefix)
 
     def unfuse(self, state: dict[str, Any], prefix: str) -> str | None:
         """Puts a fused projection's rows under the names of the three; says why not where they do not fit."""
-        rows = [part.out_features for part in self.children()]
+        rows = [part.out_features for part in self.parts()]
         for name in ("weight", "bias"):
             fused = state.get(f"{prefix}{name}")
             if fused is None:
@@ -88,6 +98,9 @@ class TopKAttention(WholeState):
         sink_logits: whether each head learns one more logit of its softmax (a parameter [num_heads], zeros at first).
         selector: how keys are chosen: None by true q·k, a selector of :mod:`sparse_attn.selection` or any object with
             its `select` method, or a :class:`sparse_attn.nn.Indexer` of embed_dim, which reads the hidden states.
+
+    The projections are `qkv.query`, `qkv.key`, `qkv.value` and `out`, by which tensor-parallel plans name them
+    (docs/distributed.md); a state with one fused `qkv.weight` is loaded, too.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -188,8 +201,8 @@ class TopKAttention(WholeState):
             return FromIndexer(query, chosen.keys(hidden), weights, chosen.int8, chosen.backend)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [B, T, C] → query [B, H, T, Dh], key and value [B, Hkv, T, Dh]; under tensor parallelism this rank's."""
-        heads = (part(hidden).unflatten(-1, (-1, self.head_dim)) for part in self.qkv.children())
+        """hidden [B, T, C] → query [B, H, T, Dh], key and value [B, Hkv, T, Dh]; of split heads this rank's."""
+        heads = (part(hidden).unflatten(-1, (-1, self.head_dim)) for part in self.qkv.parts())
         query, key, value = (h.transpose(1, 2) for h in heads)
         return query, key, value
 
@@ -197,7 +210,9 @@ class TopKAttention(WholeState):
         """Where tensor parallelism has left this rank some of the heads."""
         if heads == self.num_heads or self.top_k is None or self.share != "all":
             return
-        if selector is None or not (isinstance(selector, FromIndexer) or getattr(selector, "across_ranks", False)):
+        if selector is None or not (
+            isinstance(selector, FromIndexer) or getattr(selector, "across_ranks", False)
+        ):
             raise ValueError(
                 f"share='all' is one selection of all heads, and tensor parallelism has left {heads} of "
                 f"{self.num_heads} here: sparse_attn.distributed.tensor_parallel sums over the ranks"

@@ -178,7 +178,7 @@ class VariableWidthHead(WholeState):
     def _tables(self) -> list[Tensor]:
         tables = list(self.embedding.tables)
         if self.embedding.split_over_ranks:
-            return [table.full_tensor() for table in tables]
+            return [_plain(table) for table in tables]
         if hasattr(tables[0], "placements"):  # a DTensor, of which no hook has made a whole tensor
             raise TypeError(
                 "the head's tables are sharded, for its embedding is an FSDP group of its own: shard the embedding "
@@ -209,4 +209,4 @@ class VariableWidthHead(WholeState):
 
 def _plain(tensor: Tensor) -> Tensor:
     """Of a DTensor the whole."""
-    return tensor.full_tensor() if hasattr(tensor, "placements") else tensor
+    return getattr(tensor, "full_tensor", lambda: tensor)()

@@ -28,6 +28,13 @@ class Shardable(NamedTuple):
     axes: dict[str, str]  # argument → letters
     results: tuple[str, ...]  # letters of each result
 
+    def outside(self, *arguments: Any, **options: Any) -> Any:
+        """The call as it is outside of context_parallel: of DTensors, or of plain tensors."""
+        if _any_dtensor((*arguments, *options.values())):
+            assert state.on_dtensors is not None  # sparse_attn sets it
+            return state.on_dtensors(self, arguments, options)
+        return self.function(*arguments, **options)
+
 
 class _State:
     on_dtensors: Callable[[Shardable, tuple, dict], Any] | None = None
@@ -42,7 +49,7 @@ def is_dtensor(value: object) -> bool:
 
 
 def _any_dtensor(arguments: tuple) -> bool:
-    for value in arguments:
+    for value in arguments:  # noqa: SIM110 (a compiler reads it)
         if is_dtensor(value[0] if type(value) is list and value else value):
             return True
     return False

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed.world import check
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 import sparse_attn as sa
+from distributed.world import check
 from sparse_attn.distributed import VocabParallel, tensor_parallel
 
 PLACE = "SPARSE_ATTN_TEST_CHECKPOINT"  # a folder that the worlds share
@@ -64,7 +64,9 @@ def load_and_compare(size: int) -> None:
     dcp.load(state, checkpoint_id=place / "states")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     right = torch.load(place / "losses.pt")
-    torch.testing.assert_close(torch.stack([step(model, optimizer) for _ in right]), right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.stack([step(model, optimizer) for _ in right]), right, rtol=1e-4, atol=1e-5
+    )
 
 
 @check

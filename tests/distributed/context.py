@@ -6,10 +6,10 @@ import contextlib
 
 import pytest
 import torch
-from distributed.world import check
 from torch import Tensor
 
 import sparse_attn as sa
+from distributed.world import check
 from sparse_attn.distributed import Layout, context_parallel, context_parallel_attention, count_bytes
 
 B, HQ, HKV, T, D, DV = 2, 4, 2, 45, 16, 12
@@ -36,7 +36,9 @@ def layouts(length: int, size: int) -> dict[str, Layout]:
     }
 
 
-def compare(rank, tensors, top_k, layout, key_layout=None, way="gather", cu_seq=None, tolerance=2e-5, **options):
+def compare(
+    rank, tensors, top_k, layout, key_layout=None, way="gather", cu_seq=None, tolerance=2e-5, **options
+):
     """Against one process that has it all."""
     keys = key_layout or layout
     whole = [t.clone().requires_grad_() for t in tensors]
@@ -52,20 +54,31 @@ def compare(rank, tensors, top_k, layout, key_layout=None, way="gather", cu_seq=
     there = torch.where(lse.isfinite(), lse, 0.0)
     ((out * weights).sum() + (there * lse_weights).sum()).backward()
 
-    parts = [lay.local(t, rank, 2).clone().requires_grad_() for lay, t in zip((layout, keys, keys), tensors)]
+    parts = [
+        lay.local(t, rank, 2).clone().requires_grad_()
+        for lay, t in zip((layout, keys, keys), tensors, strict=True)
+    ]
     if "attn_mask" in options:
         options["attn_mask"] = layout.local(options["attn_mask"], rank, 2)
     ours, our_lse, our_indices = context_parallel_attention(
-        *parts, top_k, layout=layout, key_layout=key_layout, way=way, cu_seq=cu_seq, sink_logits=sinks[1], **options, **asked
+        *parts,
+        top_k,
+        layout=layout,
+        key_layout=key_layout,
+        way=way,
+        cu_seq=cu_seq,
+        sink_logits=sinks[1],
+        **options,
+        **asked,
     )
     there = torch.where(our_lse.isfinite(), our_lse, 0.0)
     loss = (ours * layout.local(weights, rank, 2)).sum() + (there * layout.local(lse_weights, rank, 2)).sum()
     loss.backward()
     assert torch.equal(our_indices, layout.local(indices, rank, 2))
-    close = dict(rtol=tolerance, atol=tolerance)
+    close = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(ours, layout.local(out, rank, 2), **close)
     torch.testing.assert_close(our_lse, layout.local(lse, rank, 2), **close)
-    for ours, lay, right in zip(parts, (layout, keys, keys), whole):
+    for ours, lay, right in zip(parts, (layout, keys, keys), whole, strict=True):
         torch.testing.assert_close(ours.grad, lay.local(right.grad, rank, 2), **close)
     if sink is not None:
         total = sinks[1].grad.clone()
@@ -85,8 +98,8 @@ RULES = {
 
 @check
 def gathered_keys(rank, size):
-    for name, layout in layouts(T, size).items():
-        for rule, options in RULES.items():
+    for layout in layouts(T, size).values():
+        for options in RULES.values():
             compare(rank, inputs(), 7, layout, **options)
     compare(rank, inputs(), 7, Layout.zigzag(T, size), is_causal=True, share="kv", window=2)
     compare(rank, inputs(), 7, Layout.zigzag(T, size), is_causal=True, share="all", sinks=1)
@@ -97,8 +110,8 @@ def gathered_keys(rank, size):
 
 @check
 def merged_choices(rank, size):
-    for name, layout in layouts(T, size).items():
-        for rule, options in RULES.items():
+    for layout in layouts(T, size).values():
+        for options in RULES.values():
             compare(rank, inputs(), 7, layout, way="merge", **options)
     compare(rank, inputs(), 100, Layout.zigzag(T, size), way="merge", is_causal=True)
     compare(rank, inputs(), 5, Layout.zigzag(T, size), way="merge", is_causal=True, window=3, sinks=2)
@@ -109,7 +122,17 @@ def ties(rank, size):
     for way in ("gather", "merge"):
         for layout in layouts(T, size).values():
             compare(rank, inputs(make=lattice), 7, layout, way=way, is_causal=True, tolerance=1e-4)
-            compare(rank, inputs(make=lattice), 9, layout, way=way, is_causal=True, sinks=2, window=3, tolerance=1e-4)
+            compare(
+                rank,
+                inputs(make=lattice),
+                9,
+                layout,
+                way=way,
+                is_causal=True,
+                sinks=2,
+                window=3,
+                tolerance=1e-4,
+            )
             compare(rank, inputs(make=lambda *s: torch.ones(s)), 5, layout, way=way)
 
 
@@ -195,7 +218,12 @@ def inside_a_model(rank, size):
     """nn.TopKAttention under context_parallel, parameters' gradients summed: those of one process."""
     torch.manual_seed(1)
     indexer = sa.nn.Indexer(32)
-    for options in ({}, {"share": "all", "num_kv_heads": 2}, {"selector": indexer}, {"selector": sa.selection.Rounded()}):
+    for options in (
+        {},
+        {"share": "all", "num_kv_heads": 2},
+        {"selector": indexer},
+        {"selector": sa.selection.Rounded()},
+    ):
         attention = sa.nn.TopKAttention(32, 4, 6, window=2, sinks=1, **options)
         hidden, weights = torch.randn(2, T, 32), torch.randn(2, T, 32)
         out = attention(hidden)
@@ -224,7 +252,9 @@ def inside_torch_context_parallel(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     layout = Layout.zigzag(length, size)
     with torch_context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
-        with pytest.raises(NotImplementedError, match=r"sparse_attn.distributed.context_parallel inside it does"):
+        with pytest.raises(
+            NotImplementedError, match=r"sparse_attn.distributed.context_parallel inside it does"
+        ):
             sa.topk_attention(q, k, v, 4, is_causal=True)
         with context_parallel(layout):
             ours = sa.topk_attention(q, k, v, 4, is_causal=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from distributed.world import check
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import sparse_attn as sa
+from distributed.world import check
 from sparse_attn.selection import Refined, Rule, Selection
 
 B, HQ, HKV, T, D, DV = 3, 8, 4, 33, 8, 12
@@ -65,7 +67,9 @@ def by(placement):
     """Placements of a tensor: by heads only what has a heads axis."""
 
     def of(tensor):
-        if isinstance(placement, Shard) and (tensor.dim() <= placement.dim or tensor.shape[placement.dim] == 1):
+        if isinstance(placement, Shard) and (
+            tensor.dim() <= placement.dim or tensor.shape[placement.dim] == 1
+        ):
             return [Replicate()]
         return [placement]
 
@@ -85,7 +89,9 @@ def attention(rank, size):
                 ),
                 inputs(*ATTENTION), by(placement), wanted=[placement],
             )  # fmt: skip
-        compare(mesh, lambda q, k: sa.topk_select(q, k, 5, is_causal=True), inputs(*ATTENTION[:2]), by(placement))
+        compare(
+            mesh, lambda q, k: sa.topk_select(q, k, 5, is_causal=True), inputs(*ATTENTION[:2]), by(placement)
+        )
         compare(mesh, lambda q, k: sa.quantized_select(q, k, 5), inputs(*ATTENTION[:2]), by(placement))
     for placement in (Replicate(), Shard(0)):
         compare(
@@ -114,10 +120,17 @@ def attention_with_tensors_in_the_rule(rank, size):
         plain = [t.requires_grad_() for t in (*inputs(*ATTENTION), logits.clone())]
         sa.topk_attention(*plain[:3], 5, sink_logits=plain[3], softcap=2.0).sum().backward()
         parts = [distribute_tensor(t.detach(), mesh, [placement]).requires_grad_() for t in plain[:3]]
-        sink = distribute_tensor(logits, mesh, [Shard(0) if placement == Shard(1) else Replicate()]).requires_grad_()
+        sink = distribute_tensor(
+            logits, mesh, [Shard(0) if placement == Shard(1) else Replicate()]
+        ).requires_grad_()
         sa.topk_attention(*parts, 5, sink_logits=sink, softcap=2.0).sum().backward()
         for ours, right in zip((*parts, sink), plain, strict=True):
             torch.testing.assert_close(ours.grad.full_tensor(), right.grad, rtol=1e-4, atol=1e-5)
+
+
+def selected(rule, q, k, v):
+    selector = Refined(2, sa.selection.Blocks(16, 16))
+    return sa.attend(q, k, v, selector.select(q, k, 48, rule), rule=rule)
 
 
 @check
@@ -130,23 +143,28 @@ def other_ops(rank, size):
     for placement in HOW.values():
         indices = sa.topk_select(q, k, 5)
         compare(
-            mesh, lambda q, k, v, i: sa.gathered_attention(q, k, v, i, return_lse=True), [q, k, v], by(placement), [indices],
-            wanted=[placement],
+            mesh, lambda q, k, v, i: sa.gathered_attention(q, k, v, i, return_lse=True), [q, k, v], by(placement),
+            [indices], wanted=[placement],
         )  # fmt: skip
         compare(mesh, sa.gathered_attention, [q, k, v], by(placement), [indices[:, :1]], wanted=[placement])
         compare(mesh, lambda q, k: sa.block_select(q, k, 3, is_causal=True, **sizes), [q, k], by(placement))
         compare(
-            mesh, lambda q, k, v, b: sa.block_attention(q, k, v, b, is_causal=True, return_lse=True, **sizes), [q, k, v],
-            by(placement), [blocks], wanted=[placement],
+            mesh, partial(sa.block_attention, is_causal=True, return_lse=True, **sizes), [q, k, v], by(placement),
+            [blocks], wanted=[placement],
         )  # fmt: skip
-        compare(mesh, lambda q, k, b: sa.refine_blocks(q, k, b, 9, is_causal=True, **sizes), [q, k], by(placement), [blocks])
+        compare(
+            mesh,
+            lambda q, k, b: sa.refine_blocks(q, k, b, 9, is_causal=True, **sizes),
+            [q, k],
+            by(placement),
+            [blocks],
+        )
         compare(
             mesh, lambda q, k, v: sa.topk_attention_with_residual(q, k, v, 9, is_causal=True), [q, k, v], by(placement),
             wanted=[placement],
         )  # fmt: skip
-        selector = Refined(2, sa.selection.Blocks(16, 16))
         compare(
-            mesh, lambda q, k, v: sa.attend(q, k, v, selector.select(q, k, 48, rule), rule=rule), [q, k, v],
+            mesh, partial(selected, rule), [q, k, v],
             by(placement),
         )  # fmt: skip
 
@@ -156,10 +174,12 @@ def indexers(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     query, key, weights, q, k = inputs((B, 8, T, D), (B, 4, T, D), (B, 8, T), (B, HQ, T, D), (B, HKV, T, D))
     for placement in HOW.values():
-        compare(mesh, lambda *t: sa.indexer_select(*t, 5, is_causal=True), [query, key, weights], by(placement))
         compare(
-            mesh, lambda a, b, c, q, k: sa.indexer_loss(a, b, c, q, k, is_causal=True), [query, key, weights], by(placement),
-            [q, k], tolerance=1e-4,
+            mesh, lambda *t: sa.indexer_select(*t, 5, is_causal=True), [query, key, weights], by(placement)
+        )
+        compare(
+            mesh, partial(sa.indexer_loss, is_causal=True), [query, key, weights], by(placement), [q, k],
+            tolerance=1e-4,
         )  # fmt: skip
 
 
@@ -199,7 +219,12 @@ def two_dimensions(rank, size):
         return
     mesh = init_device_mesh("cpu", (2, 2))
     flags = {"return_lse": True, "return_indices": True}
-    for placements in ([Shard(0), Shard(1)], [Shard(1), Shard(1)], [Shard(0), Shard(2)], [Replicate(), Shard(1)]):
+    for placements in (
+        [Shard(0), Shard(1)],
+        [Shard(1), Shard(1)],
+        [Shard(0), Shard(2)],
+        [Replicate(), Shard(1)],
+    ):
         compare(
             mesh, lambda q, k, v: sa.topk_attention(q, k, v, 5, is_causal=True, **flags), inputs(*ATTENTION),
             lambda t, p=placements: p, wanted=placements,
@@ -231,7 +256,9 @@ def what_is_refused(rank, size):
 
     q, k, v = inputs(*ATTENTION)
     parts = spread(Shard(1), q, k, v)
-    with pytest.raises(ValueError, match=r"share='all' is one selection of all heads, and the mesh splits the heads"):
+    with pytest.raises(
+        ValueError, match=r"share='all' is one selection of all heads, and the mesh splits the heads"
+    ):
         sa.topk_attention(*parts, 5, share="all")
     with pytest.raises(ValueError, match=r"key has 1 heads, which the mesh would split"):
         sa.topk_attention(parts[0], *spread(Replicate(), k[:, :1], v[:, :1]), 5)

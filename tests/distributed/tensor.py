@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from distributed.world import check
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparse_attn as sa
+from distributed.world import check
 from sparse_attn.distributed import AcrossRanks, count_bytes, tensor_parallel
 from sparse_attn.selection import Blocks, Refined, Rounded, Rule
 
@@ -50,7 +50,9 @@ def a_plan_of_the_users_own(rank, size):
     columns = dict.fromkeys(("qkv.query", "qkv.key", "qkv.value"), ColwiseParallel())
     compare(make(), parallelize_module(ours, mesh, {**columns, "out": RowwiseParallel()}))
     shared = parallelize_module(make(share="all"), mesh, {**columns, "out": RowwiseParallel()})
-    with pytest.raises(ValueError, match=r"share='all' is one selection of all heads, and tensor parallelism has left"):
+    with pytest.raises(
+        ValueError, match=r"share='all' is one selection of all heads, and tensor parallelism has left"
+    ):
         shared(torch.randn(1, 4, C))
 
 
@@ -58,8 +60,8 @@ def a_plan_of_the_users_own(rank, size):
 def modules(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     for options in (
-        {"bias": True, "window": 2, "sinks": 1}, {"share": "kv"}, {"share": "all"}, {"sink_logits": True, "softcap": 2.0},
-        {"share": "all", "sink_logits": True}, {"selector": Rounded()}, {"selector": Refined(2, Blocks(2, 2))},
+        {"bias": True, "window": 2, "sinks": 1}, {"share": "kv"}, {"share": "all"},
+        {"sink_logits": True, "softcap": 2.0}, {"share": "all", "sink_logits": True}, {"selector": Rounded()}, {"selector": Refined(2, Blocks(2, 2))},
         {"selector": "all"}, {"selector": "kv"},
     ):  # fmt: skip
         one, ours = ({**options} for _ in range(2))
@@ -97,8 +99,12 @@ def one_selection_of_all_heads(rank, size):
             rule = Rule(share="all", **parts)
             assert torch.equal(AcrossRanks().select(own_query, own_key, 7, rule).indices, right)
             if make is torch.randn:  # no ties that another order of sums could break
-                assert torch.equal(AcrossRanks(way="masses").select(own_query, own_key, 7, rule).indices, right)
-        mine = AcrossRanks(way="rank", source=1).select(own_query, own_key, 7, Rule(share="all", is_causal=True))
+                assert torch.equal(
+                    AcrossRanks(way="masses").select(own_query, own_key, 7, rule).indices, right
+                )
+        mine = AcrossRanks(way="rank", source=1).select(
+            own_query, own_key, 7, Rule(share="all", is_causal=True)
+        )
         first = query.chunk(size, 1)[1], key.chunk(size, 1)[1]
         assert torch.equal(mine.indices, sa.topk_select(*first, 7, share="all", is_causal=True))
     few = AcrossRanks().select(own_query[:, :, :1], own_key, 7, Rule(share="all"))  # fewer queries than ranks
@@ -112,7 +118,9 @@ def one_selection_of_all_heads(rank, size):
 def what_is_refused(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     three = sa.nn.TopKAttention(48, 6, 4, num_kv_heads=3)
-    with pytest.raises(ValueError, match=f"has 3 key heads and 6 query heads, which {size} ranks do not divide"):
+    with pytest.raises(
+        ValueError, match=f"has 3 key heads and 6 query heads, which {size} ranks do not divide"
+    ):
         tensor_parallel(three, mesh)
     assert not isinstance(three.qkv.query.weight, DTensor)
     with pytest.raises(ValueError, match="which Rounded would make of a rank's own"):
@@ -126,7 +134,7 @@ def what_is_refused(rank, size):
 
 @check
 def hugging_face(rank, size):
-    """A model's own plan (tp_plan="auto", applied by torch) with every selector: right, or a sentence."""
+    """A model's own plan (tp_plan="auto", applied by torch), every selector: right, or a sentence."""
     transformers = pytest.importorskip("transformers")
     import sparse_attn.integrations.transformers as integration
 
@@ -142,6 +150,8 @@ def hugging_face(rank, size):
     assert "model.layers.*.self_attn.q_proj" in plan
     parallelize_module(ours, init_device_mesh("cpu", (size,)), plan)
     ids = torch.arange(300)[None] % 50
+
+    configured = integration.configure
 
     def logits(model):
         found = model(ids).logits
@@ -165,11 +175,8 @@ def hugging_face(rank, size):
     with torch.no_grad():
         torch.testing.assert_close(logits(ours), logits(one), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="share='all' needs all heads in one place"):
-        integration.configure(ours, top_k=16, share="all")
-        ours(ids)
+        configured(ours, top_k=16, share="all")(ids)
     integration.remove_indexers(ours)
     integration.add_indexers(ours, share="kv")
     with pytest.raises(ValueError, match="indexers with share='kv' choose for all of them"):
-        integration.configure(ours, top_k=16, selector="indexer")
-        ours(ids)
-
+        configured(ours, top_k=16, selector="indexer")(ids)

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.world import check
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import sparse_attn as sa
+from distributed.world import check
 from sparse_attn.distributed import (
     VocabParallel,
     split_plan,
@@ -39,14 +39,18 @@ def split(embedding, rank, size):
     for table in embedding.tables:
         step = -(-len(table) // size)
         rows.append(table.detach()[rank * step : (rank + 1) * step].clone().requires_grad_())
-    projections = [None if p is None else p.detach().clone().requires_grad_() for p in embedding.projection_list()]
+    projections = [
+        None if p is None else p.detach().clone().requires_grad_() for p in embedding.projection_list()
+    ]
     return rows, projections
 
 
 def assert_gradients(embedding, rows, projections, rank, size):
     for table, own in zip(embedding.tables, rows, strict=True):
         step = -(-len(table) // size)
-        torch.testing.assert_close(own.grad, table.grad[rank * step : (rank + 1) * step], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            own.grad, table.grad[rank * step : (rank + 1) * step], rtol=1e-4, atol=1e-5
+        )
     for one, own in zip(embedding.projection_list(), projections, strict=True):
         if own is not None:
             total = torch.zeros_like(own) if own.grad is None else own.grad
@@ -59,7 +63,11 @@ def lookup(rank, size):
     for padding in (None, 3, -1):
         embedding = sa.nn.VariableWidthEmbedding(plan(), padding)
         maps = embedding.token_band, embedding.token_row
-        for ids in (torch.arange(41).view(1, 41), torch.tensor([7, 7, 0]), torch.empty(2, 0, dtype=torch.int64)):
+        for ids in (
+            torch.arange(41).view(1, 41),
+            torch.tensor([7, 7, 0]),
+            torch.empty(2, 0, dtype=torch.int64),
+        ):
             embedding.zero_grad()
             out = embedding(ids)
             weights = torch.randn_like(out)
@@ -166,7 +174,9 @@ def a_tied_model_in_parallel(rank, size):
         assert ours.embedding.tables[2].placements == (Shard(0),)
         assert ours.head.embedding is ours.embedding
         right = steps(one, make(one.parameters()), batches())
-        torch.testing.assert_close(steps(ours, make(ours.parameters()), batches()), right, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            steps(ours, make(ours.parameters()), batches()), right, rtol=1e-4, atol=1e-5
+        )
         for a, b in zip(ours.parameters(), one.parameters(), strict=True):
             a = a.full_tensor() if isinstance(a, DTensor) else a
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -183,7 +193,12 @@ def dtensors(rank, size):
     maps = embedding.token_band, embedding.token_row
     ids, hidden = torch.randint(41, (6, 5)), torch.randn(6, 5, D)
     targets = torch.where(torch.rand(6, 5) < 0.3, -100, torch.randint(41, (6, 5)))
-    for tokens, rows in ((Shard(0), Replicate()), (Shard(1), Replicate()), (Replicate(), Shard(0)), (Replicate(),) * 2):
+    for tokens, rows in (
+        (Shard(0), Replicate()),
+        (Shard(1), Replicate()),
+        (Replicate(), Shard(0)),
+        (Replicate(),) * 2,
+    ):
         tables = [distribute_tensor(t.detach(), mesh, [rows]).requires_grad_() for t in embedding.tables]
         projections = [
             None if p is None else distribute_tensor(p.detach(), mesh, [Replicate()]).requires_grad_()
@@ -194,7 +209,9 @@ def dtensors(rank, size):
         for reduction in ("mean", "sum", "none"):
             own = distribute_tensor(hidden, mesh, [tokens]).requires_grad_()
             spread = distribute_tensor(targets, mesh, [tokens])
-            loss = sa.variable_width_cross_entropy(own, spread, tables, projections, *maps, reduction=reduction)
+            loss = sa.variable_width_cross_entropy(
+                own, spread, tables, projections, *maps, reduction=reduction
+            )
             one = hidden.clone().requires_grad_()
             embedding.zero_grad()
             right = sa.variable_width_cross_entropy(
