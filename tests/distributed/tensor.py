@@ -61,8 +61,9 @@ def modules(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     for options in (
         {"bias": True, "window": 2, "sinks": 1}, {"share": "kv"}, {"share": "all"},
-        {"sink_logits": True, "softcap": 2.0}, {"share": "all", "sink_logits": True}, {"selector": Rounded()}, {"selector": Refined(2, Blocks(2, 2))},
-        {"selector": "all"}, {"selector": "kv"},
+        {"sink_logits": True, "softcap": 2.0}, {"share": "all", "sink_logits": True},
+        {"selector": Rounded()},
+        {"selector": Refined(2, Blocks(2, 2))}, {"selector": "all"}, {"selector": "kv"},
     ):  # fmt: skip
         one, ours = ({**options} for _ in range(2))
         for each in (one, ours):
