@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 examples/train_distributed.py --tensor 2 --length 4096 --out run --resume
 
 Data: each rank has some of the batch. Context: each has some of the positions, load-balanced (zigzag); attention
-selects among all of them. Tensor: each has some of the heads, of the MLP, and of the vocabulary. The losses are those of
+selects among all of them. Tensor: each has some of the heads, of the MLP and of the vocabulary. The losses are those of
 one process (`python examples/train_distributed.py`) on the same text, whatever the mesh. The text is State of the Union
 addresses, or --text FILE. With GPUs the backend is NCCL, else gloo.
 """

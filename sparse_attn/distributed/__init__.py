@@ -5,7 +5,11 @@ is here (docs/distributed.md).
 """
 
 from sparse_attn.distributed.collectives import Traffic, count_bytes
-from sparse_attn.distributed.context import context_parallel, context_parallel_attention
+from sparse_attn.distributed.context import (
+    context_parallel,
+    context_parallel_attention,
+    context_parallel_gathered_attention,
+)
 from sparse_attn.distributed.costs import ContextCost, context_costs
 from sparse_attn.distributed.layout import Layout
 from sparse_attn.distributed.tensor import AcrossRanks, tensor_parallel
@@ -25,6 +29,7 @@ __all__ = [
     "context_costs",
     "context_parallel",
     "context_parallel_attention",
+    "context_parallel_gathered_attention",
     "count_bytes",
     "split_plan",
     "tensor_parallel",

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.distributed import merge
+from sparse_attn.distributed import fetch, merge
 from sparse_attn.distributed.collectives import Group, gather, rank_in, size_of
 from sparse_attn.distributed.layout import Layout, Span
-from sparse_attn.ops import topk_attention
+from sparse_attn.ops import gathered_attention, topk_attention
 from sparse_attn.ops.shards import Shardable, state
 from sparse_attn.rule import Rule
 
 WAYS = ("gather", "merge")
+WAYS_INSIDE = ("gather", "merge", "fetch")  # of context_parallel
+WAYS_TO_INDICES = ("fetch", "gather")
 
 
 def over_ranks(
@@ -149,19 +151,10 @@ def context_parallel_attention(
     group: Group = None,
     way: str = "gather",
     cu_seq: Tensor | None = None,  # int [S + 1]
-    is_causal: bool = False,
-    causal_offset: int | None = None,
-    attn_mask: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    scale: float | None = None,
-    window: int = 0,
-    sinks: int = 0,
-    share: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,  # float [Hq]
     backend: str | None = None,
+    **rule: Any,
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`sparse_attn.topk_attention` of a sequence whose positions lie on the ranks of `group`.
 
@@ -177,11 +170,11 @@ def context_parallel_attention(
             keys are, merges each rank's choice, and joins the partial outputs: fewer bytes where queries are few
             (docs/distributed.md has the numbers). "merge" takes share="none", and no attn_mask.
         cu_seq: int32 or int64 [S + 1], the same on every rank: packed documents (B = 1) over the whole sequence, which
-            may cross the ranks' boundaries. Needs is_causal; `sinks` counts from each document's start.
-        causal_offset: where the layouts differ in length: query i of the whole sequence sees keys 0 … i + offset.
-        attn_mask: boolean, broadcastable to [B, Hq, T_r, Tk]: this rank's queries, all keys.
-        key_lengths: int [B], over the whole sequence, the same on every rank.
-        top_k, scale, window, sinks, share, return_lse, return_indices, softcap, sink_logits, backend: as there.
+            may cross the ranks' boundaries. Needs is_causal; first keys that are always kept are each document's own.
+        rule: the parts of a :class:`sparse_attn.selection.Rule`, which are those arguments of topk_attention. A
+            causal_offset is a number: query i of the whole sequence sees keys 0 … i + offset. key_lengths [B] is over
+            the whole sequence, an attn_mask of this rank's queries and all keys, key_starts [B] or [B, T_r].
+        top_k, return_lse, return_indices, backend: as there.
 
     Returns:
         as :func:`sparse_attn.topk_attention`, of this rank's queries: out [B, Hq, T_r, Dv], lse, indices
@@ -208,13 +201,15 @@ def context_parallel_attention(
         raise ValueError(f"way must be one of {', '.join(map(repr, WAYS))}, got {checks.describe(way)}")
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    rule = Rule(
-        is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, scale, softcap, sink_logits
-    )
+    said = Rule(**rule)
+    if isinstance(said.causal_offset, Tensor):
+        raise NotImplementedError(
+            "a causal_offset over ranks is a number: key_starts and cu_seq say where keys start"
+        )
     if cu_seq is not None and keys.length != layout.length:
         raise ValueError("cu_seq is of queries and keys alike: key_layout must be as long as layout")
-    rule = _packed_rule(rule, cu_seq, layout, rank_in(group))
-    arguments = {"query": query, "key": key, "value": value, "top_k": top_k, "rule": rule, "backend": backend}
+    said = _packed_rule(said, cu_seq, layout, rank_in(group))
+    arguments = {"query": query, "key": key, "value": value, "top_k": top_k, "rule": said, "backend": backend}
     if way == "gather":
         out, lse, indices = over_ranks(_ATTEND, arguments, layout, keys, group)
     else:
@@ -222,12 +217,72 @@ def context_parallel_attention(
         _fits("query", query.shape[2], layout, rank)
         _fits("key", key.shape[2], keys, rank)
         with _alone():
-            out, lse, indices = merge.attend(query, key, value, top_k, rule, layout, keys, group, backend)
+            out, lse, indices = merge.attend(query, key, value, top_k, said, layout, keys, group, backend)
     found = (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
     return found if len(found) > 1 else found[0]
 
 
 _ATTEND = topk_attention.attend_best.shardable  # type: ignore[attr-defined]
+_TO_INDICES = gathered_attention.attend.shardable  # type: ignore[attr-defined]
+
+
+def context_parallel_gathered_attention(
+    query: Tensor,  # [B, Hq, T_r, D]
+    key: Tensor,  # [B, Hkv, Tk_r, D]
+    value: Tensor,  # [B, Hkv, Tk_r, Dv]
+    indices: Tensor,  # int32 [B, G, T_r, K]
+    *,
+    layout: Layout,
+    key_layout: Layout | None = None,
+    group: Group = None,
+    way: str = "fetch",
+    scale: float | None = None,
+    return_lse: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`sparse_attn.gathered_attention` of a sequence whose positions lie on the ranks of `group`.
+
+    For a choice that was made from little: an indexer's, whose index keys alone are gathered.
+
+    Args:
+        query, key, value, layout, key_layout, group: as in :func:`context_parallel_attention`.
+        indices: of this rank's queries, counted over the whole sequence.
+        way: "fetch" asks the other ranks for the rows that this rank's queries chose, each once for all heads; "gather"
+            brings all keys and values here. The first sends less where a rank's queries choose few of all keys.
+        scale, return_lse, softcap, sink_logits, backend: as there.
+
+    Returns:
+        out [B, Hq, T_r, Dv]; with return_lse (out, lse). Gradients as there.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+    """
+    keys = layout if key_layout is None else key_layout
+    for name, each in (("layout", layout), ("key_layout", keys)):
+        if each.ranks != size_of(group):
+            raise ValueError(f"{name} must be of the group's {size_of(group)} ranks, got one of {each.ranks}")
+    if way not in WAYS_TO_INDICES:
+        raise ValueError(
+            f"way must be one of {', '.join(map(repr, WAYS_TO_INDICES))}, got {checks.describe(way)}"
+        )
+    return_lse = checks.boolean("return_lse", return_lse)
+    scoring: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+        "backend": backend,
+    }
+    arguments: dict[str, Any] = {"query": query, "key": key, "value": value, "indices": indices, **scoring}
+    _fits("query", query.shape[2], layout, rank_in(group))
+    _fits("key", key.shape[2], keys, rank_in(group))
+    if way == "fetch":
+        with _alone():
+            out, lse = fetch.attend(**arguments, keys=keys, group=group)
+    else:
+        out, lse = over_ranks(_TO_INDICES, arguments, layout, keys, group)
+    return (out, lse) if return_lse else out
 
 
 @contextmanager
@@ -247,7 +302,9 @@ def context_parallel(
         layout: which positions this rank has.
         group: the ranks; None is the default group.
         cu_seq: packed documents over the whole sequence, as in :func:`context_parallel_attention`.
-        way: of topk_attention, as there; selections and attention to them gather keys.
+        way: of topk_attention, "gather" or "merge" as there; selections gather keys (an indexer's its index keys).
+            With "fetch" attention to what a selector chose asks for the chosen rows alone
+            (:func:`context_parallel_gathered_attention`), and topk_attention gathers.
 
     Raises:
         NotImplementedError: inside, by a call that looks at whole sequences.
@@ -258,8 +315,10 @@ def context_parallel(
     """
     if layout.ranks != size_of(group):
         raise ValueError(f"layout must be of the group's {size_of(group)} ranks, got one of {layout.ranks}")
-    if way not in WAYS:
-        raise ValueError(f"way must be one of {', '.join(map(repr, WAYS))}, got {checks.describe(way)}")
+    if way not in WAYS_INSIDE:
+        raise ValueError(
+            f"way must be one of {', '.join(map(repr, WAYS_INSIDE))}, got {checks.describe(way)}"
+        )
 
     def handle(call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
         arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
@@ -286,6 +345,9 @@ def context_parallel(
             arguments.pop("function", None)
             with _alone():
                 return merge.attend(**arguments, queries=layout, keys=layout, group=group, backend=backend)
+        if call.function is _TO_INDICES.function and way == "fetch":
+            with _alone():
+                return fetch.attend(**arguments, keys=layout, group=group)
         return over_ranks(call, arguments, layout, layout, group)
 
     before, state.context = state.context, handle

@@ -119,3 +119,22 @@ class Layout:
         spans = [(span, rank) for rank in range(self.ranks) for span in self.spans(rank)]
         pieces = [parts[rank].narrow(dim, s.at, s.stop - s.start) for s, rank in sorted(spans)]
         return torch.cat(pieces, dim) if pieces else parts[0]
+
+
+def owners(layout: Layout, positions: Tensor) -> Tensor:
+    """int64: the rank that has each position."""
+    spans = sorted((s.start, s.stop, r) for r in range(layout.ranks) for s in layout.spans(r))
+    device = positions.device
+    if not spans:
+        return torch.zeros_like(positions)
+    ends = torch.tensor([stop for _, stop, _ in spans], device=device)
+    return torch.tensor([r for *_, r in spans], device=device)[torch.bucketize(positions, ends, right=True)]
+
+
+def local_places(layout: Layout, rank: int, positions: Tensor) -> Tensor:
+    """int64: where positions lie in the rank's own part, −1 where they are not its own."""
+    found = torch.full_like(positions, -1)
+    for span in layout.spans(rank):
+        inside = (positions >= span.start) & (positions < span.stop)
+        found = torch.where(inside, positions - span.start + span.at, found)
+    return found

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.distributed import collectives
 from sparse_attn.distributed.collectives import Group, all_parts, exchange, exchanged, gather, rank_in
-from sparse_attn.distributed.layout import Layout
+from sparse_attn.distributed.layout import Layout, local_places, owners
 from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops.topk_select import ascending
 from sparse_attn.rule import Rule
@@ -101,7 +101,7 @@ class _Merge:
         self.queries, self.keys, self.group, self.rank = queries, keys, group, rank_in(group)
         self.backend, self.budget = backend, min(top_k, keys.length)
         self.scale = checks.softmax_scale(rule.scale, query.shape[3])
-        checks.kept(rule.window, rule.sinks, rule.is_causal, top_k)
+        rule.budget(top_k)
         assert not isinstance(rule.causal_offset, Tensor)  # context_parallel_attention takes none
         self.offset = checks.causal_offset_of(rule.is_causal, rule.causal_offset, queries.length, keys.length)
 
@@ -114,8 +114,8 @@ class _Merge:
         if largest is None:
             largest = self.key.new_zeros(self.key.shape[1], dtype=torch.float64)
         self.norms = collectives.largest(largest, self.group, "bounds")  # [Hkv]
-        chosen = self._to_owners(chosen, "choices")  # [B, Hq, T_r, M], of keys of the whole sequence
-        scores = self._to_owners(scores, "choices")
+        chosen = self._toowners(chosen, "choices")  # [B, Hq, T_r, M], of keys of the whole sequence
+        scores = self._toowners(scores, "choices")
         chosen, order = torch.where(chosen < 0, self.keys.length, chosen).sort(-1)
         scores = scores.gather(-1, order)
         return self._best(chosen, scores, first, last)
@@ -162,7 +162,7 @@ class _Merge:
             found[:, :, rows] = (keys @ query[:, :, rows].double().unsqueeze(-1)).squeeze(-1) * self.scale
         return torch.where(best < 0, -torch.inf, found)
 
-    def _to_owners(self, rows: Tensor, what: str) -> Tensor:
+    def _toowners(self, rows: Tensor, what: str) -> Tensor:
         """rows [B, Hq, T, m], of all queries → [B, Hq, T_r, Σ m], of this rank's, by all ranks."""
         widths = self._widths(rows.shape[-1])
         front = rows.movedim(2, 0)  # [T, B, Hq, m]
@@ -188,17 +188,12 @@ class _Merge:
         """Of choices [B, Hq, T_r, M] in ascending order, T_k for none, and their scores, the budget's best."""
         nothing = self.keys.length
         first, last = first[:, None, :, None], last[:, None, :, None]  # [B, 1, T_r, 1]
-        kept = self._kept(first, last).expand(
-            -1, chosen.shape[1], -1, -1
-        )  # [B, Hq, T_r, window + sinks], T_k: none
+        own = self._own_position(last)
+        kept = self.rule.always_kept(first, last, own, nothing)  # [B, 1, T_r, …]
+        kept = kept.expand(-1, chosen.shape[1], -1, -1)
         room = self.budget - (kept < nothing).sum(-1, keepdim=True)  # [B, Hq, T_r, 1]
         free = chosen < nothing
-        if self.rule.window or self.rule.sinks:
-            end = self._window_end(last)
-            forced = (chosen < first + self.rule.sinks) | (
-                (chosen > end - self.rule.window) & (self.rule.window > 0)
-            )
-            free = free & ~forced
+        free = free & ~self.rule.keeps(chosen, first, own)
         # Descending by score, ties in the order of keys; what is no number first, as the kernels have it.
         rank = torch.where(scores.isnan(), torch.inf, scores)
         rank = torch.where(free, rank, -torch.inf)
@@ -217,21 +212,12 @@ class _Merge:
         found = torch.cat((kept, picked), -1).sort(-1).values[..., : self.budget]
         return torch.where(found < nothing, found, -1).to(torch.int32).contiguous()
 
-    def _window_end(self, last: Tensor) -> Tensor:
-        """The position that a window ends at: the query's own, whatever key_lengths hides."""
+    def _own_position(self, last: Tensor) -> Tensor:
+        """int64 [B, 1, T_r, 1]: a query's own position, whatever key_lengths hides; without order behind all keys."""
         if not self.rule.is_causal:
-            return last
+            return torch.full_like(last, self.keys.length)
         own = self.queries.positions(self.rank, last.device) + self.offset
         return own[None, None, :, None].expand(last.shape[0], -1, -1, -1)
-
-    def _kept(self, first: Tensor, last: Tensor) -> Tensor:
-        """Which keys are always kept [B, 1, T_r, window + sinks], Tk for none, each once."""
-        device = first.device
-        sinks = first + torch.arange(self.rule.sinks, device=device)
-        sinks = torch.where(sinks <= last, sinks, self.keys.length)
-        window = self._window_end(last) - torch.arange(self.rule.window, device=device)
-        window = torch.where((window >= first + self.rule.sinks) & (window <= last), window, self.keys.length)
-        return torch.cat((sinks, window), -1)
 
     def _unsure(self, best: Tensor, valid: Tensor, room: Tensor, count: Tensor) -> Tensor:
         """bool [B, Hq, T_r]: whether rounding could change what is taken."""
@@ -285,14 +271,14 @@ class _Merge:
         # One number names a row of a key: (position · B + b) · Hkv + h.
         names = (wanted * self.key.shape[0] + batch[:, None]) * kv_heads + head[:, None]
         ask, back = names[wanted < self.keys.length].unique(return_inverse=True)
-        owner = _owners(self.keys, ask // (kv_heads * self.key.shape[0]))
+        owner = owners(self.keys, ask // (kv_heads * self.key.shape[0]))
         order = owner.argsort(stable=True)
         counts = owner.bincount(minlength=self.keys.ranks).tolist()
         asked = exchange(
             torch.tensor(counts, device=ask.device), [1] * len(counts), [1] * len(counts), self.group, "fetch"
         ).tolist()
         names = exchange(ask[order], counts, asked, self.group, "fetch")
-        position = _local_places(self.keys, self.rank, names // (kv_heads * self.key.shape[0]))
+        position = local_places(self.keys, self.rank, names // (kv_heads * self.key.shape[0]))
         given = self.key[names // kv_heads % self.key.shape[0], names % kv_heads, position]
         given = exchange(given, asked, counts, self.group, "fetch")
         table = torch.empty_like(given)
@@ -300,24 +286,6 @@ class _Merge:
         rows = self.key.new_zeros((n, m, dim))
         rows[wanted < self.keys.length] = table[back]
         return rows
-
-
-def _owners(layout: Layout, positions: Tensor) -> Tensor:
-    spans = sorted((s.start, s.stop, r) for r in range(layout.ranks) for s in layout.spans(r))
-    device = positions.device
-    if not spans:
-        return torch.zeros_like(positions)
-    ends = torch.tensor([stop for _, stop, _ in spans], device=device)
-    return torch.tensor([r for *_, r in spans], device=device)[torch.bucketize(positions, ends, right=True)]
-
-
-def _local_places(layout: Layout, rank: int, positions: Tensor) -> Tensor:
-    """int64: where positions lie in the rank's own part, −1 where they are not its own."""
-    found = torch.full_like(positions, -1)
-    for span in layout.spans(rank):
-        inside = (positions >= span.start) & (positions < span.stop)
-        found = torch.where(inside, positions - span.start + span.at, found)
-    return found
 
 
 def _joined(
@@ -334,7 +302,7 @@ def _joined(
     """Each rank attends to its own keys for all queries; a query's owner joins what comes back."""
     rank = rank_in(group)
     chosen = queries.whole(all_parts(indices, queries.lengths, 2, group, "indices"), 2)
-    local = _local_places(keys, rank, chosen.to(torch.int64))
+    local = local_places(keys, rank, chosen.to(torch.int64))
     local = ascending(torch.where(chosen < 0, -1, local)).to(torch.int32)
     part, lse = gathered_attention.attend(
         every, key, value, local, scale=rule.scale, softcap=rule.softcap, backend=backend

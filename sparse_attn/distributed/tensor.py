@@ -98,7 +98,9 @@ class AcrossRanks:
         # [ranks, own, B, H, D] → [B, ranks·H, own, D]
         queries = found.unflatten(0, (ranks, own)).permute(2, 0, 3, 1, 4).flatten(1, 2)
         if rule.sink_logits is not None:
-            logits = all_parts(rule.sink_logits.detach(), [query.shape[1]] * ranks, 0, self.group, "sinks")
+            logits = all_parts(
+                rule.sink_logits.detach(), [query.shape[1]] * ranks, 0, self.group, "sink logits"
+            )
             rule = replace(rule, sink_logits=torch.cat(logits))
         span = next(iter(rows.spans(rank)), None)
         if span is None:

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 import sparse_attn as sa
+from sparse_attn.analysis import Shape
 from distributed.world import check
-from sparse_attn.distributed import Layout, context_parallel, context_parallel_attention, count_bytes
+from sparse_attn.distributed import (
+    Layout,
+    context_costs,
+    context_parallel,
+    context_parallel_attention,
+    context_parallel_gathered_attention,
+    count_bytes,
+)
 
 B, HQ, HKV, T, D, DV = 2, 4, 2, 45, 16, 12
 
@@ -214,6 +222,68 @@ def bytes_are_counted(rank, size):
 
 
 @check
+def the_model_counts_what_is_sent(rank, size):
+    """Forward and backward bytes of both ways: those that context_costs says."""
+    layout, shape = Layout.even(64, size), Shape(64, HQ, D, HKV, batch=B)
+    for way, costs in context_costs(shape, size, 6).items():
+        if way == "ring":
+            continue
+        query, key, _ = (layout.local(t, rank, 2) for t in inputs(queries=64, keys=64))
+        leaves = [t.clone().requires_grad_() for t in (query, key, key)]
+        with count_bytes() as traffic:
+            out = context_parallel_attention(*leaves, 6, layout=layout, way=way, is_causal=True)
+        extra = sum(
+            traffic.sent.get(what, 0) for what in ("bounds", "fetch")
+        )  # what the merge's exactness costs
+        assert traffic.total - extra == costs.forward_bytes, (way, traffic.sent)
+        with count_bytes() as traffic:
+            out.sum().backward()
+        assert traffic.total == costs.backward_bytes, (way, traffic.sent)
+
+
+@check
+def chosen_rows(rank, size):
+    """Only the rows that were chosen travel, each once; gradients go back to where they came from."""
+    for groups in (1, HKV, HQ):
+        for layout in layouts(T, size).values():
+            query, key, value = inputs()
+            indices = (
+                torch.stack([torch.randperm(T)[:6] for _ in range(B * groups * T)])
+                .view(B, groups, T, 6)
+                .int()
+            )
+            indices = torch.where(torch.rand(indices.shape) < 0.2, -1, indices)
+            indices[0, :, 3] = -1
+            leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+            out, lse = sa.gathered_attention(*leaves, indices, return_lse=True, softcap=3.0)
+            weights = torch.randn_like(out)
+            (out * weights).sum().backward()
+            for way in ("fetch", "gather"):
+                parts = [layout.local(t, rank, 2).clone().requires_grad_() for t in (query, key, value)]
+                ours, our_lse = context_parallel_gathered_attention(
+                    *parts,
+                    layout.local(indices, rank, 2),
+                    layout=layout,
+                    way=way,
+                    return_lse=True,
+                    softcap=3.0,
+                )
+                (ours * layout.local(weights, rank, 2)).sum().backward()
+                torch.testing.assert_close(ours, layout.local(out, rank, 2))
+                torch.testing.assert_close(our_lse, layout.local(lse, rank, 2))
+                for part, leaf in zip(parts, leaves, strict=True):
+                    torch.testing.assert_close(
+                        part.grad, layout.local(leaf.grad, rank, 2), rtol=1e-4, atol=1e-5
+                    )
+    layout = Layout.even(64, size)
+    query, key, value = (layout.local(t, rank, 2) for t in inputs(queries=64, keys=64))
+    same = torch.arange(4).int().expand(B, 1, len(query[0, 0]), 4)  # the first rank's first four keys
+    with count_bytes() as traffic:
+        context_parallel_gathered_attention(query, key, value, same, layout=layout)
+    assert traffic.sent["chosen rows"] == (4 * (size - 1) * B * HKV * (D + DV) * 4 if rank == 0 else 0)
+
+
+@check
 def inside_a_model(rank, size):
     """nn.TopKAttention under context_parallel, parameters' gradients summed: those of one process."""
     torch.manual_seed(1)
@@ -230,8 +300,14 @@ def inside_a_model(rank, size):
         (out * weights).sum().backward()
         right = [p.grad for p in attention.parameters() if p.grad is not None]
         attention.zero_grad()
-        for layout in (Layout.zigzag(T, size), Layout.even(T, size)):
-            with context_parallel(layout):
+        for layout, way in (
+            (Layout.zigzag(T, size), "gather"),
+            (Layout.even(T, size), "merge"),
+            (Layout.zigzag(T, size), "fetch"),
+        ):
+            if way == "merge" and "share" in options:
+                continue
+            with context_parallel(layout, way=way):
                 ours = attention(layout.local(hidden, rank, 1))
                 (ours * layout.local(weights, rank, 1)).sum().backward()
             torch.testing.assert_close(ours, layout.local(out, rank, 1), rtol=1e-5, atol=1e-5)
