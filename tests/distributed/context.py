@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import sparse_attn as sa
-from sparse_attn.analysis import Shape
 from distributed.world import check
+from sparse_attn.analysis import Shape
 from sparse_attn.distributed import (
     Layout,
     context_costs,
