@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels/gathered_attention.h"
-#include "cpu/topk_decode.h"
+#include "cpu/packed.h"
 
 SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
 
@@ -28,15 +28,9 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     const cpu::AttendKernel& attend = cpu::gathered_attention_kernels();
     const int64_t sharing = p.heads / p.rule.groups;
-    if (decodes(p)) {
-        decode(p, attend.scratch_bytes(a), [&](int64_t b, int64_t group, int64_t i, char* scratch) {
-            attend.run(a, {b, {group * sharing, (group + 1) * sharing}, {i, i + 1}}, scratch);
-        });
-        return {out, lse, indices};
-    }
     // One task selects and attends: the block's indices and keys are still in cache.
-    select_all(s, attend.scratch_bytes(a), [&](const Block& t, char* scratch) {
-        attend.run(a, {t.b, {t.group * sharing, (t.group + 1) * sharing}, t.queries}, scratch);
+    select_rows(s, attend.scratch_bytes(a), [&](int64_t b, int64_t group, cpu::Range queries, char* scratch) {
+        attend.run(a, {b, {group * sharing, (group + 1) * sharing}, queries}, scratch);
     });
     return {out, lse, indices};
 }

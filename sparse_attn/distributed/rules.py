@@ -114,6 +114,8 @@ def on_dtensors(call: Shardable, positional: tuple, options: dict[str, Any]) -> 
                 f"{other} must be a DTensor, as other arguments are, got a plain tensor of shape "
                 f"{list(value.shape)}: DTensor.from_local(…, [Replicate()]) where it is the same on every rank"
             )
+    if arguments.get("block_table") is not None:
+        raise NotImplementedError("pages (block_table) are not split over ranks: call it on local tensors")
     if arguments.get("key_index") is not None:
         raise ValueError("key_index is of one process's keys: leave it out of a call with DTensors")
     split = Split(lead.device_mesh, [_letter(name, p, axes, lead) for p in lead.placements])
