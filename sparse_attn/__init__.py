@@ -1,5 +1,8 @@
 """Top-k gathered sparse attention for PyTorch: `sparse_attn.topk_attention(q, k, v, top_k=…)`."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from sparse_attn import nn, selection
 from sparse_attn.ops.block_attention import block_attention
 from sparse_attn.ops.block_select import block_select
@@ -7,6 +10,7 @@ from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
 from sparse_attn.ops.key_index import KeyIndex
+from sparse_attn.ops.shards import state as _shards
 from sparse_attn.ops.topk_attention import explain, topk_attention, topk_attention_with_residual
 from sparse_attn.ops.topk_select import quantized_select, refine_blocks, topk_select
 from sparse_attn.ops.variable_width_cross_entropy import variable_width_cross_entropy
@@ -52,3 +56,19 @@ __all__ = [
     "varlen_topk_attention",
     "varlen_topk_select",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    # What needs DTensor, which takes half a second to import, only where it is asked for.
+    if name == "distributed":
+        return _import_module("sparse_attn.distributed")
+    raise AttributeError(f"module 'sparse_attn' has no attribute {name!r}")
+
+
+def _on_dtensors(*arguments: _Any) -> _Any:
+    from sparse_attn.distributed.rules import on_dtensors
+
+    return on_dtensors(*arguments)
+
+
+_shards.on_dtensors = _on_dtensors

@@ -10,6 +10,12 @@ from sparse_attn.checks.values import FLOAT_DTYPES, dense, describe, has_values
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
+class Served:
+    """Whether the call that runs is one over ranks (sparse_attn.distributed), which knows what parts it has."""
+
+    over_ranks = False
+
+
 def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
     """Its shape, read once: each reading of a tensor's shape costs a call as much as several comparisons."""
     if not isinstance(value, Tensor):
@@ -27,7 +33,7 @@ def _attention_tensor(name: str, value: object, axes: str) -> torch.Size:
 
 def query_key(query: Tensor, key: Tensor) -> None:
     """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
-    if torch.nn.functional.scaled_dot_product_attention is not _SDPA:
+    if torch.nn.functional.scaled_dot_product_attention is not _SDPA and not Served.over_ranks:
         _outside_context_parallel()
     batch, heads, _, dim = _attention_tensor("query", query, "[B, Hq, Tq, D]")
     key_batch, kv_heads, _, key_dim = _attention_tensor("key", key, "[B, Hkv, Tk, D]")
@@ -77,7 +83,8 @@ def _outside_context_parallel() -> None:
     if getattr(now, "__module__", "").endswith("_context_parallel._attention"):
         raise NotImplementedError(
             "sparse_attn does not work inside torch's context_parallel, which splits the sequence over ranks for "
-            "scaled_dot_product_attention alone: each rank would select among its own keys; call it outside"
+            "scaled_dot_product_attention alone: each rank would select among its own keys; "
+            "sparse_attn.distributed.context_parallel inside it does"
         )
 
 

@@ -47,8 +47,8 @@ def dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
     if type(value) is not Tensor and hasattr(value, "placements"):
         raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor with placements {value.placements}: no op of sparse_attn "
-            "knows how to shard itself; call it on local tensors (DTensor.to_local, or local_map around the call)"
+            f"{name} must be a plain tensor, got a DTensor with placements {value.placements}: this call has "
+            "no rule for it; call it on local tensors (DTensor.to_local, or local_map around the call)"
         )
 
 

@@ -150,9 +150,14 @@ def keeping_gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None
 def _hooks(attention: TopKAttention, noted: dict[str, Tensor]) -> list:
     """Hooks that put what Heads holds into `noted`."""
 
-    def projected(module, args, output):
+    def given(module, args):
         noted["hidden"] = args[0]
-        noted["query"], noted["key"], noted["value"] = attention.split_heads(output)
+
+    def projected(name):
+        def note(module, args, output):
+            noted[name] = output.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        return note
 
     def attended(module, args):
         noted["output"] = args[0].unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
@@ -161,7 +166,8 @@ def _hooks(attention: TopKAttention, noted: dict[str, Tensor]) -> list:
         noted["result"] = output
 
     return [
-        attention.qkv.register_forward_hook(projected),
+        attention.register_forward_pre_hook(given),
+        *(part.register_forward_hook(projected(name)) for name, part in attention.qkv.named_children()),
         attention.out.register_forward_pre_hook(attended),
         attention.register_forward_hook(done),
     ]

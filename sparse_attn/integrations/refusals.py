@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_attn.integrations.options import UNKNOWN, configs_of
 from sparse_attn.integrations.visibility import Visibility, holds, holes
+from sparse_attn.ops.shards import refuse_context
 from sparse_attn.selection import FromIndexer
 
 
@@ -38,6 +39,7 @@ def refuse_unreachable(model: torch.nn.Module, meant: Iterable[str]) -> None:
 
 def refuse_call(module: torch.nn.Module, dropout: float, others: dict[str, Any]) -> None:
     """What a layer asks for at its call."""
+    refuse_context("attn_implementation='sparse_attn'")
     for name in UNKNOWN:
         if others.get(name) is not None:
             raise ValueError(
@@ -81,7 +83,7 @@ def without_padding_behind(seen: Visibility) -> Visibility:
 
 
 def refuse_sharded(
-    module: torch.nn.Module, query: Tensor, options: dict[str, Any], index: FromIndexer | None
+    module: torch.nn.Module, query: Tensor, options: dict[str, Any], index: FromIndexer | None, selector: Any
 ) -> None:
     """Selections of all heads where tensor parallelism has left this rank some of them."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -100,8 +102,8 @@ def refuse_sharded(
             "tensor parallelism has split the heads, and selector='low_rank' has components for all of them: "
             "selector='exact'"
         )
-    elif options["share"] == "all":
+    elif options["share"] == "all" and not getattr(selector, "across_ranks", False):
         raise ValueError(
             f"share='all' needs all heads in one place, and tensor parallelism has left {heads} of {all_heads} here: "
-            "share='kv' or 'none'"
+            "share='kv' or 'none', or selector=sparse_attn.distributed.AcrossRanks(group)"
         )

@@ -209,8 +209,8 @@ def attention_forward(
     if _is_dense(module, key, options):
         out = seen.dense_attention(query, key, value, scores)
     else:
-        refusals.refuse_sharded(module, query, options, index)
         selector = selector_of(module, options, index)
+        refusals.refuse_sharded(module, query, options, index, selector)
         out = _sparse(query, key, value, selector, seen, options, scores)
     return out.transpose(1, 2), None
 

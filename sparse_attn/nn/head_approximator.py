@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.nn.per_head import PerHeadLinear
 from sparse_attn.nn.whole_state import WholeState
+from sparse_attn.ops.shards import refuse_context
 from sparse_attn.wings.reference.chunks import query_chunks
 
 
@@ -67,6 +68,7 @@ class HeadApproximator(WholeState):
         Differentiable in the parameters and in value. Any index < 0 or ≥ Tk is an empty slot. Works through
         blocks of queries: the gathered values, Tq·K·D numbers a head, are stored only where a gradient needs them.
         """
+        refuse_context("HeadApproximator")
         rows, table = self._rows(value, indices)
         batch, length = rows.shape[0], rows.shape[2]
         if length == 0 or batch == 0:

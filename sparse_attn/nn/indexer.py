@@ -89,7 +89,7 @@ class Indexer(WholeState):
     ) -> Tensor:
         """key [B, G, T, D]: made once per position, and kept beside the key/value cache."""
         self._check(hidden)
-        key = self.key_norm(self.key(hidden).unflatten(-1, (self.groups, self.head_dim)))
+        key = self.key_norm(self.key(hidden).unflatten(-1, (-1, self.head_dim)))
         return self._rotated(key.transpose(1, 2), rope)
 
     @torch.no_grad()

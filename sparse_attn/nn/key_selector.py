@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.nn.per_head import PerHeadLinear, check_input
 from sparse_attn.nn.whole_state import WholeState
+from sparse_attn.ops.shards import refuse_context
 from sparse_attn.ops.topk_select import topk_select
 
 
@@ -111,6 +112,7 @@ class KeySelector(WholeState):
             key_length: how many keys there are, at most max_length; None means T.
             backend: as in topk_select.
         """
+        refuse_context("KeySelector")
         check_input("query", query, self.num_heads, self.head_dim)
         top_k = self.top_k if top_k is None else checks.integer("top_k", top_k, 1)
         key_length = query.shape[2] if key_length is None else checks.integer("key_length", key_length, 0)

@@ -74,6 +74,9 @@ class VariableWidthEmbedding(WholeState):
 
     token_band: Tensor
     token_row: Tensor
+    split_over_ranks = (
+        False  # whether tables are DTensors of one vocabulary (sparse_attn.distributed.VocabParallel)
+    )
     _row_scale = 1.0  # of new rows; VariableWidthHead.from_plan has another
 
     def __init__(

@@ -117,10 +117,11 @@ class VariableWidthHead(WholeState):
         """
 
         def loss(hidden: Tensor) -> Tensor:
+            split = self.embedding.split_over_ranks
             return variable_width_cross_entropy(
                 hidden,
                 targets,
-                self._tables(),
+                list(self.embedding.tables) if split else self._tables(),
                 self.embedding.projection_list(),
                 self.embedding.token_band,
                 self.embedding.token_row,
@@ -180,6 +181,8 @@ class VariableWidthHead(WholeState):
 
     def _tables(self) -> list[Tensor]:
         tables = list(self.embedding.tables)
+        if self.embedding.split_over_ranks:
+            return [_plain(table) for table in tables]
         if hasattr(tables[0], "placements"):  # a DTensor, of which no hook has made a whole tensor
             raise TypeError(
                 "the head's tables are sharded, for its embedding is an FSDP group of its own: shard the embedding "
@@ -193,7 +196,10 @@ class VariableWidthHead(WholeState):
             raise ValueError(
                 f"hidden must be a tensor of shape [..., {self.plan.embedding_dim}], got {checks.describe(hidden)}"
             )
-        return [hidden if p is None else hidden @ p for p in self.embedding.projection_list()]
+        projections = self.embedding.projection_list()
+        if self.embedding.split_over_ranks:
+            hidden, projections = _plain(hidden), [None if p is None else _plain(p) for p in projections]
+        return [hidden if p is None else hidden @ p for p in projections]
 
     def _classes(self) -> Tensor:
         """int64 [V]: where each token stands among the rows of all tables, one table after another."""
@@ -203,3 +209,8 @@ class VariableWidthHead(WholeState):
 
     def extra_repr(self) -> str:
         return "" if self.backend is None else f"backend={self.backend!r}"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Of a DTensor the whole."""
+    return getattr(tensor, "full_tensor", lambda: tensor)()

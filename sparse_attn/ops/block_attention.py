@@ -9,6 +9,7 @@ from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.reference.block_attention import along
 
@@ -65,6 +66,7 @@ OP = Op(
 )
 
 
+@shardable("query:BHTD key:BHSD value:BHSD blocks:BGNM rule", "BHTD BHT")
 def attend(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]

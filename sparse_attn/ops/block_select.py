@@ -10,12 +10,14 @@ from torch.nn.functional import pad
 
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast
+from sparse_attn.ops.shards import shardable
 from sparse_attn.ops.topk_select import ascending, select
 from sparse_attn.rule import Rule
 
 POOLS = ("mean", "bound")
 
 
+@shardable("query:BHTD key:BHSD key_lengths:B key_starts:B* sink_logits:H", "BGNM")
 def block_select(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]

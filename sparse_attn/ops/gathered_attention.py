@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import Rule
 from sparse_attn.wings.reference.gathered_attention import along
 
@@ -92,6 +93,7 @@ OP = Op(
 )
 
 
+@shardable("query:BHTD key:BHSD value:BHSD indices:BGTK sink_logits:H", "BHTD BHT")
 def attend(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]

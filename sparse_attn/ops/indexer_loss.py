@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops.declare import Backward, Op
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import Rule
 
 _INDEX = "Tensor index_query, Tensor index_key, Tensor index_weights"
@@ -48,6 +49,11 @@ OP = Op(
 )
 
 
+@shardable(
+    "index_query:BHTD index_key:BHSD index_weights:BHT query:BHTD key:BHSD indices:BGTK attn_mask:BHTS key_lengths:B "
+    "key_starts:B*",
+    "mean",
+)
 def indexer_loss(
     index_query: Tensor,  # [B, G·Hi, Tq, Di]
     index_key: Tensor,  # [B, G, Tk, Di]

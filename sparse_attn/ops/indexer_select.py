@@ -11,6 +11,7 @@ from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Op
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import PackedRule, Rule, selection_shape
 
 
@@ -26,6 +27,7 @@ OP = Op(
 )
 
 
+@shardable("query:BHTD key:BHSD weights:BHT rule", "BGTK")
 def select(
     query: Tensor,  # [B, G·Hi, Tq, D]
     key: Tensor,  # [B, G, Tk, D]

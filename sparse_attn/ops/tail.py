@@ -12,12 +12,14 @@ from torch.nn.functional import pad
 
 from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.gathered_attention import attend
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import Rule
 from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.rule import capped
 from sparse_attn.wings.reference.topk_select import products
 
 
+@shardable("query:BHTD key:BHSD value:BHSD out:BHTD lse:BHT indices:BGTK rule", "BHTD")
 def with_tail(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]

@@ -11,6 +11,7 @@ from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Forward, Op
 from sparse_attn.ops.key_index import KeyIndex
+from sparse_attn.ops.shards import shardable
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -40,6 +41,7 @@ OP = Op(
 )
 
 
+@shardable("query:BHTD key:BHSD value:BHSD rule", "BHTD BHT BGTK")
 def attend_best(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]

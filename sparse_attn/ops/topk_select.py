@@ -18,6 +18,7 @@ from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Op
 from sparse_attn.ops.key_index import KeyIndex
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import PackedRule, Rule, selection_shape
 
 
@@ -42,6 +43,7 @@ class Among(NamedTuple):
     query_tile: int
 
 
+@shardable("query:BHTD key:BHSD rule among", "BGTK")
 def select(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_attn.checks import cross_entropy as checks
 from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.ops.shards import shardable
 from sparse_attn.wings.reference.variable_width_cross_entropy import along
 
 
@@ -86,6 +87,7 @@ OP = Op(
 )
 
 
+@shardable("hidden:*D targets:* tables projections token_band token_row weight", "*", look=3)
 def variable_width_cross_entropy(
     hidden: Tensor,  # [..., D]
     targets: Tensor,  # int64 [...]

@@ -12,6 +12,7 @@ from sparse_attn import checks
 from sparse_attn.checks.embedding import embedding_arguments
 from sparse_attn.checks.values import mapped
 from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.ops.shards import shardable
 
 
 def fake(ids, tables, projections, token_band, token_row, padding_idx, sparse) -> Tensor:
@@ -125,6 +126,7 @@ OP = Op(
 )
 
 
+@shardable("ids:* tables projections token_band token_row", "*D", look=2)
 def variable_width_embedding(
     ids: Tensor,  # int [*]
     tables: Sequence[Tensor],  # B of [n, width]

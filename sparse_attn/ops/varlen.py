@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.checks import packed as check
 from sparse_attn.ops import gathered_attention, indexer_select, paged_attention, topk_attention, topk_select
+from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import Rule
 
 
@@ -109,6 +110,7 @@ def _batched(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(0, 1)[None] for t in tensors)
 
 
+@shardable("query:THD key:SHD sink_logits:H", "TGK")
 def varlen_topk_select(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
@@ -197,6 +199,7 @@ def _given_out(indices: Tensor, where: Sequences, top_k: int, key: Tensor, physi
     return paged_attention.physical(indices, where.table, size, pages, size)[0].transpose(0, 1)
 
 
+@shardable("query:THD key:SHD value:SHD sink_logits:H", "THD TH TGK")
 def varlen_topk_attention(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
@@ -289,6 +292,7 @@ def varlen_topk_attention(
     return found if len(found) > 1 else found[0]
 
 
+@shardable("query:THD key:SHD value:SHD indices:TGK sink_logits:H", "THD TH")
 def varlen_gathered_attention(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]

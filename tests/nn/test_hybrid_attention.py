@@ -110,8 +110,8 @@ def test_from_attention_keeps_weights_and_settings():
     for name, tensor in before.items():
         assert torch.equal(hybrid.state_dict()[name], tensor)
     with torch.no_grad():
-        hybrid.qkv.weight.zero_()
-    assert torch.equal(exact.qkv.weight, before["qkv.weight"])
+        hybrid.qkv.query.weight.zero_()
+    assert torch.equal(exact.qkv.query.weight, before["qkv.query.weight"])
     assert HybridAttention.from_attention(exact, approximated_heads=(), top_k=9, dropout=0.0).top_k == 9
 
 

@@ -109,9 +109,41 @@ def test_state_dict_fits_every_top_k(wing):
     """top_k is no state: a dense model's parameters load into a top-k model."""
     dense, hidden = make(wing, None), hidden_of(wing)
     sparse = TopKAttention(C, H, T, device=wing.device)
-    assert sorted(dense.state_dict()) == ["out.weight", "qkv.weight"]
+    names = ["out.weight", "qkv.key.weight", "qkv.query.weight", "qkv.value.weight"]
+    assert sorted(dense.state_dict()) == names
     sparse.load_state_dict(dense.state_dict())
     torch.testing.assert_close(sparse(hidden), dense(hidden), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_a_state_with_one_fused_projection_loads(wing, kv_heads):
+    """As modules had it before their projections were separate: alone, and inside a model."""
+    options = {"num_kv_heads": kv_heads, "bias": True, "device": wing.device}
+    module, hidden = TopKAttention(C, H, 5, **options), hidden_of(wing)
+    state = {f"out.{n}": p for n, p in module.out.state_dict().items()}
+    state |= {"qkv.weight": module.qkv.weight, "qkv.bias": module.qkv.bias}
+    kept = dict(state)
+    for other, prefix in ((TopKAttention(C, H, 5, **options), ""), (TopKAttention(C, H, 5, **options), "0.")):
+        model = torch.nn.Sequential(other) if prefix else other
+        assert not any(model.load_state_dict({prefix + n: t for n, t in state.items()}))
+        assert torch.equal(other(hidden), module(hidden))
+    assert state == kept  # the caller's own is as it was
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for qkv.weight: the module has .* rows, the state"
+    ):
+        other.load_state_dict({**state, "qkv.weight": module.qkv.weight[1:]})
+    assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+
+
+def test_new_modules_start_from_the_numbers_of_a_fused_projection():
+    torch.manual_seed(3)
+    fused, out = torch.nn.Linear(C, 3 * C), torch.nn.Linear(C, C)
+    torch.manual_seed(3)
+    module = TopKAttention(C, H, 5, bias=True)
+    assert torch.equal(module.qkv.weight, fused.weight)
+    assert torch.equal(module.qkv.bias, fused.bias)
+    assert torch.equal(module.out.weight, out.weight)
 
 
 def test_deepcopy_and_repr(wing):

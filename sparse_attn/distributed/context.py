@@ -1,0 +1,357 @@
+"""Context parallelism: the positions of a sequence lie on several ranks.
+
+Two ways. **Keys come to the queries** (`over_ranks`): keys and values are gathered, queries stay. **Queries go to the
+keys** (merge.py): each rank chooses among its own keys, the choices are merged, and partial outputs are joined by
+their LSE.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_attn import checks
+from sparse_attn.distributed import fetch, merge
+from sparse_attn.distributed.collectives import Group, gather, rank_in, size_of
+from sparse_attn.distributed.layout import Layout, Span
+from sparse_attn.ops import gathered_attention, topk_attention
+from sparse_attn.ops.shards import Shardable, state
+from sparse_attn.rule import Rule
+
+WAYS = ("gather", "merge")
+WAYS_INSIDE = ("gather", "merge", "fetch")  # of context_parallel
+WAYS_TO_INDICES = ("fetch", "gather")
+
+
+def over_ranks(
+    call: Shardable, arguments: dict[str, Any], queries: Layout, keys: Layout, group: Group
+) -> Any:
+    """`call`, of which this rank has its queries and its keys: keys are gathered, results are of its queries.
+
+    Of the rule, what is per query is of this rank's queries, and what is per key of all keys. Indices are global.
+    """
+    axes = call.axes
+    blocks = any("N" in a for a in (*axes.values(), *call.results)) or arguments.get("among") is not None
+    packed = "query" in axes and "B" not in axes["query"]
+    if blocks or packed or call.results == ("mean",):
+        raise NotImplementedError(
+            f"{call.name} takes sequences whole: blocks of keys for tiles of queries, and losses over all of them are "
+            "not split over ranks, nor calls with cu_seq of their own; select tokens (topk_attention, indexer_select, "
+            "gathered_attention)"
+        )
+    if arguments.get("key_index") is not None:
+        raise ValueError("key_index is of one process's keys: leave it out of a call over several ranks")
+    rank = rank_in(group)
+    lead, lead_axes = next((arguments[n], a) for n, a in axes.items() if a)
+    _fits("query", lead.shape[lead_axes.index("T")], queries, rank)
+    arguments = dict(arguments)
+    for name, letters in axes.items():
+        value, at = arguments.get(name), letters.find("S")
+        if isinstance(value, Tensor) and at >= 0 and "mask" not in name:
+            _fits(name, value.shape[at], keys, rank)
+            arguments[name] = gather(value, keys, at, group, name)
+    rule = arguments.get("rule")
+    outside = _alone()
+    found = []
+    with outside:
+        for span in queries.spans(rank) or [Span(0, 0, 0)]:
+            part = {
+                name: _rows(value, axes.get(name, ""), span) if isinstance(value, Tensor) else value
+                for name, value in arguments.items()
+            }
+            if isinstance(rule, Rule):
+                part["rule"] = rule_of_span(rule, span, queries, keys)
+            found.append(call.function(**part))
+    if len(found) == 1:
+        return found[0]
+    if isinstance(found[0], Tensor):
+        return torch.cat(found, call.results[0].index("T"))
+    results = zip(*found, strict=True)
+    return tuple(torch.cat(r, a.index("T")) for r, a in zip(results, call.results, strict=True))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """What a call over ranks calls itself is of this process."""
+    before = state.context, checks.attention.Served.over_ranks
+    state.context, checks.attention.Served.over_ranks = None, True
+    try:
+        yield
+    finally:
+        state.context, checks.attention.Served.over_ranks = before
+
+
+def _rows(value: Tensor, axes: str, span: Span) -> Tensor:
+    at = axes.find("T")
+    return value if at < 0 else value.narrow(at, span.at, span.stop - span.start)
+
+
+def rule_of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
+    """The rule for one of the rank's ranges of queries, before all keys."""
+    parts: dict[str, Any] = {}
+    offset = rule.causal_offset
+    if isinstance(offset, Tensor):  # of a query's number in the whole sequence
+        parts["causal_offset"] = span.start + (offset[:, span.local] if offset.dim() == 2 else offset)
+    elif rule.is_causal:
+        parts["causal_offset"] = span.start + checks.causal_offset_of(
+            True, offset, queries.length, keys.length
+        )
+    if rule.key_starts is not None and rule.key_starts.dim() == 2:
+        parts["key_starts"] = rule.key_starts[:, span.local]
+    mask = rule.attn_mask
+    if mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1:
+        parts["attn_mask"] = mask[..., span.local, :]
+    return replace(rule, **parts)
+
+
+def _fits(name: str, length: int, layout: Layout, rank: int) -> None:
+    if layout.lengths[rank] != length:
+        raise ValueError(
+            f"{name} must have the {layout.lengths[rank]} positions that the layout gives to rank {rank}, got {length}"
+        )
+
+
+def document_starts(cu_seq: Tensor, layout: Layout, rank: int) -> Tensor:  # int64 [1, T_r]
+    """Where the document of each of the rank's positions begins."""
+    positions = layout.positions(rank, cu_seq.device)
+    bounds = cu_seq.to(torch.int64)
+    at = torch.bucketize(positions, bounds[1:], right=True).clamp(max=max(0, len(bounds) - 2))
+    starts = bounds[at] if len(bounds) > 1 else torch.zeros_like(positions)
+    return torch.where(positions < bounds[-1], starts, layout.length)[None]
+
+
+def _packed_rule(rule: Rule, cu_seq: Tensor | None, layout: Layout, rank: int) -> Rule:
+    if cu_seq is None:
+        return rule
+    if not rule.is_causal:
+        raise NotImplementedError(
+            "cu_seq goes with is_causal=True: a document that sees itself whole is not there yet"
+        )
+    if rule.key_starts is not None:
+        raise ValueError("cu_seq says where keys start: key_starts goes without it")
+    if rule.causal_offset not in (None, 0):
+        raise ValueError("cu_seq is of queries and keys alike: causal_offset goes without it")
+    return replace(rule, key_starts=document_starts(cu_seq, layout, rank))
+
+
+def context_parallel_attention(
+    query: Tensor,  # [B, Hq, T_r, D]
+    key: Tensor,  # [B, Hkv, Tk_r, D]
+    value: Tensor,  # [B, Hkv, Tk_r, Dv]
+    top_k: int,
+    *,
+    layout: Layout,
+    key_layout: Layout | None = None,
+    group: Group = None,
+    way: str = "gather",
+    cu_seq: Tensor | None = None,  # int [S + 1]
+    return_lse: bool = False,
+    return_indices: bool = False,
+    backend: str | None = None,
+    **rule: Any,
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`sparse_attn.topk_attention` of a sequence whose positions lie on the ranks of `group`.
+
+    Every rank calls it with its own part of queries, keys and values. The result is what one process would have for
+    this rank's queries: indices bit for bit, ties included, counted over the whole sequence.
+
+    Args:
+        query, key, value: this rank's positions, in the order of the layout; a rank may have none.
+        layout: of the queries, and of the keys where key_layout is None.
+        key_layout: of keys and values, as in decoding, where queries are few.
+        group: the ranks; None is the default group.
+        way: "gather" brings all keys and values here and leaves the queries; "merge" sends the queries to where the
+            keys are, merges each rank's choice, and joins the partial outputs: fewer bytes where queries are few
+            (docs/distributed.md has the numbers). "merge" takes share="none", and no attn_mask.
+        cu_seq: int32 or int64 [S + 1], the same on every rank: packed documents (B = 1) over the whole sequence, which
+            may cross the ranks' boundaries. Needs is_causal; first keys that are always kept are each document's own.
+        rule: the parts of a :class:`sparse_attn.selection.Rule`, which are those arguments of topk_attention. A
+            causal_offset is a number: query i of the whole sequence sees keys 0 … i + offset. key_lengths [B] is over
+            the whole sequence, an attn_mask of this rank's queries and all keys, key_starts [B] or [B, T_r].
+        top_k, return_lse, return_indices, backend: as there.
+
+    Returns:
+        as :func:`sparse_attn.topk_attention`, of this rank's queries: out [B, Hq, T_r, Dv], lse, indices
+        [B, G, T_r, min(top_k, Tk)].
+
+    Gradients: dQ is local, dK and dV are sums over the ranks that come back to where the keys are. Every rank must call
+    backward. The gradient of sink_logits is of this rank's queries: it is summed as any replicated parameter's.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message; raised on the ranks where it is wrong, while the
+            others wait for them until the group's timeout.
+        NotImplementedError: what the way does not do.
+
+    Example:
+        out = context_parallel_attention(q, k, v, 64, layout=Layout.zigzag(T, ranks), is_causal=True)
+    """
+    if not isinstance(layout, Layout) or not isinstance(key_layout, Layout | None):
+        raise TypeError(f"layout must be a sparse_attn.distributed.Layout, got {checks.describe(layout)}")
+    keys = layout if key_layout is None else key_layout
+    for name, each in (("layout", layout), ("key_layout", keys)):
+        if each.ranks != size_of(group):
+            raise ValueError(f"{name} must be of the group's {size_of(group)} ranks, got one of {each.ranks}")
+    if way not in WAYS:
+        raise ValueError(f"way must be one of {', '.join(map(repr, WAYS))}, got {checks.describe(way)}")
+    return_lse = checks.boolean("return_lse", return_lse)
+    return_indices = checks.boolean("return_indices", return_indices)
+    said = Rule(**rule)
+    if isinstance(said.causal_offset, Tensor):
+        raise NotImplementedError(
+            "a causal_offset over ranks is a number: key_starts and cu_seq say where keys start"
+        )
+    if cu_seq is not None and keys.length != layout.length:
+        raise ValueError("cu_seq is of queries and keys alike: key_layout must be as long as layout")
+    said = _packed_rule(said, cu_seq, layout, rank_in(group))
+    arguments = {"query": query, "key": key, "value": value, "top_k": top_k, "rule": said, "backend": backend}
+    if way == "gather":
+        out, lse, indices = over_ranks(_ATTEND, arguments, layout, keys, group)
+    else:
+        rank = rank_in(group)
+        _fits("query", query.shape[2], layout, rank)
+        _fits("key", key.shape[2], keys, rank)
+        with _alone():
+            out, lse, indices = merge.attend(query, key, value, top_k, said, layout, keys, group, backend)
+    found = (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
+    return found if len(found) > 1 else found[0]
+
+
+_ATTEND = topk_attention.attend_best.shardable  # type: ignore[attr-defined]
+_TO_INDICES = gathered_attention.attend.shardable  # type: ignore[attr-defined]
+
+
+def context_parallel_gathered_attention(
+    query: Tensor,  # [B, Hq, T_r, D]
+    key: Tensor,  # [B, Hkv, Tk_r, D]
+    value: Tensor,  # [B, Hkv, Tk_r, Dv]
+    indices: Tensor,  # int32 [B, G, T_r, K]
+    *,
+    layout: Layout,
+    key_layout: Layout | None = None,
+    group: Group = None,
+    way: str = "fetch",
+    scale: float | None = None,
+    return_lse: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,  # float [Hq]
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`sparse_attn.gathered_attention` of a sequence whose positions lie on the ranks of `group`.
+
+    For a choice that was made from little: an indexer's, whose index keys alone are gathered.
+
+    Args:
+        query, key, value, layout, key_layout, group: as in :func:`context_parallel_attention`.
+        indices: of this rank's queries, counted over the whole sequence.
+        way: "fetch" asks the other ranks for the rows that this rank's queries chose, each once for all heads; "gather"
+            brings all keys and values here. The first sends less where a rank's queries choose few of all keys.
+        scale, return_lse, softcap, sink_logits, backend: as there.
+
+    Returns:
+        out [B, Hq, T_r, Dv]; with return_lse (out, lse). Gradients as there.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named in the message.
+    """
+    keys = layout if key_layout is None else key_layout
+    for name, each in (("layout", layout), ("key_layout", keys)):
+        if each.ranks != size_of(group):
+            raise ValueError(f"{name} must be of the group's {size_of(group)} ranks, got one of {each.ranks}")
+    if way not in WAYS_TO_INDICES:
+        raise ValueError(
+            f"way must be one of {', '.join(map(repr, WAYS_TO_INDICES))}, got {checks.describe(way)}"
+        )
+    return_lse = checks.boolean("return_lse", return_lse)
+    scoring: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+        "backend": backend,
+    }
+    arguments: dict[str, Any] = {"query": query, "key": key, "value": value, "indices": indices, **scoring}
+    _fits("query", query.shape[2], layout, rank_in(group))
+    _fits("key", key.shape[2], keys, rank_in(group))
+    if way == "fetch":
+        with _alone():
+            out, lse = fetch.attend(**arguments, keys=keys, group=group)
+    else:
+        out, lse = over_ranks(_TO_INDICES, arguments, layout, keys, group)
+    return (out, lse) if return_lse else out
+
+
+@contextmanager
+def context_parallel(
+    layout: Layout, group: Group = None, *, cu_seq: Tensor | None = None, way: str = "gather"
+) -> Iterator[None]:
+    """Inside, this package's attention takes its tensors for this rank's part of a sequence.
+
+    A model runs as it is on its part: :func:`sparse_attn.topk_attention`, :func:`~sparse_attn.topk_select`,
+    :func:`~sparse_attn.gathered_attention` (indices are global), the selectors of tokens and
+    :class:`sparse_attn.nn.TopKAttention` with a top_k work over all ranks. Positions (rotary or learned) are the
+    caller's: `layout.positions(rank)`. The loss is of this rank's tokens. Backward belongs inside too where parts are
+    computed again (torch.utils.checkpoint). Inside torch's `context_parallel`, which shards the buffers, the layout is
+    `Layout.zigzag` where it balances load, as it does by default.
+
+    Args:
+        layout: which positions this rank has.
+        group: the ranks; None is the default group.
+        cu_seq: packed documents over the whole sequence, as in :func:`context_parallel_attention`.
+        way: of topk_attention, "gather" or "merge" as there; selections gather keys (an indexer's its index keys).
+            With "fetch" attention to what a selector chose asks for the chosen rows alone
+            (:func:`context_parallel_gathered_attention`), and topk_attention gathers.
+
+    Raises:
+        NotImplementedError: inside, by a call that looks at whole sequences.
+
+    Example:
+        with context_parallel(Layout.zigzag(T, ranks), group):
+            model.loss(ids_here, targets_here).backward()
+    """
+    if layout.ranks != size_of(group):
+        raise ValueError(f"layout must be of the group's {size_of(group)} ranks, got one of {layout.ranks}")
+    if way not in WAYS_INSIDE:
+        raise ValueError(
+            f"way must be one of {', '.join(map(repr, WAYS_INSIDE))}, got {checks.describe(way)}"
+        )
+
+    def handle(call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
+        arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
+        if "tables" in call.axes:  # a token's own: nothing of other positions
+            with _alone():
+                return call.outside(*positional, **options)
+        rule = arguments.get("rule")
+        if isinstance(rule, Rule):
+            if (
+                rule.said() & {"attn_mask", "key_lengths", "key_starts", "causal_offsets"}
+                or rule.causal_offset
+            ):
+                raise NotImplementedError(
+                    "inside context_parallel a rank does not know whose positions a mask, key_lengths, key_starts or a "
+                    "causal_offset mean: cu_seq says where documents are, context_parallel_attention takes the rest"
+                )
+            arguments["rule"] = _packed_rule(rule, cu_seq, layout, rank_in(group))
+        if call.function is _ATTEND.function and way == "merge":
+            backend = arguments.pop("backend", None)
+            if arguments.pop("key_index", None) is not None:
+                raise ValueError(
+                    "key_index is of one process's keys: leave it out of a call over several ranks"
+                )
+            arguments.pop("function", None)
+            with _alone():
+                return merge.attend(**arguments, queries=layout, keys=layout, group=group, backend=backend)
+        if call.function is _TO_INDICES.function and way == "fetch":
+            with _alone():
+                return fetch.attend(**arguments, keys=layout, group=group)
+        return over_ranks(call, arguments, layout, layout, group)
+
+    before, state.context = state.context, handle
+    try:
+        yield
+    finally:
+        state.context = before

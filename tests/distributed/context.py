@@ -1,0 +1,362 @@
+"""Context parallelism against one process: indices to the bit, outputs and gradients within rounding."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_attn as sa
+from distributed.world import check
+from sparse_attn.analysis import Shape
+from sparse_attn.distributed import (
+    Layout,
+    context_costs,
+    context_parallel,
+    context_parallel_attention,
+    context_parallel_gathered_attention,
+    count_bytes,
+)
+
+B, HQ, HKV, T, D, DV = 2, 4, 2, 45, 16, 12
+
+
+def inputs(batch=B, heads=HQ, kv_heads=HKV, queries=T, keys=T, make=torch.randn, dtype=torch.float32):
+    torch.manual_seed(3)
+    shapes = (batch, heads, queries, D), (batch, kv_heads, keys, D), (batch, kv_heads, keys, DV)
+    return [make(*s).to(dtype) for s in shapes]
+
+
+def lattice(*shape: int) -> Tensor:
+    """Small whole numbers: many ties."""
+    return torch.randint(-2, 3, shape).float()
+
+
+def layouts(length: int, size: int) -> dict[str, Layout]:
+    uneven = [length - 7 - (size - 2) * 3, 7, *[3] * (size - 2)]
+    return {
+        "even": Layout.even(length, size),
+        "zigzag": Layout.zigzag(length, size),
+        "uneven": Layout.contiguous(uneven),
+        "empty": Layout.contiguous([0, length, *[0] * (size - 2)]),
+    }
+
+
+def compare(
+    rank, tensors, top_k, layout, key_layout=None, way="gather", cu_seq=None, tolerance=2e-5, **options
+):
+    """Against one process that has it all."""
+    keys = key_layout or layout
+    whole = [t.clone().requires_grad_() for t in tensors]
+    sink = options.pop("sink_logits", None)
+    sinks = [None if sink is None else sink.clone().requires_grad_() for _ in range(2)]
+    one = dict(options)
+    if cu_seq is not None:
+        starts = torch.repeat_interleave(cu_seq[:-1], cu_seq.diff())
+        one["key_starts"] = starts[None]
+    asked = {"return_lse": True, "return_indices": True}
+    out, lse, indices = sa.topk_attention(*whole, top_k, sink_logits=sinks[0], **one, **asked)
+    weights, lse_weights = torch.randn_like(out), torch.randn_like(lse)
+    there = torch.where(lse.isfinite(), lse, 0.0)
+    ((out * weights).sum() + (there * lse_weights).sum()).backward()
+
+    parts = [
+        lay.local(t, rank, 2).clone().requires_grad_()
+        for lay, t in zip((layout, keys, keys), tensors, strict=True)
+    ]
+    if "attn_mask" in options:
+        options["attn_mask"] = layout.local(options["attn_mask"], rank, 2)
+    ours, our_lse, our_indices = context_parallel_attention(
+        *parts,
+        top_k,
+        layout=layout,
+        key_layout=key_layout,
+        way=way,
+        cu_seq=cu_seq,
+        sink_logits=sinks[1],
+        **options,
+        **asked,
+    )
+    there = torch.where(our_lse.isfinite(), our_lse, 0.0)
+    loss = (ours * layout.local(weights, rank, 2)).sum() + (there * layout.local(lse_weights, rank, 2)).sum()
+    loss.backward()
+    assert torch.equal(our_indices, layout.local(indices, rank, 2))
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(ours, layout.local(out, rank, 2), **close)
+    torch.testing.assert_close(our_lse, layout.local(lse, rank, 2), **close)
+    for ours, lay, right in zip(parts, (layout, keys, keys), whole, strict=True):
+        torch.testing.assert_close(ours.grad, lay.local(right.grad, rank, 2), **close)
+    if sink is not None:
+        total = sinks[1].grad.clone()
+        torch.distributed.all_reduce(total)
+        torch.testing.assert_close(total, sinks[0].grad, **close)
+
+
+RULES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "kept": {"is_causal": True, "window": 3, "sinks": 2},
+    "lengths": {"key_lengths": torch.tensor([30, 0])},
+    "causal lengths": {"key_lengths": torch.tensor([9, 44]), "is_causal": True, "sinks": 2, "window": 2},
+    "scores": {"is_causal": True, "softcap": 2.0, "sink_logits": torch.tensor([0.5, -1.0, 0.0, 2.0])},
+}
+
+
+@check
+def gathered_keys(rank, size):
+    for layout in layouts(T, size).values():
+        for options in RULES.values():
+            compare(rank, inputs(), 7, layout, **options)
+    compare(rank, inputs(), 7, Layout.zigzag(T, size), is_causal=True, share="kv", window=2)
+    compare(rank, inputs(), 7, Layout.zigzag(T, size), is_causal=True, share="all", sinks=1)
+    mask = torch.rand(B, 1, T, T) < 0.5
+    compare(rank, inputs(), 7, Layout.zigzag(T, size), attn_mask=mask)
+    compare(rank, inputs(), 100, Layout.zigzag(T, size), is_causal=True)
+
+
+@check
+def merged_choices(rank, size):
+    for layout in layouts(T, size).values():
+        for options in RULES.values():
+            compare(rank, inputs(), 7, layout, way="merge", **options)
+    compare(rank, inputs(), 100, Layout.zigzag(T, size), way="merge", is_causal=True)
+    compare(rank, inputs(), 5, Layout.zigzag(T, size), way="merge", is_causal=True, window=3, sinks=2)
+
+
+@check
+def ties(rank, size):
+    for way in ("gather", "merge"):
+        for layout in layouts(T, size).values():
+            compare(rank, inputs(make=lattice), 7, layout, way=way, is_causal=True, tolerance=1e-4)
+            compare(
+                rank,
+                inputs(make=lattice),
+                9,
+                layout,
+                way=way,
+                is_causal=True,
+                sinks=2,
+                window=3,
+                tolerance=1e-4,
+            )
+            compare(rank, inputs(make=lambda *s: torch.ones(s)), 5, layout, way=way)
+
+
+@check
+def near_ties(rank, size):
+    """Keys that differ in their last bits alone: the kernel's rounding decides, in the merge too."""
+    query, key, value = inputs()
+    key = key[:, :, :1] * (1 + torch.randn(B, HKV, T, 1) * 1e-7)
+    for layout in layouts(T, size).values():
+        compare(rank, [query, key, value], 7, layout, way="merge")
+        compare(rank, [query, key, value], 7, layout, way="merge", is_causal=True, window=1)
+
+
+@check
+def special_values(rank, size):
+    query, key, value = inputs()
+    key[0, :, 5], key[1, 1, 20], query[1, 2, 30] = torch.nan, torch.inf, torch.nan
+    layout = Layout.zigzag(T, size)
+    for way in ("gather", "merge"):
+        for options in ({}, {"is_causal": True, "window": 2}):
+            asked = {"return_indices": True, **options}
+            out, indices = sa.topk_attention(query, key, value, 6, **asked)
+            parts = [layout.local(t, rank, 2) for t in (query, key, value)]
+            ours, found = context_parallel_attention(*parts, 6, layout=layout, way=way, **asked)
+            assert torch.equal(found, layout.local(indices, rank, 2))
+            torch.testing.assert_close(ours, layout.local(out, rank, 2), equal_nan=True)
+
+
+@check
+def half_types(rank, size):
+    layout = Layout.zigzag(T, size)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for way in ("gather", "merge"):
+            compare(rank, inputs(dtype=dtype), 7, layout, way=way, is_causal=True, tolerance=4e-2)
+
+
+@check
+def packed_documents(rank, size):
+    """Documents that cross the ranks' boundaries, an empty one among them."""
+    cu_seq = torch.tensor([0, 11, 11, 29, 30, T])
+    tensors = inputs(batch=1)
+    for layout in layouts(T, size).values():
+        for way in ("gather", "merge"):
+            options = {"is_causal": True, "cu_seq": cu_seq, "way": way}
+            compare(rank, tensors, 6, layout, **options)
+            compare(rank, tensors, 6, layout, window=2, sinks=2, **options)
+            compare(rank, inputs(batch=1, make=lattice), 6, layout, sinks=2, tolerance=1e-4, **options)
+
+
+@check
+def few_queries(rank, size):
+    """Decoding: the query on one rank, the keys on all."""
+    tensors = inputs(queries=3, keys=64)
+    queries = Layout.contiguous([0, 3, *[0] * (size - 2)])
+    for way in ("gather", "merge"):
+        for keys in (Layout.even(64, size), Layout.zigzag(64, size)):
+            options = {"key_layout": keys, "way": way, "is_causal": True, "causal_offset": 61}
+            compare(rank, tensors, 9, queries, **options)
+            compare(rank, tensors, 9, queries, window=2, sinks=4, **options)
+
+
+@check
+def bytes_are_counted(rank, size):
+    """Of the algorithms, not of the wires: gathered keys, and queries that travel."""
+    layout = Layout.even(64, size)
+    query, key, value = (layout.local(t, rank, 2) for t in inputs(queries=64, keys=64))
+    with count_bytes() as traffic:
+        context_parallel_attention(query, key, value, 4, layout=layout, is_causal=True)
+    own = 64 // size
+    assert traffic.sent == {
+        "key": (size - 1) * B * HKV * own * D * 4,
+        "value": (size - 1) * B * HKV * own * DV * 4,
+    }
+    with count_bytes() as traffic:
+        context_parallel_attention(query, key, value, 4, layout=layout, is_causal=True, way="merge")
+    assert traffic.sent["queries"] == (size - 1) * B * HQ * own * D * 4
+    assert traffic.sent["partial outputs"] == (size - 1) * B * HQ * own * (DV + 1) * 4
+    assert traffic.total == sum(traffic.sent.values())
+
+
+@check
+def the_model_counts_what_is_sent(rank, size):
+    """Forward and backward bytes of both ways: those that context_costs says."""
+    layout, shape = Layout.even(64, size), Shape(64, HQ, D, HKV, batch=B)
+    for way, costs in context_costs(shape, size, 6).items():
+        if way == "ring":
+            continue
+        query, key, _ = (layout.local(t, rank, 2) for t in inputs(queries=64, keys=64))
+        leaves = [t.clone().requires_grad_() for t in (query, key, key)]
+        with count_bytes() as traffic:
+            out = context_parallel_attention(*leaves, 6, layout=layout, way=way, is_causal=True)
+        extra = sum(
+            traffic.sent.get(what, 0) for what in ("bounds", "fetch")
+        )  # what the merge's exactness costs
+        assert traffic.total - extra == costs.forward_bytes, (way, traffic.sent)
+        with count_bytes() as traffic:
+            out.sum().backward()
+        assert traffic.total == costs.backward_bytes, (way, traffic.sent)
+
+
+@check
+def chosen_rows(rank, size):
+    """Only the rows that were chosen travel, each once; gradients go back to where they came from."""
+    for groups in (1, HKV, HQ):
+        for layout in layouts(T, size).values():
+            query, key, value = inputs()
+            indices = (
+                torch.stack([torch.randperm(T)[:6] for _ in range(B * groups * T)])
+                .view(B, groups, T, 6)
+                .int()
+            )
+            indices = torch.where(torch.rand(indices.shape) < 0.2, -1, indices)
+            indices[0, :, 3] = -1
+            leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+            out, lse = sa.gathered_attention(*leaves, indices, return_lse=True, softcap=3.0)
+            weights = torch.randn_like(out)
+            (out * weights).sum().backward()
+            for way in ("fetch", "gather"):
+                parts = [layout.local(t, rank, 2).clone().requires_grad_() for t in (query, key, value)]
+                ours, our_lse = context_parallel_gathered_attention(
+                    *parts,
+                    layout.local(indices, rank, 2),
+                    layout=layout,
+                    way=way,
+                    return_lse=True,
+                    softcap=3.0,
+                )
+                (ours * layout.local(weights, rank, 2)).sum().backward()
+                torch.testing.assert_close(ours, layout.local(out, rank, 2))
+                torch.testing.assert_close(our_lse, layout.local(lse, rank, 2))
+                for part, leaf in zip(parts, leaves, strict=True):
+                    torch.testing.assert_close(
+                        part.grad, layout.local(leaf.grad, rank, 2), rtol=1e-4, atol=1e-5
+                    )
+    layout = Layout.even(64, size)
+    query, key, value = (layout.local(t, rank, 2) for t in inputs(queries=64, keys=64))
+    same = torch.arange(4).int().expand(B, 1, len(query[0, 0]), 4)  # the first rank's first four keys
+    with count_bytes() as traffic:
+        context_parallel_gathered_attention(query, key, value, same, layout=layout)
+    assert traffic.sent["chosen rows"] == (4 * (size - 1) * B * HKV * (D + DV) * 4 if rank == 0 else 0)
+
+
+@check
+def inside_a_model(rank, size):
+    """nn.TopKAttention under context_parallel, parameters' gradients summed: those of one process."""
+    torch.manual_seed(1)
+    indexer = sa.nn.Indexer(32)
+    for options in (
+        {},
+        {"share": "all", "num_kv_heads": 2},
+        {"selector": indexer},
+        {"selector": sa.selection.Rounded()},
+    ):
+        attention = sa.nn.TopKAttention(32, 4, 6, window=2, sinks=1, **options)
+        hidden, weights = torch.randn(2, T, 32), torch.randn(2, T, 32)
+        out = attention(hidden)
+        (out * weights).sum().backward()
+        right = [p.grad for p in attention.parameters() if p.grad is not None]
+        attention.zero_grad()
+        for layout, way in (
+            (Layout.zigzag(T, size), "gather"),
+            (Layout.even(T, size), "merge"),
+            (Layout.zigzag(T, size), "fetch"),
+        ):
+            if way == "merge" and "share" in options:
+                continue
+            with context_parallel(layout, way=way):
+                ours = attention(layout.local(hidden, rank, 1))
+                (ours * layout.local(weights, rank, 1)).sum().backward()
+            torch.testing.assert_close(ours, layout.local(out, rank, 1), rtol=1e-5, atol=1e-5)
+            for p, grad in zip((p for p in attention.parameters() if p.grad is not None), right, strict=True):
+                torch.distributed.all_reduce(p.grad)
+                torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
+            attention.zero_grad()
+
+
+@check
+def inside_torch_context_parallel(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel as torch_context_parallel
+
+    length = 8 * size
+    q, k, v = (t.contiguous() for t in inputs(queries=length, keys=length))
+    right = sa.topk_attention(q, k, v, 4, is_causal=True)
+    mesh = init_device_mesh("cpu", (size,))
+    layout = Layout.zigzag(length, size)
+    with torch_context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
+        with pytest.raises(
+            NotImplementedError, match=r"sparse_attn.distributed.context_parallel inside it does"
+        ):
+            sa.topk_attention(q, k, v, 4, is_causal=True)
+        with context_parallel(layout):
+            ours = sa.topk_attention(q, k, v, 4, is_causal=True)
+    torch.testing.assert_close(ours, layout.local(right, rank, 2))
+
+
+@check
+def what_is_refused(rank, size):
+    layout = Layout.even(T, size)
+    query, key, value = (layout.local(t, rank, 2) for t in inputs())
+    with pytest.raises(NotImplementedError, match="way='merge' takes share='none'"):
+        context_parallel_attention(query, key, value, 4, layout=layout, share="all", way="merge")
+    with pytest.raises(ValueError, match="query must have the"):
+        context_parallel_attention(query[:, :, 1:], key, value, 4, layout=layout)
+    with pytest.raises(ValueError, match=f"the group's {size} ranks, got one of {size + 1}"):
+        context_parallel_attention(query, key, value, 4, layout=Layout.even(T, size + 1))
+    with pytest.raises(ValueError, match="way must be one of"):
+        context_parallel_attention(query, key, value, 4, layout=layout, way="ring")
+    with context_parallel(layout):
+        for call in (
+            lambda: sa.block_select(query, key, 4, is_causal=True),
+            lambda: sa.topk_attention(query, key, value, 4, key_lengths=torch.tensor([3, 3])),
+            lambda: sa.nn.TopKAttention(32, 4, None)(torch.randn(1, 4, 32)),
+        ):
+            with pytest.raises(NotImplementedError):
+                call()
+    with contextlib.suppress(ValueError):
+        Layout((((0, 2),), ((3, 4),)))
+        raise AssertionError

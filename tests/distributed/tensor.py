@@ -1,0 +1,183 @@
+"""Tensor parallelism against one process: attention modules, a selection of all heads, Hugging Face's own plan."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import sparse_attn as sa
+from distributed.world import check
+from sparse_attn.distributed import AcrossRanks, count_bytes, tensor_parallel
+from sparse_attn.selection import Blocks, Refined, Rounded, Rule
+
+C, H, HKV, T = 32, 8, 4, 37
+
+
+def make(**options):
+    torch.manual_seed(2)
+    attention = sa.nn.TopKAttention(C, H, 6, num_kv_heads=HKV, **options)
+    if attention.sink_logits is not None:
+        torch.nn.init.normal_(attention.sink_logits)
+    return attention
+
+
+def compare(one, ours, tolerance=1e-4):
+    torch.manual_seed(6)
+    hidden, weights = torch.randn(2, T, C), torch.randn(2, T, C)
+    found = []
+    for module in (one, ours):
+        given = hidden.clone().requires_grad_()
+        out = module(given)
+        (out * weights).sum().backward()
+        found.append((out, given.grad))
+    torch.testing.assert_close(*reversed(found), rtol=tolerance, atol=tolerance)
+    for a, b in zip(ours.parameters(), one.parameters(), strict=True):
+        if b.grad is None:
+            assert a.grad is None
+            continue
+        grad = a.grad.full_tensor() if isinstance(a.grad, DTensor) else a.grad
+        torch.testing.assert_close(grad, b.grad, rtol=tolerance, atol=tolerance)
+
+
+@check
+def a_plan_of_the_users_own(rank, size):
+    mesh, ours = init_device_mesh("cpu", (size,)), make()
+    columns = dict.fromkeys(("qkv.query", "qkv.key", "qkv.value"), ColwiseParallel())
+    compare(make(), parallelize_module(ours, mesh, {**columns, "out": RowwiseParallel()}))
+    shared = parallelize_module(make(share="all"), mesh, {**columns, "out": RowwiseParallel()})
+    with pytest.raises(
+        ValueError, match=r"share='all' is one selection of all heads, and tensor parallelism has left"
+    ):
+        shared(torch.randn(1, 4, C))
+
+
+@check
+def modules(rank, size):
+    mesh = init_device_mesh("cpu", (size,))
+    for options in (
+        {"bias": True, "window": 2, "sinks": 1}, {"share": "kv"}, {"share": "all"},
+        {"sink_logits": True, "softcap": 2.0}, {"share": "all", "sink_logits": True},
+        {"selector": Rounded()},
+        {"selector": Refined(2, Blocks(2, 2))}, {"selector": "all"}, {"selector": "kv"},
+    ):  # fmt: skip
+        one, ours = ({**options} for _ in range(2))
+        for each in (one, ours):
+            if options.get("selector") in ("all", "kv"):
+                torch.manual_seed(7)
+                each["selector"] = sa.nn.Indexer(C, 2, 8, groups={"all": 1, "kv": HKV}[options["selector"]])
+        compare(make(**one), tensor_parallel(make(**ours), mesh))
+    for way in ("rows", "masses"):
+        compare(make(share="all", sinks=2), tensor_parallel(make(share="all", sinks=2), mesh, way=way))
+    dense = make()
+    dense.top_k = None
+    ours = tensor_parallel(make(), mesh)
+    ours.top_k = None
+    compare(dense, ours)
+
+
+@check
+def one_selection_of_all_heads(rank, size):
+    """Bit for bit that of one process, ties included."""
+    torch.manual_seed(3)
+    for make in (torch.randn, lambda *s: torch.randint(-2, 3, s).float()):
+        query, key = make(2, H, T, 16), make(2, HKV, T, 16)
+        own_query, own_key = query.chunk(size, 1)[rank], key.chunk(size, 1)[rank]
+        logits = torch.randn(H)
+        mask = torch.rand(2, 1, T, T) < 0.5
+        for parts in (
+            {"is_causal": True}, {"is_causal": True, "window": 2, "sinks": 2}, {"attn_mask": mask},
+            {"key_lengths": torch.tensor([30, 5])}, {"key_starts": torch.randint(0, 20, (2, T))},
+            {"is_causal": True, "softcap": 1.0, "sink_logits": logits},
+        ):  # fmt: skip
+            right = sa.topk_select(query, key, 7, share="all", **parts)
+            if "sink_logits" in parts:
+                parts["sink_logits"] = logits.chunk(size)[rank]
+            rule = Rule(share="all", **parts)
+            assert torch.equal(AcrossRanks().select(own_query, own_key, 7, rule).indices, right)
+            if make is torch.randn:  # no ties that another order of sums could break
+                assert torch.equal(
+                    AcrossRanks(way="masses").select(own_query, own_key, 7, rule).indices, right
+                )
+        mine = AcrossRanks(way="rank", source=1).select(
+            own_query, own_key, 7, Rule(share="all", is_causal=True)
+        )
+        first = query.chunk(size, 1)[1], key.chunk(size, 1)[1]
+        assert torch.equal(mine.indices, sa.topk_select(*first, 7, share="all", is_causal=True))
+    few = AcrossRanks().select(own_query[:, :, :1], own_key, 7, Rule(share="all"))  # fewer queries than ranks
+    assert torch.equal(few.indices, sa.topk_select(query[:, :, :1], key, 7, share="all"))
+    with count_bytes() as traffic:
+        AcrossRanks(way="masses").select(own_query, own_key, 7, Rule(share="all"))
+    assert traffic.sent == {"masses": int(2 * (size - 1) / size * 2 * T * T) * 4}
+
+
+@check
+def what_is_refused(rank, size):
+    mesh = init_device_mesh("cpu", (size,))
+    three = sa.nn.TopKAttention(48, 6, 4, num_kv_heads=3)
+    with pytest.raises(
+        ValueError, match=f"has 3 key heads and 6 query heads, which {size} ranks do not divide"
+    ):
+        tensor_parallel(three, mesh)
+    assert not isinstance(three.qkv.query.weight, DTensor)
+    with pytest.raises(ValueError, match="which Rounded would make of a rank's own"):
+        tensor_parallel(make(share="all", selector=Rounded()), mesh)
+    hybrid = sa.nn.HybridAttention(C, H, approximated_heads=[0], max_length=8)
+    with pytest.raises(ValueError, match="networks of approximated heads"):
+        tensor_parallel(hybrid, mesh)
+    with pytest.raises(ValueError, match="share='all', got 'kv'"):
+        AcrossRanks().select(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 2, Rule(share="kv"))
+
+
+@check
+def hugging_face(rank, size):
+    """A model's own plan (tp_plan="auto", applied by torch), every selector: right, or a sentence."""
+    transformers = pytest.importorskip("transformers")
+    import sparse_attn.integrations.transformers as integration
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(
+        vocab_size=50, num_key_value_heads=4, head_dim=8, max_position_embeddings=512, **shape
+    )
+    one = transformers.LlamaForCausalLM(config).eval()
+    ours = copy.deepcopy(one)
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    plan = {f"model.{n}": styles[s]() for n, s in config.base_model_tp_plan.items() if s in styles}
+    assert "model.layers.*.self_attn.q_proj" in plan
+    parallelize_module(ours, init_device_mesh("cpu", (size,)), plan)
+    ids = torch.arange(300)[None] % 50
+
+    configured = integration.configure
+
+    def logits(model):
+        found = model(ids).logits
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+    for options in (
+        {"share": "none"}, {"share": "kv", "window": 8, "sinks": 2}, {"selector": "int8"}, {"residual": True},
+        {"selector": "blocks", "top_k": 192}, {"selector": "refined_blocks", "top_k": 192},
+        {"selector": "indexer"},
+    ):  # fmt: skip
+        options = {"top_k": 16, **options}
+        for model in (one, ours):
+            if options.get("selector") == "indexer":
+                torch.manual_seed(9)
+                integration.add_indexers(model, share="all")
+            integration.configure(model, **options)
+        with torch.no_grad():
+            torch.testing.assert_close(logits(ours), logits(one), rtol=1e-3, atol=1e-4, msg=str(options))
+    for model, selector in ((one, "exact"), (ours, AcrossRanks())):
+        integration.configure(model, top_k=16, share="all", selector=selector)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(ours), logits(one), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="share='all' needs all heads in one place"):
+        configured(ours, top_k=16, share="all")(ids)
+    integration.remove_indexers(ours)
+    integration.add_indexers(ours, share="kv")
+    with pytest.raises(ValueError, match="indexers with share='kv' choose for all of them"):
+        configured(ours, top_k=16, selector="indexer")(ids)
