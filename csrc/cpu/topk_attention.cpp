@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels/gathered_attention.h"
+#include "cpu/masked_attention.h"
 #include "cpu/topk_decode.h"
 
 SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
@@ -34,8 +35,15 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
         });
         return {out, lse, indices};
     }
+    if (sharing > 1 && tiles_pay(tile_costs(), p.key_length, p.top_k, p.head_dim, a.value_dim)) {
+        select_all(s, 0, [](const Block&, char*) {});
+        attend_to_indices(a);
+        return {out, lse, indices};
+    }
     // One task selects and attends: the block's indices and keys are still in cache.
-    select_all(s, attend.scratch_bytes(a), [&](const Block& t, char* scratch) {
+    std::vector<uint8_t> done;  // by tiles
+    const bool some = attend_by_tiles(s, a, nullptr, done);
+    select_rest(s, attend.scratch_bytes(a), some ? &done : nullptr, [&](const Block& t, char* scratch) {
         attend.run(a, {t.b, {t.group * sharing, (t.group + 1) * sharing}, t.queries}, scratch);
     });
     return {out, lse, indices};
