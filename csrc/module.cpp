@@ -112,7 +112,8 @@ PYBIND11_MODULE(_C, m) {
             using sparse_attn::Ways;
             sparse_attn::use_tiles(!use ? Ways::kAuto : *use ? Ways::kTiles : Ways::kGather);
         },
-        "Attention by dense tiles: wherever it can be done (True), never (False), where it is faster (None).");
+        "Attention by dense tiles: wherever it can be done (True), never (False), where it is faster "
+        "(None).");
     m.def(
         "tile_costs",
         [] {
@@ -132,11 +133,12 @@ PYBIND11_MODULE(_C, m) {
         "set_tile_costs",
         [](double gather, double candidate, double tile_key, double tile, double gather_backward,
            double tile_key_backward, double tile_backward) {
-            sparse_attn::set_tile_costs({gather, candidate, tile_key, tile, gather_backward, tile_key_backward,
-                                         tile_backward});
+            sparse_attn::set_tile_costs(
+                {gather, candidate, tile_key, tile, gather_backward, tile_key_backward, tile_backward});
         },
-        py::arg("gather"), py::arg("candidate"), py::arg("tile_key"), py::arg("tile"), py::arg("gather_backward"),
-        py::arg("tile_key_backward"), py::arg("tile_backward"), "Changes them for this process.");
+        py::arg("gather"), py::arg("candidate"), py::arg("tile_key"), py::arg("tile"),
+        py::arg("gather_backward"), py::arg("tile_key_backward"), py::arg("tile_backward"),
+        "Changes them for this process.");
     m.def(
         "tiles_pay",
         [](int64_t visible, int64_t top_k, int64_t head_dim, int64_t value_dim) {

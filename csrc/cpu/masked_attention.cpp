@@ -70,13 +70,15 @@ bool tiles_pay_for(const TileCosts& c, int64_t named, int64_t span, int64_t widt
 PackedValues pack_values(MaskedParams& p, bool parallel) {
     const cpu::MaskedKernels& k = cpu::masked_attention_kernels();
     const AttendParams& a = p.attend;
-    const int64_t heads = a.batch * a.kv_heads, chunk = 512, chunks = std::max<int64_t>(1, blocks(a.key_length, chunk));
+    const int64_t heads = a.batch * a.kv_heads, chunk = 512,
+                  chunks = std::max<int64_t>(1, blocks(a.key_length, chunk));
     PackedValues packed{allocate(heads * k.packed_value(p) * 4), allocate(heads * a.key_length)};
     p.packed_value = reinterpret_cast<const float*>(packed.values.get());
     p.special = reinterpret_cast<const uint8_t*>(packed.special.get());
     for_each_task(heads * chunks, 64, parallel, [&](int64_t i, char*) {
         const int64_t first = i % chunks * chunk;
-        k.pack(p, i / chunks / a.kv_heads, i / chunks % a.kv_heads, {first, std::min(first + chunk, a.key_length)});
+        k.pack(p, i / chunks / a.kv_heads, i / chunks % a.kv_heads,
+               {first, std::min(first + chunk, a.key_length)});
     });
     return packed;
 }
@@ -96,22 +98,28 @@ bool attend_by_tiles(Selection& s, const AttendParams& a, uint32_t* bits, std::v
     };
     std::vector<Run> runs;
     done.assign(static_cast<size_t>(p.batch * p.query_length), 0);
-    for (int64_t b = 0; b < p.batch; ++b) {
-        int64_t begin = -1;  // of the last run's keys, where it may go on
-        for (int64_t i = 0; i < p.query_length; ++i) {
-            const cpu::Range keys = keys_of(p.rule, b, i, p.key_length);
-            if (!tiles_pay(costs, keys.end - keys.begin, p.top_k, p.head_dim, a.value_dim)) {
-                begin = -1;
-                continue;
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t first = 0, next = 0; first < p.query_length; first = next) {
+            // Queries whose keys begin with the same one: a sequence. A few of them gather, as they do alone.
+            const int64_t begin = keys_of(p.rule, b, first, p.key_length).begin;
+            for (next = first;
+                 next < p.query_length && keys_of(p.rule, b, next, p.key_length).begin == begin;)
+                ++next;
+            if (next - first <= kDecodeQueries) continue;
+            bool goes_on = false;
+            for (int64_t i = first; i < next; ++i) {
+                const int64_t visible = keys_of(p.rule, b, i, p.key_length).end - begin;
+                const bool pays = tiles_pay(costs, visible, p.top_k, p.head_dim, a.value_dim);
+                if (pays) {
+                    done[static_cast<size_t>(b * p.query_length + i)] = 1;
+                    if (goes_on && runs.back().queries.end - runs.back().queries.begin < step)
+                        ++runs.back().queries.end;
+                    else
+                        runs.push_back({b, {i, i + 1}});
+                }
+                goes_on = pays;
             }
-            done[static_cast<size_t>(b * p.query_length + i)] = 1;
-            if (keys.begin == begin && runs.back().queries.end - runs.back().queries.begin < step)
-                ++runs.back().queries.end;
-            else
-                runs.push_back({b, {i, i + 1}});
-            begin = keys.begin;
         }
-    }
     if (runs.empty()) return false;
     pack_keys(s, cpu::topk_select_kernels().block_queries(p), true);
     m.packed_key = s.packed.get();
@@ -132,7 +140,8 @@ namespace {
 constexpr int64_t kAttendQueries = 64;
 
 bool worth_threads_for(const AttendParams& a) {
-    return worth_threads(static_cast<double>(a.batch * a.heads) * a.query_length * a.slots * (a.head_dim + a.value_dim));
+    return worth_threads(static_cast<double>(a.batch * a.heads) * a.query_length * a.slots *
+                         (a.head_dim + a.value_dim));
 }
 
 // How many keys the rows name, and the range of them.
@@ -154,8 +163,9 @@ struct Named {
         }
         ++rows;
         if (n == 0) return;
-        keys = count == 0 ? cpu::Range{least, most + 1}
-                          : cpu::Range{std::min<int64_t>(keys.begin, least), std::max<int64_t>(keys.end, most + 1)};
+        keys = count == 0
+                   ? cpu::Range{least, most + 1}
+                   : cpu::Range{std::min<int64_t>(keys.begin, least), std::max<int64_t>(keys.end, most + 1)};
         count += n;
     }
     bool tiles(const TileCosts& c, int64_t width) const {
@@ -163,7 +173,8 @@ struct Named {
     }
 };
 
-// Whether any of some rows would be served by tiles: an estimate for the whole call, from its shape and indices alone.
+// Whether any of some rows would be served by tiles: an estimate for the whole call, from its shape and
+// indices alone.
 template <class Pays>
 bool any_row(const AttendParams& a, const Pays& pays) {
     if (a.query_length <= 16 || a.slots == 0 || a.key_length == 0) return false;
@@ -223,7 +234,8 @@ void attend_to_indices(const AttendParams& a) {
         return for_each_task(a.batch * a.kv_heads * per_head, gather.scratch_bytes(a), parallel,
                              [&](int64_t i, char* scratch) {
                                  Block t = block_of(i, a.kv_heads, per_head, kAttendQueries, a.query_length);
-                                 gather.run(a, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
+                                 gather.run(a, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries},
+                                            scratch);
                              });
     }
     Selection s{};
@@ -234,12 +246,13 @@ void attend_to_indices(const AttendParams& a) {
     p.rule.scale = a.scale, p.rule.groups = a.heads;
     const cpu::MaskedKernels& k = cpu::masked_attention_kernels();
     MaskedParams m{p, a, nullptr, nullptr, nullptr, nullptr};
-    const int64_t step = k.block_queries(m), per_head = blocks(a.query_length, step), per_group = a.heads / a.groups;
+    const int64_t step = k.block_queries(m), per_head = blocks(a.query_length, step),
+                  per_group = a.heads / a.groups;
     pack_keys(s, step, true);
     m.packed_key = s.packed.get();
     const PackedValues values = pack_values(m, parallel);
-    for_each_task(a.batch * a.kv_heads * per_head, std::max(k.scratch_bytes(m), gather.scratch_bytes(a)), parallel,
-                  [&](int64_t i, char* scratch) {
+    for_each_task(a.batch * a.kv_heads * per_head, std::max(k.scratch_bytes(m), gather.scratch_bytes(a)),
+                  parallel, [&](int64_t i, char* scratch) {
                       Block t = block_of(i, a.kv_heads, per_head, step, a.query_length);
                       const cpu::Range heads{t.group * per_kv, (t.group + 1) * per_kv};
                       Named named;
@@ -260,7 +273,8 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
     const auto pays = [&](const Named& n) {
         const Ways which = tiles_used();
         if (which != Ways::kAuto) return which == Ways::kTiles;
-        const double span = static_cast<double>(n.keys.end - n.keys.begin), components = static_cast<double>(width);
+        const double span = static_cast<double>(n.keys.end - n.keys.begin),
+                     components = static_cast<double>(width);
         return n.keys.end - n.keys.begin >= kFewKeys &&
                span * (c.tile_key_backward + c.tile_backward * components) <=
                    static_cast<double>(n.count) * components * c.gather_backward;
@@ -302,19 +316,19 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
 // ---- the rest of topk_attention
 
 void select_rest(Selection& s, int64_t scratch_bytes, const std::vector<uint8_t>* done,
-                 const std::function<void(const Block&, char*)>& then) {
-    if (!done) return select_all(s, scratch_bytes, then);
+                 const RowsDone& then) {
+    if (!done) return select_rows(s, scratch_bytes, then);
     const uint8_t* marks = done->data();
     const int64_t length = s.params.query_length;
     // A block that holds a few of the done is selected whole: to the same indices.
-    select_all(
+    select_rows(
         s, scratch_bytes,
-        [&](const Block& t, char* scratch) {
-            const uint8_t* row = marks + t.b * length;
-            for (int64_t i = t.queries.begin; i < t.queries.end;) {
+        [&](int64_t b, int64_t group, cpu::Range queries, char* scratch) {
+            const uint8_t* row = marks + b * length;
+            for (int64_t i = queries.begin; i < queries.end;) {
                 int64_t end = i;
-                while (end < t.queries.end && !row[end]) ++end;
-                if (end > i) then({t.b, t.group, {i, end}}, scratch);
+                while (end < queries.end && !row[end]) ++end;
+                if (end > i) then(b, group, {i, end}, scratch);
                 i = end + 1;
             }
         },

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/masked_attention.h"
-#include "cpu/selection.h"
+#include "cpu/packed.h"
 #include "cpu/tile_costs.h"
 
 SPARSE_ATTN_FIND_KERNELS(masked_attention, MaskedKernels)
@@ -23,7 +23,7 @@ constexpr int64_t kFewKeys = 256;
 
 // Whether tiles can serve such a selection at all. A few queries are another matter (topk_decode.h).
 inline bool tiles_take(const SelectParams& p) {
-    return p.rule.groups == p.heads && !p.rounded && !p.blocks && p.query_length > 16;
+    return p.rule.groups == p.heads && !p.rounded && !p.blocks && p.query_length > kDecodeQueries;
 }
 
 // The same of a row of indices that names some keys of a span, without selecting.
@@ -35,19 +35,18 @@ struct PackedValues {
 };
 PackedValues pack_values(MaskedParams& p, bool parallel);
 
-// Selects and attends by tiles for every query for which that is the cheaper way; those are marked in `done`, [B, Tq].
-// False where there is none.
+// Selects and attends by tiles for every query for which that is the cheaper way; those are marked in `done`,
+// [B, Tq]. False where there is none.
 bool attend_by_tiles(Selection& s, const AttendParams& a, uint32_t* bits, std::vector<uint8_t>& done);
 
 // gathered_attention's forward: each block of queries by tiles or by gathering.
 void attend_to_indices(const AttendParams& a);
 
-// Its backward by tiles, where that is the cheaper way; false, and nothing is written, where it is not. Takes the
-// gradients' pointers and strides of p, and makes what stands behind them.
+// Its backward by tiles, where that is the cheaper way; false, and nothing is written, where it is not. Takes
+// the gradients' pointers and strides of p, and makes what stands behind them.
 bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices);
 
-// select_all for the queries that are not done, [B, Tq]: `then` gets those of a block in turn.
-void select_rest(Selection& s, int64_t scratch_bytes, const std::vector<uint8_t>* done,
-                 const std::function<void(const Block&, char*)>& then);
+// select_rows for the queries that are not done, [B, Tq].
+void select_rest(Selection& s, int64_t scratch_bytes, const std::vector<uint8_t>* done, const RowsDone& then);
 
 }  // namespace sparse_attn

@@ -35,6 +35,17 @@ bool needs_scores(const SelectParams& p) {
     return most > p.top_k || p.rule.mask != nullptr || p.blocks != nullptr;
 }
 
+// Calls use(panels) for those of [begin, end) that are needed, the ones in a row together.
+template <class F>
+static void each_needed(const Selection& s, int64_t begin, int64_t end, const F& use) {
+    if (s.panels.empty()) return use(cpu::Range{begin, end});
+    for (int64_t n = begin; n < end; ++n) {
+        const int64_t first = n;
+        while (n < end && s.panels[static_cast<size_t>(n)]) ++n;
+        if (n > first) use(cpu::Range{first, n});
+    }
+}
+
 static void divide(Selection& s, int64_t block) {
     const SelectParams& p = s.params;
     s.block = block;
@@ -53,8 +64,9 @@ void pack_keys(Selection& s, int64_t block, bool always) {
     const int64_t chunks = blocks(panels, chunk);
     for_each_task(p.batch * p.kv_heads * chunks, 64, s.parallel, [&](int64_t i, char*) {
         int64_t head = i / chunks, c = i % chunks;
-        k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, {c * chunk, std::min(panels, (c + 1) * chunk)},
-                    s.packed.get() + head * head_bytes);
+        each_needed(s, c * chunk, std::min(panels, (c + 1) * chunk), [&](cpu::Range some) {
+            k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, some, s.packed.get() + head * head_bytes);
+        });
     });
 }
 
@@ -90,8 +102,9 @@ static Memory rounded_keys(const Selection& s) {
     });
     for_each_task(heads * chunks, 64, s.parallel, [&](int64_t i, char*) {
         const int64_t head = i / chunks, c = i % chunks;
-        k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, {c * chunk, std::min(panels, (c + 1) * chunk)},
-                    packed.get() + head * head_bytes);
+        each_needed(s, c * chunk, std::min(panels, (c + 1) * chunk), [&](cpu::Range some) {
+            k.pack_keys(p, head / p.kv_heads, head % p.kv_heads, some, packed.get() + head * head_bytes);
+        });
     });
     return packed;
 }
@@ -102,8 +115,13 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
     const cpu::SelectKernels& full = cpu::topk_select_kernels();
     const int64_t step = full.block_queries(p);
     divide(s, step);
-    const int64_t tasks = p.batch * p.rule.groups * s.per_head;
-    auto block = [&](int64_t i) { return block_of(i, p.rule.groups, s.per_head, s.block, p.query_length); };
+    const int64_t parts = static_cast<int64_t>(s.parts.size());
+    const int64_t tasks = parts ? p.rule.groups * parts : p.batch * p.rule.groups * s.per_head;
+    auto block = [&](int64_t i) {
+        if (!parts) return block_of(i, p.rule.groups, s.per_head, s.block, p.query_length);
+        const QueryPart& part = s.parts[static_cast<size_t>(i % parts)];
+        return Block{part.b, i / parts, part.queries};
+    };
     // The tasks that the full product has to do: all, or those whose bounds leave too many keys.
     std::vector<int64_t> left;
     const bool bounds = by_bounds(p);

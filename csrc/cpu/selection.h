@@ -22,9 +22,18 @@ namespace sparse_attn {
 std::vector<int64_t> lengths_of(const char* op, const std::optional<Tensor>& key_lengths, int64_t batch,
                                 int64_t key_length);
 
+// Some queries of one batch entry.
+struct QueryPart {
+    int64_t b;
+    cpu::Range queries;
+};
+
 struct Selection {
     SelectParams params;
     std::vector<int64_t> lengths;
+    // Of packed sequences: the queries of each task, and the panels of keys that they need; empty: all.
+    std::vector<QueryPart> parts;
+    std::vector<uint8_t> panels;
     Memory packed;
     int64_t block, per_head;
     bool parallel;

@@ -2,7 +2,7 @@
 // better words; the checks here keep a direct call of an op from reading or writing out of bounds.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/topk_decode.h"
+#include "cpu/packed.h"
 
 namespace sparse_attn {
 namespace {
@@ -36,12 +36,8 @@ Tensor topk_select_cpu(Tensor query, Tensor key, int64_t top_k, SPARSE_ATTN_RULE
     if (chosen) set_blocks(p, op, *chosen, block_size, query_tile);
     Tensor indices = new_indices(query, p);
     if (indices.numel() == 0) return indices;
-    if (decodes(p)) {
-        decode(p, 0, [](int64_t, int64_t, int64_t, char*) {});
-        return indices;
-    }
     if (!chosen) {
-        select_all(s, 0, [](const Block&, char*) {});
+        select_rows(s, 0, [](int64_t, int64_t, cpu::Range, char*) {});
         return indices;
     }
     const cpu::SelectKernels& k = cpu::topk_select_kernels();

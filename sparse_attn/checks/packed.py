@@ -1,4 +1,4 @@
-"""Checks of packed sequences: tensors without a batch dimension, and where each sequence lies in them."""
+"""Checks of packed sequences: tensors without a batch dimension, or pages, and where each sequence lies in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn.checks.attention import query_key
 from sparse_attn.checks.values import describe, has_values, integer
 
 
@@ -18,8 +19,12 @@ def packed_tensor(name: str, value: object, axes: str) -> None:
         raise ValueError(f"{name} must have 3 dimensions {axes}, got {describe(value)}")
 
 
-def offsets(name: str, cu_seq: object, tokens: Tensor, longest_name: str, longest: Any) -> int:
+def offsets(
+    name: str, cu_seq: object, tokens: Tensor, longest_name: str, longest: Any, *, paged: bool = False
+) -> int:
     """cu_seq [S + 1] of sequences that lie end to end in `tokens` [T, …]; returns `longest`, which none passes.
+
+    `paged`: the tokens lie elsewhere, and only the sequences' lengths are meant.
 
     Values are read on the CPU alone; elsewhere what they say beyond the tokens is never followed.
     """
@@ -32,9 +37,10 @@ def offsets(name: str, cu_seq: object, tokens: Tensor, longest_name: str, longes
         first, last = int(cu_seq[0]), int(cu_seq[-1])
         lengths = cu_seq.diff()
         shortest, most = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
-        if first != 0 or shortest < 0 or last > tokens.shape[0]:
+        if first != 0 or shortest < 0 or (last > tokens.shape[0] and not paged):
+            most_tokens = "" if paged else f" to at most {tokens.shape[0]}, the number of tokens"
             raise ValueError(
-                f"{name} must rise from 0 to at most {tokens.shape[0]}, the number of tokens, "
+                f"{name} must rise from 0{most_tokens}, "
                 f"got values from {first} to {last}{'' if shortest >= 0 else ' that fall in between'}"
             )
         if most > longest:
@@ -70,6 +76,115 @@ def same_sequences(cu_seq_q: Tensor, cu_seq_k: Tensor) -> None:
         )
 
 
+def pages(name: str, value: object, axes: str) -> None:
+    """A cache [P, page size, Hkv, D]."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {axes} with block_table, got {describe(value)}")
+    if value.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions {axes} with block_table, got {describe(value)}")
+    size = value.shape[1]
+    if size != 1 and (size % 16 or size == 0):
+        raise ValueError(f"{name} must have pages of 1 key or of a multiple of 16, got pages of {size}")
+    if value.shape[0] * size >= 2**31:
+        raise ValueError(f"{name} must have fewer than 2^31 keys in its pages, got {describe(value)}")
+
+
+def paged_query_key(query: Tensor, key: Tensor) -> None:
+    """query [1, Hq, T, D] beside pages of keys [P, Hkv, page size, D]."""
+    # A batch entry of one page in the place of the pages, which none may be.
+    query_key(query, key[:1] if key.shape[0] else key.new_empty((1, *key.shape[1:])))
+
+
+def paged_value(value: object, key: Tensor) -> None:
+    """value [P, page size, Hkv, Dv] beside key [P, page size, Hkv, D]."""
+    pages("value", value, "[P, page size, Hkv, Dv]")
+    assert isinstance(value, Tensor)
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "value must be [P, page size, Hkv, Dv] with the key's pages and heads, "
+            f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+
+
+def no_gradient(*tensors: object) -> None:
+    """Keys and values in pages are read in place, and nothing is differentiated."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            "a call with block_table has no gradient: call it under torch.no_grad(), or give key and value end to end"
+        )
+
+
+def block_table_of(block_table: object, key: Tensor, count: int) -> Tensor:
+    """block_table as int32 [S, pages], contiguous; what no int32 holds is no page."""
+    if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"block_table must be an int32 (or int64) tensor [S, pages], got {describe(block_table)}"
+        )
+    if block_table.dim() != 2 or block_table.shape[0] != count:
+        raise ValueError(
+            f"block_table must have shape [S, pages] with S = {count} sequences, got {describe(block_table)}"
+        )
+    if block_table.device != key.device:
+        raise ValueError(f"block_table must be on the key's device {key.device}, got {block_table.device}")
+    if block_table.numel() * key.shape[1] >= 2**31 - 64:
+        raise ValueError(
+            f"block_table must name fewer than 2^31 keys, got {describe(block_table)} of pages of {key.shape[1]}"
+        )
+    if block_table.dtype == torch.int64:
+        fits = (block_table >= 0) & (block_table < key.shape[0])
+        block_table = torch.where(fits, block_table, -1).to(torch.int32)
+    return block_table.contiguous()
+
+
+def used_of_pages(
+    seqused_k: object,  # int [S], or None
+    cu_seq_k: Tensor | None,  # int [S + 1]
+    block_table: Tensor,  # int32 [S, pages]
+    given: Tensor,  # the same as it came
+    key: Tensor,  # [P, page size, Hkv, D]
+    longest: int,
+) -> Tensor:
+    """How many keys of each sequence exist, int64 [S]; of those the pages have to be there."""
+    if seqused_k is None and cu_seq_k is None:
+        raise ValueError("block_table needs seqused_k [S], how many keys of each sequence exist, got None")
+    size = key.shape[1]
+    room = block_table.shape[1] * size
+    lengths = None if cu_seq_k is None else cu_seq_k.diff()
+    name = "cu_seq_k" if seqused_k is None else "seqused_k"
+    if seqused_k is None:
+        assert lengths is not None
+        found = lengths
+    else:
+        _whole_numbers("seqused_k", seqused_k, "[S]", key)
+        assert isinstance(seqused_k, Tensor)
+        found = seqused_k
+        if found.shape[0] != block_table.shape[0]:
+            raise ValueError(
+                f"seqused_k must have one entry per sequence, {block_table.shape[0]}, got {describe(found)}"
+            )
+    if found.device.type == "cpu" and has_values(found) and has_values(block_table) and found.numel():
+        most = torch.full_like(found, room) if lengths is None else lengths.clamp(max=room)
+        wrong = (found < 0) | (found > most)
+        if bool(wrong.any()):
+            at = int(wrong.int().argmax())
+            raise ValueError(
+                f"{name} must give each sequence between 0 keys and those of its pages in block_table"
+                f"{'' if lengths is None or seqused_k is None else ' and of cu_seq_k'}, "
+                f"got {int(found[at])} for sequence {at} of {int(most[at])} keys"
+            )
+        if int(found.max()) > longest:
+            raise ValueError(f"max_k must be at least the longest sequence, {int(found.max())}, got {longest}")
+        needed = torch.arange(block_table.shape[1]) * size < found.unsqueeze(1)
+        absent = needed & ((block_table < 0) | (block_table >= key.shape[0]))
+        if bool(absent.any()):
+            at, page = (int(n) for n in absent.nonzero()[0])
+            raise IndexError(
+                f"block_table must name pages 0 … {key.shape[0] - 1} where a sequence has keys, "
+                f"got {int(given[at, page])} for page {page} of sequence {at}"
+            )
+    return found.to(torch.int64).clamp(0, room)
+
+
 def packed_value(value: object, key: Tensor) -> None:
     """value [Tk, Hkv, Dv] beside key [Tk, Hkv, D]."""
     packed_tensor("value", value, "[Tk, Hkv, Dv]")
@@ -82,14 +197,16 @@ def packed_value(value: object, key: Tensor) -> None:
 
 
 def packed_indices(indices: object, query: Tensor, key: Tensor) -> None:
-    """indices int [T, G, K] beside query [T, Hq, D] and key [Tk, Hkv, D]."""
+    """indices int [T, G, K] beside query [T, Hq, D] and key [Tk, Hkv, D], or pages [P, page size, Hkv, D]."""
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be an int32 (or int64) tensor [T, G, K], got {describe(indices)}")
     if indices.dim() != 3 or indices.shape[0] != query.shape[0]:
         raise ValueError(
             f"indices must have shape [T, G, K] with T = {query.shape[0]}, got {describe(indices)}"
         )
-    heads, kv_heads = query.shape[1], key.shape[1]
+    heads, kv_heads = query.shape[1], key.shape[-2]
+    if indices.device != query.device:
+        raise ValueError(f"indices must be on the query's device {query.device}, got {indices.device}")
     if indices.shape[1] not in (1, kv_heads, heads):
         raise ValueError(
             "indices must have shape [T, G, K] with G one of 1, Hkv, Hq; "

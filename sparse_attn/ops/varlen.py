@@ -1,7 +1,8 @@
 """Packed sequences: end to end in one [T, H, D] tensor, found through `cu_seq` offsets, as in torch's `varlen_attn`.
 
 A packed call is a call of the same op with one batch entry, in which each query has a first key and a causal offset of
-its own: nothing is padded, and no key of another sequence is scored.
+its own: nothing is padded, and no key of another sequence is scored. Keys may lie in the pages of a cache: they are found
+through `block_table`, as if all pages that it names lay end to end.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks import packed as check
-from sparse_attn.ops import gathered_attention, topk_attention, topk_select
+from sparse_attn.ops import gathered_attention, paged_select, topk_attention, topk_select
 from sparse_attn.rule import Rule
 
 
@@ -24,6 +25,7 @@ class Sequences(NamedTuple):
     keys: Tensor  # int64 [T]: how many there are
     offset: Tensor  # int64 [T]: with it query i sees keys first … i + offset
     longest: int  # the most keys of a sequence
+    table: Tensor | None = None  # int32 [S, pages]: where keys lie in pages, end to end in its order
 
     def rule(self, **parts: Any) -> Rule:
         return Rule(True, self.offset[None], key_starts=self.first[None], **parts)
@@ -34,7 +36,7 @@ class Sequences(NamedTuple):
         return torch.where(indices >= 0, indices - self.first[:, None, None], -1).to(torch.int32)
 
     def of_pack(self, indices: Tensor) -> Tensor:
-        """The other way, [T, G, K] → [1, G, T, K]; what is no key of the sequence becomes −1."""
+        """The other way, [T, G, K] → int32 [1, G, T, K]; what is no key of the sequence becomes −1."""
         inside = (indices >= 0) & (indices < self.keys[:, None, None])
         found = torch.where(inside, indices + self.first[:, None, None], -1)
         return found.to(torch.int32).transpose(0, 1)[None]
@@ -50,39 +52,56 @@ def sequences(
     is_causal: bool,
     window: int,
     seqused_k: Tensor | None,  # int [S]
+    block_table: Tensor | None = None,  # int [S, pages]; then key is [P, page size, Hkv, D]
 ) -> Sequences:
     check.packed_tensor("query", query, "[T, Hq, D]")
-    check.packed_tensor("key", key, "[Tk, Hkv, D]")
     check.offsets("cu_seq_q", cu_seq_q, query, "max_q", max_q)
-    if cu_seq_k is None:
-        cu_seq_k = cu_seq_q
-    longest = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k)
-    check.same_sequences(cu_seq_q, cu_seq_k)
-    if seqused_k is not None:
-        check.used(seqused_k, cu_seq_k, key)
+    count = cu_seq_q.shape[0] - 1
+    table = None
+    if block_table is None:
+        check.packed_tensor("key", key, "[Tk, Hkv, D]")
+        if cu_seq_k is None:
+            cu_seq_k = cu_seq_q
+        total = key.shape[0]
+        longest = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k)
+        check.same_sequences(cu_seq_q, cu_seq_k)
+        if seqused_k is not None:
+            check.used(seqused_k, cu_seq_k, key)
+        bounds_k = cu_seq_k.to(torch.int64).clamp(0, total)
+        begins, keys = bounds_k[:-1], bounds_k.diff().clamp(min=0)
+        if seqused_k is not None:
+            keys = torch.minimum(seqused_k.to(torch.int64).clamp(min=0), keys)
+    else:
+        check.pages("key", key, "[P, page size, Hkv, D]")
+        table = check.block_table_of(block_table, key, count)
+        if cu_seq_k is None:
+            longest = checks.integer("max_k", max_k, 0)
+        else:
+            longest = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k, paged=True)
+            check.same_sequences(cu_seq_q, cu_seq_k)
+        keys = check.used_of_pages(seqused_k, cu_seq_k, table, block_table, key, longest)
+        room = table.shape[1] * key.shape[1]
+        total = count * room
+        begins = torch.arange(count, device=query.device) * room
     is_causal = checks.boolean("is_causal", is_causal)
     if window and not is_causal:
         checks.kept(window, 0, is_causal)
 
-    length, count = query.shape[0], cu_seq_q.shape[0] - 1
-    position = torch.arange(length, device=query.device)
+    position = torch.arange(query.shape[0], device=query.device)
     if count == 0:
         nothing = torch.zeros_like(position)
-        return Sequences(nothing + key.shape[0], nothing, nothing, longest)
-    bounds_q, bounds_k = cu_seq_q.to(torch.int64), cu_seq_k.to(torch.int64).clamp(0, key.shape[0])
-    sequence = torch.bucketize(position, bounds_q[1:], right=True)
+        return Sequences(nothing + total, nothing, nothing, longest, table)
+    ends = cu_seq_q[1:].to(torch.int64)
+    sequence = torch.bucketize(position, ends, right=True)
     outside = sequence >= count
     sequence = sequence.clamp(max=count - 1)
-    keys = bounds_k.diff().clamp(min=0)
-    if seqused_k is not None:
-        keys = torch.minimum(seqused_k.to(torch.int64).clamp(min=0), keys)
-    first = torch.where(outside, key.shape[0], bounds_k[:-1][sequence])
+    first = torch.where(outside, total, begins[sequence])
     seen = torch.where(outside, 0, keys[sequence])
     if is_causal:  # the last query sees the last key
-        offset = first + seen - bounds_q[1:][sequence]
+        offset = first + seen - ends[sequence]
     else:
         offset = first + seen - 1 - position
-    return Sequences(first, seen, offset, longest)
+    return Sequences(first, seen, offset, longest, table)
 
 
 def _batched(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +126,8 @@ def varlen_topk_select(
     share: str = "none",
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
+    block_table: Tensor | None = None,  # int [S, pages]
+    physical_indices: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # int32 [T, G, K]
     r""":func:`topk_select` of packed sequences: each query chooses among the keys of its own sequence.
@@ -127,13 +148,21 @@ def varlen_topk_select(
         window: always keep the last `window` keys up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys of each sequence.
         scale, share, softcap, sink_logits, backend: as in :func:`topk_select`.
+        block_table: int32 (or int64) [S, pages]; key is then a cache in pages, [P, page size, Hkv, D], of a page size of
+            1 or a multiple of 16, and the keys of sequence s lie in its pages ``block_table[s, 0]``, ``[s, 1]``, … How
+            many there are say seqused_k, or the differences of cu_seq_k, or both (then None is not cu_seq_q). Entries
+            and keys beyond them may be anything; sequences may share pages.
+        physical_indices: with block_table give indices as page · page size + place in the page.
 
     Returns:
         int32 [T, G, min(top_k, max_k)], counted from the start of each query's own sequence; unique, ascending, empty
-        slots −1 at the end. Bit for bit what `topk_select` gives for each sequence alone.
+        slots −1 at the end. Bit for bit what `topk_select` gives for each sequence alone. With physical_indices the
+        same keys in the same order.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        IndexError: block_table has no page where a sequence has keys (read on the CPU; elsewhere such keys count as
+            absent).
 
     Example:
         >>> import torch, sparse_attn
@@ -142,13 +171,44 @@ def varlen_topk_select(
         >>> sparse_attn.varlen_topk_select(q, k, cu_seq, None, 12, 12, 8, is_causal=True, sinks=1).shape
         torch.Size([20, 4, 8])
     """
-    where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k)
+    physical_indices = checks.boolean("physical_indices", physical_indices)
+    if physical_indices and block_table is None:
+        raise ValueError("physical_indices needs block_table: without pages there is one kind of indices")
+    given = cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k, block_table
+    where = sequences(query, key, *given)
     top_k = checks.top_k_of(top_k)
     scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
+    if where.table is not None:
+        found = _paged(query, key, where.table, top_k, rule, backend, "varlen_topk_select")
+        return _given_out(found, where, top_k, key, physical_indices)
     q, k = _batched(query, key)
     indices = topk_select.select(q, k, top_k, rule, backend=backend, function="varlen_topk_select")
     return where.own(indices, top_k)
+
+
+def _paged(
+    query: Tensor,  # [T, Hq, D]
+    key: Tensor,  # [P, page size, Hkv, D]
+    table: Tensor,  # int32 [S, pages]
+    top_k: int,
+    rule: Rule,
+    backend: str | None,
+    function: str,
+) -> Tensor:  # int32 [1, G, T, K]
+    """The selection, counted from the first page of the table."""
+    q = query.transpose(0, 1)[None]
+    return paged_select.select(q, key.transpose(1, 2), table, top_k, rule, backend=backend, function=function)
+
+
+def _given_out(indices: Tensor, where: Sequences, top_k: int, key: Tensor, physical_indices: bool) -> Tensor:
+    """What `_paged` found, [1, G, T, K'], as the caller gets it, [T, G, K]."""
+    if not physical_indices:
+        return where.own(indices, top_k)
+    assert where.table is not None
+    indices = indices[..., : min(top_k, where.longest)]
+    pages, size = key.shape[:2]
+    return paged_select.physical(indices, where.table, size, pages, size)[0].transpose(0, 1)
 
 
 def varlen_topk_attention(
@@ -171,6 +231,8 @@ def varlen_topk_attention(
     sink_logits: Tensor | None = None,  # float [Hq]
     return_lse: bool = False,
     return_indices: bool = False,
+    block_table: Tensor | None = None,  # int [S, pages]
+    physical_indices: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r""":func:`topk_attention` of packed sequences, in place of `torch.nn.attention.varlen.varlen_attn`.
@@ -182,9 +244,10 @@ def varlen_topk_attention(
         query: [T, Hq, D], float32, float16, bfloat16 or float64, any strides; queries behind the last sequence see
             nothing: out 0, lse −inf.
         key: [Tk, Hkv, D], same dtype and device; Hq must be a multiple of Hkv.
-        value: [Tk, Hkv, Dv]; Dv may differ from D.
+        value: [Tk, Hkv, Dv]; Dv may differ from D. With block_table pages as the keys are, [P, page size, Hkv, Dv].
         cu_seq_q, cu_seq_k, max_q, max_k, top_k, seqused_k, is_causal, window, sinks, scale, share, softcap,
-            sink_logits, backend: as in :func:`varlen_topk_select`.
+            sink_logits, block_table, physical_indices, backend: as in :func:`varlen_topk_select`. With block_table
+            nothing is differentiated.
         return_lse: also return the log-sum-exp of the attended scores, float32 [T, Hq] (differentiable).
         return_indices: also return the selection, as :func:`varlen_topk_select` gives it.
 
@@ -194,6 +257,8 @@ def varlen_topk_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        IndexError: block_table has no page where a sequence has keys.
+        NotImplementedError: with block_table, in grad mode, a tensor requires a gradient.
 
     Example:
         >>> import torch, sparse_attn
@@ -201,24 +266,63 @@ def varlen_topk_attention(
         >>> cu_seq = torch.tensor([0, 12, 20])
         >>> out = sparse_attn.varlen_topk_attention(q, k, v, cu_seq, None, 12, 12, 8, is_causal=True)
         >>> out.sum().backward()
+        >>> q = torch.randn(2, 4, 16)  # a step of two sequences over a cache of ten pages of 16 tokens
+        >>> k, v = torch.randn(10, 16, 2, 16), torch.randn(10, 16, 2, 16)
+        >>> table, used = torch.tensor([[7, 2, 4], [3, -1, -1]], dtype=torch.int32), torch.tensor([40, 9])
+        >>> cu_seq = torch.tensor([0, 1, 2])
+        >>> sparse_attn.varlen_topk_attention(
+        ...     q, k, v, cu_seq, None, 1, 48, 8, is_causal=True, seqused_k=used, block_table=table
+        ... ).shape
+        torch.Size([2, 4, 16])
     """
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
-    where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k)
-    check.packed_value(value, key)
+    physical_indices = checks.boolean("physical_indices", physical_indices)
+    if physical_indices and block_table is None:
+        raise ValueError("physical_indices needs block_table: without pages there is one kind of indices")
+    given = cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k, block_table
+    where = sequences(query, key, *given)
+    (check.packed_value if where.table is None else check.paged_value)(value, key)
     top_k = checks.top_k_of(top_k)
     scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
-    q, k, v = _batched(query, key, value)
-    out, lse, indices = topk_attention.attend_best(
-        q, k, v, top_k, rule, backend=backend, function="varlen_topk_attention"
-    )
+    if where.table is None:
+        q, k, v = _batched(query, key, value)
+        out, lse, indices = topk_attention.attend_best(
+            q, k, v, top_k, rule, backend=backend, function="varlen_topk_attention"
+        )
+        chosen = where.own(indices, top_k) if return_indices else None
+    else:
+        check.no_gradient(query, key, value, sink_logits)
+        indices = _paged(query, key, where.table, top_k, rule, backend, "varlen_topk_attention")
+        out, lse = _attend_pages(query, key, value, indices, where.table, scoring, backend)
+        chosen = _given_out(indices, where, top_k, key, physical_indices) if return_indices else None
     found: tuple[Tensor, ...] = (out[0].transpose(0, 1),)
     if return_lse:
         found += (lse[0].transpose(0, 1),)
-    if return_indices:
-        found += (where.own(indices, top_k),)
+    if chosen is not None:
+        found += (chosen,)
     return found if len(found) > 1 else found[0]
+
+
+def _attend_pages(
+    query: Tensor,  # [T, Hq, D]
+    key: Tensor,  # [P, page size, Hkv, D]
+    value: Tensor,  # [P, page size, Hkv, Dv]
+    indices: Tensor,  # int32 [1, G, T, K], counted from the first page of the table; without a table physical
+    table: Tensor | None,  # int32 [S, pages]
+    scoring: dict[str, Any],
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [1, Hq, T, Dv], lse [1, Hq, T]): gathered attention to rows of the pages, where they lie."""
+    pages, size = key.shape[:2]
+    step, (k, v) = paged_select.rows(key, value)
+    if table is None:
+        chosen = paged_select.placed(indices, size, pages, step)
+    else:
+        chosen = paged_select.physical(indices, table, size, pages, step)
+    q = query.transpose(0, 1)[None]
+    return gathered_attention.attend(q, k, v, chosen, **scoring, backend=backend)
 
 
 def varlen_gathered_attention(
@@ -236,14 +340,19 @@ def varlen_gathered_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
     return_lse: bool = False,
+    block_table: Tensor | None = None,  # int [S, pages]
+    physical_indices: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r""":func:`gathered_attention` of packed sequences: each query attends to given keys of its own sequence.
 
     Args:
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k: as in :func:`varlen_topk_attention`.
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, block_table: as in
+            :func:`varlen_topk_attention`.
         indices: int32 or int64 [T, G, K], counted from the start of each query's own sequence, G one of 1, Hkv, Hq.
             What is negative, or no key of that sequence, is an empty slot and is never read through.
+        physical_indices: with block_table, indices are page · page size + place in the page, of any page that there is:
+            whose it is, and how much of it is used, is not asked.
         scale, softcap, sink_logits, return_lse, backend: as in :func:`gathered_attention`.
 
     Returns:
@@ -251,6 +360,8 @@ def varlen_gathered_attention(
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
+        IndexError: block_table has no page where a sequence has keys.
+        NotImplementedError: with block_table, in grad mode, a tensor requires a gradient.
 
     Example:
         >>> import torch, sparse_attn
@@ -261,19 +372,20 @@ def varlen_gathered_attention(
         torch.Size([20, 4, 16])
     """
     return_lse = checks.boolean("return_lse", return_lse)
-    where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, False, 0, seqused_k)
-    check.packed_value(value, key)
+    physical_indices = checks.boolean("physical_indices", physical_indices)
+    if physical_indices and block_table is None:
+        raise ValueError("physical_indices needs block_table: without pages there is one kind of indices")
+    where = sequences(query, key, cu_seq_q, cu_seq_k, max_q, max_k, False, 0, seqused_k, block_table)
+    (check.packed_value if where.table is None else check.paged_value)(value, key)
     check.packed_indices(indices, query, key)
-    q, k, v = _batched(query, key, value)
-    out, lse = gathered_attention.attend(
-        q,
-        k,
-        v,
-        where.of_pack(indices),
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        backend=backend,
-    )
+    scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    if where.table is None:
+        q, k, v = _batched(query, key, value)
+        out, lse = gathered_attention.attend(q, k, v, where.of_pack(indices), **scoring, backend=backend)
+    else:
+        check.no_gradient(query, key, value, sink_logits)
+        chosen = indices.transpose(0, 1)[None] if physical_indices else where.of_pack(indices)
+        table = None if physical_indices else where.table
+        out, lse = _attend_pages(query, key, value, chosen, table, scoring, backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0].transpose(0, 1)) if return_lse else out

@@ -1,9 +1,10 @@
-// Attention by dense tiles, forward: scores of a few queries with all their keys, of which bits say what counts.
+// Attention by dense tiles, forward: scores of a few queries with all their keys, of which bits say what
+// counts.
 //
-// The scores are those of topk_select, by the same operations in the same order, and stay in the second-level cache
-// while each query's K-th best is found by counting (lib/threshold.h), the bits are set, and the exponentials of a
-// chunk of keys are multiplied with its values. A query's sums run over chunks that begin at its first key, so they
-// do not depend on where it lies in a row.
+// The scores are those of topk_select, by the same operations in the same order, and stay in the second-level
+// cache while each query's K-th best is found by counting (lib/threshold.h), the bits are set, and the
+// exponentials of a chunk of keys are multiplied with its values. A query's sums run over chunks that begin
+// at its first key, so they do not depend on where it lies in a row.
 #include "masked_attention.h"
 
 #include "lib/elementary.h"
@@ -47,20 +48,20 @@ int row_groups(int64_t key_length) {
 
 // One query of one head.
 struct Row {
-    float* scores;    // of key first + j
-    uint32_t* bits;   // of all keys
-    float* out;       // [stride]
-    float* weights;   // [kChunk]
-    int64_t end;      // no key from there on
-    float best;       // the largest score, chosen or not; NaN: unknown
+    float* scores;   // of key first + j
+    uint32_t* bits;  // of all keys
+    float* out;      // [stride]
+    float* weights;  // [kChunk]
+    int64_t end;     // no key from there on
+    float best;      // the largest score, chosen or not; NaN: unknown
     float peak, total_of_sink;
     Vec total;
 };
 
 // tile of scores → rows of the stored ones.
 template <class Tile>
-__attribute__((noinline)) void score_into(float* scores, int64_t stride, const float* queries, const float* panel,
-                                          int64_t word_count) {
+__attribute__((noinline)) void score_into(float* scores, int64_t stride, const float* queries,
+                                          const float* panel, int64_t word_count) {
     Vec acc[MR][NV];
     accumulate<Tile>(acc, queries, panel, word_count);
 #pragma GCC unroll 16
@@ -80,8 +81,8 @@ SPARSE_ATTN_INLINE void set_words(uint32_t* bits, int64_t from, int64_t to, cons
 }
 
 // Of the allowed keys in [from, to), `scores` from key `first` on, those that are chosen.
-SPARSE_ATTN_INLINE void set_chosen(uint32_t* bits, const float* scores, int64_t first, int64_t from, int64_t to,
-                                   const Threshold& t, const Visible& v, int64_t* equal_left) {
+SPARSE_ATTN_INLINE void set_chosen(uint32_t* bits, const float* scores, int64_t first, int64_t from,
+                                   int64_t to, const Threshold& t, const Visible& v, int64_t* equal_left) {
     const Vec bound = broadcast(below(t.key));
     const Vec same = broadcast(float_of_order(t.key));
     set_words(bits, from, to, [&](int64_t key, uint32_t inside) {
@@ -160,8 +161,8 @@ inline void choose_row(const SelectParams& p, const Visible& v, Row& row, int64_
 }
 
 // The chosen keys ascending, then −1.
-inline void write_indices(int32_t* to, int64_t slots, const uint32_t* bits, int64_t from, int64_t end, float* room,
-                          int32_t* found) {
+inline void write_indices(int32_t* to, int64_t slots, const uint32_t* bits, int64_t from, int64_t end,
+                          float* room, int32_t* found) {
     int64_t n = 0;
     for (int64_t word = from / 32; word * 32 < end; ++word)
         for (int j = 0; bits[word] && j < 32; j += W) {
@@ -258,11 +259,22 @@ struct Work {
         found = scratch.take<int32_t>(width);
         room = scratch.take<float>(2 * W);
         const int64_t few = kFewScores + 4 * W;
-        choosing = {scratch.take<float>(s.rule.mask ? width : 1), scratch.take<float>(few), nullptr,
-                    scratch.take<int32_t>(few), scratch.take<int32_t>(few), {}};
+        choosing = {scratch.take<float>(s.rule.mask ? width : 1),
+                    scratch.take<float>(few),
+                    nullptr,
+                    scratch.take<int32_t>(few),
+                    scratch.take<int32_t>(few),
+                    {}};
         for (int64_t r = 0; r < rows_at_once; ++r)
-            rows[r] = {scores + r * width, bits + r * bit_room, out + r * stride, weights + r % MR * kChunk, 0,
-                       0.0f, 0.0f, 0.0f, zero()};
+            rows[r] = {scores + r * width,
+                       bits + r * bit_room,
+                       out + r * stride,
+                       weights + r % MR * kChunk,
+                       0,
+                       0.0f,
+                       0.0f,
+                       0.0f,
+                       zero()};
     }
     static int64_t bytes(const MaskedParams& p, int64_t column) {
         const SelectParams& s = p.select;
@@ -284,15 +296,16 @@ struct Work {
         const int64_t groups = (count + MR - 1) / MR;
         for (int64_t g = 0; g < groups; ++g)
             pack<Tile, true>(s, queries + g * MR * column, MR,
-                             query + (queries_of.begin + g * MR) * s.query_strides.t, minimum<int64_t>(MR, count - g * MR),
-                             s.query_strides.t, s.query_strides.d, sign_of(s.rule.scale));
+                             query + (queries_of.begin + g * MR) * s.query_strides.t,
+                             minimum<int64_t>(MR, count - g * MR), s.query_strides.t, s.query_strides.d,
+                             sign_of(s.rule.scale));
         int64_t end_of[kRowGroups] = {};
         for (int64_t r = 0; r < count; ++r) end_of[r / MR] = maximum(end_of[r / MR], rows[r].end);
         for (int64_t n = first / NR; n * NR < keys.end; ++n)
             for (int64_t g = 0; g < groups; ++g)
                 if (n * NR < end_of[g])
-                    score_into<Tile>(scores + g * MR * width + n * NR - first, width, queries + g * MR * column,
-                                     panels + n * column * NR, words<Tile>(s));
+                    score_into<Tile>(scores + g * MR * width + n * NR - first, width,
+                                     queries + g * MR * column, panels + n * column * NR, words<Tile>(s));
         return first;
     }
 
@@ -316,7 +329,8 @@ struct Work {
             }
             end = maximum(end, row.end);
             const bool known = !kCapped && row.best == row.best && scale > 0.0f;
-            const float best = known ? row.best * scale : largest<kCapped>(row, first, begin, scale, a.softcap);
+            const float best =
+                known ? row.best * scale : largest<kCapped>(row, first, begin, scale, a.softcap);
             const float peak = row.peak = maximum(sink, best);
             // e^0 or less, or NaN of a logit that is no number.
             if (sink != -__builtin_inff()) row.total_of_sink = max_lane(exp(broadcast(sink - peak)));
@@ -339,7 +353,8 @@ struct Work {
                 if (!any) continue;
                 if (unusual) {
                     for (int r = 0; r < MR; ++r)
-                        if (key < rows[g * MR + r].end) add_own(rows[g * MR + r], stride, values, panel_floats, key);
+                        if (key < rows[g * MR + r].end)
+                            add_own(rows[g * MR + r], stride, values, panel_floats, key);
                     continue;
                 }
                 for (int64_t d = 0; d < stride; d += NR)
@@ -355,9 +370,11 @@ struct Work {
         for (int64_t i = queries_of.begin; i < queries_of.end; ++i) {
             const Row& row = rows[i - queries_of.begin];
             const int64_t at = (b * a.heads + head) * a.query_length + i;
-            const float total = sum(row.total) + row.total_of_sink, inverse = total == 0.0f ? 0.0f : 1.0f / total;
+            const float total = sum(row.total) + row.total_of_sink,
+                        inverse = total == 0.0f ? 0.0f : 1.0f / total;
             T* to = static_cast<T*>(a.out) + at * a.value_dim;
-            for (int64_t d = 0; d < a.value_dim; ++d) convert(total == 0.0f ? 0.0f : row.out[d] * inverse, to + d);
+            for (int64_t d = 0; d < a.value_dim; ++d)
+                convert(total == 0.0f ? 0.0f : row.out[d] * inverse, to + d);
             a.lse[at] = total == 0.0f ? -__builtin_inff() : row.peak + __builtin_logf(total);
         }
     }

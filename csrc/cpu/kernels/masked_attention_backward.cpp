@@ -1,11 +1,11 @@
-// Attention by dense tiles, backward, in one walk over tiles of queries × keys. With P = e^(s − LSE) where a bit is
-// set, else 0, dP = dO·Vᵀ and δ = Σ dO∘out − dLSE:
+// Attention by dense tiles, backward, in one walk over tiles of queries × keys. With P = e^(s − LSE) where a
+// bit is set, else 0, dP = dO·Vᵀ and δ = Σ dO∘out − dLSE:
 //     dS = P ∘ (dP − δ)   dV = Pᵀ·dO   dK = scale · dSᵀ·Q   dQ = scale · dS·K
 // With a soft cap s is the capped score, and dS has the factor 1 − (s / cap)².
 //
-// A task owns a part of one head's keys, whose gradients it adds up tile by tile, all query heads and queries in order.
-// Each part adds to a dQ of its own; those are summed in order at the end. The parts depend on the shapes alone, so the
-// result does not depend on the number of threads.
+// A task owns a part of one head's keys, whose gradients it adds up tile by tile, all query heads and queries
+// in order. Each part adds to a dQ of its own; those are summed in order at the end. The parts depend on the
+// shapes alone, so the result does not depend on the number of threads.
 #include "lib/elementary.h"
 #include "lib/gemm_tile.h"
 #include "masked_attention.h"
@@ -15,7 +15,8 @@ namespace {
 
 // Whole tiles whichever side of a product they are: multiples of kTileRows, kTileCols and 32.
 constexpr int64_t kQueries = 60, kKeys = 96;
-static_assert(kQueries % kTileRows == 0 && kKeys % kTileRows == 0 && kKeys % kTileCols == 0 && kKeys % 32 == 0);
+static_assert(kQueries % kTileRows == 0 && kKeys % kTileRows == 0 && kKeys % kTileCols == 0 &&
+              kKeys % 32 == 0);
 
 int64_t padded_rows(int64_t rows) {
     return round_up(rows, kQueries);
@@ -63,8 +64,10 @@ void prepare_rows(const MaskedBackwardParams& p, int64_t b, int64_t h, Range row
             p.special[first + i] = 0;
             continue;
         }
-        bool special = put_row(query, at<T>(f.query, f.query_strides, b, h, i), f.query_strides.d, f.head_dim, f.scale);
-        special |= put_row(grad, at<T>(p.grad_out, p.grad_out_strides, b, h, i), p.grad_out_strides.d, f.value_dim, 1.0f);
+        bool special =
+            put_row(query, at<T>(f.query, f.query_strides, b, h, i), f.query_strides.d, f.head_dim, f.scale);
+        special |= put_row(grad, at<T>(p.grad_out, p.grad_out_strides, b, h, i), p.grad_out_strides.d,
+                           f.value_dim, 1.0f);
         const T* out = at<T>(p.out, p.out_strides, b, h, i);
         float centre = 0.0f;
         for (int64_t d = 0; d < f.value_dim; ++d) centre += grad[d] * to_float(out[d * p.out_strides.d]);
@@ -78,7 +81,8 @@ void prepare_rows(const MaskedBackwardParams& p, int64_t b, int64_t h, Range row
 
 // ---- products. Not inlined: the accumulators need all registers.
 
-__attribute__((noinline)) void by_columns(float* c, const float* a, int64_t a_row, const float* b, int64_t depth) {
+__attribute__((noinline)) void by_columns(float* c, const float* a, int64_t a_row, const float* b,
+                                          int64_t depth) {
     multiply_tile<false>(c, kKeys, a, a_row, 1, b, kTileCols, depth);
 }
 __attribute__((noinline)) void add_rows(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_depth,
@@ -87,16 +91,17 @@ __attribute__((noinline)) void add_rows(float* c, int64_t ldc, const float* a, i
 }
 
 // c [kQueries, kKeys] = rows [kQueries, stride] · packed columns.
-SPARSE_ATTN_INLINE void score(float* c, const float* rows, int64_t stride, const float* columns, int64_t depth) {
+SPARSE_ATTN_INLINE void score(float* c, const float* rows, int64_t stride, const float* columns,
+                              int64_t depth) {
     for (int64_t j = 0; j < kKeys; j += kTileCols)
         for (int64_t r = 0; r < kQueries; r += kTileRows)
             by_columns(c + r * kKeys + j, rows + r * stride, stride, columns + j * depth, depth);
 }
 
-// c [count, stride] += weights · rows, weight (i, k) at i·w_row + k·w_depth. Where a row is special, weights of 0 are
-// left out: 0 · NaN is NaN, and no part of those sums.
-inline void add_weighted(float* c, int64_t stride, int64_t count, const float* weights, int64_t w_row, int64_t w_depth,
-                         const float* rows, int64_t depth, bool special) {
+// c [count, stride] += weights · rows, weight (i, k) at i·w_row + k·w_depth. Where a row is special, weights
+// of 0 are left out: 0 · NaN is NaN, and no part of those sums.
+inline void add_weighted(float* c, int64_t stride, int64_t count, const float* weights, int64_t w_row,
+                         int64_t w_depth, const float* rows, int64_t depth, bool special) {
     if (special) {
         for (int64_t i = 0; i < count; ++i)
             for (int64_t d = 0; d < stride; d += Vec::W) {
@@ -111,7 +116,8 @@ inline void add_weighted(float* c, int64_t stride, int64_t count, const float* w
     }
     for (int64_t d = 0; d < stride; d += kTileCols)
         for (int64_t i = 0; i < count; i += kTileRows)
-            add_rows(c + i * stride + d, stride, weights + i * w_row, w_row, w_depth, rows + d, stride, depth);
+            add_rows(c + i * stride + d, stride, weights + i * w_row, w_row, w_depth, rows + d, stride,
+                     depth);
 }
 
 // ---- the walk
@@ -163,7 +169,8 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
     const AttendParams& f = p.forward;
     Scratch scratch{static_cast<char*>(memory)};
     const int64_t wide = padded_width(f.head_dim), wide_v = padded_width(f.value_dim);
-    const int64_t sharing = f.heads / f.kv_heads, per_group = f.heads / f.groups, all = padded_rows(f.query_length);
+    const int64_t sharing = f.heads / f.kv_heads, per_group = f.heads / f.groups,
+                  all = padded_rows(f.query_length);
     float* key_rows = scratch.take<float>(kKeys * wide);
     float* value_rows = scratch.take<float>(kKeys * wide_v);
     float* key_columns = scratch.take<float>(kKeys * f.head_dim);
@@ -173,7 +180,8 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
     float* probability = scratch.take<float>(kQueries * kKeys);
     float* grad = scratch.take<float>(kQueries * kKeys);
     for (int64_t h = kv_head * sharing; h < (kv_head + 1) * sharing; ++h)
-        memset(p.sums + ((part * f.batch + b) * f.heads + h) * all * wide, 0, static_cast<size_t>(all * wide) * 4);
+        memset(p.sums + ((part * f.batch + b) * f.heads + h) * all * wide, 0,
+               static_cast<size_t>(all * wide) * 4);
 
     const Range tiles = part_of(p, part);
     for (int64_t n = tiles.begin; n < tiles.end; ++n) {
@@ -181,8 +189,9 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
         bool special_keys = false;
         for (int64_t j = 0; j < kKeys; ++j) {
             if (j < count) {
-                special_keys |= put_row(key_rows + j * wide, at<T>(f.key, f.key_strides, b, kv_head, first + j),
-                                        f.key_strides.d, f.head_dim, 1.0f);
+                special_keys |=
+                    put_row(key_rows + j * wide, at<T>(f.key, f.key_strides, b, kv_head, first + j),
+                            f.key_strides.d, f.head_dim, 1.0f);
                 put_row(value_rows + j * wide_v, at<T>(f.value, f.value_strides, b, kv_head, first + j),
                         f.value_strides.d, f.value_dim, 1.0f);
             } else {
@@ -197,7 +206,8 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
 
         for (int64_t h = kv_head * sharing; h < (kv_head + 1) * sharing; ++h) {
             const int64_t words = bit_words(f.key_length), head = b * f.heads + h;
-            const uint32_t* bits = p.bits + (b * f.groups + h / per_group) * f.query_length * words + first / 32;
+            const uint32_t* bits =
+                p.bits + (b * f.groups + h / per_group) * f.query_length * words + first / 32;
             float* sums = p.sums + ((part * f.batch + b) * f.heads + h) * all * wide;
             for (int64_t i = 0; i < f.query_length; i += kQueries) {
                 const int64_t row = head * all + i;
@@ -227,7 +237,8 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
         const int64_t row = (b * f.kv_heads + kv_head) * f.key_length + first;
         for (int64_t j = 0; j < count; ++j) {
             store_row(static_cast<T*>(p.grad_key) + (row + j) * f.head_dim, grad_key + j * wide, f.head_dim);
-            store_row(static_cast<T*>(p.grad_value) + (row + j) * f.value_dim, grad_value + j * wide_v, f.value_dim);
+            store_row(static_cast<T*>(p.grad_value) + (row + j) * f.value_dim, grad_value + j * wide_v,
+                      f.value_dim);
         }
     }
 }
@@ -243,7 +254,8 @@ void finish_rows(const MaskedBackwardParams& p, int64_t b, int64_t h, Range rows
             for (int64_t d = 0; d < wide; d += Vec::W)
                 store(sum_of + d, load(sum_of + d) + load(sum_of + n * part + d));
         for (int64_t d = 0; d < wide; d += Vec::W) store(sum_of + d, load(sum_of + d) * broadcast(f.scale));
-        store_row(static_cast<T*>(p.grad_query) + (head * f.query_length + i) * f.head_dim, sum_of, f.head_dim);
+        store_row(static_cast<T*>(p.grad_query) + (head * f.query_length + i) * f.head_dim, sum_of,
+                  f.head_dim);
     }
 }
 

@@ -40,7 +40,9 @@ int64_t scan_scratch_bytes(const DecodeParams& d) {
     int64_t column = 0;
     with_exact_tile(p.dtype, [&]<class T, class Tile>() { column = words<Tile>(p); });
     const int64_t candidates = shared_heads(p) > 1 ? 0 : rows * (buffer * 8 + 128) + buffer * 4;
-    const int64_t plain = column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4);
+    const int64_t paged = d.pages.table ? NR * p.head_dim * 4 + 64 : 0;
+    const int64_t plain =
+        paged + column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4);
     const int64_t listed = survivor_room(d.kept) + kSlack, four = (p.head_dim + 3) / 4;
     const int64_t of_row = static_cast<int64_t>(sizeof(RoundedQuery) + sizeof(Visible) + sizeof(Survivors));
     const int64_t index =
@@ -74,10 +76,48 @@ SPARSE_ATTN_INLINE Range panels_between(const DecodeParams& d, int64_t chunk, in
     return {maximum(chunk * d.chunk, begin / NR), minimum((chunk + 1) * d.chunk, (end + NR - 1) / NR)};
 }
 
+// The panels of one key head whose keys lie in pages.
+template <class T, class Tile>
+struct PagedPanels {
+    const SelectParams& p;
+    KeyPages pages;
+    const T* head;  // of page 0
+    T* copy;        // [NR, D], for pages in which not even a vector of keys lies side by side
+
+    SPARSE_ATTN_INLINE const T* row(int64_t key) const {
+        const int64_t at = pages.first + key;
+        return head + pages.table[at / pages.size] * p.key_strides.b + at % pages.size * p.key_strides.t;
+    }
+    // The first keys of a panel's vectors; behind the last key the first again.
+    SPARSE_ATTN_INLINE void rows_of(int64_t key, const T* (&rows)[NV]) const {
+        rows[0] = row(key);
+        for (int v = 1; v < NV; ++v) rows[v] = key + v * W < p.key_length ? row(key + v * W) : rows[0];
+    }
+    SPARSE_ATTN_INLINE KeyPanel<T, Tile> panel(int64_t n) const {
+        const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(T)), key = n * NR;
+        const int64_t ahead = minimum(key + round_up(ahead_keys(row_bytes), NR), (p.key_length - 1) / NR * NR);
+        KeyPanel<T, Tile> keys{{}, {}, minimum<int64_t>(NR, p.key_length - key), p.key_strides.t, p.head_dim};
+        if (pages.size % W == 0 && pages.first % W == 0) {
+            rows_of(key, keys.rows);
+            rows_of(ahead, keys.ahead);
+            return keys;
+        }
+        for (int64_t j = 0; j < keys.count; ++j) {
+            const char* next = reinterpret_cast<const char*>(row(minimum(ahead + j, p.key_length - 1)));
+            for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(next + at);
+            memcpy(copy + j * p.head_dim, row(key + j), static_cast<size_t>(row_bytes));
+        }
+        keys.stride = p.head_dim;
+        for (int v = 0; v < NV; ++v) keys.rows[v] = keys.ahead[v] = copy + v * W * p.head_dim;
+        return keys;
+    }
+};
+
 // Calls use(base, first, rows, tile, beaten, beats) for each panel and each of its tiles of up to MR rows.
 template <class T, class Tile, bool kCompare, class F>
-SPARSE_ATTN_INLINE void each_tile(const SelectParams& p, DecodeChunk t, Range panels, Scratch& scratch,
+SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range panels, Scratch& scratch,
                                   const float* threshold, const F& use) {
+    const SelectParams& p = d.select;
     if (panels.begin >= panels.end) return;
     const int64_t rows = rows_of(p), column = words<Tile>(p);
     float* panel = scratch.take<float>(column * NR);
@@ -85,9 +125,14 @@ SPARSE_ATTN_INLINE void each_tile(const SelectParams& p, DecodeChunk t, Range pa
     alignas(64) float tile[MR * NR];
     uint32_t beats[MR];
     pack_rows<T, Tile>(p, t.b, t.kv_head, queries);
-    const T* head_keys = static_cast<const T*>(p.key) + t.b * p.key_strides.b + t.kv_head * p.key_strides.h;
+    const T* head_keys = static_cast<const T*>(p.key) + t.kv_head * p.key_strides.h;
+    const PagedPanels<T, Tile> paged{p, d.pages, head_keys,
+                                     d.pages.table ? scratch.take<T>(NR * p.head_dim) : nullptr};
+    if (!d.pages.table) head_keys += t.b * p.key_strides.b;
     for (int64_t n = panels.begin; n < panels.end; ++n) {
-        const KeyPanel<T, Tile> keys{head_keys, n * NR, p.key_length, p.key_strides.t, p.head_dim};
+        const KeyPanel<T, Tile> keys =
+            d.pages.table ? paged.panel(n)
+                          : side_by_side<T, Tile>(head_keys, n * NR, p.key_length, p.key_strides.t, p.head_dim);
         const bool streamed = rows <= kStreamedRows;
         if (!streamed) store_panel(keys, panel);
         for (int64_t first = 0; first < rows; first += MR) {
@@ -146,7 +191,7 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
     }
     const Range panels = begin < end ? panels_between(d, t.chunk, begin, end) : Range{0, 0};
     each_tile<T, Tile, true>(
-        p, t, panels, scratch, threshold,
+        d, t, panels, scratch, threshold,
         [&](int64_t base, int64_t first, int64_t, const float* tile, uint32_t beaten, const uint32_t* beats) {
             for (; beaten; beaten &= beaten - 1) {
                 const int r = __builtin_ctz(beaten);
@@ -280,7 +325,7 @@ void scan_all(const DecodeParams& d, DecodeChunk t, void* memory) {
         end = maximum(end, v.limit);
     }
     each_tile<T, Tile, false>(
-        p, t, panels_between(d, t.chunk, begin, end), scratch, nullptr,
+        d, t, panels_between(d, t.chunk, begin, end), scratch, nullptr,
         [&](int64_t base, int64_t first, int64_t count, const float* tile, uint32_t, const uint32_t*) {
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t h = t.kv_head * per_kv + (first + r) / p.query_length;
@@ -365,7 +410,7 @@ void choose(const DecodeParams& d, DecodeRow t, void* memory) {
     } else {
         merge_best(d, row_of(p, t.b, t.head, t.query), c, keys);
     }
-    emit(p.indices + ((t.b * p.rule.groups + t.head) * p.query_length + t.query) * p.top_k, p.top_k, v,
+    emit(p.indices + ((t.b * p.rule.groups + t.head) * d.group_rows + t.query) * p.top_k, p.top_k, v,
          c.indices, c.count);
 }
 

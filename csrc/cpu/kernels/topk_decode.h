@@ -14,8 +14,17 @@ struct KeyIndexParams {
     int64_t blocks;       // N
 };
 
+// Keys in pages [P, Hkv, size, D], P strides key_strides.b apart: key j lies in page table[(first + j) / size].
+// Without a table keys are rows key_strides.t apart.
+struct KeyPages {
+    const int32_t* table;  // each entry a page that there is
+    int64_t first, size;
+};
+
 struct DecodeParams {
     SelectParams select;    // neither rounded nor with blocks; the components of a key lie side by side
+    KeyPages pages;         // with a table: of one sequence, B = 1
+    int64_t group_rows;     // rows of `indices` from one group to the next: Tq, or more where it is a part of them
     int64_t chunk, chunks;  // a head's keys are scanned in chunks of so many panels
     // A selection per head: the best of each chunk, ascending.
     int64_t kept;           // room for each

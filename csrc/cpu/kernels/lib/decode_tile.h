@@ -91,26 +91,36 @@ SPARSE_ATTN_INLINE Vec load_words_n(const T* key, int64_t w, int64_t n, int64_t 
 }
 
 // Asks for the lines of rows to come, one row after the other: rows are too short, or too far apart, for the
-// machine to foresee them well.
+// machine to foresee them well. After W rows it goes on at `rest`.
 struct Ahead {
     const char* row;
-    int64_t row_bytes, stride_bytes, at = 0;
+    const char* rest;
+    int64_t row_bytes, stride_bytes, at = 0, left = W;
     SPARSE_ATTN_INLINE void ask(int64_t bytes) {
         for (int64_t i = 0; i < bytes; i += 64) {
             __builtin_prefetch(row + at);
             at += 64;
             if (at < row_bytes) continue;
             at = 0;
-            row += stride_bytes;
+            row = --left ? row + stride_bytes : rest;
         }
     }
 };
 
-// The keys [first, first + NR) of a head, as columns of words; those past the end repeat the last one.
+// How many keys ahead lines are asked for.
+SPARSE_ATTN_INLINE int64_t ahead_keys(int64_t row_bytes) {
+    constexpr int64_t kAhead = 16384;  // bytes
+    return maximum<int64_t>(NR, kAhead / row_bytes);
+}
+
+// NR keys of a head, as columns of words; those past the end repeat the last one.
 template <class T, class Tile>
 struct KeyPanel {
-    const T* keys;  // of the head
-    int64_t first, end, stride, head_dim;
+    static_assert(NV == 2);
+    const T* rows[NV];   // the first key of each vector: the others lie `stride` apart
+    const T* ahead[NV];  // likewise of the panel that is asked for meanwhile
+    int64_t count;       // keys that there are, at least 1
+    int64_t stride, head_dim;
 
     SPARSE_ATTN_INLINE int64_t words() const { return (head_dim + Tile::kDepth - 1) / Tile::kDepth; }
 
@@ -118,22 +128,18 @@ struct KeyPanel {
     // on; each key's words come in ascending order.
     template <class F>
     SPARSE_ATTN_INLINE void each_block(const F& use) const {
-        constexpr int64_t kAhead = 16384;  // bytes
         const int64_t row_bytes = head_dim * static_cast<int64_t>(sizeof(T)),
                       full = head_dim / (W * Tile::kDepth);
-        const int64_t distance = maximum<int64_t>(NR, kAhead / row_bytes);
-        Ahead ahead{
-            reinterpret_cast<const char*>(keys + clamp<int64_t>(end - NR, first, first + distance) * stride),
-            row_bytes, stride * static_cast<int64_t>(sizeof(T))};
-        const bool whole = first + NR <= end;
-        const T* row = keys + first * stride;
+        Ahead next{reinterpret_cast<const char*>(ahead[0]), reinterpret_cast<const char*>(ahead[1]), row_bytes,
+                   stride * static_cast<int64_t>(sizeof(T))};
+        const bool whole = count == NR;
         for (int64_t b = 0; whole && b < full; ++b)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; ++v) {
-                ahead.ask(W * W * 4);
+                next.ask(W * W * Tile::kDepth * static_cast<int64_t>(sizeof(T)));
                 Vec block[W];
 #pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) block[j] = load_words<Tile>(row + (v * W + j) * stride, b * W);
+                for (int j = 0; j < W; ++j) block[j] = load_words<Tile>(rows[v] + j * stride, b * W);
                 transpose(block);
                 use(b * W, W, v, block);
             }
@@ -142,14 +148,28 @@ struct KeyPanel {
                 const int64_t n = minimum<int64_t>(W, words() - w);
                 Vec block[W];
                 for (int64_t j = 0; j < W; ++j) {
-                    const T* key = keys + minimum(first + v * W + j, end - 1) * stride;
-                    block[j] = load_words_n<Tile>(key, w, n, head_dim);
+                    const int64_t key = minimum(v * W + j, count - 1);
+                    block[j] = load_words_n<Tile>(rows[key / W] + key % W * stride, w, n, head_dim);
                 }
                 transpose(block);
                 use(w, n, v, block);
             }
     }
 };
+
+// The panel that begins with key `first` of keys [0, end) whose rows are `stride` apart.
+template <class T, class Tile>
+SPARSE_ATTN_INLINE KeyPanel<T, Tile> side_by_side(const T* keys, int64_t first, int64_t end, int64_t stride,
+                                                  int64_t head_dim) {
+    const int64_t distance = ahead_keys(head_dim * static_cast<int64_t>(sizeof(T)));
+    const T *row = keys + first * stride,
+            *ahead = keys + clamp<int64_t>(end - NR, first, first + distance) * stride;
+    return {{row, row + W * stride},
+            {ahead, ahead + W * stride},
+            minimum<int64_t>(NR, end - first),
+            stride,
+            head_dim};
+}
 
 // The panel as score_tile takes it, [words][NR].
 template <class T, class Tile>

@@ -1,8 +1,9 @@
 // The K-th best of a row of scores that stands in memory, by counting.
 //
-// How many scores reach a value is one pass of comparisons over the row. A guess (as far from the mean, in standard
-// deviations, as it was in the row before) and a few steps of interpolation leave some tens of scores between two
-// values; those are ordered exactly. The result is a function of the scores alone, however good the guess.
+// How many scores reach a value is one pass of comparisons over the row. A guess (as far from the mean, in
+// standard deviations, as it was in the row before) and a few steps of interpolation leave some tens of
+// scores between two values; those are ordered exactly. The result is a function of the scores alone, however
+// good the guess.
 #pragma once
 
 #include "candidates.h"
@@ -14,7 +15,8 @@ constexpr int64_t kFewScores = 64;
 // Scores reach the key (order_of) exactly if they are not <= this.
 SPARSE_ATTN_INLINE float below(int64_t key) {
     if (key == 0) return float_of_order(-2);  // −1 is the key of −0, which is 0
-    return float_of_order(static_cast<int32_t>(minimum<int64_t>(key - 1, 0x7f800000)));  // past +inf NaN alone
+    return float_of_order(
+        static_cast<int32_t>(minimum<int64_t>(key - 1, 0x7f800000)));  // past +inf NaN alone
 }
 
 SPARSE_ATTN_INLINE int64_t count_reaching(const float* scores, int64_t n, int64_t key) {
@@ -38,8 +40,8 @@ struct Threshold {
 };
 
 // Of n > keep > 0 scores. `few` and `keys` are scratch of kFewScores + 2 vectors each.
-inline Threshold find_threshold(const float* scores, int64_t n, int64_t keep, ThresholdGuess& guess, float* few,
-                                int32_t* few_indices, int32_t* keys) {
+inline Threshold find_threshold(const float* scores, int64_t n, int64_t keep, ThresholdGuess& guess,
+                                float* few, int32_t* few_indices, int32_t* keys) {
     constexpr int W = Vec::W;
     Vec high = broadcast(-__builtin_inff()), low = high, total = zero(), squares = zero();
     int64_t i = 0;
@@ -63,7 +65,8 @@ inline Threshold find_threshold(const float* scores, int64_t n, int64_t keep, Th
     const bool usual = deviation - deviation == 0.0f && sum_of - sum_of == 0.0f;  // no NaN, no infinity
 
     // `low_key` is reached by at least `keep`, `high_key` by fewer.
-    int64_t low_key = usual ? order_of(least) : INT32_MIN, high_key = usual ? order_of(most) + int64_t{1} : int64_t{1} << 31;
+    int64_t low_key = usual ? order_of(least) : INT32_MIN,
+            high_key = usual ? order_of(most) + int64_t{1} : int64_t{1} << 31;
     int64_t at_low = n, at_high = 0;
     float x = mean + guess.distance * deviation, below_x = least, above_x = most;
     bool low_probed = false, high_probed = false;
@@ -106,7 +109,8 @@ inline Threshold find_threshold(const float* scores, int64_t n, int64_t keep, Th
         if (any_above) bits &= ~not_le(s, limit);
         if (bits) found += append(few + found, few_indices + found, bits, s, 0);
     }
-    const int32_t padded = order_all(few, static_cast<int32_t>(found), keys), rank = static_cast<int32_t>(keep - at_high);
+    const int32_t padded = order_all(few, static_cast<int32_t>(found), keys),
+                  rank = static_cast<int32_t>(keep - at_high);
     const Cut cut = find_cut(keys, static_cast<int32_t>(found), padded, rank, rank);
     return {cut.low, cut.at_least - rank};
 }

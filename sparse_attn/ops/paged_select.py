@@ -1,0 +1,94 @@
+"""`paged_select`: the selection of packed sequences whose keys lie in pages, and the way from it to rows of the pages.
+
+A sequence of a pack has the keys of its row of the table, page after page; the rule and the selection speak of them as if
+all pages of the table lay end to end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn import rule as rules
+from sparse_attn.checks import packed as check
+from sparse_attn.ops.arguments import autocast, sizes_of
+from sparse_attn.ops.declare import Op
+from sparse_attn.rule import PackedRule, Rule
+
+
+def fake(query, key, block_table, top_k, rule: PackedRule) -> Tensor:
+    slots = torch.sym_min(top_k, block_table.shape[0] * block_table.shape[1] * key.shape[2])
+    return query.new_empty((1, rule.groups, query.shape[2], slots), dtype=torch.int32)
+
+
+OP = Op(
+    "paged_select",
+    f"(Tensor query, Tensor key, Tensor block_table, SymInt top_k, {rules.SCHEMA}) -> Tensor",
+    fake,
+)
+
+
+def select(
+    query: Tensor,  # [1, Hq, T, D]
+    key: Tensor,  # [P, Hkv, page size, D]
+    block_table: Tensor,  # int32 [S, pages]
+    top_k: int,
+    rule: Rule,
+    *,
+    backend: str | None = None,
+    function: str = "paged_select",
+) -> Tensor:  # int32 [1, G, T, K]
+    query, key = autocast(query, key)
+    check.paged_query_key(query, key)
+    packed = rule.packed(query, key, top_k)
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes_of(query))
+    return OP.on(wing)(query, key, block_table, top_k, *packed.parts())
+
+
+def rows(*caches: Tensor) -> tuple[int, tuple[Tensor, ...]]:
+    """Pages [P, page size, H, D] as rows in a row, [1, H, R, D]: (rows from one page to the next, of each cache those).
+
+    Views, wherever the pages of all of them lie so that they can be.
+    """
+    steps = {_rows_of_page(pages) for pages in caches}
+    step = steps.pop()
+    if steps or step == caches[0].shape[1]:
+        # Side by side; what is not becomes so by a copy.
+        return caches[0].shape[1], tuple(pages.flatten(0, 1).transpose(0, 1)[None] for pages in caches)
+    flat = []
+    for pages in caches:
+        count, size, heads, dim = pages.shape
+        _, of_row, of_head, of_dim = pages.stride()
+        # Among the rows of one cache lie those of another, which no index names.
+        all_rows = pages.as_strided(((count - 1) * step + size, heads, dim), (of_row, of_head, of_dim))
+        flat.append(all_rows.transpose(0, 1)[None])
+    return step, tuple(flat)
+
+
+def _rows_of_page(pages: Tensor) -> int:
+    count, size = pages.shape[:2]
+    of_page, of_row = pages.stride()[:2]
+    if count > 1 and size > 1 and of_row > 0 and of_page % of_row == 0 and of_page // of_row >= size:
+        return of_page // of_row
+    return size
+
+
+def physical(
+    indices: Tensor,  # int32 [1, G, T, K], as `select` has them
+    block_table: Tensor,  # int32 [S, pages]
+    page_size: int,
+    page_count: int,
+    step: int,  # rows from one page to the next
+) -> Tensor:  # int32 [1, G, T, K]: rows; −1 where there is none
+    chosen = indices.clamp(min=0)
+    page = block_table.flatten()[chosen // page_size if page_size > 1 else chosen]
+    there = (indices >= 0) & (page >= 0) & (page < page_count)
+    return torch.where(there, page * step + chosen % page_size, -1)
+
+
+def placed(indices: Tensor, page_size: int, page_count: int, step: int) -> Tensor:
+    """Physical indices page · page_size + place, of any integer type, as int32 rows of pages `step` rows apart."""
+    there = (indices >= 0) & (indices < page_size * page_count)
+    if step != page_size:
+        indices = indices // page_size * step + indices % page_size
+    return torch.where(there, indices, -1).to(torch.int32)
