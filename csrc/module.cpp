@@ -12,6 +12,7 @@
 #include "build_config.h"  // written by the build
 #include "cpu/bounds.h"
 #include "cpu/isa.h"
+#include "cpu/tile_costs.h"
 #include "cpu/token_counts.h"
 
 namespace {
@@ -105,5 +106,45 @@ PYBIND11_MODULE(_C, m) {
             return counts;
         },
         "What selection by bounds did since the process began.");
+    m.def(
+        "use_tiles",
+        [](std::optional<bool> use) {
+            using sparse_attn::Ways;
+            sparse_attn::use_tiles(!use ? Ways::kAuto : *use ? Ways::kTiles : Ways::kGather);
+        },
+        "Attention by dense tiles: wherever it can be done (True), never (False), where it is faster "
+        "(None).");
+    m.def(
+        "tile_costs",
+        [] {
+            const sparse_attn::TileCosts c = sparse_attn::tile_costs();
+            py::dict costs;
+            costs["gather"] = c.gather;
+            costs["candidate"] = c.candidate;
+            costs["tile_key"] = c.tile_key;
+            costs["tile"] = c.tile;
+            costs["gather_backward"] = c.gather_backward;
+            costs["tile_key_backward"] = c.tile_key_backward;
+            costs["tile_backward"] = c.tile_backward;
+            return costs;
+        },
+        "What tiles and gathering cost, in nanoseconds of one thread (csrc/cpu/tile_costs.h).");
+    m.def(
+        "set_tile_costs",
+        [](double gather, double candidate, double tile_key, double tile, double gather_backward,
+           double tile_key_backward, double tile_backward) {
+            sparse_attn::set_tile_costs(
+                {gather, candidate, tile_key, tile, gather_backward, tile_key_backward, tile_backward});
+        },
+        py::arg("gather"), py::arg("candidate"), py::arg("tile_key"), py::arg("tile"),
+        py::arg("gather_backward"), py::arg("tile_key_backward"), py::arg("tile_backward"),
+        "Changes them for this process.");
+    m.def(
+        "tiles_pay",
+        [](int64_t visible, int64_t top_k, int64_t head_dim, int64_t value_dim) {
+            return sparse_attn::tiles_pay(sparse_attn::tile_costs(), visible, top_k, head_dim, value_dim);
+        },
+        py::arg("visible"), py::arg("top_k"), py::arg("head_dim"), py::arg("value_dim"),
+        "Whether topk_attention serves a query that sees so many keys by tiles.");
     m.def("build_info", &build_info, "What this extension was built with and for, as a dict.");
 }

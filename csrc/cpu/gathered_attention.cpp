@@ -3,9 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/selection.h"
+#include "cpu/masked_attention.h"
 
-SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
 SPARSE_ATTN_FIND_KERNELS(gathered_attention_backward, AttendBackwardKernels)
 
 namespace sparse_attn {
@@ -34,13 +33,7 @@ std::tuple<Tensor, Tensor> gathered_attention_cpu(Tensor query, Tensor key, Tens
     if (out.numel() == 0) return {out, lse};
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
-    const cpu::AttendKernel& k = cpu::gathered_attention_kernels();
-    const int64_t per_kv = p.heads / p.kv_heads, per_head = blocks(p.query_length, kAttendQueries);
-    for_each_task(p.batch * p.kv_heads * per_head, k.scratch_bytes(p), attend_worth_threads(p),
-                  [&](int64_t i, char* scratch) {
-                      Block t = block_of(i, p.kv_heads, per_head, kAttendQueries, p.query_length);
-                      k.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
-                  });
+    attend_to_indices(p);
     return {out, lse};
 }
 
@@ -49,7 +42,6 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     Tensor out, Tensor lse, double scale, double softcap, std::optional<Tensor> sink_logits,
     bool /* atomics */) {
     const char* op = "gathered_attention_backward.cpu";
-    (void)out;  // Σ P∘dP is taken over the slots: more exact than dO·out where out is a half type
     check_qkv(op, query, key, &value);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
@@ -73,6 +65,17 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     p.grad_query = grad_query.mutable_data_ptr();
     p.grad_key = grad_key.mutable_data_ptr();
     p.grad_value = grad_value.mutable_data_ptr();
+    const bool has_out = out.dim() == 4 && out.scalar_type() == query.scalar_type() &&
+                         out.size(0) == f.batch && out.size(1) == f.heads && out.size(2) == f.query_length &&
+                         out.size(3) == f.value_dim;
+    STD_TORCH_CHECK(has_out, op, ": out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(out));
+    MaskedBackwardParams m{};
+    m.forward = f;
+    m.out = out.const_data_ptr(), m.out_strides = strides_of(out);
+    m.grad_out = p.grad_out, m.grad_out_strides = p.grad_out_strides, m.grad_lse = p.grad_lse;
+    m.grad_query = p.grad_query, m.grad_key = p.grad_key, m.grad_value = p.grad_value;
+    if (backward_by_tiles(m, f.indices)) return {grad_query, grad_key, grad_value};
+    // Σ P∘dP is taken over the slots here: more exact than dO·out where out is a half type.
     const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
     Memory probability = allocate(slots * 4), grad_score = allocate(slots * 4);
     p.probability = reinterpret_cast<float*>(probability.get());

@@ -170,11 +170,12 @@ bool is_pack(const SelectParams& p) {
 
 }  // namespace
 
-void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then) {
+void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then,
+                 const std::function<bool(const Block&)>& wanted) {
     const SelectParams& p = s.params;
     const auto block_done = [&](const Block& t, char* scratch) { then(t.b, t.group, t.queries, scratch); };
     if (!is_pack(p)) {
-        if (!decodes(p)) return select_all(s, scratch_bytes, block_done);
+        if (!decodes(p)) return select_all(s, scratch_bytes, block_done, wanted);
         return decode(p, scratch_bytes, [&](int64_t b, int64_t group, int64_t i, char* scratch) {
             then(b, group, {i, i + 1}, scratch);
         });
@@ -183,7 +184,7 @@ void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then) {
     if (!pack.many.empty()) {
         s.parts = parts_of(p, pack.many);
         if (!pack.few.empty()) s.panels = panels_of(p, pack.many);
-        select_all(s, scratch_bytes, block_done);
+        select_all(s, scratch_bytes, block_done, wanted);
     }
     decode_runs(p, pack, {}, scratch_bytes, then);
 }

@@ -19,8 +19,10 @@ inline int64_t bytes_of(DType dtype) {
 }
 
 // Fills the indices of a call without blocks. `then` is called in the task that chose the last of these keys,
-// with scratch_bytes of scratch.
-void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then);
+// with scratch_bytes of scratch. Blocks of more than a few queries are done where they are `wanted`, if that
+// is given.
+void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then,
+                 const std::function<bool(const Block&)>& wanted = nullptr);
 
 // The same of packed sequences (a rule with a first key and an offset for each query, none of which passes
 // the last key) whose keys lie in pages [P, Hkv, size, D]: key j in page table[j / size]. Pages that are not

@@ -54,11 +54,11 @@ static void divide(Selection& s, int64_t block) {
     s.parallel = worth_threads(pairs * p.head_dim);
 }
 
-void pack_keys(Selection& s, int64_t block) {
+void pack_keys(Selection& s, int64_t block, bool always) {
     const SelectParams& p = s.params;
     const cpu::SelectKernels& k = cpu::topk_select_kernels();
     divide(s, block);
-    if (!needs_scores(p)) return;
+    if (s.packed || (!always && !needs_scores(p))) return;
     const int64_t head_bytes = k.packed_head_bytes(p), panels = k.panel_count(p), chunk = 64;
     s.packed = allocate(head_bytes * p.batch * p.kv_heads);
     const int64_t chunks = blocks(panels, chunk);
@@ -109,7 +109,8 @@ static Memory rounded_keys(const Selection& s) {
     return packed;
 }
 
-void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(const Block&, char*)>& then) {
+void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(const Block&, char*)>& then,
+                const std::function<bool(const Block&)>& wanted) {
     const SelectParams& p = s.params;
     const cpu::SelectKernels& full = cpu::topk_select_kernels();
     const int64_t step = full.block_queries(p);
@@ -133,6 +134,10 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
         for_each_task(tasks, bytes, s.parallel, [&](int64_t i, char* scratch) {
             if (given_up * 4 > tried + 16) return;  // inputs that bounds do not suit
             const Block t = block(i);
+            if (wanted && !wanted(t)) {
+                done[static_cast<size_t>(i)] = 1;
+                return;
+            }
             cpu::Survivors n{};
             ++tried;
             if (!k.select(p, {t.b, t.group, t.queries, packed.get()}, scratch, &n)) {
@@ -154,6 +159,7 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
     for_each_task(bounds ? static_cast<int64_t>(left.size()) : tasks, bytes, s.parallel,
                   [&](int64_t i, char* scratch) {
                       const Block t = block(bounds ? left[static_cast<size_t>(i)] : i);
+                      if (!bounds && wanted && !wanted(t)) return;
                       full.select.run(p, {t.b, t.group, t.queries, s.packed.get()}, scratch);
                       then(t, scratch);
                   });

@@ -10,6 +10,7 @@
 #include "cpu/bounds.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/topk_bounds.h"
+#include "cpu/memory.h"
 #include "cpu/tasks.h"
 
 SPARSE_ATTN_FIND_KERNELS(topk_select, SelectKernels)
@@ -46,6 +47,7 @@ void prepare_selection(Selection& s, const char* op, const Tensor& query, const 
 inline Tensor new_indices(const Tensor& query, SelectParams& p) {
     Tensor indices =
         torch::stable::new_empty(query, {p.batch, p.rule.groups, p.query_length, p.top_k}, ScalarType::Int);
+    prefer_large_pages(indices.mutable_data_ptr(), indices.numel() * 4);
     p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
     return indices;
 }
@@ -53,8 +55,9 @@ inline Tensor new_indices(const Tensor& query, SelectParams& p) {
 // Whether any query can see more keys than it may keep: if none can, no score is needed.
 bool needs_scores(const SelectParams& p);
 
-// Packs the keys, unless no query can see more keys than it may keep; `block` queries make one task.
-void pack_keys(Selection& s, int64_t block);
+// Packs the keys, unless no query can see more keys than it may keep (or `always`); `block` queries make one
+// task.
+void pack_keys(Selection& s, int64_t block, bool always = false);
 
 // Task i of B·G·per_head: all queries of one head in turn, so that its keys stay in cache, the longest rows
 // first.
@@ -68,7 +71,9 @@ inline Block block_of(int64_t i, int64_t groups, int64_t per_head, int64_t block
 }
 
 // Selects for all queries, by bounds where that is faster: then(block, scratch) for each block of queries, in
-// the task that chose its keys and with as much scratch as was asked for.
-void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(const Block&, char*)>& then);
+// the task that chose its keys and with as much scratch as was asked for. Only for blocks that are `wanted`,
+// where that is given.
+void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(const Block&, char*)>& then,
+                const std::function<bool(const Block&)>& wanted = nullptr);
 
 }  // namespace sparse_attn

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels/gathered_attention.h"
+#include "cpu/masked_attention.h"
 #include "cpu/packed.h"
 
 SPARSE_ATTN_FIND_KERNELS(gathered_attention, AttendKernel)
@@ -28,10 +29,19 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     const cpu::AttendKernel& attend = cpu::gathered_attention_kernels();
     const int64_t sharing = p.heads / p.rule.groups;
+    if (sharing > 1 && !decodes(p) &&
+        tiles_pay(tile_costs(), p.key_length, p.top_k, p.head_dim, a.value_dim)) {
+        select_rows(s, 0, [](int64_t, int64_t, cpu::Range, char*) {});
+        attend_to_indices(a);
+        return {out, lse, indices};
+    }
+    std::vector<uint8_t> done;  // by tiles
+    const bool some = attend_by_tiles(s, a, nullptr, done);
     // One task selects and attends: the block's indices and keys are still in cache.
-    select_rows(s, attend.scratch_bytes(a), [&](int64_t b, int64_t group, cpu::Range queries, char* scratch) {
-        attend.run(a, {b, {group * sharing, (group + 1) * sharing}, queries}, scratch);
-    });
+    select_rest(s, attend.scratch_bytes(a), some ? &done : nullptr,
+                [&](int64_t b, int64_t group, cpu::Range queries, char* scratch) {
+                    attend.run(a, {b, {group * sharing, (group + 1) * sharing}, queries}, scratch);
+                });
     return {out, lse, indices};
 }
 

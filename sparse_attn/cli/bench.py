@@ -74,6 +74,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=count(1), default=min(2, inputs.cores()), help="torch threads (default: 2)"
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure what dense tiles and gathering cost here and keep it for the CPU wing (under a minute)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the JSON and the PNG")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of tables")
 
@@ -89,8 +94,36 @@ def run(arguments: argparse.Namespace) -> int:
     require("rich")
     if arguments.shape is None or arguments.out is not None:
         require("matplotlib")
+    if arguments.calibrate:
+        return _calibrate(arguments)
     torch.set_num_threads(arguments.threads)
     return _standard(arguments) if arguments.shape is None else _own_shape(arguments)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    given = {k for k, v in vars(arguments).items() if v not in (None, False)} & {
+        "shape",
+        "suite",
+        "op",
+        "quick",
+        "out",
+    }
+    if given:
+        raise UsageError(f"--calibrate goes without --{min(given)}")
+    from sparse_attn.bench import calibrate
+    from sparse_attn.wings import extension, tile_costs
+
+    if extension.module is None:
+        raise UsageError(f"--calibrate measures the native kernels: {extension.load_error}")
+    with _bar(calibrate.STEPS) as step:
+        costs = calibrate.measure(step)
+    file = tile_costs.write(costs)
+    if arguments.json:
+        print(json.dumps(costs, indent=2))
+    else:
+        say("Nanoseconds of one thread: " + ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items()))
+        say(f"Kept in {file}; the CPU wing goes by it from the next process on.")
+    return 0
 
 
 # ---- a shape of one's own -------------------------------------------------------------------------------

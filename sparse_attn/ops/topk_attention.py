@@ -61,6 +61,7 @@ def attend_best(
     packed = rule.packed(query, key, top_k)
     index = key_index if key_indices.serves(key_index, query, key, packed) else None
     sizes = sizes_of(query, value)
+    sizes["keys"], sizes["top_k"] = key.shape[2], top_k
     if index is not None:
         sizes["key_index"] = 1
     wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)

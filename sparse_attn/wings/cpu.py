@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from sparse_attn.rule import EVERY_PART
-from sparse_attn.wings import extension
+from sparse_attn.wings import extension, tile_costs
 from sparse_attn.wings.base import Wing, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,18 +25,27 @@ def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def _way(op: str, sizes: dict[str, int]) -> str | None:
-    """As csrc/cpu/topk_decode.h and ops/key_index.py have it."""
+    """As csrc/cpu/topk_decode.h, masked_attention.h and ops/key_index.py have it."""
     if op not in ("topk_select", "topk_attention"):
         return None
     if "key_index" in sizes:
         return "few queries; what the key index cannot rule out is scored"
     if sizes["queries"] <= 16 and "rounded_scores" not in sizes and "blocks" not in sizes:
         return "few queries; each key is read once and none is packed"
-    return "keys are packed, then scored in tiles"
+    packed = "keys are packed, then scored in tiles"
+    if op == "topk_attention" and sizes["queries"] > 16 and "keys" in sizes:
+        # Of a query that sees all keys; those that see few of them gather.
+        tiles = extension.module.tiles_pay(
+            sizes["keys"], sizes["top_k"], sizes["head_dim"], sizes["value_dim"]
+        )
+        return f"{packed}, {'attended to by masked tiles' if tiles else 'and the chosen ones gathered'}"
+    return packed
 
 
 CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART, way=_way)
 register(CPU_WING)
+if extension.module is not None:
+    tile_costs.load(extension.module)
 
 
 @contextmanager
@@ -59,3 +68,18 @@ def selection_by_bounds(use: bool | None) -> Iterator[dict[str, int]]:
     finally:
         extension.module.use_bounds(None)
         counts.update({name: n - before[name] for name, n in extension.module.bounds_counts().items()})
+
+
+@contextmanager
+def attention_by_tiles(use: bool | None) -> Iterator[None]:
+    """Attention by dense tiles of scores, masked to the chosen keys, in this process; the selection is the same.
+
+    True: wherever it can be done; False: never, all rows gather; None: where it is faster, as without this.
+    """
+    if extension.module is None:
+        raise RuntimeError(extension.load_error)
+    extension.module.use_tiles(use)
+    try:
+        yield
+    finally:
+        extension.module.use_tiles(None)

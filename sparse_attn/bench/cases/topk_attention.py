@@ -29,6 +29,7 @@ from sparse_attn.wings.cpu import selection_by_bounds
 BASE = AttentionCase("topk_attention", 4096)
 HALF = {"dtype": "bfloat16"}
 LONG = AttentionCase("topk_attention", 32768)
+LARGE_K = (256, 512, 1024, 2048, 3000, 4096)
 DECODING = 16  # queries; more of them go another way
 
 
@@ -174,10 +175,9 @@ def _know_before_use() -> list[Comparison]:
         *((replace(BASE, length=n), "short") for n in (64, 128, 256, 512, 1024)),
         *((replace(BASE, length=n, direction="both"), "short, training") for n in (256, 1024)),
         (replace(BASE, length=2048, dtype="bfloat16"), ""),
-        (replace(BASE, top_k=256), "large K"),
-        (replace(BASE, top_k=512), "large K"),
-        (replace(BASE, top_k=1024), "large K"),
-        (replace(BASE, top_k=512, direction="both"), "large K, training"),
+        *((replace(BASE, top_k=k), "large K") for k in LARGE_K),
+        *((replace(BASE, top_k=k, direction="both"), "large K, training") for k in LARGE_K),
+        (replace(BASE, top_k=1024, **HALF), "large K"),
         (replace(BASE, length=1024, top_k=1024), "top_k ≥ T, the same result as dense"),
         (replace(BASE, head_dim=128), "wide heads"),
         (replace(BASE, window=32, sinks=4), "a third of the budget is fixed"),

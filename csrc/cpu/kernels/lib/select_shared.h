@@ -7,10 +7,6 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-SPARSE_ATTN_INLINE float sign_of(float scale) {
-    return scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f;
-}
-
 SPARSE_ATTN_INLINE int64_t shared_heads(const SelectParams& p) {
     return p.heads / p.rule.groups;
 }

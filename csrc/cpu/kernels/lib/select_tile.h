@@ -171,6 +171,11 @@ SPARSE_ATTN_INLINE int64_t column_words(const SelectParams& p) {
     return words<Tile>(p) + Tile::kExtra;
 }
 
+// Queries are packed with it, so that the best keys have the largest scores.
+SPARSE_ATTN_INLINE float sign_of(float scale) {
+    return scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f;
+}
+
 // Panels of one key head.
 SPARSE_ATTN_INLINE int64_t panel_count(const SelectParams& p) {
     return (p.key_length + NR - 1) / NR;
