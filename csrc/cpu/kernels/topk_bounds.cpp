@@ -71,14 +71,14 @@ void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range p
         const T* keys = head_keys<T>(p, b, kv_head);
         for (int64_t n = panels.begin; n < panels.end; ++n) {
             uint32_t* panel = first_panel + n * rounded_panel_words(p.head_dim);
-            Vec largest = zero(), as_is[NV];
+            Vec as_is[NV], shifted = zero();
             for (int v = 0; v < NV; ++v) {
                 const int64_t first = n * NR + v * W;
                 as_is[v] =
                     load_columns(columns[v], keys + minimum(first, p.key_length) * s.t,
                                  clamp<int64_t>(length - first, 0, W), s.t, s.d, p.head_dim, 1.0f, shift);
                 rotate(columns[v], p.head_dim);
-                largest = max(largest_of(columns[v], p.head_dim), largest);
+                shifted = max(norms_of(columns[v], p.head_dim), shifted);
             }
             float norms[W];
             bool usable = true;
@@ -86,12 +86,11 @@ void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range p
                 store(norms, as_is[v]);
                 for (int j = 0; j < W; ++j) usable &= norms[j] <= kLargest;  // not a NaN
             }
-            PanelFacts facts{1.0f, 1.0f, 0.0f, 0.0f};
-            if (usable) {
-                facts.scale = maximum(max_lane(largest), kSmallest) / largest_whole(p.head_dim);
-                facts.inverse = 1.0f / facts.scale;
-            }
-            const Vec scale = broadcast(facts.scale), inverse = broadcast(facts.inverse);
+            PanelFacts facts{};
+            // The least power of two that keeps the norms of whole numbers within bounds.
+            if (usable) __builtin_frexpf(maximum(max_lane(shifted), kSmallest) / kWholeNorm, &facts.exponent);
+            const Vec scale = broadcast(power_of_two(facts.exponent)),
+                      inverse = broadcast(power_of_two(-facts.exponent));
             Vec norm = zero(), error = zero();
             for (int v = 0; v < NV; ++v) {
                 const RoundedNorms x =
