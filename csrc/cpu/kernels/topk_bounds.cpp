@@ -47,13 +47,14 @@ void find_shift(const SelectParams& p, int64_t b, int64_t kv_head, void* packed_
             float largest = 0.0f;
             bool usable = true;
             for (int64_t d = 0; d < p.head_dim; ++d) {
-                const float x = __builtin_fabsf(to_float(row[d * s.d]));
+                const float x = __builtin_fabsf(to_float(row[d]));
                 usable &= x <= kLargest / 1024;  // not a NaN
                 largest = maximum(largest, x);
             }
             if (!usable) continue;
             ++count;
-            for (int64_t d = 0; d < p.head_dim; ++d) shift[d] += to_float(row[d * s.d]);
+            for (int64_t d = 0; d < p.head_dim; ++d)
+                shift[d] += to_float(row[d]);  // as bounds_take has it, they lie side by side
         }
         for (int64_t d = 0; d < p.head_dim && count > 0; ++d) shift[d] /= static_cast<float>(count);
     });

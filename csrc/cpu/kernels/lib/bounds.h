@@ -23,6 +23,7 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
     return round_up(2 * keep + maximum<int64_t>(keep, 128), 64);
 }
+constexpr int64_t kBehind = 192;  // room that compression writes to
 // Groups of keys whose maxima bound the K-th best.
 SPARSE_ATTN_INLINE int64_t maxima_groups(int64_t keep) {
     return round_up(4 * keep, 8 * Shorts::N);
@@ -55,7 +56,7 @@ struct BoundedRow {
 };
 
 SPARSE_ATTN_INLINE int64_t bounds_scratch_bytes(const SelectParams& p, int64_t column) {
-    const int64_t buffer = bounded_capacity(p.top_k) + 128;
+    const int64_t buffer = bounded_capacity(p.top_k) + kBehind;
     const int64_t row = buffer * 6 + maxima_groups(p.top_k) * 2 + score_stride(p) * 2 + 256;
     return kBlockRows * row + buffer * 16 + pair_words(p.head_dim) * (kBlockRows + W) * 4 +
            p.head_dim * W * 4 + column * 4 + 2048;
@@ -83,7 +84,7 @@ struct BoundedRows {
           key(key_),
           scratch(s),
           word_count(pair_words(p.head_dim)),
-          buffer(bounded_capacity(p.top_k) + 128),
+          buffer(bounded_capacity(p.top_k) + kBehind),
           groups(maxima_groups(p.top_k)),
           stride(score_stride(p)),
           full(static_cast<int32_t>(bounded_capacity(p.top_k))),
@@ -139,94 +140,88 @@ struct BoundedRows {
         }
     }
 
-    // Drops candidates that cannot be chosen.
-    void prune(BoundedRow& row, int32_t width, int32_t most) {
-        const int64_t padded = close_tail(row.scores, row.count);
-        row.reached = reached_by(row.scores, padded, row.keep, most, row.reached, row.reached + 1).low;
-        const int32_t least = row.reached - width;
+    // Keeps the candidates that are above the bound.
+    void keep_above(BoundedRow& row, int32_t bound) {
+        close_tail(row.scores, row.count);
         int32_t n = 0;
-        for (int32_t i = 0; i < row.count; ++i) {
-            const int16_t score = row.scores[i];
-            row.places[n] = row.places[i];
-            row.scores[n] = score;
-            n += score > least;
+        for (int32_t i = 0; i < row.count; i += 64) {
+            uint64_t bits = bits_above(row.scores + i, all_shorts(to_short(bound)));
+            for (; bits; bits &= bits - 1, ++n) {
+                const int32_t from = i + __builtin_ctzll(bits);
+                row.places[n] = row.places[from];
+                row.scores[n] = row.scores[from];
+            }
         }
         row.count = n;
     }
 
     // Takes the keys [first, first + n) with these scores, n a multiple of 64; false where too many are left.
+    // `only`: the row has no others.
     bool take(BoundedRow& row, const int16_t* scores, int64_t n, int32_t first, int32_t width, int32_t guess,
               bool only) {
         const int32_t most = row.keep + row.keep / 8;
-        bool whole = false;  // the row itself has been searched
-        if (only && n <= groups) {
-            whole = true;
-            row.reached = reached_by(scores, n, row.keep, most, row.reached, guess).low;
-        } else {
-            fold_maxima(row.maxima, groups, scores, n);
-            row.reached = reached_by(row.maxima, groups, row.keep, most, row.reached, guess).low;
-        }
+        const bool small = only && n <= groups;
+        if (!small) fold_maxima(row.maxima, groups, scores, n);
+        row.reached =
+            reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, 1, row.reached, guess)
+                .low;
         const int32_t before = row.count;
-        for (;;) {
+        for (bool searched = small;; searched = true) {
             row.count =
                 places_above(row.places, before, full, scores, n, to_short(row.reached - width), first);
             if (row.count <= full) break;
-            // Groups that hold many good keys each, or near-ties.
-            if (whole) return false;
-            whole = true;
-            row.reached = reached_by(scores, n, row.keep, most, row.reached, row.reached + 1).low;
+            if (searched) return false;  // near-ties
+            // Groups with many good keys each.
+            row.reached = reached_by(scores, n, row.keep, most, 1, row.reached, row.reached + 64).low;
         }
         for (int32_t i = before; i < row.count; ++i) row.scores[i] = scores[row.places[i] - first];
-        if (before > 0 && row.count > row.keep + row.keep / 2) {
-            prune(row, width, most);
-            if (row.count > full - full / 4) return false;
-        }
-        return true;
+        if (only || row.count <= row.keep + row.keep / 2) return true;
+        const int64_t padded = close_tail(row.scores, row.count);
+        row.reached = reached_by(row.scores, padded, row.keep, most, 1, row.reached, row.reached + 64).low;
+        keep_above(row, row.reached - width);
+        return row.count <= full - full / 4;
     }
 
     // The exact best of a row's candidates, in order; returns them.
     const int32_t* finish(BoundedRow& row, int32_t width, int64_t at) {
         ++survivors.rows;
         survivors.budget += row.keep;
-        int32_t sure = kClosed;  // what reaches it is chosen
-        if (row.count > row.keep) {
-            const int64_t padded = close_tail(row.scores, row.count);
-            const Reached cut =
-                reached_by(row.scores, padded, row.keep, row.keep, row.reached, row.reached + 1);
-            row.reached = cut.low;
-            const bool few = cut.count <= row.keep;  // reach it
-            sure = cut.low + (few ? 0 : 1) + width - 1;
-            const int32_t least = cut.low - width;
-            int32_t n = 0;
-            for (int32_t i = 0; i < row.count; ++i) {
-                const int16_t score = row.scores[i];
-                row.places[n] = row.places[i];
-                row.scores[n] = score;
-                n += score > least;
-            }
-            row.count = n;
+        if (row.count <= row.keep) {
+            survivors.kept += row.count;
+            return row.places;
         }
-        survivors.kept += row.count;
-        if (row.count <= row.keep) return row.places;
-        int32_t open = 0;
-        for (int32_t i = 0; i < row.count; ++i) {
-            unsure[open] = row.places[i];
-            open += row.scores[i] < sure;
+        const int64_t padded = close_tail(row.scores, row.count);
+        const Reached cut =
+            reached_by(row.scores, padded, row.keep, row.keep, 8, row.reached, row.reached + 64);
+        // What no more than `keep` reach, and so what is chosen and what is out.
+        const int32_t few = cut.count <= row.keep ? cut.low : cut.high + 1;
+        const Shorts sure = all_shorts(to_short(few + width - 2)),
+                     out = all_shorts(to_short(cut.low - width));
+        int32_t kept = 0, open = 0;
+        for (int32_t i = 0; i < row.count; i += 64) {
+            const uint64_t left = bits_above(row.scores + i, out);
+            kept += __builtin_popcountll(left);
+            open += append_places(unsure + open, left & ~bits_above(row.scores + i, sure), i);
         }
-        survivors.scored += open;
-        const Strides& s = p.query_strides;
-        Tile::template pack_column<true>(exact_query, 1, query + at * s.t, s.d, p.head_dim, words<Tile>(p),
-                                         sign_of(p.rule.scale));
-        exact_scores<T, Tile>(p, exact_query, key, unsure, open, exact);
-        Candidates c{exact, unsure, open, row.keep - (row.count - open)};
-        keep_best<false>(c, keys);
-        unsure[c.count] = -1;
+        survivors.kept += kept;
+        const bool all = kept <= row.keep;  // what is left is chosen
+        if (!all) {
+            survivors.scored += open;
+            for (int32_t i = 0; i < open; ++i) keys[i] = row.places[unsure[i]];
+            const Strides& s = p.query_strides;
+            Tile::template pack_column<true>(exact_query, 1, query + at * s.t, s.d, p.head_dim,
+                                             words<Tile>(p), sign_of(p.rule.scale));
+            exact_scores<T, Tile>(p, exact_query, key, keys, open, exact);
+            Candidates c{exact, unsure, open, row.keep - (kept - open)};
+            keep_best<false>(c, keys);
+            open = c.count;
+        }
         int32_t n = 0, used = 0;
-        for (int32_t i = 0; i < row.count; ++i) {
-            const bool best = row.places[i] == unsure[used];
-            chosen[n] = row.places[i];
-            n += best || row.scores[i] >= sure;
-            used += best;
+        for (int32_t i = 0; i < row.count; i += 64) {
+            uint64_t best = bits_above(row.scores + i, all ? out : sure);
+            for (; !all && used < open && unsure[used] < i + 64; ++used)
+                best |= uint64_t{1} << (unsure[used] - i);
+            n += append_marked(chosen + n, best, row.places + i, minimum<int32_t>(64, row.count - i));
         }
         row.count = n;
         return chosen;

@@ -60,16 +60,13 @@ inline Vec load_columns(float* x, const T* from, int64_t n, int64_t row_stride, 
     for (int64_t j = 0; j < n; ++j)
         for (int64_t d = done; d < head_dim; ++d)
             x[d * W + j] = to_float(from[j * row_stride + d * stride]) * sign;
+    const uint32_t there = low_bits(n);
     Vec squares = zero();
     for (int64_t d = 0; d < head_dim; ++d) {
-        for (int64_t j = n; j < W; ++j) x[d * W + j] = 0.0f;
-        const Vec a = load(x + d * W);
+        const Vec a = where(there, load(x + d * W), zero());
         squares = fma(a, a, squares);
-        if (shift) store(x + d * W, a - broadcast(shift[d]));
+        store(x + d * W, shift ? where(there, a - broadcast(shift[d]), zero()) : a);
     }
-    if (shift)
-        for (int64_t d = 0; d < head_dim; ++d)
-            for (int64_t j = n; j < W; ++j) x[d * W + j] = 0.0f;
     return root(squares) * broadcast(kNormSlack);
 }
 

@@ -120,9 +120,9 @@ SPARSE_ATTN_INLINE int16_t to_short(int32_t x) {
     return static_cast<int16_t>(clamp<int32_t>(x, kClosed, 32767));
 }
 
-// One past the numbers x[n …]: whole vectors of what loses to all.
+// Behind n numbers what loses to all, up to a multiple of 64; returns that.
 SPARSE_ATTN_INLINE int64_t close_tail(int16_t* x, int64_t n) {
-    const int64_t padded = round_up(n, Shorts::N);
+    const int64_t padded = round_up(n, 64);
     for (int64_t i = n; i < padded; ++i) x[i] = kClosed;
     return padded;
 }
@@ -137,38 +137,37 @@ SPARSE_ATTN_INLINE int32_t largest_short(const int16_t* x, int64_t n) {
     return largest;
 }
 
-// A number that at least `keep` of x[0, n) reach, and at most `most` unless they tie, the largest there is if
-// these are the same; `known` if it is reached by so many and no larger one is. n in whole vectors; `guess`
-// is where the search begins.
+// Where the K-th best of some numbers lies: at least `keep` of them reach `low` (or it is kClosed), and fewer
+// than `keep` reach what is above `high`.
 struct Reached {
-    int32_t low, count;  // count: of those that reach `low`, INT32_MAX where nobody counted
+    int32_t low, high;
+    int32_t count;  // that reach `low`; INT32_MAX where nobody counted
 };
-inline Reached reached_by(const int16_t* x, int64_t n, int32_t keep, int32_t most, int32_t known,
-                          int32_t guess) {
-    int32_t low = known, high = largest_short(x, n), count = INT32_MAX;
-    if (high <= low) return {low, count};
+
+// Narrows it for x[0, n), n in whole vectors, until at most `most` reach `low`, or the two are less than
+// `near` apart. `known` is reached by `keep`, or kClosed; the search begins at `guess`.
+inline Reached reached_by(const int16_t* x, int64_t n, int32_t keep, int32_t most, int32_t near,
+                          int32_t known, int32_t guess) {
+    Reached r{known, maximum(known, largest_short(x, n)), INT32_MAX};
     // Steps that double on the way from the guess, then halves.
-    int32_t at = clamp(guess, low + 1, high), step = 64;
+    int32_t at = guess, step = 64;
     bool below = false, above = false;
-    for (;;) {
+    while (r.high - r.low >= near) {
+        at = clamp(at, r.low + 1, r.high);
         const int32_t reach = count_above(x, n, static_cast<int16_t>(at - 1));
         if (reach >= keep) {
-            low = at;
-            count = reach;
+            r.low = at;
+            r.count = reach;
             if (reach <= most) break;
             below = true;
         } else {
-            high = at - 1;
+            r.high = at - 1;
             above = true;
         }
-        if (low >= high) break;
-        if (below && above)
-            at = low + (high - low + 1) / 2;
-        else
-            at = below ? minimum(low + step, high) : maximum(high - step + 1, low + 1);
+        at = below && above ? r.low + (r.high - r.low + 1) / 2 : below ? r.low + step : r.high + 1 - step;
         step *= 2;
     }
-    return {low, count};
+    return r;
 }
 
 // groups[i % G] = max(groups[i % G], x[i]), i < n, in whole vectors; G a multiple of eight vectors.
@@ -191,26 +190,35 @@ inline void fold_maxima(int16_t* groups, int64_t group_count, const int16_t* x, 
     }
 }
 
-// Writes base + the places of the marked bits, some numbers too many behind them; returns how many are meant.
+// Writes base + the places of the marked bits, up to 64 numbers too many behind them; returns how many are
+// meant.
 SPARSE_ATTN_INLINE int32_t append_places(int32_t* to, uint64_t bits, int32_t base) {
     const int32_t count = __builtin_popcountll(bits);
 #if defined(__AVX2__)
-    // Without a branch for each: as many as are usual, whether they are there or not.
+    if (count <= 4) {
+        // Without a branch for each: as many as are usual, whether they are there or not.
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i, bits &= bits - 1) to[i] = base + static_cast<int32_t>(_tzcnt_u64(bits));
-    if (count > 4) {
-#pragma GCC unroll 4
-        for (int i = 4; i < 8; ++i, bits &= bits - 1) to[i] = base + static_cast<int32_t>(_tzcnt_u64(bits));
-        for (int i = 8; bits; ++i, bits &= bits - 1) to[i] = base + __builtin_ctzll(bits);
+        for (int i = 0; i < 4; ++i, bits &= bits - 1) to[i] = base + static_cast<int32_t>(_tzcnt_u64(bits));
+        return count;
     }
+    for (int i = 0; i < 64; i += Vec::W, bits >>= Vec::W)
+        to += append_lanes(to, static_cast<uint32_t>(bits) & low_bits(Vec::W), base + i);
 #else
     for (int i = 0; bits; ++i, bits &= bits - 1) to[i] = base + __builtin_ctzll(bits);
 #endif
     return count;
 }
 
+// to[…] = the marked ones of from[0, 64), of which whole vectors up to n are read.
+SPARSE_ATTN_INLINE int32_t append_marked(int32_t* to, uint64_t bits, const int32_t* from, int64_t n) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; i += Vec::W, bits >>= Vec::W)
+        count += compress_to(to + count, static_cast<uint32_t>(bits) & low_bits(Vec::W), from + i);
+    return count;
+}
+
 // places[count …] = base + i where x[i] is above the bound, i < n, n a multiple of 64; stops where there are
-// more than `full`. Up to 64 numbers are written behind the last. Returns the new count.
+// more than `full`. Up to 128 numbers are written behind the last. Returns the new count.
 inline int32_t places_above(int32_t* places, int32_t count, int32_t full, const int16_t* x, int64_t n,
                             int16_t bound, int32_t base) {
     const Shorts least = all_shorts(bound);
