@@ -115,18 +115,18 @@ bool bounds_take(const SelectParams& p) {
 }
 
 // The products cost half of float32's, and no less than bfloat16's where the CPU multiplies pairs of those;
-// in return each row is rounded, and what passes is compared twice.
+// in return each row is rounded, keys at some hundred times the price of a product.
 bool bounds_pay(const SelectParams& p) {
 #if defined(__AVX512BF16__)
     if (p.dtype == DType::kBFloat16) return false;
 #endif
 #if defined(__AVX512F__)
-    constexpr int64_t kLong = 2048, kOfBudget = 32;
+    constexpr int64_t kLong = 1024, kOfBudget = 8;
 #elif defined(__AVX2__)
-    constexpr int64_t kLong = 4096, kOfBudget = 64;
+    constexpr int64_t kLong = 384, kOfBudget = 4;
 #endif
 #if defined(__AVX2__)
-    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= kLong / 4 && p.key_length >= kLong &&
+    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 256 && p.key_length >= kLong &&
            p.key_length >= kOfBudget * p.top_k;
 #else
     (void)p;

@@ -38,7 +38,8 @@ SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
 }
 SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
-    const __m512i pairs = _mm512_packs_epi32(_mm512_sra_epi32(a, count), _mm512_sra_epi32(b, count));
+    const __m512i pairs = _mm512_packs_epi32(_mm512_maskz_sra_epi32(0xffff, a, count),
+                                             _mm512_maskz_sra_epi32(0xffff, b, count));
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi64(0xff, order, pairs));
 }
@@ -63,19 +64,19 @@ SPARSE_ATTN_INLINE Sums no_sums() {
 SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
-    return _mm256_set1_epi32(static_cast<int>(*p));
-}
 SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
     const __m256i pairs = _mm256_packs_epi32(_mm256_sra_epi32(a, count), _mm256_sra_epi32(b, count));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(pairs, 0xd8));
 }
-SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
-    // Not the intrinsics: GCC 12 multiplies everything first, and then runs out of registers.
-    __m256i pairs;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(pairs) : "x"(queries), "x"(keys));
-    return c;
+SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums& to_a, Sums& to_b) {
+    // Not the intrinsics: GCC 12 multiplies everything first, and then runs out of registers. Additions take
+    // turns with products on the same ports, and leave more of them to products when two go together.
+    __m256i pairs, word;
+    asm("vpbroadcastd %6, %3\n\tvpmaddwd %4, %3, %2\n\tvpmaddwd %5, %3, %3\n\t"
+        "vpaddd %2, %0, %0\n\tvpaddd %3, %1, %1"
+        : "+x"(to_a), "+x"(to_b), "=&x"(pairs), "=&x"(word)
+        : "x"(a), "x"(b), "m"(*query));
 }
 #else
 struct Sums {
@@ -109,6 +110,14 @@ SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
 }
 #endif
 
+#if defined(__AVX512F__) || !defined(__AVX2__)
+SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums& to_a, Sums& to_b) {
+    const Sums word = broadcast_word(query);
+    to_a = add_products(word, a, to_a);
+    to_b = add_products(word, b, to_b);
+}
+#endif
+
 // to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down.
 __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, const uint32_t* queries,
                                                    const uint32_t* panel, int64_t word_count, int shift) {
@@ -119,12 +128,9 @@ __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, 
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[r][v] = no_sums();
     for (int64_t w = 0; w < word_count; ++w) {
+        const Sums a = load_sums(panel + w * NR), b = load_sums(panel + w * NR + W);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v)
-                acc[r][v] = add_products(broadcast_word(queries + w * MR + r),
-                                         load_sums(panel + w * NR + v * W), acc[r][v]);
+        for (int r = 0; r < MR; ++r) add_products(queries + w * MR + r, a, b, acc[r][0], acc[r][1]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);

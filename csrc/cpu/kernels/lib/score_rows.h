@@ -165,7 +165,7 @@ inline Reached reached_by(const int16_t* x, int64_t n, int32_t keep, int32_t mos
             above = true;
         }
         at = below && above ? r.low + (r.high - r.low + 1) / 2 : below ? r.low + step : r.high + 1 - step;
-        step *= 2;
+        step = minimum(2 * step, 65536);
     }
     return r;
 }
