@@ -27,25 +27,21 @@ def rotate(rows: Tensor) -> Tensor:
     return torch.cat(blocks, -1)
 
 
-def rounded(rows: Tensor, most: int) -> Tensor:
-    """Each row as whole numbers of [−most, most] times its largest component / most."""
-    scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / most
-    return (rows / scale).round() * scale
-
-
-def bounds_of(query: Tensor, key: Tensor, bits: int) -> Bounds:
-    """query [..., Tq, D], key [..., Tk, D], both rounded to `bits` bits (sign included)."""
-    most = 2 ** (bits - 1) - 1
+def bounds_of(query: Tensor, key: Tensor, norm: float) -> Bounds:
+    """query [..., Tq, D], key [..., Tk, D], rounded to whole numbers of at most this norm, and their products to units."""
     query, key = query.double(), key.double()
     q, k = rotate(query), rotate(key - key.mean(-2, keepdim=True))
-    q_rounded, k_rounded = rounded(q, most), rounded(k, most)
-    score = q_rounded @ k_rounded.mT
+    q_scale = q.norm(dim=-1, keepdim=True) / norm  # of each query
+    k_scale = 2 ** (k.norm(dim=-1).amax(-1)[..., None, None] / norm).log2().ceil()  # of all keys
+    q_rounded, k_rounded = (q / q_scale).round() * q_scale, (k / k_scale).round() * k_scale
+    unit = q_scale * k_scale * 2.0 ** math.ceil(math.log2(norm**2 / 2**15))
+    score = (q_rounded @ k_rounded.mT / unit).floor() * unit
     error = lambda a, b: (a - b).norm(dim=-1)  # noqa: E731
     # Of the float32 sum of the exact score: as in slack_of().
     slack = (query.shape[-1] + 64) * 2.0**-23 * query.norm(dim=-1)[..., None] * key.norm(dim=-1)[..., None, :]
     margin = error(q, q_rounded)[..., None] * k.norm(dim=-1)[..., None, :]
     margin = margin + q_rounded.norm(dim=-1)[..., None] * error(k, k_rounded)[..., None, :] + slack
-    return Bounds(score - margin, score + margin)
+    return Bounds(score - margin, score + unit + margin)
 
 
 def survivors(bounds: Bounds, top_k: int) -> Tensor:

@@ -129,6 +129,60 @@ def test_special_values(change, dtype):
     same_bits(query, key, key, 12, is_causal=True, window=3, sinks=2)
 
 
+def _sorted_by_score(query, key, descending):
+    """The same keys for all queries, which agree on their order."""
+    query.copy_(query[:, :, :1] * (1 + torch.rand(query.shape[2], 1)))
+    order = (key * query[:, :, :1]).sum(-1, keepdim=True).argsort(-2, descending=descending)
+    return key.gather(-2, order.expand_as(key))
+
+
+# Scores are kept for 4,096 keys at a time: what comes before and behind is another part.
+@compiled
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "alike 128 keys apart", "in one place"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"causal_offset": 4090},
+        {"causal_offset": 8200, "window": 5, "sinks": 3},
+        {"causal_offset": 12500},
+        {"causal_offset": 12500, "key_starts": torch.arange(40).mul(207)[None]},
+        {"causal_offset": 9000, "mask": True},
+    ],
+)
+def test_rows_of_several_parts(rule, order):
+    query, key = normal(1, 2, 40, 32), normal(1, 2, 12600, 32, seed=1)
+    if order in ("ascending", "descending"):
+        key = _sorted_by_score(query, key, order == "descending")
+    if order == "alike 128 keys apart":  # the best keys of a query fall into few groups
+        key = key[:, :, :128].repeat(1, 1, 99, 1)[:, :, : key.shape[2]] + 0.05 * key
+    if order == "in one place":
+        key[:, :, 5000:5100] += query.mean(-2, keepdim=True) + query[:, :, :1]
+    rule = dict(rule)
+    if rule.pop("mask", False):
+        rule["attn_mask"] = torch.rand(40, 12600, generator=torch.Generator().manual_seed(2)) < 0.3
+    counts = same_bits(query, key, key, 20, is_causal=True, **rule)
+    assert counts["given_up"] == 0
+
+
+@compiled
+def test_budgets_of_any_size():
+    query, key = correlated(1, 2, 50, 40), correlated(1, 2, 700, 40, seed=1)
+    for top_k in (1, 2, 17, 64, 100, 300, 650, 699):
+        same_bits(query, key, key, top_k, is_causal=True, causal_offset=650)
+    query, key = normal(1, 1, 30, 16), normal(1, 1, 9000, 16, seed=1)
+    for top_k in (1100, 3000):
+        same_bits(query, key, key, top_k, is_causal=True, causal_offset=8970)
+
+
+@compiled
+def test_keys_of_very_different_lengths():
+    query, key = normal(1, 2, 60, 64), normal(1, 2, 1000, 64, seed=1)
+    for powers in (3.0, 12.0):  # of two, either way
+        lengths = torch.exp2(powers * torch.randn(1, 2, 1000, 1, generator=torch.Generator().manual_seed(3)))
+        same_bits(query, key * lengths, key, 15)
+        same_bits(query, key * lengths.sort(2).values, key, 15, is_causal=True, causal_offset=940)
+
+
 @compiled
 def test_any_number_of_threads():
     query, key = correlated(1, 3, 400, 64), correlated(1, 3, 400, 64, seed=1)
@@ -147,7 +201,8 @@ def test_bounds_leave_few_keys_and_give_up_where_they_prune_nothing():
     counts = same_bits(query, key, key, 16)
     assert counts["given_up"] == 0
     assert counts["budget"] == 16 * counts["rows"]
-    assert counts["kept"] < 1.5 * counts["budget"]
+    assert counts["kept"] < 1.1 * counts["budget"]
+    assert counts["scored"] < 0.2 * counts["budget"]
     _near_ties(query, key)
     counts = same_bits(query, key, key, 16)
     assert counts["given_up"] > 0
@@ -155,7 +210,7 @@ def test_bounds_leave_few_keys_and_give_up_where_they_prune_nothing():
 
 @compiled
 def test_long_rows_choose_bounds_by_themselves():
-    query, key = normal(1, 1, 4096, 64), normal(1, 1, 4096, 64, seed=1)
+    query, key = normal(1, 1, 1024, 64), normal(1, 1, 1024, 64, seed=1)
     before = native.bounds_counts()
     sparse_attn.topk_select(query, key, 32, is_causal=True, backend="cpu")
     ran = native.bounds_counts()["blocks"] > before["blocks"]
@@ -165,17 +220,17 @@ def test_long_rows_choose_bounds_by_themselves():
     assert native.bounds_counts() == before
 
 
-@pytest.mark.parametrize("bits", [4, 8, 13])
+@pytest.mark.parametrize("norm", [181, 2900, 32700])
 @pytest.mark.parametrize("make", [normal, correlated])
-def test_no_key_of_the_true_selection_is_ever_pruned(make, bits):
+def test_no_key_of_the_true_selection_is_ever_pruned(make, norm):
     for seed in range(5):
         query, key = make(1, 2, 64, 40, seed=seed), make(1, 2, 300, 40, seed=seed + 50)
-        bounds = bounds_of(query, key, bits)
+        bounds = bounds_of(query, key, norm)
         left = survivors(bounds, 10)
         exact = query @ key.mT  # float32 sums, in some order
         assert left.gather(-1, exact.topk(10, -1).indices).all()
         shifted = exact.double() - (query.double() @ key.double().mean(-2, keepdim=True).mT)
         assert (shifted >= bounds.lower).all()
         assert (shifted <= bounds.upper).all()
-        if bits == 13:
-            assert left.sum() <= 1.1 * 10 * left[..., 0].numel()
+        if norm == 32700:
+            assert left.sum() <= 1.05 * 10 * left[..., 0].numel()

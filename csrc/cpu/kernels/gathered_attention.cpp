@@ -48,8 +48,10 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
     int32_t* slot_of = scratch.take<int32_t>(p.slots + 16);
     const int64_t per_kv_head = p.heads / p.kv_heads, per_group = p.heads / p.groups;
 
-    // The rows of a few queries are in no cache, and lie too far apart to be foreseen.
-    const bool few = p.query_length <= 16 || queries.end - queries.begin == 1;
+    // The rows of a few queries are in no cache, and those of long heads in the last: they lie too far apart
+    // to be foreseen.
+    const int64_t head_bytes = p.key_length * (p.head_dim + p.value_dim) * static_cast<int64_t>(sizeof(T));
+    const bool far = p.query_length <= 16 || queries.end - queries.begin == 1 || head_bytes > 1 << 19;
 
     // Heads inside queries: heads that share keys find them in cache.
     for (int64_t i = queries.begin; i < queries.end; ++i) {
@@ -64,7 +66,7 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
             if (h == heads.begin || h % per_group == 0)
                 filled = filled_slots(p.indices + b * si.b + h / per_group * si.h + i * si.t, p.slots, 0,
                                       p.key_length, keys, slot_of);
-            if (few) {
+            if (far) {
                 ask_for_rows(key_rows, keys, filled);
                 ask_for_rows(value_rows, keys, filled);
             }

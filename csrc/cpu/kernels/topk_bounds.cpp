@@ -47,13 +47,14 @@ void find_shift(const SelectParams& p, int64_t b, int64_t kv_head, void* packed_
             float largest = 0.0f;
             bool usable = true;
             for (int64_t d = 0; d < p.head_dim; ++d) {
-                const float x = __builtin_fabsf(to_float(row[d * s.d]));
+                const float x = __builtin_fabsf(to_float(row[d]));
                 usable &= x <= kLargest / 1024;  // not a NaN
                 largest = maximum(largest, x);
             }
             if (!usable) continue;
             ++count;
-            for (int64_t d = 0; d < p.head_dim; ++d) shift[d] += to_float(row[d * s.d]);
+            for (int64_t d = 0; d < p.head_dim; ++d)
+                shift[d] += to_float(row[d]);  // as bounds_take has it, they lie side by side
         }
         for (int64_t d = 0; d < p.head_dim && count > 0; ++d) shift[d] /= static_cast<float>(count);
     });
@@ -71,14 +72,14 @@ void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range p
         const T* keys = head_keys<T>(p, b, kv_head);
         for (int64_t n = panels.begin; n < panels.end; ++n) {
             uint32_t* panel = first_panel + n * rounded_panel_words(p.head_dim);
-            Vec largest = zero(), as_is[NV];
+            Vec as_is[NV], shifted = zero();
             for (int v = 0; v < NV; ++v) {
                 const int64_t first = n * NR + v * W;
                 as_is[v] =
                     load_columns(columns[v], keys + minimum(first, p.key_length) * s.t,
                                  clamp<int64_t>(length - first, 0, W), s.t, s.d, p.head_dim, 1.0f, shift);
                 rotate(columns[v], p.head_dim);
-                largest = max(largest_of(columns[v], p.head_dim), largest);
+                shifted = max(norms_of(columns[v], p.head_dim), shifted);
             }
             float norms[W];
             bool usable = true;
@@ -86,12 +87,11 @@ void bounds_pack_keys(const SelectParams& p, int64_t b, int64_t kv_head, Range p
                 store(norms, as_is[v]);
                 for (int j = 0; j < W; ++j) usable &= norms[j] <= kLargest;  // not a NaN
             }
-            PanelFacts facts{1.0f, 1.0f, 0.0f, 0.0f};
-            if (usable) {
-                facts.scale = maximum(max_lane(largest), kSmallest) / largest_whole(p.head_dim);
-                facts.inverse = 1.0f / facts.scale;
-            }
-            const Vec scale = broadcast(facts.scale), inverse = broadcast(facts.inverse);
+            PanelFacts facts{};
+            // The least power of two that keeps the norms of whole numbers within bounds.
+            if (usable) __builtin_frexpf(maximum(max_lane(shifted), kSmallest) / kWholeNorm, &facts.exponent);
+            const Vec scale = broadcast(power_of_two(facts.exponent)),
+                      inverse = broadcast(power_of_two(-facts.exponent));
             Vec norm = zero(), error = zero();
             for (int v = 0; v < NV; ++v) {
                 const RoundedNorms x =
@@ -115,18 +115,18 @@ bool bounds_take(const SelectParams& p) {
 }
 
 // The products cost half of float32's, and no less than bfloat16's where the CPU multiplies pairs of those;
-// in return each row is rounded, and what passes is compared twice.
+// in return each row is rounded, keys at some hundred times the price of a product.
 bool bounds_pay(const SelectParams& p) {
 #if defined(__AVX512BF16__)
     if (p.dtype == DType::kBFloat16) return false;
 #endif
 #if defined(__AVX512F__)
-    constexpr int64_t kLong = 2048, kOfBudget = 32;
+    constexpr int64_t kLong = 1024, kOfBudget = 8;
 #elif defined(__AVX2__)
-    constexpr int64_t kLong = 4096, kOfBudget = 64;
+    constexpr int64_t kLong = 384, kOfBudget = 4;
 #endif
 #if defined(__AVX2__)
-    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= kLong / 4 && p.key_length >= kLong &&
+    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 256 && p.key_length >= kLong &&
            p.key_length >= kOfBudget * p.top_k;
 #else
     (void)p;

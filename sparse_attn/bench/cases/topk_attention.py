@@ -117,8 +117,8 @@ class TopkAttention(AttentionOp):
     def comparisons(self, quick: bool) -> list[Comparison]:
         both = {"direction": "both"}
         rows = [
-            Comparison(BASE, (*PLAIN, *DENSE), {"plain": 25}),
-            Comparison(replace(BASE, **HALF), (*PLAIN, *DENSE)),
+            Comparison(BASE, (*PLAIN, *DENSE, "full_product"), {"plain": 25}),
+            Comparison(replace(BASE, **HALF), (*PLAIN, *DENSE, "full_product")),
             Comparison(replace(BASE, length=8192), (*DENSE, "full_product"), {"sdpa": 1.0}),
             Comparison(replace(BASE, length=8192, **HALF), (*DENSE, "full_product"), {"sdpa": 1 / 1.3}),
             Comparison(replace(BASE, **both), ("plain_tuned", "sdpa"), {"sdpa": 1.0}),

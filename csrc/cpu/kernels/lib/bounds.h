@@ -1,163 +1,243 @@
 // Exact selection from rounded scores. With rows q, k in float32 and their rounded twins q̂, k̂
 //
-//   |q·k − q̂·k̂| ≤ ‖q − q̂‖·‖k‖ + ‖q̂‖·‖k − k̂‖                                (Cauchy–Schwarz)
+//   |q·k − q̂·k̂| ≤ ‖q − q̂‖·‖k‖ + ‖q̂‖·‖k − k̂‖ = E                              (Cauchy–Schwarz)
 //
-// so every rounded score has a lower and an upper bound of the exact one, up to the same constant for all
-// keys of a row (keys are shifted, which moves all scores of a query alike). A key whose upper bound does not
-// beat the K-th best lower bound among keys before it loses to K of them, ties included. What is left is
-// ranked by the exact score, computed as the full product computes it: the selection has the same bits.
+// up to the same constant for all keys of a row (keys are shifted, which moves all scores of a query alike).
+// Of q̂·k̂ the whole number s of units u below it is kept, 16 bits: the exact score lies in [s·u − E, (s + 1)·u
+// + E). With w = ⌈2E / u⌉ + 1,
+//
+//   s ≤ t − w, where K keys reach t:                    they all score higher, ties excluded: not chosen
+//   s ≥ c + w − 1, where at most K keys reach c:        higher than all others but those: chosen
+//
+// What is left is ranked by the exact score, computed as the full product computes it: the selection has the
+// same bits, in whatever order keys are visited.
 #pragma once
 
-#include "exact_scores.h"
 #include "rounded_tile.h"
+#include "score_rows.h"
 #include "select_shared.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 // A row whose bounds leave more than three quarters of its buffer is given up.
 SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
-    return round_up(2 * keep + maximum<int64_t>(keep, 128), W);
+    return round_up(2 * keep + maximum<int64_t>(keep, 128), 64);
+}
+constexpr int64_t kBehind = 192;  // room that compression writes to
+// Groups of keys whose maxima bound the K-th best.
+SPARSE_ATTN_INLINE int64_t maxima_groups(int64_t keep) {
+    return round_up(4 * keep, 8 * Shorts::N);
+}
+// Keys whose scores are kept at a time: those of a block of queries fit the second-level cache.
+SPARSE_ATTN_INLINE int64_t chunk_keys(const SelectParams& p) {
+    const int64_t most = maximum<int64_t>(4096, round_up(maxima_groups(p.top_k), 1024));
+    return minimum(most, round_up(p.key_length, 64));
+}
+// An odd number of cache lines: rows side by side must not fall into one set.
+SPARSE_ATTN_INLINE int64_t score_stride(const SelectParams& p) {
+    return round_up(chunk_keys(p), 64) + 32;
 }
 
-// A row group, a lane per row. A rounded score is off by at most half of `width`, whichever the key.
+// A row group, a lane per row.
 struct alignas(64) RowFacts {
-    float best[W];       // at least `keep` of the candidates reach it
-    float threshold[W];  // best − width: what does not beat it is out; +∞ for rows without candidates
-    float width[W];
-    float scale[W], inverse[W];
+    float scale[W];
     float norm[W], error[W];  // of the rounded row (or larger), of its rounding
+    int32_t width[W];         // w
 };
 
-// Drops what the bounds rule out, keeping the order.
-inline void prune(Candidates& c, RowFacts& rows, int r, int32_t* keys) {
-    if (c.count < c.keep) return;
-    const int32_t padded = order_all(c.scores, c.count, keys);
-    const Cut cut = find_cut(keys, c.count, padded, c.keep, c.keep + c.keep / 8, order_of(rows.best[r]));
-    rows.best[r] = float_of_order(cut.low);
-    rows.threshold[r] = rows.best[r] - rows.width[r];
-    const Vec threshold = broadcast(rows.threshold[r]);
-    int32_t n = 0;
-    for (int32_t i = 0; i < c.count; i += W) {
-        const uint32_t bits =
-            ~not_le(threshold, load(c.scores + i)) & low_bits(minimum<int32_t>(W, c.count - i));
-        n += compress_to(c.scores + n, c.indices + n, bits, c.scores + i, c.indices + i);
-    }
-    c.count = n;
-}
+// What the rows of a task have come to.
+struct BoundedRow {
+    int32_t* places;  // [capacity + slack]: candidates, ascending
+    int16_t* scores;  // [capacity + slack]
+    int16_t* maxima;  // [groups]
+    int32_t count;
+    int32_t keep;
+    int32_t reached;  // at least `keep` keys reach it, or kClosed
+};
 
 SPARSE_ATTN_INLINE int64_t bounds_scratch_bytes(const SelectParams& p, int64_t column) {
-    const int64_t buffer = bounded_capacity(p.top_k) + kSlack;
-    return kBlockRows * (buffer * 8 + 128) + buffer * 12 + pair_words(p.head_dim) * (kBlockRows + W) * 4 +
+    const int64_t buffer = bounded_capacity(p.top_k) + kBehind;
+    const int64_t row = buffer * 6 + maxima_groups(p.top_k) * 2 + score_stride(p) * 2 + 256;
+    return kBlockRows * row + buffer * 16 + pair_words(p.head_dim) * (kBlockRows + W) * 4 +
            p.head_dim * W * 4 + column * 4 + 2048;
 }
 
 template <class T, class Tile>
 struct BoundedRows {
     const SelectParams& p;
-    const T *query, *key;    // the head's rows
-    const uint32_t* panels;  // of its key head
+    const T *query, *key;  // the head's rows
     Scratch& scratch;
-    const int64_t word_count, buffer;
+    const int64_t word_count, buffer, groups, stride;
     const int32_t full;
-    int32_t* keys;
-    float* scores;
-    int32_t* places;
+    int32_t *keys, *unsure, *chosen;
+    float* exact;
     uint32_t* queries;  // [kRowGroups][words][MR]
     uint32_t* wide;     // [words][W]
     float* columns;     // [D][W]
     float* exact_query;
+    int16_t* rows;  // [kBlockRows][stride]: scores of a chunk
     Survivors& survivors;
 
-    BoundedRows(const SelectParams& p_, const T* query_, const T* key_, const uint32_t* panels_, Scratch& s,
-                Survivors& survivors_)
+    BoundedRows(const SelectParams& p_, const T* query_, const T* key_, Scratch& s, Survivors& survivors_)
         : p(p_),
           query(query_),
           key(key_),
-          panels(panels_),
           scratch(s),
           word_count(pair_words(p.head_dim)),
-          buffer(bounded_capacity(p.top_k) + kSlack),
+          buffer(bounded_capacity(p.top_k) + kBehind),
+          groups(maxima_groups(p.top_k)),
+          stride(score_stride(p)),
           full(static_cast<int32_t>(bounded_capacity(p.top_k))),
           keys(s.take<int32_t>(buffer)),
-          scores(s.take<float>(buffer)),
-          places(s.take<int32_t>(buffer)),
+          unsure(s.take<int32_t>(buffer)),
+          chosen(s.take<int32_t>(buffer)),
+          exact(s.take<float>(buffer)),
           queries(s.take<uint32_t>(word_count * kBlockRows)),
           wide(s.take<uint32_t>(word_count * W)),
           columns(s.take<float>(p.head_dim * W)),
           exact_query(s.take<float>(words<Tile>(p))),
+          rows(s.take<int16_t>(kBlockRows * stride)),
           survivors(survivors_) {}
 
+    void start(BoundedRow& row) {
+        row = {scratch.take<int32_t>(buffer),
+               scratch.take<int16_t>(buffer),
+               scratch.take<int16_t>(groups),
+               0,
+               0,
+               kClosed};
+    }
+
     // Rounds the rows [first, first + rows); false if one of `wanted` has no bounds.
-    bool prepare(int g, int64_t first, int64_t rows, uint32_t wanted, RowFacts& facts) {
+    bool prepare(int g, int64_t first, int64_t count, uint32_t wanted, RowFacts& facts) {
         const Strides& s = p.query_strides;
-        const Vec as_is = load_columns(columns, query + first * s.t, rows, s.t, s.d, p.head_dim,
+        const Vec as_is = load_columns(columns, query + first * s.t, count, s.t, s.d, p.head_dim,
                                        sign_of(p.rule.scale), nullptr);
         rotate(columns, p.head_dim);
-        float norms[W], scale[W], inverse[W];
+        float norms[W], inverse[W];
         store(norms, as_is);
         for (int r = 0; r < MR; ++r)
             if (wanted >> r & 1 && !(norms[r] >= kSmallest && norms[r] <= kLargest)) return false;
-        store(scale, largest_of(columns, p.head_dim));
         for (int r = 0; r < W; ++r) {
-            const bool usable = scale[r] >= kSmallest / 1024 && scale[r] <= 2 * kLargest;
-            scale[r] = usable ? scale[r] / largest_whole(p.head_dim) : 1.0f;
-            inverse[r] = 1.0f / scale[r];
+            const bool usable = norms[r] >= kSmallest && norms[r] <= kLargest;
+            facts.scale[r] = usable ? norms[r] / kWholeNorm : 1.0f;
+            inverse[r] = usable ? kWholeNorm / norms[r] : 0.0f;
         }
         uint32_t* to = queries + g * word_count * MR;
-        const RoundedNorms n = round_columns(wide, W, columns, p.head_dim, load(scale), load(inverse));
+        const RoundedNorms n = round_columns(wide, W, columns, p.head_dim, load(facts.scale), load(inverse));
         for (int64_t w = 0; w < word_count; ++w) memcpy(to + w * MR, wide + w * W, MR * 4);
-        memcpy(facts.scale, scale, sizeof scale);
-        memcpy(facts.inverse, inverse, sizeof inverse);
         store(facts.norm, max(n.norm + n.error, as_is));
         store(facts.error, n.error);
         return true;
     }
 
-    // The exact best of a row's candidates, in place and in order.
-    void finish(Candidates& c, RowFacts& rows, int r, int64_t row) {
-        ++survivors.rows;
-        survivors.budget += c.keep;
-        prune(c, rows, r, keys);
-        survivors.kept += c.count;
-        if (c.count <= c.keep) return;
-        // At most `keep` candidates reach the cut: one that is above it by the width is chosen, whatever the
-        // exact scores are.
-        const int32_t padded = order_all(c.scores, c.count, keys);
-        const Cut cut = find_cut(keys, c.count, padded, maximum(1, c.keep - c.keep / 8), c.keep);
-        const float sure =
-            cut.at_least <= c.keep ? float_of_order(cut.low) + rows.width[r] : __builtin_inff();
-        int32_t n = 0;
-        for (int32_t i = 0; i < c.count; i += W) {
-            const uint32_t open =
-                not_le(broadcast(sure), load(c.scores + i)) & low_bits(minimum<int32_t>(W, c.count - i));
-            for (uint32_t left = open; left; left &= left - 1) places[n++] = i + __builtin_ctz(left);
+    // w of each row, by the largest norms of the keys that it may see.
+    void set_width(RowFacts& facts, float key_norm, float key_error, float unit) {
+        for (int r = 0; r < MR; ++r) {
+            const float half = facts.error[r] * key_norm + facts.norm[r] * key_error;
+            const float whole = 2.001f * half / (facts.scale[r] * unit);
+            facts.width[r] = whole < 65536.0f ? static_cast<int32_t>(whole) + 2 : 65538;
         }
-        survivors.scored += n;
-        int32_t* unsure = keys;
-        for (int32_t i = 0; i < n; ++i) unsure[i] = c.indices[places[i]];
-        const Strides& s = p.query_strides;
-        Tile::template pack_column<true>(exact_query, 1, query + row * s.t, s.d, p.head_dim, words<Tile>(p),
-                                         sign_of(p.rule.scale));
-        exact_scores<T, Tile>(p, exact_query, key, unsure, n, scores);
-        for (int32_t i = 0; i < c.count; ++i) c.scores[i] = __builtin_inff();
-        for (int32_t i = 0; i < n; ++i) c.scores[places[i]] = scores[i];
-        keep_best<false>(c, keys);
+    }
+
+    // Keeps the candidates that are above the bound.
+    void keep_above(BoundedRow& row, int32_t bound) {
+        close_tail(row.scores, row.count);
+        int32_t n = 0;
+        for (int32_t i = 0; i < row.count; i += 64) {
+            uint64_t bits = bits_above(row.scores + i, all_shorts(to_short(bound)));
+            for (; bits; bits &= bits - 1, ++n) {
+                const int32_t from = i + __builtin_ctzll(bits);
+                row.places[n] = row.places[from];
+                row.scores[n] = row.scores[from];
+            }
+        }
+        row.count = n;
+    }
+
+    // Takes the keys [first, first + n) with these scores, n a multiple of 64; false where too many are left.
+    // `only`: the row has no others.
+    bool take(BoundedRow& row, const int16_t* scores, int64_t n, int32_t first, int32_t width, int32_t guess,
+              bool only) {
+        const int32_t most = row.keep + row.keep / 8;
+        const bool small = only && n <= groups;
+        if (!small) fold_maxima(row.maxima, groups, scores, n);
+        row.reached =
+            reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, 1, row.reached, guess)
+                .low;
+        const int32_t before = row.count;
+        for (bool searched = small;; searched = true) {
+            row.count =
+                places_above(row.places, before, full, scores, n, to_short(row.reached - width), first);
+            if (row.count <= full) break;
+            if (searched) return false;  // near-ties
+            // Groups with many good keys each.
+            row.reached = reached_by(scores, n, row.keep, most, 1, row.reached, row.reached + 64).low;
+        }
+        for (int32_t i = before; i < row.count; ++i) row.scores[i] = scores[row.places[i] - first];
+        if (only || row.count <= row.keep + row.keep / 2) return true;
+        const int64_t padded = close_tail(row.scores, row.count);
+        row.reached = reached_by(row.scores, padded, row.keep, most, 1, row.reached, row.reached + 64).low;
+        keep_above(row, row.reached - width);
+        return row.count <= full - full / 4;
+    }
+
+    // The exact best of a row's candidates, in order; returns them.
+    const int32_t* finish(BoundedRow& row, int32_t width, int64_t at) {
+        ++survivors.rows;
+        survivors.budget += row.keep;
+        if (row.count <= row.keep) {
+            survivors.kept += row.count;
+            return row.places;
+        }
+        const int64_t padded = close_tail(row.scores, row.count);
+        const Reached cut =
+            reached_by(row.scores, padded, row.keep, row.keep, 8, row.reached, row.reached + 64);
+        // What no more than `keep` reach, and so what is chosen and what is out.
+        const int32_t few = cut.count <= row.keep ? cut.low : cut.high + 1;
+        const Shorts sure = all_shorts(to_short(few + width - 2)),
+                     out = all_shorts(to_short(cut.low - width));
+        int32_t kept = 0, open = 0;
+        for (int32_t i = 0; i < row.count; i += 64) {
+            const uint64_t left = bits_above(row.scores + i, out);
+            kept += __builtin_popcountll(left);
+            open += append_places(unsure + open, left & ~bits_above(row.scores + i, sure), i);
+        }
+        survivors.kept += kept;
+        const bool all = kept <= row.keep;  // what is left is chosen
+        if (!all) {
+            survivors.scored += open;
+            for (int32_t i = 0; i < open; ++i) keys[i] = row.places[unsure[i]];
+            const Strides& s = p.query_strides;
+            Tile::template pack_column<true>(exact_query, 1, query + at * s.t, s.d, p.head_dim,
+                                             words<Tile>(p), sign_of(p.rule.scale));
+            exact_scores<T, Tile>(p, exact_query, key, keys, open, exact);
+            Candidates c{exact, unsure, open, row.keep - (kept - open)};
+            keep_best<false>(c, keys);
+            open = c.count;
+        }
+        int32_t n = 0, used = 0;
+        for (int32_t i = 0; i < row.count; i += 64) {
+            uint64_t best = bits_above(row.scores + i, all ? out : sure);
+            for (; !all && used < open && unsure[used] < i + 64; ++used)
+                best |= uint64_t{1} << (unsure[used] - i);
+            n += append_marked(chosen + n, best, row.places + i, minimum<int32_t>(64, row.count - i));
+        }
+        row.count = n;
+        return chosen;
     }
 };
 
-// The sums above which a key of a panel beats the threshold of its row.
-SPARSE_ATTN_INLINE void thresholds(const RowFacts& rows, const PanelFacts& panel, int32_t* bound) {
-    const Vec sums = load(rows.threshold) * load(rows.inverse) * broadcast(panel.inverse);
-    const Vec most = broadcast(0x1.fffffep30f);
-    // Never above the whole number below.
-    const Vec whole = round_even(max(sums, zero() - most) - broadcast(0.5f));
-    store_whole(bound, zero() - max(zero() - whole, zero() - most));
+// Closes the scores [begin, end) of a row.
+SPARSE_ATTN_INLINE void close(int16_t* scores, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) scores[i] = kClosed;
 }
 
-// How wide the bounds of each row are, by the largest norms of the keys that it may see.
-inline void set_width(RowFacts& rows, float key_norm, float key_error) {
-    const Vec margin = fma(load(rows.error), broadcast(key_norm), load(rows.norm) * broadcast(key_error));
-    store(rows.width, margin + margin);
+// Of the keys that stand from `first` on, which are [begin, end) of a row's candidates, closes those that its
+// mask hides.
+inline void close_masked(int16_t* scores, const Visible& v, int64_t first, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+        if (!allowed(v, j)) scores[j - first] = kClosed;
 }
 
 // select_rows by bounds; false, and nothing written, where they leave too many candidates.
@@ -165,47 +245,32 @@ template <class T, class Tile>
 bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range queries,
                            const uint32_t* panels_of_head, void* memory, Survivors& survivors) {
     Scratch scratch{static_cast<char*>(memory)};
-    const int64_t kv_head = head / (p.heads / p.kv_heads), rows = queries.end - queries.begin;
+    const int64_t kv_head = head / (p.heads / p.kv_heads), count = queries.end - queries.begin;
     BoundedRows<T, Tile> work{
-        p,
-        static_cast<const T*>(p.query) + b * p.query_strides.b + head * p.query_strides.h,
-        static_cast<const T*>(p.key) + b * p.key_strides.b + kv_head * p.key_strides.h,
-        panels_of_head,
-        scratch,
-        survivors};
-    Candidates candidates[kBlockRows];
+        p, static_cast<const T*>(p.query) + b * p.query_strides.b + head * p.query_strides.h,
+        static_cast<const T*>(p.key) + b * p.key_strides.b + kv_head * p.key_strides.h, scratch, survivors};
+    BoundedRow rows[kBlockRows];
     Visible visible[kBlockRows];
     RowFacts facts[kRowGroups];
-    alignas(64) int32_t tile[MR * NR];
-    alignas(64) int32_t bound[W];
-    uint32_t beats[MR];
     uint32_t scored_rows[kRowGroups] = {};
-    Range needed[kRowGroups], inner[kRowGroups], span{INT64_MAX, 0};
+    Range needed[kRowGroups], span{INT64_MAX, 0};  // of keys
 
     for (int g = 0; g < kRowGroups; ++g) {
         needed[g] = {INT64_MAX, 0};
-        inner[g] = {0, INT64_MAX};
-        for (int r = 0; r < W; ++r) {
-            facts[g].best[r] = -__builtin_inff();
-            facts[g].threshold[r] = __builtin_inff();
-        }
         for (int r = 0; r < MR; ++r) {
             const int64_t i = g * MR + r;
-            Candidates& c = candidates[i];
-            c = {scratch.take<float>(work.buffer), scratch.take<int32_t>(work.buffer), 0, 0};
-            if (i >= rows) continue;
+            if (i >= count) continue;
+            BoundedRow& row = rows[i];
+            work.start(row);
             const Visible v = visible[i] = visible_to(p, b, head, queries.begin + i);
-            c.keep = static_cast<int32_t>(p.top_k - forced_count(v));
-            if (c.keep <= 0 || v.end <= v.sink_end || (!v.mask && v.end - v.sink_end <= c.keep)) continue;
+            row.keep = static_cast<int32_t>(p.top_k - forced_count(v));
+            if (row.keep <= 0 || v.end <= v.sink_end || (!v.mask && v.end - v.sink_end <= row.keep)) continue;
             scored_rows[g] |= 1u << r;
-            facts[g].threshold[r] = -__builtin_inff();
             needed[g] = {minimum(needed[g].begin, v.sink_end), maximum(needed[g].end, v.end)};
-            inner[g] = {maximum(inner[g].begin, v.sink_end), minimum(inner[g].end, v.end)};
         }
-        if (p.rule.mask) inner[g].end = 0;
         if (needed[g].end == 0) continue;
-        span = {minimum(span.begin, needed[g].begin / NR), maximum(span.end, (needed[g].end + NR - 1) / NR)};
-        if (!work.prepare(g, queries.begin + g * MR, minimum<int64_t>(MR, rows - g * MR), scored_rows[g],
+        span = {minimum(span.begin, needed[g].begin), maximum(span.end, needed[g].end)};
+        if (!work.prepare(g, queries.begin + g * MR, minimum<int64_t>(MR, count - g * MR), scored_rows[g],
                           facts[g]))
             return false;
     }
@@ -214,56 +279,60 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         return const_cast<uint32_t*>(panels_of_head) + n * rounded_panel_words(p.head_dim);
     };
     float key_norm = 0.0f, key_error = 0.0f;
-    for (int64_t n = span.begin; n < span.end; ++n) {
+    int32_t exponent = -100;
+    for (int64_t n = span.begin / NR; n * NR < span.end; ++n) {
         const PanelFacts& panel = *facts_of(panel_at(n), work.word_count);
         key_norm = maximum(key_norm, panel.norm);
         key_error = maximum(key_error, panel.error);
+        exponent = maximum(exponent, panel.exponent);
     }
     if (!(key_norm <= 4 * kLargest)) return false;
     for (int g = 0; g < kRowGroups; ++g)
-        if (needed[g].end > 0) set_width(facts[g], key_norm, key_error);
+        if (needed[g].end > 0) work.set_width(facts[g], key_norm, key_error, power_of_two(exponent + 15));
 
-    for (int64_t n = span.begin; n < span.end; ++n) {
-        const int64_t base = n * NR;
-        uint32_t* panel = panel_at(n);
-        const PanelFacts& keys_facts = *facts_of(panel, work.word_count);
-        for (int g = 0; g < kRowGroups; ++g) {
-            if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
-            thresholds(facts[g], keys_facts, bound);
-            uint32_t beaten = rounded_tile(tile, work.queries + g * work.word_count * MR, panel,
-                                           work.word_count, bound, beats) &
-                              scored_rows[g];
-            const bool all_lanes = base >= inner[g].begin && base + NR <= inner[g].end;
-            for (; beaten; beaten &= beaten - 1) {
-                const int r = __builtin_ctz(beaten), i = g * MR + r;
-                uint32_t bits = beats[r];
-                if (!all_lanes) bits &= candidate_bits(visible[i], base, NR);
-                Candidates& c = candidates[i];
-                const Vec scale = broadcast(facts[g].scale[r] * keys_facts.scale);
-                int32_t count = c.count;
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v)
-                    count +=
-                        append(c.scores + count, c.indices + count, bits >> (v * W) & low_bits(W),
-                               floats_of(tile + r * NR + v * W) * scale, static_cast<int32_t>(base + v * W));
-                c.count = count;
-                if (count <= work.full) continue;
-                prune(c, facts[g], r, work.keys);
-                if (c.count > work.full - work.full / 4) return false;
+    const int64_t chunk = chunk_keys(p);
+    int32_t guess = 0;
+    for (int64_t first = span.begin / 64 * 64, last; first < span.end; first = last) {
+        last = minimum(first + chunk, span.end);
+        for (int64_t base = first / NR * NR; base < last; base += NR) {
+            uint32_t* panel = panel_at(base / NR);
+            const int shift = minimum(31, 15 + exponent - facts_of(panel, work.word_count)->exponent);
+            for (int g = 0; g < kRowGroups; ++g) {
+                if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
+                rounded_tile(work.rows + g * MR * work.stride + (base - first), work.stride,
+                             work.queries + g * work.word_count * MR, panel, work.word_count, shift);
             }
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const Visible& v = visible[i];
+            const int64_t begin = maximum(v.sink_end, first), end = minimum(v.end, last);
+            if (!(scored_rows[i / MR] >> (i % MR) & 1) || begin >= end) continue;
+            int16_t* scores = work.rows + i * work.stride;
+            const int64_t from = (begin - first) / 64 * 64, to = round_up(end - first, 64);
+            close(scores, from, begin - first);
+            close(scores, end - first, to);
+            if (v.mask) close_masked(scores, v, first, begin, end);
+            const bool only = v.sink_end >= first && v.end <= last;
+            BoundedRow& row = rows[i];
+            if (v.sink_end >= first && !(only && to - from <= work.groups)) close(row.maxima, 0, work.groups);
+            if (!work.take(row, scores + from, to - from, static_cast<int32_t>(first + from),
+                           facts[i / MR].width[i % MR], guess, only))
+                return false;
+            guess = row.reached;
         }
     }
 
     int32_t* out = p.indices + ((b * p.rule.groups + head) * p.query_length + queries.begin) * p.top_k;
-    for (int64_t i = 0; i < rows; ++i, out += p.top_k) {
-        Candidates& c = candidates[i];
+    for (int64_t i = 0; i < count; ++i, out += p.top_k) {
+        BoundedRow& row = rows[i];
         const Visible& v = visible[i];
+        const int32_t* best = row.places;
         if (scored_rows[i / MR] >> (i % MR) & 1) {
-            work.finish(c, facts[i / MR], static_cast<int>(i % MR), queries.begin + i);
-        } else if (c.keep > 0) {
-            for (int64_t j = v.sink_end; j < v.end; ++j) c.indices[c.count++] = static_cast<int32_t>(j);
+            best = work.finish(row, facts[i / MR].width[i % MR], queries.begin + i);
+        } else if (row.keep > 0) {
+            for (int64_t j = v.sink_end; j < v.end; ++j) row.places[row.count++] = static_cast<int32_t>(j);
         }
-        emit(out, p.top_k, v, c.indices, c.count);
+        emit(out, p.top_k, v, best, row.count);
     }
     return true;
 }

@@ -1,11 +1,11 @@
-// Rows rounded to 13 bits for the bounds of bounds.h: W rows at a time, component by component (x[d][W]), so
-// that every step is a vector of rows.
+// Rows rounded to whole numbers of 16 bits for the bounds of bounds.h: W rows at a time, component by
+// component (x[d][W]), so that every step is a vector of rows.
 //
 // A row is rotated before it is rounded: an orthogonal rotation of queries and keys alike changes no product
 // and spreads what stands in a few components over all of them, where it costs fewer bits.
 #pragma once
 
-#include "select_tile.h"
+#include "exact_scores.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -23,42 +23,50 @@ SPARSE_ATTN_INLINE float slack_of(int64_t head_dim) {
     return static_cast<float>(head_dim + 64) * 0x1p-23f;
 }
 
-// Rows are whole numbers of [−most, most]: D products of two of them are summed in int32.
-SPARSE_ATTN_INLINE float largest_whole(int64_t head_dim) {
-    return head_dim <= 128 ? 4095.0f : 2895.0f;
-}
+// Norms of rounded rows: with half a step more in each of D components, the products of two rows stay below
+// 2^30, in part and in whole.
+constexpr float kWholeNorm = 32700.0f;
+
 // Words of a row, two numbers each.
 SPARSE_ATTN_INLINE int64_t pair_words(int64_t head_dim) {
     return (head_dim + 1) / 2;
 }
 
+SPARSE_ATTN_INLINE float power_of_two(int32_t exponent) {
+    return float_of(static_cast<uint32_t>(exponent + 127) << 23);
+}
 SPARSE_ATTN_INLINE Vec root(Vec a) {
     float lanes[W];
     store(lanes, a);
     for (int j = 0; j < W; ++j) lanes[j] = __builtin_sqrtf(lanes[j]);
     return load(lanes);
 }
-SPARSE_ATTN_INLINE Vec magnitude(Vec a) {
-    return max(a, zero() - a);
-}
 
 // x[d][j] = (row j)[d] − shift[d], zeros for rows from n on; returns the norms of the rows as they come.
 template <class T>
 inline Vec load_columns(float* x, const T* from, int64_t n, int64_t row_stride, int64_t stride,
                         int64_t head_dim, float sign, const float* shift) {
+    int64_t done = 0;
+    if (stride == 1 && n > 0) {
+        const T* rows[W];
+        for (int64_t j = 0; j < W; ++j) rows[j] = from + minimum(j, n - 1) * row_stride;
+        for (; done + 4 <= head_dim; done += 4) {
+            Vec columns[4];
+            transpose_words<FloatTile>(rows, done, columns);
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; ++c) store(x + (done + c) * W, columns[c] * broadcast(sign));
+        }
+    }
     for (int64_t j = 0; j < n; ++j)
-        for (int64_t d = 0; d < head_dim; ++d)
+        for (int64_t d = done; d < head_dim; ++d)
             x[d * W + j] = to_float(from[j * row_stride + d * stride]) * sign;
+    const uint32_t there = low_bits(n);
     Vec squares = zero();
     for (int64_t d = 0; d < head_dim; ++d) {
-        for (int64_t j = n; j < W; ++j) x[d * W + j] = 0.0f;
-        const Vec a = load(x + d * W);
+        const Vec a = where(there, load(x + d * W), zero());
         squares = fma(a, a, squares);
-        if (shift) store(x + d * W, a - broadcast(shift[d]));
+        store(x + d * W, shift ? where(there, a - broadcast(shift[d]), zero()) : a);
     }
-    if (shift)
-        for (int64_t d = 0; d < head_dim; ++d)
-            for (int64_t j = n; j < W; ++j) x[d * W + j] = 0.0f;
     return root(squares) * broadcast(kNormSlack);
 }
 
@@ -79,10 +87,10 @@ inline void rotate(float* x, int64_t head_dim) {
     }
 }
 
-SPARSE_ATTN_INLINE Vec largest_of(const float* x, int64_t head_dim) {
-    Vec largest = zero();
-    for (int64_t d = 0; d < head_dim; ++d) largest = max(magnitude(load(x + d * W)), largest);
-    return largest;
+SPARSE_ATTN_INLINE Vec norms_of(const float* x, int64_t head_dim) {
+    Vec squares = zero();
+    for (int64_t d = 0; d < head_dim; ++d) squares = fma(load(x + d * W), load(x + d * W), squares);
+    return root(squares) * broadcast(kNormSlack);
 }
 
 // Whole numbers of 16 bits to words of two, the first lowest.
@@ -111,7 +119,7 @@ struct RoundedNorms {
 // to[w][width]: two whole numbers per word, x / scale rounded; `x` is overwritten.
 inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t head_dim, Vec scale,
                                   Vec inverse) {
-    const Vec least = broadcast(-largest_whole(head_dim));
+    const Vec least = broadcast(-32767.0f);
     Vec squares = zero(), errors = zero();
     for (int64_t d = 0; d < head_dim; ++d) {
         const Vec a = load(x + d * W);

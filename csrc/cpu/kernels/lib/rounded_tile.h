@@ -1,6 +1,6 @@
-// Register tiles of products of whole numbers of 16 bits: MR queries × NR keys, summed in int32 and compared
-// with a whole number per query. All CPUs that have AVX2 multiply two pairs of them where they multiply one
-// of float32, and bytes no faster, unless they have VNNI. A panel is
+// Register tiles of products of whole numbers of 16 bits: MR queries × NR keys, summed in int32, of which the
+// upper half is kept. All CPUs that have AVX2 multiply two pairs of them where they multiply one of float32,
+// and bytes no faster, unless they have VNNI. A panel is
 //
 //   words  uint32 [ceil(D / 2)][NR]    two components each
 //   facts  PanelFacts
@@ -10,11 +10,12 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-// One scale for all keys of a panel, and upper bounds over them.
+// One scale for all keys of a panel, 2^exponent, and upper bounds over them.
 struct PanelFacts {
-    float scale, inverse;
+    int32_t exponent;
     float norm;   // ‖key‖, shifted
     float error;  // ‖key − rounded‖, with the slack
+    float unused;
 };
 
 SPARSE_ATTN_INLINE int64_t rounded_panel_words(int64_t head_dim) {
@@ -32,20 +33,15 @@ SPARSE_ATTN_INLINE Sums no_sums() {
 SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     return _mm512_loadu_si512(p);
 }
-SPARSE_ATTN_INLINE void store_sums(int32_t* p, Sums a) {
-    _mm512_storeu_si512(p, a);
-}
 SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
     return _mm512_set1_epi32(static_cast<int>(*p));
 }
-SPARSE_ATTN_INLINE uint32_t above(Sums a, int32_t bound) {
-    return _mm512_cmp_epi32_mask(a, _mm512_set1_epi32(bound), _MM_CMPINT_NLE);
-}
-SPARSE_ATTN_INLINE Vec floats_of(const int32_t* p) {
-    return {_mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(p))};
-}
-SPARSE_ATTN_INLINE void store_whole(int32_t* p, Vec a) {
-    _mm512_storeu_si512(p, _mm512_maskz_cvtps_epi32(0xffff, a.v));
+SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+    const __m128i count = _mm_cvtsi32_si128(shift);
+    const __m512i pairs = _mm512_packs_epi32(_mm512_maskz_sra_epi32(0xffff, a, count),
+                                             _mm512_maskz_sra_epi32(0xffff, b, count));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi64(0xff, order, pairs));
 }
 #if defined(__AVX512VNNI__)
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
@@ -68,26 +64,19 @@ SPARSE_ATTN_INLINE Sums no_sums() {
 SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-SPARSE_ATTN_INLINE void store_sums(int32_t* p, Sums a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+    const __m128i count = _mm_cvtsi32_si128(shift);
+    const __m256i pairs = _mm256_packs_epi32(_mm256_sra_epi32(a, count), _mm256_sra_epi32(b, count));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(pairs, 0xd8));
 }
-SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
-    return _mm256_set1_epi32(static_cast<int>(*p));
-}
-SPARSE_ATTN_INLINE uint32_t above(Sums a, int32_t bound) {
-    return movemask(_mm256_cmpgt_epi32(a, _mm256_set1_epi32(bound)));
-}
-SPARSE_ATTN_INLINE Vec floats_of(const int32_t* p) {
-    return {_mm256_cvtepi32_ps(load_int(p))};
-}
-SPARSE_ATTN_INLINE void store_whole(int32_t* p, Vec a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.v));
-}
-SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
-    // Not the intrinsics: GCC 12 multiplies everything first, and then runs out of registers.
-    __m256i pairs;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(pairs) : "x"(queries), "x"(keys));
-    return c;
+SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums& to_a, Sums& to_b) {
+    // Not the intrinsics: GCC 12 multiplies everything first, and then runs out of registers. Additions take
+    // turns with products on the same ports, and leave more of them to products when two go together.
+    __m256i pairs, word;
+    asm("vpbroadcastd %6, %3\n\tvpmaddwd %4, %3, %2\n\tvpmaddwd %5, %3, %3\n\t"
+        "vpaddd %2, %0, %0\n\tvpaddd %3, %1, %1"
+        : "+x"(to_a), "+x"(to_b), "=&x"(pairs), "=&x"(word)
+        : "x"(a), "x"(b), "m"(*query));
 }
 #else
 struct Sums {
@@ -101,25 +90,15 @@ SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     memcpy(a.v, p, sizeof a.v);
     return a;
 }
-SPARSE_ATTN_INLINE void store_sums(int32_t* p, Sums a) {
-    memcpy(p, a.v, sizeof a.v);
-}
 SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
     const int32_t word = static_cast<int32_t>(*p);
     return {{word, word, word, word}};
 }
-SPARSE_ATTN_INLINE uint32_t above(Sums a, int32_t bound) {
-    uint32_t bits = 0;
-    for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(a.v[i] > bound) << i;
-    return bits;
-}
-SPARSE_ATTN_INLINE Vec floats_of(const int32_t* p) {
-    Vec r;
-    for (int i = 0; i < 4; ++i) r.v[i] = static_cast<float>(p[i]);
-    return r;
-}
-SPARSE_ATTN_INLINE void store_whole(int32_t* p, Vec a) {
-    for (int i = 0; i < 4; ++i) p[i] = static_cast<int32_t>(a.v[i]);
+SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+    for (int i = 0; i < 4; ++i) {
+        p[i] = static_cast<int16_t>(a.v[i] >> shift);
+        p[4 + i] = static_cast<int16_t>(b.v[i] >> shift);
+    }
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     for (int i = 0; i < 4; ++i) {
@@ -131,37 +110,30 @@ SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
 }
 #endif
 
-// tile[r][j] = Σ of the products of query r and key j; bit j of beats[r]: it is above bound[r]. Returns the
-// rows with any.
-__attribute__((noinline)) inline uint32_t rounded_tile(int32_t* tile, const uint32_t* queries,
-                                                       const uint32_t* panel, int64_t word_count,
-                                                       const int32_t* bound, uint32_t* beats) {
+#if defined(__AVX512F__) || !defined(__AVX2__)
+SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums& to_a, Sums& to_b) {
+    const Sums word = broadcast_word(query);
+    to_a = add_products(word, a, to_a);
+    to_b = add_products(word, b, to_b);
+}
+#endif
+
+// to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down.
+__attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, const uint32_t* queries,
+                                                   const uint32_t* panel, int64_t word_count, int shift) {
+    static_assert(NV == 2);
     Sums acc[MR][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[r][v] = no_sums();
     for (int64_t w = 0; w < word_count; ++w) {
+        const Sums a = load_sums(panel + w * NR), b = load_sums(panel + w * NR + W);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v)
-                acc[r][v] = add_products(broadcast_word(queries + w * MR + r),
-                                         load_sums(panel + w * NR + v * W), acc[r][v]);
+        for (int r = 0; r < MR; ++r) add_products(queries + w * MR + r, a, b, acc[r][0], acc[r][1]);
     }
-    uint32_t rows = 0;
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-        uint32_t bits = 0;
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-            store_sums(tile + r * NR + v * W, acc[r][v]);
-            bits |= above(acc[r][v], bound[r]) << (v * W);
-        }
-        beats[r] = bits;
-        rows |= static_cast<uint32_t>(bits != 0) << r;
-    }
-    return rows;
+    for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

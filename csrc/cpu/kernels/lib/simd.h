@@ -179,6 +179,19 @@ SPARSE_ATTN_INLINE int append(float* values, int32_t* indices, uint32_t bits, Ve
     return __builtin_popcount(bits);
 }
 
+// The marked ones of base + lane, and of W numbers; written as append() does.
+SPARSE_ATTN_INLINE int append_lanes(int32_t* to, uint32_t bits, int32_t base) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits),
+                                                        _mm512_add_epi32(lane, _mm512_set1_epi32(base))));
+    return __builtin_popcount(bits);
+}
+SPARSE_ATTN_INLINE int compress_to(int32_t* to, uint32_t bits, const int32_t* from) {
+    _mm512_storeu_si512(to,
+                        _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), _mm512_loadu_si512(from)));
+    return __builtin_popcount(bits);
+}
+
 // Keys that order floats as integers (see order_of), counted, compared and compressed.
 SPARSE_ATTN_INLINE void order_keys(const float* values, int32_t* keys) {
     __m512 x = _mm512_add_ps(_mm512_loadu_ps(values), _mm512_setzero_ps());
@@ -484,7 +497,22 @@ SPARSE_ATTN_INLINE int compress_to(float* values, int32_t* indices, uint32_t bit
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices), _mm256_permutevar8x32_epi32(from, lanes));
     return __builtin_popcount(bits);
 }
+SPARSE_ATTN_INLINE int append_lanes(int32_t* to, uint32_t bits, int32_t base) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_add_epi32(marked_lanes(bits), _mm256_set1_epi32(base)));
+    return __builtin_popcount(bits);
+}
+SPARSE_ATTN_INLINE int compress_to(int32_t* to, uint32_t bits, const int32_t* from) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_permutevar8x32_epi32(load_int(from), marked_lanes(bits)));
+    return __builtin_popcount(bits);
+}
 #elif !defined(__AVX512F__)
+SPARSE_ATTN_INLINE int compress_to(int32_t* to, uint32_t bits, const int32_t* from) {
+    int n = 0;
+    for (; bits; bits &= bits - 1) to[n++] = from[__builtin_ctz(bits)];
+    return n;
+}
 // Survivors are few, so a loop over the set bits will do.
 SPARSE_ATTN_INLINE int append(float* values, int32_t* indices, uint32_t bits, Vec a, int32_t base) {
     float lanes[Vec::W];
