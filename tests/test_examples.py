@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -14,3 +17,26 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 def test_nanogpt(top_k):
     train = runpy.run_path(str(EXAMPLES / "nanogpt.py"))["train"]
     assert train(top_k, steps=3) < 4.0  # a little over chance, ln 16 = 2.77, at the first steps
+
+
+@pytest.mark.parametrize("kind", ["DenseCache", "PagedCache"])
+def test_serve_paged(kind):
+    """Requests that arrive and leave get what the model's own generate gives each alone."""
+    serving = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "serve_paged.py"), run_name="serve_paged"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=89)).eval()
+    requests = [
+        serving.Request(torch.randint(1, 89, (n,)), 5, 2 * i) for i, n in enumerate((70, 130, 60, 90))
+    ]
+    room = (model.config, 2, 160, *([160] if kind == "PagedCache" else []))
+    cache = getattr(serving, kind)(*room)
+    pages = sorted(cache.free)
+    serving.serve(model, cache, requests)
+    assert sorted(cache.free) == pages
+    for request in requests:
+        ids = request.prompt[None]
+        alone = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=-1
+        )
+        assert request.tokens == alone[0, ids.shape[1] :].tolist()
