@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,3 +193,8 @@ def pooled(rows: Tensor, there: Tensor, size: int, pool: str) -> Tensor:
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(2, (-1, size))
     there = there.view(1, 1, -1, size, 1)
     return _mean_of(rows, there) if pool == "mean" else _extremes_of(rows, there)
+
+
+def keeping_the_first(**parts: Any) -> Rule:
+    """A rule of blocks: the first that is seen is always kept."""
+    return Rule(sinks=1, **parts)

@@ -14,7 +14,7 @@ from sparse_attn import checks
 from sparse_attn.checks import packed as check
 from sparse_attn.ops import block_attention
 from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.block_select import POOLS, own_blocks, pooled
+from sparse_attn.ops.block_select import POOLS, keeping_the_first, own_blocks, pooled
 from sparse_attn.ops.topk_select import ascending, select
 from sparse_attn.rule import Rule
 
@@ -148,9 +148,9 @@ def varlen_block_select(
     count = (blocks.lengths[tiles.sequence] + blocks.size - 1) // blocks.size  # blocks of its sequence
     first = tile * tiles.size // blocks.size  # of the tile's own blocks, if it is causal
     last = begin + (torch.minimum(first, count) if is_causal else count) - 1
-    rule = Rule(
-        True, (last - numbers)[None], sinks=1, share=share, scale=scale, softcap=softcap, sink_logits=sink_logits,
-        key_starts=begin[None],
+    rule = keeping_the_first(
+        is_causal=True, causal_offset=(last - numbers)[None], key_starts=begin[None], share=share, scale=scale,
+        softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     found = select(queries, keys, top_blocks - own, rule, backend=backend, function="varlen_block_select")
     found = torch.where(found >= 0, found - begin.view(1, 1, -1, 1), -1).to(torch.int32)

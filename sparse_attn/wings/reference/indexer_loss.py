@@ -140,10 +140,10 @@ class _Divergence:
         """What the heads of a group give to each key, [B, G, R, t, ·] → [B, G, t, ·], together 1."""
         if self.rule.sink_logits is None:
             return scores.softmax(-1).mean(2)
-        sinks = self.rule.sink_logits.to(scores.dtype).view(1, self.groups, -1, 1, 1)
-        beside = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), dim=-1)
+        extra = self.rule.sink_logits.to(scores.dtype).view(1, self.groups, -1, 1, 1)
+        beside = torch.cat((scores, extra.expand(*scores.shape[:-1], 1)), dim=-1)
         logs = beside.log_softmax(-1)[..., :-1].logsumexp(2)
-        # By logarithms: what sinks leave may be very little. A row without keys is left out in the end.
+        # By logarithms: what is left to keys may be very little. A row without keys is left out in the end.
         return logs.softmax(-1)
 
 
