@@ -107,36 +107,9 @@ class Rule:
         if others:
             raise ValueError(f"{what} know of a rule only {', '.join(known)}; got {' and '.join(others)}")
 
-    def budget(self, top_k: int) -> int:
-        """`top_k`, which must hold what is always kept.
-
-        Raises:
-            TypeError, ValueError: it does not, or is no budget.
-        """
-        return checks.budget(top_k, self.window, self.sinks, self.is_causal)
-
     def visibility(self) -> Rule:
         """The same without what only a selection needs: what is always kept, and who shares."""
         return replace(self, window=0, sinks=0, share="none")
-
-    def always_kept(
-        self,
-        first: Tensor,  # int64 […, 1]: the first key that a query sees
-        last: Tensor,  # int64 […, 1]: the last
-        own: Tensor,  # int64 […, 1]: where its window ends, seen or not
-        nothing: int,  # no key's number
-    ) -> Tensor:  # int64 […, sinks + window]
-        """The keys that are always kept, each once, `nothing` in empty places: known from positions alone."""
-        sinks = first + torch.arange(self.sinks, device=first.device)
-        window = own - torch.arange(self.window, device=first.device)
-        inside = (window >= first + self.sinks) & (window <= last)
-        return torch.cat(
-            (torch.where(sinks <= last, sinks, nothing), torch.where(inside, window, nothing)), -1
-        )
-
-    def keeps(self, keys: Tensor, first: Tensor, own: Tensor) -> Tensor:
-        """bool: which of the visible `keys` are among those."""
-        return (keys < first + self.sinks) | (keys > own - self.window)
 
     def packed(
         self,
@@ -234,3 +207,27 @@ class PackedRule(NamedTuple):
 def selection_shape(query: Tensor, key: Tensor, top_k: int, rule: PackedRule) -> tuple[int, int, int, Any]:
     """[B, G, Tq, K], K = min(top_k, Tk)."""
     return query.shape[0], rule.groups, query.shape[2], torch.sym_min(top_k, key.shape[2])
+
+
+def check_budget(rule: Rule, top_k: int) -> int:
+    """`top_k`, which must hold what the rule always keeps."""
+    return checks.budget(top_k, rule.window, rule.sinks, rule.is_causal)
+
+
+def always_kept(
+    rule: Rule,
+    first: Tensor,  # int64 […, 1]: the first key that a query sees
+    last: Tensor,  # int64 […, 1]: the last
+    own: Tensor,  # int64 […, 1]: where its window ends, seen or not
+    nothing: int,  # no key's number
+) -> Tensor:  # int64 […, sinks + window]
+    """The keys that a rule always keeps, each once, `nothing` in empty places: known from positions alone."""
+    sinks = first + torch.arange(rule.sinks, device=first.device)
+    window = own - torch.arange(rule.window, device=first.device)
+    inside = (window >= first + rule.sinks) & (window <= last)
+    return torch.cat((torch.where(sinks <= last, sinks, nothing), torch.where(inside, window, nothing)), -1)
+
+
+def keeps(rule: Rule, keys: Tensor, first: Tensor, own: Tensor) -> Tensor:
+    """bool: which of the visible `keys` are among those."""
+    return (keys < first + rule.sinks) | (keys > own - rule.window)

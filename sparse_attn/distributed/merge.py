@@ -22,7 +22,7 @@ from sparse_attn.distributed.collectives import Group, all_parts, exchange, exch
 from sparse_attn.distributed.layout import Layout, local_places, owners
 from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops.topk_select import ascending
-from sparse_attn.rule import Rule
+from sparse_attn.rule import Rule, always_kept, check_budget, keeps
 
 _SCORES = 1 << 24  # numbers in a piece of scores
 
@@ -101,7 +101,7 @@ class _Merge:
         self.queries, self.keys, self.group, self.rank = queries, keys, group, rank_in(group)
         self.backend, self.budget = backend, min(top_k, keys.length)
         self.scale = checks.softmax_scale(rule.scale, query.shape[3])
-        rule.budget(top_k)
+        check_budget(rule, top_k)
         assert not isinstance(rule.causal_offset, Tensor)  # context_parallel_attention takes none
         self.offset = checks.causal_offset_of(rule.is_causal, rule.causal_offset, queries.length, keys.length)
 
@@ -189,11 +189,11 @@ class _Merge:
         nothing = self.keys.length
         first, last = first[:, None, :, None], last[:, None, :, None]  # [B, 1, T_r, 1]
         own = self._own_position(last)
-        kept = self.rule.always_kept(first, last, own, nothing)  # [B, 1, T_r, …]
+        kept = always_kept(self.rule, first, last, own, nothing)  # [B, 1, T_r, …]
         kept = kept.expand(-1, chosen.shape[1], -1, -1)
         room = self.budget - (kept < nothing).sum(-1, keepdim=True)  # [B, Hq, T_r, 1]
         free = chosen < nothing
-        free = free & ~self.rule.keeps(chosen, first, own)
+        free = free & ~keeps(self.rule, chosen, first, own)
         # Descending by score, ties in the order of keys; what is no number first, as the kernels have it.
         rank = torch.where(scores.isnan(), torch.inf, scores)
         rank = torch.where(free, rank, -torch.inf)

