@@ -2,19 +2,22 @@
 
     pip install "sparse-attn[hf]" gguf accelerate
     python -m benchmarks.experiments.decode_smollm2 --model DIR [--gguf NAME] --text FILE … [--context 8192]
-        [--tokens 48] [--top-k 256] [--caches dynamic static] [--json FILE]
+        [--tokens 48] [--top-k 256] [--caches dynamic static] [--profile] [--keep FILE]
+        [--json FILE]
 
 `generate` goes on from a cache of `--context` tokens of text, which is filled once with SDPA. That exact selection
-generates the same tokens with key indices as without is asserted before anything is timed. Then all take turns; a row is
-the median of the time between two tokens. "no attention" is the same model and cache with an attention that returns
-zeros: no attention can be faster than that. "profile" says, for exact selection with indices, what a token's time goes to.
+generates the same tokens with key indices as without is asserted before anything is timed. Then all take turns; a row
+is the median of the time between two tokens. "no attention" is the same model and cache with an attention that returns
+zeros: no attention can be faster than that. The profile says, for exact selection with indices, what a token's time
+goes to.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import inspect
 import json
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -65,19 +68,32 @@ class Decoding:
         self.tokens = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.context + 1]
         if self.tokens.shape[1] <= arguments.context:
             raise SystemExit(f"--text has {self.tokens.shape[1]} tokens, --context needs more")
+        taken = inspect.signature(type(self.model).forward).parameters
+        self.argument = "cache" if "cache" in taken else "past_key_values"
+        self.prompt = self.filled(arguments.keep)
+
+    def filled(self, keep: Path | None) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of all tokens but the last, layer by layer."""
+        if keep is not None and keep.exists():
+            return torch.load(keep, weights_only=True)
         self.use("sdpa")
-        self.prompt = transformers.DynamicCache(config=self.model.config)  # of all tokens but the last
+        cache = self.transformers.DynamicCache(config=self.model.config)
         with torch.no_grad():
-            self.model.model(self.tokens[:, :-1], past_key_values=self.prompt)
+            self.model.model(self.tokens[:, :-1], **{self.argument: cache})
+        prompt = [(layer.keys, layer.values) for layer in cache.layers]
+        if keep is not None:
+            torch.save(prompt, keep)
+        return prompt
 
     def cache(self, kind: str):
         """A new cache of the prompt's keys and values."""
         if kind == "dynamic":
-            return copy.deepcopy(self.prompt)
-        room = self.arguments.context + WARM + self.arguments.tokens + 1
-        cache = self.transformers.StaticCache(config=self.model.config, max_cache_len=room)
-        for number, layer in enumerate(self.prompt.layers):
-            cache.update(layer.keys, layer.values, number)
+            cache = self.transformers.DynamicCache(config=self.model.config)
+        else:
+            room = self.arguments.context + WARM + self.arguments.tokens + 1
+            cache = self.transformers.StaticCache(config=self.model.config, max_cache_len=room)
+        for number, (keys, values) in enumerate(self.prompt):
+            cache.update(keys, values, number)
         return cache
 
     def use(self, contender: str) -> None:
@@ -100,11 +116,11 @@ class Decoding:
         out = self.model.generate(
             self.tokens,
             attention_mask=torch.ones_like(self.tokens),
-            past_key_values=self.cache(kind),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
             logits_processor=self.transformers.LogitsProcessorList([watch]),
+            **{self.argument: self.cache(kind)},
         )
         return out[:, self.tokens.shape[1] :], times
 
@@ -151,6 +167,7 @@ class Decoding:
 
 
 def main() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or name of a Llama-like causal language model")
     parser.add_argument("--gguf", help="name of a GGUF file in that folder")
@@ -159,11 +176,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="timed tokens per round (default 48)")
     parser.add_argument("--top-k", type=int, default=256, help="keys per query (default 256)")
     parser.add_argument("--caches", nargs="+", choices=("dynamic", "static"), default=["dynamic", "static"])
+    parser.add_argument("--profile", action="store_true", help="also say what a token's time goes to, by op")
+    parser.add_argument("--keep", type=Path, help="a file for the filled cache, which another run takes up")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     decoding = Decoding(arguments)
     rows = {kind: decoding.measure(kind) for kind in arguments.caches}
-    own = {kind: decoding.profile(kind) for kind in arguments.caches}
+    own = {kind: decoding.profile(kind) for kind in arguments.caches if arguments.profile}
     if arguments.json:
         results = {
             "machine": machine.describe(

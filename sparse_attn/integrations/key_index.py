@@ -3,7 +3,7 @@
 An index must be that of just these keys, so it is kept for those caches alone whose way of growing is known, and
 only as long as all that happened to their keys is known too: the tensor that a layer holds is the one that was seen
 last, not changed in place since (torch counts that). A crop is seen as a view of the same memory; `generate` says how
-its beams are reordered. After anything else there is no index, until a call goes on from the keys that the last one left.
+its beams are reordered. After anything else there is none, until a call goes on from the keys that the last one left.
 """
 
 from __future__ import annotations
