@@ -48,10 +48,13 @@ void decode(const SelectParams& p, int64_t row_bytes, const F& row_done, const K
         d.weights = d.scores + rows * d.length;
     } else {
         const int64_t lists = rows * d.chunks;
-        best = allocate(lists * (d.kept * 8 + 4));
+        const bool bounds = index.codes != nullptr && d.chunks > 1;
+        d.room = bounds ? k.index_room(d.kept) : d.kept;
+        best = allocate(lists * (d.room * (bounds ? 12 : 8) + 4));
         d.best_scores = reinterpret_cast<float*>(best.get());
-        d.best_indices = reinterpret_cast<int32_t*>(d.best_scores + lists * d.kept);
-        d.best_counts = d.best_indices + lists * d.kept;
+        d.best_indices = reinterpret_cast<int32_t*>(d.best_scores + lists * d.room);
+        d.best_counts = d.best_indices + lists * d.room;
+        if (bounds) d.best_above = reinterpret_cast<float*>(d.best_counts + lists);
     }
     const int64_t choose_bytes = std::max(k.choose.scratch_bytes(d), row_bytes);
     const auto finish = [&](int64_t b, int64_t group, int64_t query, char* scratch) {
