@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sparse_attn import rule as rules
-from sparse_attn.ops.derivatives import AUTOCAST_KEYS, WITHOUT_AUTOCAST, Backward, Forward, Leaves, connect
+from sparse_attn.ops.derivatives import AUTOCAST_KEYS, WITHOUT_AUTOCAST, Backward, Forward, Leaves, connect, directly
 from sparse_attn.wings import base
 
 __all__ = ["Backward", "Forward", "Op"]
@@ -119,7 +119,7 @@ class Op:
         checked = _on_one_device(label, self._with_rule(fake))
         torch.library.register_fake(f"{base.NAMESPACE}::{label}", checked, lib=library)
         overload = getattr(getattr(getattr(torch.ops, base.NAMESPACE), self.name), wing.name)
-        self._overloads[wing.name] = overload
+        self._overloads[wing.name] = directly(overload) if self.differentiable else overload
         for key in AUTOCAST_KEYS:
             library.impl(label, _without_autocast(overload), key)
         connect(self, wing.name, overload, partial(library.impl, label))

@@ -2,7 +2,8 @@
 
 It serves backward, forward mode and the transforms alike, and is reached through the dispatcher, so that the public
 functions, `torch.ops.sparse_attn.*` and compiled graphs all have the same: the autograd key takes a call that wants a
-gradient or a tangent, functorch's own key one inside `torch.func.grad`, `vmap` or `jvp`. Other calls pass it by.
+gradient or a tangent, functorch's own key one inside `torch.func.grad`, `vmap` or `jvp`. Other calls pass it by;
+those of this package pass the dispatcher's key of autograd by, too (`directly`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
 WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -118,8 +120,7 @@ def connect(op: Declaration, wing: str, overload: Any, implement: Callable) -> N
         return apply(None, arguments)
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        if wanted or (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
+        if _wanted(arguments):
             return apply(keyset, arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
@@ -135,6 +136,25 @@ def connect(op: Declaration, wing: str, overload: Any, implement: Callable) -> N
         implement(batched, "Batched")  # where there are lists torch's own loop would not do
     if op.differentiable:
         implement(autograd, "Autograd", with_keyset=True)
+
+
+def _wanted(arguments: Sequence[Any]) -> bool:
+    """Whether autograd has something to do: a gradient, or a tangent."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return True
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+
+
+def directly(overload: Any) -> Callable:
+    """The op as this package calls it: autograd's key, which is Python, costs a small call a fifth of its time."""
+
+    def call(*arguments: Any) -> Any:
+        if is_dynamo_compiling() or torch._C._are_functorch_transforms_active() or _wanted(arguments):
+            return overload(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*arguments)
+
+    return call
 
 
 def _functions(op: Declaration, wing: str, overload: Any) -> tuple[type[torch.autograd.Function], ...]:
