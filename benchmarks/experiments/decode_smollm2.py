@@ -2,7 +2,7 @@
 
     pip install "sparse-attn[hf]" gguf accelerate
     python -m benchmarks.experiments.decode_smollm2 --model DIR [--gguf NAME] --text FILE … [--context 8192]
-        [--tokens 48] [--top-k 256] [--caches dynamic static] [--profile] [--keep FILE]
+        [--tokens 48] [--rounds 3] [--top-k 256] [--caches dynamic static] [--profile] [--keep FILE]
         [--json FILE]
 
 `generate` goes on from a cache of `--context` tokens of text, which is filled once with SDPA. That exact selection
@@ -29,7 +29,6 @@ from sparse_attn.bench import machine
 from sparse_attn.demo.text import read
 
 WARM = 4  # first tokens, in which an index is made
-ROUNDS = 3
 LABELS = {
     "sdpa": "SDPA",
     "exact": "exact selection",
@@ -131,7 +130,7 @@ class Decoding:
             raise SystemExit(f"{kind}: with key indices other tokens were generated: {made}")
         print(f"{kind} cache: the same {count} tokens with key indices as without")
         steps: dict[str, list[float]] = {contender: [] for contender in LABELS}
-        for _ in range(ROUNDS):
+        for _ in range(self.arguments.rounds):
             for contender, found in steps.items():
                 _, times = self.generate(contender, kind, count)
                 found += [
@@ -174,6 +173,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, nargs="+", type=Path, help="texts, end to end")
     parser.add_argument("--context", type=int, default=8192, help="tokens in the cache (default 8192)")
     parser.add_argument("--tokens", type=int, default=48, help="timed tokens per round (default 48)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of all contenders (default 3)")
     parser.add_argument("--top-k", type=int, default=256, help="keys per query (default 256)")
     parser.add_argument("--caches", nargs="+", choices=("dynamic", "static"), default=["dynamic", "static"])
     parser.add_argument("--profile", action="store_true", help="also say what a token's time goes to, by op")

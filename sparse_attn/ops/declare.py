@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sparse_attn import rule as rules
-from sparse_attn.ops.derivatives import AUTOCAST_KEYS, WITHOUT_AUTOCAST, Backward, Forward, Leaves, connect, directly
+from sparse_attn.ops.derivatives import (
+    AUTOCAST_KEYS,
+    WITHOUT_AUTOCAST,
+    Backward,
+    Forward,
+    Leaves,
+    connect,
+    directly,
+)
 from sparse_attn.wings import base
 
 __all__ = ["Backward", "Forward", "Op"]
