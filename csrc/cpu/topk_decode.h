@@ -89,7 +89,7 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
         const int64_t own = k.panels(p), rows = p.batch * heads * p.query_length;
         const int64_t least = blocks(std::max<int64_t>(1024, 4 * p.top_k), k.panel_keys());
         int64_t most = longest;
-        if (beside && at_once && token_bytes > 0)
+        if (beside && at_once && token_bytes > 0 && !d.index.codes)
             most = std::min(most, blocks(kChunkBytes / token_bytes, k.panel_keys()));
         const int64_t parts = std::max<int64_t>(1, blocks(own, std::max(most, least)));
         d.chunk = std::max<int64_t>(1, blocks(blocks(own, parts), 2)) * 2;  // whole blocks of an index, too
@@ -97,10 +97,11 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
         d.kept = std::min(p.top_k, d.chunk * k.panel_keys());
         d.length = own * k.panel_keys();
         const int64_t lists = rows * d.chunks;
-        places.push_back(place(shared ? (rows * d.length + rows) * 4 : lists * (d.kept * 8 + 4)));
+        const bool bounds = !shared && d.index.codes && d.chunks > 1;
+        d.room = bounds ? k.index_room(d.kept) : d.kept;
+        places.push_back(
+            place(shared ? (rows * d.length + rows) * 4 : lists * (d.room * (bounds ? 12 : 8) + 4)));
         const bool whole = at_once || (d.chunks == 1 && !shared);  // one task does it all
-        choose_bytes = std::max(choose_bytes, k.choose.scratch_bytes(d));
-        scan_bytes = std::max({scan_bytes, k.scan.scratch_bytes(d), whole ? choose_bytes : 0});
         const int64_t all = p.batch * kv_heads;
         for (int64_t i = 0; i < all * d.chunks; ++i) scan.push_back({c, i % all, i / all, own});
         firsts.push_back(counted);
@@ -125,9 +126,13 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
             d.weights = d.scores + rows * d.length;
         } else {
             d.best_scores = at;
-            d.best_indices = reinterpret_cast<int32_t*>(d.best_scores + lists * d.kept);
-            d.best_counts = d.best_indices + lists * d.kept;
+            d.best_indices = reinterpret_cast<int32_t*>(d.best_scores + lists * d.room);
+            d.best_counts = d.best_indices + lists * d.room;
+            if (d.index.codes && d.chunks > 1) d.best_above = reinterpret_cast<float*>(d.best_counts + lists);
         }
+        const bool whole = at_once || (d.chunks == 1 && !shared);
+        choose_bytes = std::max(choose_bytes, k.choose.scratch_bytes(d));
+        scan_bytes = std::max({scan_bytes, k.scan.scratch_bytes(d), whole ? choose_bytes : 0});
     }
 
     const auto choose = [&](int64_t c, int64_t b, int64_t group, int64_t query, char* scratch) {

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "residual": False,
     "layers": None,
     "backend": None,
+    "key_index": True,
 }
 # Arguments of other attention functions that change what comes out.
 UNKNOWN = (

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.integrations import key_index as key_indices
 from sparse_attn.integrations import refusals
 from sparse_attn.integrations.indexers import (
     add_indexers,
@@ -47,8 +48,9 @@ from sparse_attn.integrations.packed import within_documents
 from sparse_attn.integrations.selectors import OWN, SELECTORS, check_named, remember, selector_of
 from sparse_attn.integrations.self_test import meant_layers, prove
 from sparse_attn.integrations.visibility import Visibility, scores_of
+from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.rule import Rule
-from sparse_attn.selection import FromIndexer, Selection, Selector, attend, select_and_attend
+from sparse_attn.selection import Exact, FromIndexer, Selection, Selector, attend, select_and_attend
 
 __all__ = [
     "SELECTORS",
@@ -92,6 +94,7 @@ def configure(
     residual: bool = False,
     layers: Iterable[int] | None = None,
     backend: str | None = None,
+    key_index: bool = True,
     self_test: bool | Mapping[str, Any] = True,
 ) -> torch.nn.Module:
     """Sets the options of every attention layer of `model` and makes it use this package's attention.
@@ -117,6 +120,8 @@ def configure(
             selector="exact" alone, padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
+        key_index: keep a :class:`sparse_attn.KeyIndex` beside each layer of a key/value cache, where decoding on a CPU
+            by exact selection gains by it: the same tokens for D + 12 bytes more a key. False keeps none.
         self_test: run the model once on a few tokens, to see that each attention layer that is meant reaches this
             package and what it asks for. A mapping gives the keyword arguments of that forward, for a model that
             needs more than tokens; False leaves it out, and some refusals to the first forward.
@@ -158,6 +163,7 @@ def configure(
         "residual": residual,
         "layers": layers,
         "backend": backend,
+        "key_index": checks.boolean("key_index", key_index),
     }
     meant = meant_layers(model, layers)
     refusals.refuse_unreachable(model, meant)
@@ -169,6 +175,7 @@ def configure(
         set_options(model, options)
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
+    key_indices.follow(model)
     if not isinstance(selector, str):
         remember(model, selector)
     return model
@@ -211,7 +218,8 @@ def attention_forward(
     else:
         selector = selector_of(module, options, index)
         refusals.refuse_sharded(module, query, options, index, selector)
-        out = _sparse(query, key, value, selector, seen, options, scores)
+        beside = key_indices.index_of(module, query, key, options)
+        out = _sparse(query, key, value, selector, seen, options, scores, beside)
     return out.transpose(1, 2), None
 
 
@@ -233,6 +241,7 @@ def _sparse(
     seen: Visibility,
     options: dict[str, Any],
     scores: dict[str, Any],  # parts of the rule
+    index: KeyIndex | None = None,  # of the first keys, for exact selection
 ) -> Tensor:  # [B, Hq, Tq, Dv]
     sinks = max(0, options["sinks"] - seen.dropped)
     known = selector.key.shape[2] if isinstance(selector, FromIndexer) else None
@@ -256,6 +265,10 @@ def _sparse(
             )
         # A static cache holds more keys than the indexer has seen; no query sees those.
         seen = seen.of_first_keys(known)
+    if index is not None and seen.sees_no_more_than(index.length):
+        seen = seen.of_first_keys(index.length)
+        key, value = key[:, :, : index.length], value[:, :, : index.length]
+        selector = Exact(options["backend"], index)
     rule = seen.rule(share=options["share"], window=options["window"], sinks=sinks, **scores)
     tail = "mean" if options["residual"] else "none"
     return select_and_attend(

@@ -110,6 +110,11 @@ class Visibility:
         mask = None if self.mask is None else self.mask[..., :count]
         return replace(self, key_length=count, padding=padding, mask=mask)
 
+    def sees_no_more_than(self, count: int) -> bool:
+        """Whether numbers show that all that is visible is among the first `count` keys."""
+        end = self.key_length if self.offset is None else self.query_length + self.offset
+        return self.behind is None and min(end, self.key_length) <= count
+
     def at_the_end(self, key: Tensor, value: Tensor) -> tuple[Visibility, Tensor, Tensor]:
         """(this, key, value) with the keys moved so that the last query's own is the last: an offset in numbers."""
         if self.behind is None:

@@ -10,8 +10,9 @@ from sparse_attn import rule as rules
 from sparse_attn.checks.values import mapped
 from sparse_attn.ops.declare import Op
 from sparse_attn.rule import PackedRule, selection_shape
+from sparse_attn.wings.cpu import DTYPES
+from sparse_attn.wings.reference.index_keys import BLOCK
 
-BLOCK = 16  # keys whose components lie side by side
 MOST_QUERIES = 16  # more of them are scored without an index
 
 
@@ -23,6 +24,12 @@ OP = Op(
     "indexed_select",
     f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, Tensor codes, Tensor bounds, Tensor shift) -> Tensor",
     fake,
+)
+
+WRITE = Op(
+    "index_keys",
+    "(Tensor key, Tensor(a!) codes, Tensor(b!) bounds, Tensor shift, SymInt begin) -> ()",
+    lambda *arguments: None,
 )
 
 
@@ -98,13 +105,8 @@ class KeyIndex:
         self._check(key)
         begin, end = self.length, self.length + key.shape[2]
         self._reserve(end)
-        step = max(BLOCK, (1 << 20) // max(1, key.shape[0] * key.shape[1] * key.shape[3]) // BLOCK * BLOCK)
-        while begin < end:
-            # Up to a block's end, then whole blocks.
-            stop = min(end, (begin + step) // BLOCK * BLOCK)
-            at = begin - self.length
-            self._write(begin, *_rounded(key[:, :, at : at + stop - begin], self.shift))
-            begin = stop
+        wing = "cpu" if WRITE.has("cpu") and key.device.type == "cpu" and key.dtype in DTYPES else "reference"
+        WRITE.on(wing)(key, self.codes, self.bounds, self.shift, begin)
         self.length = end
         return self
 
@@ -170,59 +172,6 @@ class KeyIndex:
             new = old.new_zeros(*old.shape[:2], blocks, *old.shape[3:])
             new[:, :, :room] = old
             setattr(self, name, new)
-
-    def _write(self, begin: int, codes: Tensor, bounds: Tensor) -> None:
-        """codes [B, Hkv, t, ⌈D/4⌉, 4] and bounds [B, Hkv, t, 3] to the keys from `begin` on."""
-        first, lane, count = begin // BLOCK, begin % BLOCK, codes.shape[2]
-        if lane or count < BLOCK:  # within one block
-            part = min(count, BLOCK - lane)
-            self.codes[:, :, first, :, lane : lane + part] = codes[:, :, :part].transpose(2, 3)
-            self.bounds[:, :, first, :, lane : lane + part] = bounds[:, :, :part].transpose(2, 3)
-            if part < count:
-                self._write(begin + part, codes[:, :, part:], bounds[:, :, part:])
-            return
-        whole = count // BLOCK
-        for to, rows in ((self.codes, codes), (self.bounds, bounds)):
-            blocks = rows[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).transpose(3, 4)
-            if to is self.codes:  # words of four, which copy faster than bytes
-                blocks, to = blocks.view(torch.int32), to.view(torch.int32)
-            to[:, :, first : first + whole] = blocks
-        if count % BLOCK:
-            self._write(begin + whole * BLOCK, codes[:, :, whole * BLOCK :], bounds[:, :, whole * BLOCK :])
-
-
-def _rounded(key: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """keys [B, Hkv, t, D] → (whole numbers int8 [B, Hkv, t, ⌈D/4⌉, 4], float32 [B, Hkv, t, 3]: their scale, and no
-    less than the norms of what rounding changed and of the shifted key)."""
-    dim, compute = key.shape[3], torch.promote_types(key.dtype, torch.float32)
-    rows = key.to(compute) - shift.to(compute).unsqueeze(2)
-    largest, norm = rows.abs().amax(-1), rows.norm(dim=-1)
-    # Products with larger keys could leave float32; the infinite norm lets them pass every bound.
-    useful = norm < 1e18
-    if not bool(useful.all()):
-        rows = torch.where(useful.unsqueeze(-1), rows, 0.0)
-        largest = torch.where(useful, largest, 0.0)
-    scale = (largest / 127.0).float()
-    step = scale.to(compute).unsqueeze(-1)
-    # A scale of 0 has rows of next to nothing, which take no part in a product.
-    numbers = torch.where(step > 0, rows / step, 0.0).round_().clamp_(-127.0, 127.0)
-    error = rows.sub_(numbers * step).norm(dim=-1)
-    # What the arithmetic above can have lost: of each component a few units, of each sum of squares D of them, and
-    # all of it where squares vanish.
-    unit = torch.finfo(compute).eps
-    error = error + 4 * unit * norm
-    tiny = largest < 1e-10
-    more = 1 + 2 * dim * unit + 1e-6
-    bounds = torch.stack(
-        (
-            scale.to(compute),
-            torch.where(tiny, largest * dim**0.5, error) * more,
-            torch.where(useful, torch.where(tiny, largest * dim**0.5, norm) * more, torch.inf),
-        ),
-        dim=-1,
-    )
-    numbers = torch.nn.functional.pad(numbers, (0, -dim % 4)).to(torch.int8).contiguous()
-    return numbers.unflatten(-1, (-1, 4)), bounds.float()
 
 
 def serves(index: object, query: Tensor, key: Tensor, rule: PackedRule) -> bool:

@@ -13,6 +13,7 @@ from helpers.wings import overload, wings_under_test
 
 import sparse_attn
 from sparse_attn import KeyIndex
+from sparse_attn.ops.key_index import WRITE
 from sparse_attn.selection import Rule
 
 WINGS = [wing for wing in wings_under_test() if wing.refuses("indexed_select") is None or wing.missing]
@@ -174,6 +175,54 @@ def test_append():
 def _empty(key):
     index = KeyIndex.of(key[:, :, :0])
     return index.codes, index.bounds, index.shift, 0, key.dtype
+
+
+@pytest.mark.skipif(not WINGS or bool(WINGS[0].missing), reason="the CPU wing writes it by a kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [normal, outliers, alike, integers])
+@pytest.mark.parametrize("sizes", [(2, 3, 77, 21), (1, 1, 1, 1), (1, 2, 33, 64), (2, 1, 50, 200)])
+def test_kernel_and_definition(make, dtype, sizes):
+    """The same whole numbers but where rounding is a tie, and bounds that differ by less than a thousandth."""
+    key = make(*sizes, dtype=dtype, seed=1)
+    key[:, :, ::9] *= 1e-14 if dtype == torch.float32 else 0.0
+    index = KeyIndex.of(key)
+    codes, bounds = torch.zeros_like(index.codes), torch.zeros_like(index.bounds)
+    overload("index_keys", "reference")(key, codes, bounds, index.shift, 0)
+    assert int((codes.int() - index.codes.int()).abs().max()) <= 1
+    assert (codes != index.codes).float().mean() < 1e-2
+    torch.testing.assert_close(index.bounds, bounds, rtol=2e-3, atol=1e-30)
+
+
+@pytest.mark.parametrize("wing_name", ["cpu", "reference"])
+def test_writing_is_an_op(wing_name):
+    key = normal(1, 2, 40, 10, seed=1)
+    if not WRITE.has(wing_name):
+        pytest.skip("the extension is not built")
+    index = KeyIndex.of(key)
+    arguments = key, index.codes.clone(), index.bounds.clone(), index.shift, 3
+    torch.library.opcheck(overload("index_keys", wing_name), arguments)
+
+
+def test_layouts_of_keys():
+    key = normal(2, 3, 90, 20, seed=1)
+    for layout in LAYOUTS.values():
+        index = KeyIndex.of(key)  # of one shift: a mean's bits depend on the layout
+        assert same_keys(KeyIndex.of(key).crop(0).append(layout(key)), index)
+
+
+@pytest.mark.torch_defaults
+def test_keys_split_over_threads(wing, dtype):
+    """Parts whose bounds are put together, and parts in which they are of no use."""
+    torch.set_num_threads(2)
+    query, key, value = qkv(1, 9, 3, 1, 6000, 32, dtype=dtype, make=outliers)
+    assert_same(wing, (query, key, value), 100)
+    assert_same(wing, (query, key, value), 100, is_causal=True, causal_offset=4100, window=7, sinks=3)
+    spoiled = key.clone()
+    spoiled[:, 1, 2500:3900] = spoiled[:, 1, 2500:2501]  # ties
+    spoiled[:, 2, 10] = math.nan
+    assert_same(wing, (query, spoiled, value), 100)
+    spoiled[:, :, :2100] = 1.0
+    assert_same(wing, (query, spoiled, value), 100)
 
 
 def test_reorder_and_crop(wing):

@@ -158,8 +158,20 @@ inline void keep_of_chunk(const DecodeParams& d, DecodeChunk t, int64_t r, Candi
     const int64_t head = t.kv_head * (p.heads / p.kv_heads) + r / p.query_length;
     const int64_t slot = row_of(p, t.b, head, r % p.query_length) * d.chunks + t.chunk;
     d.best_counts[slot] = c.count;
-    memcpy(d.best_scores + slot * d.kept, c.scores, static_cast<size_t>(c.count) * 4);
-    memcpy(d.best_indices + slot * d.kept, c.indices, static_cast<size_t>(c.count) * 4);
+    memcpy(d.best_scores + slot * d.room, c.scores, static_cast<size_t>(c.count) * 4);
+    memcpy(d.best_indices + slot * d.room, c.indices, static_cast<size_t>(c.count) * 4);
+}
+
+// Hands over what the bounds leave of a chunk for row r of its head.
+inline void keep_bounds(const DecodeParams& d, DecodeChunk t, int64_t r, const Survivors& own) {
+    const SelectParams& p = d.select;
+    const int64_t head = t.kv_head * (p.heads / p.kv_heads) + r / p.query_length;
+    const int64_t slot = row_of(p, t.b, head, r % p.query_length) * d.chunks + t.chunk;
+    const size_t bytes = static_cast<size_t>(own.count) * 4;
+    d.best_counts[slot] = -1 - own.count;
+    memcpy(d.best_scores + slot * d.room, own.low, bytes);
+    memcpy(d.best_above + slot * d.room, own.high, bytes);
+    memcpy(d.best_indices + slot * d.room, own.indices, bytes);
 }
 
 // A selection per head: the best of the chunk for each row.
@@ -297,6 +309,12 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
     const T* keys = static_cast<const T*>(p.key) + t.b * p.key_strides.b + t.kv_head * p.key_strides.h;
     for (int64_t r = 0; r < rows; ++r) {
         Survivors& own = survivors[r];
+        if (d.best_above) {
+            // The bounds of all chunks together leave fewer: `choose` scores those.
+            own.cut(order);
+            keep_bounds(d, t, r, own);
+            continue;
+        }
         const int64_t h = t.kv_head * per_kv + r / p.query_length, i = r % p.query_length;
         Candidates c{own.low, own.indices, own.count, own.keep};
         if (own.count > 0) {
@@ -350,8 +368,8 @@ void scan(const DecodeParams& d, DecodeChunk t, void* scratch) {
 
 int64_t choose_scratch_bytes(const DecodeParams& d) {
     const SelectParams& p = d.select;
-    const int64_t buffer = maximum(candidate_capacity(p.top_k), d.chunks * d.kept) + kSlack;
-    return buffer * 12 + panel_count(p) * 12 + 1024;
+    const int64_t buffer = maximum(candidate_capacity(p.top_k), d.chunks * d.room) + kSlack;
+    return buffer * (d.best_above ? 24 : 12) + panel_count(p) * 12 + p.head_dim * 4 + 1024;
 }
 
 void weigh(const DecodeParams& d, DecodeRow t, void* memory) {
@@ -368,8 +386,53 @@ void weigh(const DecodeParams& d, DecodeRow t, void* memory) {
 inline void merge_best(const DecodeParams& d, int64_t row, Candidates& c, int32_t* keys) {
     for (int64_t slot = row * d.chunks; slot < (row + 1) * d.chunks; ++slot) {
         const int32_t n = d.best_counts[slot];
-        memcpy(c.scores + c.count, d.best_scores + slot * d.kept, static_cast<size_t>(n) * 4);
-        memcpy(c.indices + c.count, d.best_indices + slot * d.kept, static_cast<size_t>(n) * 4);
+        memcpy(c.scores + c.count, d.best_scores + slot * d.room, static_cast<size_t>(n) * 4);
+        memcpy(c.indices + c.count, d.best_indices + slot * d.room, static_cast<size_t>(n) * 4);
+        c.count += n;
+    }
+    if (c.count > c.keep) keep_best<false>(c, keys);
+}
+
+// The same where bounds are what is known of some chunks, or of all: those keys are scored that the bounds of
+// all such chunks together leave.
+template <class T, class Tile>
+void score_and_merge(const DecodeParams& d, DecodeRow t, Candidates& c, int32_t* keys, Scratch& scratch) {
+    const SelectParams& p = d.select;
+    const int64_t row = row_of(p, t.b, t.head, t.query), buffer = d.chunks * d.room + kSlack;
+    Survivors left{
+        scratch.take<float>(buffer), scratch.take<float>(buffer), scratch.take<int32_t>(buffer), 0, c.keep,
+        closed_threshold()};
+    for (int64_t slot = row * d.chunks; slot < (row + 1) * d.chunks; ++slot) {
+        const int32_t n = -1 - d.best_counts[slot];
+        if (n <= 0) continue;
+        const size_t bytes = static_cast<size_t>(n) * 4;
+        memcpy(left.low + left.count, d.best_scores + slot * d.room, bytes);
+        memcpy(left.high + left.count, d.best_above + slot * d.room, bytes);
+        memcpy(left.indices + left.count, d.best_indices + slot * d.room, bytes);
+        left.count += n;
+    }
+    left.cut(keys);
+    const int64_t column = words<Tile>(p);
+    float* query = scratch.take<float>(column);
+    const Strides &s = p.query_strides, &k = p.key_strides;
+    Tile::template pack_column<true>(
+        query, 1, static_cast<const T*>(p.query) + t.b * s.b + t.head * s.h + t.query * s.t, s.d, p.head_dim,
+        column, sign_of(p.rule.scale));
+    const T* head_keys = static_cast<const T*>(p.key) + t.b * k.b + t.head / (p.heads / p.kv_heads) * k.h;
+    if (left.count > 0)
+        listed_scores<T, Tile>(head_keys, k.t, p.head_dim, query, left.indices, left.count, left.low);
+    int32_t next = 0;
+    for (int64_t chunk = 0; chunk < d.chunks; ++chunk) {  // in the order of keys
+        const int64_t slot = row * d.chunks + chunk, end = (chunk + 1) * d.chunk * NR;
+        int32_t n = d.best_counts[slot];
+        const float* scores = d.best_scores + slot * d.room;
+        const int32_t* indices = d.best_indices + slot * d.room;
+        if (n < 0) {
+            scores = left.low + next, indices = left.indices + next;
+            for (n = 0; next < left.count && left.indices[next] < end; ++next) ++n;
+        }
+        memcpy(c.scores + c.count, scores, static_cast<size_t>(n) * 4);
+        memcpy(c.indices + c.count, indices, static_cast<size_t>(n) * 4);
         c.count += n;
     }
     if (c.count > c.keep) keep_best<false>(c, keys);
@@ -399,7 +462,7 @@ inline void stream_mass(const DecodeParams& d, DecodeRow t, const Visible& v, Ca
 void choose(const DecodeParams& d, DecodeRow t, void* memory) {
     const SelectParams& p = d.select;
     Scratch scratch{static_cast<char*>(memory)};
-    const int64_t buffer = maximum(candidate_capacity(p.top_k), d.chunks * d.kept) + kSlack;
+    const int64_t buffer = maximum(candidate_capacity(p.top_k), d.chunks * d.room) + kSlack;
     int32_t* keys = scratch.take<int32_t>(buffer);
     const Visible v = visible_to(p, t.b, t.head, t.query);
     const int64_t keep = p.top_k - forced_count(v);
@@ -409,6 +472,9 @@ void choose(const DecodeParams& d, DecodeRow t, void* memory) {
             c.indices[c.count++] = static_cast<int32_t>(j);
     } else if (shared_heads(p) > 1) {
         stream_mass(d, t, v, c, keys);
+    } else if (d.best_above) {
+        with_exact_tile(p.dtype,
+                        [&]<class T, class Tile>() { score_and_merge<T, Tile>(d, t, c, keys, scratch); });
     } else {
         merge_best(d, row_of(p, t.b, t.head, t.query), c, keys);
     }
@@ -419,6 +485,7 @@ void choose(const DecodeParams& d, DecodeRow t, void* memory) {
 SPARSE_ATTN_KERNELS(topk_decode, DecodeKernels) = {
     .panels = decode_panels,
     .panel_keys = decode_panel_keys,
+    .index_room = survivor_room,
     .scan = {.scratch_bytes = scan_scratch_bytes, .run = scan},
     .weigh = weigh,
     .choose = {.scratch_bytes = choose_scratch_bytes, .run = choose},

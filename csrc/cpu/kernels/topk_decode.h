@@ -28,10 +28,14 @@ struct DecodeParams {
         group_rows;  // rows of `indices` from one group to the next: Tq, or more where it is a part of them
     int64_t chunk, chunks;  // a head's keys are scanned in chunks of so many panels
     // A selection per head: the best of each chunk, ascending.
-    int64_t kept;           // room for each
-    float* best_scores;     // [B, Hq, Tq, chunks, kept]
+    int64_t kept;           // so many of each at most
+    float* best_scores;     // [B, Hq, Tq, chunks, room]
     int32_t* best_indices;  // likewise
     int32_t* best_counts;   // [B, Hq, Tq, chunks]
+    int64_t room;           // kept; with an index and several chunks, room for what bounds leave of a chunk
+    // With an index and several chunks, where bounds are of use: what they leave of a chunk, best_scores
+    // being lower bounds and these the upper ones, and −1 − its count for a count. Else null.
+    float* best_above;
     KeyIndexParams index;
     // One selection for several heads: all scores, then probabilities without their factor, and that factor.
     int64_t length;  // whole panels
@@ -54,6 +58,7 @@ struct DecodeRow {
 struct DecodeKernels {
     int64_t (*panels)(const SelectParams&);  // of one key head
     int64_t (*panel_keys)();
+    int64_t (*index_room)(int64_t kept);     // of best_scores with an index
     Kernel<DecodeParams, DecodeChunk> scan;  // to best_…, or to scores where heads share
     void (*weigh)(const DecodeParams&, DecodeRow,
                   void* scratch);            // where heads share: a head's probabilities

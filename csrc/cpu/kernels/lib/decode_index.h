@@ -131,18 +131,8 @@ struct Survivors {
 
     // The marked keys of a vector, the first of which is `first`.
     SPARSE_ATTN_INLINE void add(uint32_t bits, Vec lowest, Vec highest, int32_t first) {
-#if defined(__AVX512F__)
         append(high + count, indices + count, bits, highest, first);
         count += append(low + count, indices + count, bits, lowest, first);
-#else
-        float both[2][W];
-        store(both[0], lowest);
-        store(both[1], highest);
-        for (; bits; bits &= bits - 1, ++count) {
-            const int lane = __builtin_ctz(bits);
-            low[count] = both[0][lane], high[count] = both[1][lane], indices[count] = first + lane;
-        }
-#endif
     }
 
     // Drops what cannot be among the best. `order` is scratch of the same length.
@@ -158,10 +148,13 @@ struct Survivors {
         }
         // A number that `keep` of them reach, and few more: the closer, the better the threshold.
         int32_t reached = count;
-        while (least != most && reached > keep + keep / 16) {
+        for (int step = 0; least != most && reached > keep + keep / 16; ++step) {
             const uint32_t distance = static_cast<uint32_t>(most) - static_cast<uint32_t>(least);
-            const int32_t middle =
+            int32_t middle =
                 static_cast<int32_t>(static_cast<uint32_t>(least) + distance / 2 + (distance & 1));
+            // The middle of the scores is nearer, as they lie; every other step halves whatever there is.
+            const int32_t nearer = order_of(0.5f * float_of_order(least) + 0.5f * float_of_order(most));
+            if (step % 2 == 0 && nearer > least && nearer <= most) middle = nearer;
             const int32_t n = count_ge(order, padded, middle);
             if (n >= keep) {
                 least = middle;
