@@ -28,7 +28,7 @@ def rotate(rows: Tensor) -> Tensor:
 
 
 def bounds_of(query: Tensor, key: Tensor, norm: float) -> Bounds:
-    """query [..., Tq, D], key [..., Tk, D], rounded to whole numbers of at most this norm, and their products to units."""
+    """query [..., Tq, D], key [..., Tk, D], rounded to whole numbers up to this norm, and their products to units."""
     query, key = query.double(), key.double()
     q, k = rotate(query), rotate(key - key.mean(-2, keepdim=True))
     q_scale = q.norm(dim=-1, keepdim=True) / norm  # of each query

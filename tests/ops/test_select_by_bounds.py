@@ -138,7 +138,9 @@ def _sorted_by_score(query, key, descending):
 
 # Scores are kept for 4,096 keys at a time: what comes before and behind is another part.
 @compiled
-@pytest.mark.parametrize("order", ["random", "ascending", "descending", "alike 128 keys apart", "in one place"])
+@pytest.mark.parametrize(
+    "order", ["random", "ascending", "descending", "alike 128 keys apart", "in one place"]
+)
 @pytest.mark.parametrize(
     "rule",
     [
