@@ -136,6 +136,32 @@ def test_gathered_attention(groups):
         close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("top_k", [9, 40, 130])
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_errors_are_those_of_gathering(dtype, top_k, spread):
+    """Against float64: outputs, LSE and gradients are off by no more than a few times what gathering is off by."""
+    query, key, value = (normal(1, h, 130, 24, dtype=dtype, seed=h) for h in (4, 2, 2))
+    query = query * spread
+    indices = sparse_attn.topk_select(query, key, top_k, is_causal=True)
+    weight, of_lse = normal(1, 4, 130, 24, seed=11).double(), normal(1, 4, 130, 1, seed=12)[..., 0].double()
+
+    def call(dtype, backend):
+        leaves = [t.to(dtype).clone().requires_grad_() for t in (query, key, value)]
+        sinks = torch.linspace(-1.0, 1.0, 4, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+        out, lse = sparse_attn.gathered_attention(
+            *leaves, indices, sink_logits=sinks, softcap=6.0, return_lse=True, backend=backend
+        )
+        ((out.double() * weight).sum() + (lse.double() * of_lse).sum()).backward()
+        return out.detach(), lse.detach(), *(leaf.grad for leaf in (*leaves, sinks))
+
+    exact = call(torch.float64, "reference")
+    for right, gathered, tiled in zip(exact, *both_ways(lambda: call(dtype, "cpu")), strict=True):
+        largest = right.abs().max()
+        error, allowed = ((t.double() - right).abs().max() for t in (tiled, gathered))
+        assert error <= 3 * allowed + 2.0**-21 * largest, (error / largest, allowed / largest)
+
+
 def test_keys_that_are_named_twice_count_twice():
     query, key, value = (normal(1, 2, 64, 16, seed=i) for i in range(3))
     indices = index_rows((1, 2, 64, 30), 64, garbage=True)

@@ -152,7 +152,7 @@ PAIRS = rows(
 )
 
 
-@pytest.mark.parametrize("row", PAIRS, ids=str)
+@pytest.mark.parametrize("row", PAIRS, ids=[str(n) for n in range(len(PAIRS))])
 def test_it_is_the_call_over_keys_end_to_end(wing, dtype, row):
     lengths, size, share, options, make, layout, shared = row
     if wing.name not in ("cpu", "reference"):
