@@ -47,7 +47,7 @@ Ways tiles_used() {
 bool tiles_pay(const TileCosts& c, int64_t visible, int64_t top_k, int64_t head_dim, int64_t value_dim) {
     const Ways which = ways;
     if (which != Ways::kAuto) return which == Ways::kTiles && visible > 0;
-    if (visible < kFewKeys) return false;
+    if (std::min(visible, top_k) < kFewKept) return false;
     const double keys = static_cast<double>(visible), kept = static_cast<double>(std::min(visible, top_k));
     // In keys of random order the n-th beats the best K so far with probability K/n.
     const double passing = visible > top_k ? kept * (1.0 + std::log(keys / kept)) : 0.0;
@@ -59,7 +59,7 @@ bool tiles_pay(const TileCosts& c, int64_t visible, int64_t top_k, int64_t head_
 bool tiles_pay_for(const TileCosts& c, int64_t named, int64_t span, int64_t width) {
     const Ways which = ways;
     if (which != Ways::kAuto) return which == Ways::kTiles && named > 0;
-    if (span < kFewKeys) return false;
+    if (named < kFewKept) return false;
     const double components = static_cast<double>(width);
     return static_cast<double>(span) * (c.tile_key + c.tile * components) <=
            static_cast<double>(named) * components * c.gather;

@@ -18,7 +18,10 @@ inline cpu::Range keys_of(const Rule& rule, int64_t b, int64_t query, int64_t ke
     return {std::clamp<int64_t>(begin, 0, end), end};
 }
 
-// A query that sees fewer keys gathers: rows so short cost little either way.
+// A query that keeps fewer keys gathers in the forward, so that its output has the same bits in decoding, in
+// a pack, and where its selection is replayed.
+constexpr int64_t kFewKept = 512;
+// Rows of the backward over fewer keys gather: they cost little either way.
 constexpr int64_t kFewKeys = 256;
 
 // Whether tiles can serve such a selection at all. A few queries are another matter (topk_decode.h).

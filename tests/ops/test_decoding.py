@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import oracle
-from helpers.compare import assert_best
+from helpers.compare import assert_best, assert_close
 from helpers.inputs import LAYOUTS, OPTIONS, integers, normal, options_for, qkv
 from helpers.wings import wings_under_test
 from torch import Tensor
@@ -46,9 +46,14 @@ def among_many(wing, inputs, top_k, **options):
 
 def assert_same(wing, inputs, top_k, **options):
     want = among_many(wing, inputs, top_k, **options)
+    gathers = top_k < 512  # of more keys a long call may sum in another order (dense tiles)
     ours = wing.topk_attention(*inputs, top_k, return_lse=True, return_indices=True, **options)
     for name, a, b in zip(("out", "lse", "indices"), ours, want, strict=True):
-        assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)), f"{name} differs: {a} {b}"
+        if gathers or name == "indices":
+            assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)), f"{name} differs: {a} {b}"
+        else:
+            # The mean of thousands of values is far smaller than they are, and they are what is rounded.
+            assert_close(a, b, f"{name}, top_k={top_k}", units=64 if a.dtype == torch.float32 else None)
         assert torch.equal(a.isnan(), b.isnan()), f"{name} is NaN elsewhere"
     assert torch.equal(wing.topk_select(*inputs[:2], top_k, **options), want[2])
     return want

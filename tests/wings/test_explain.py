@@ -21,6 +21,7 @@ MAPS = torch.zeros(8, dtype=torch.int32), torch.arange(8)
 TABLES = [torch.randn(8, 4)], [None]
 
 PACKED, BOUNDS = torch.randn(5, 2, 4), torch.tensor([0, 3, 5])
+OWN_BLOCKS = sparse_attn.varlen_block_select(PACKED, PACKED, BOUNDS, None, 3, 3, 2)
 CALLS = {
     "topk_select": ((Q, K, 4), CAUSAL),
     "quantized_select": ((Q, K, 4), CAUSAL),
@@ -37,6 +38,12 @@ CALLS = {
         (PACKED, PACKED, PACKED, torch.zeros(5, 1, 2).int(), BOUNDS, None, 3, 3),
         {},
     ),
+    "varlen_block_select": ((PACKED, PACKED, BOUNDS, None, 3, 3, 2), {}),
+    "varlen_block_attention": (
+        (PACKED, PACKED, PACKED, OWN_BLOCKS, BOUNDS, None, 3, 3),
+        {},
+    ),
+    "varlen_indexer_select": ((PACKED, PACKED, torch.ones(5, 2), BOUNDS, None, 3, 3, 2), {}),
     "variable_width_embedding": ((torch.tensor([1, 2]), *TABLES, *MAPS), {}),
     "variable_width_cross_entropy": ((torch.randn(2, 4), torch.tensor([1, 2]), *TABLES, *MAPS), {}),
 }
