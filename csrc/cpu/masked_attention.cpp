@@ -273,6 +273,8 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
     const auto pays = [&](const Named& n) {
         const Ways which = tiles_used();
         if (which != Ways::kAuto) return which == Ways::kTiles;
+        // Without FMA each step of the tiles' long sums rounds twice.
+        if (cpu::isa() == cpu::Isa::generic) return false;
         const double span = static_cast<double>(n.keys.end - n.keys.begin),
                      components = static_cast<double>(width);
         return n.keys.end - n.keys.begin >= kFewKeys &&
