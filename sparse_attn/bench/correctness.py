@@ -102,9 +102,16 @@ def check_selection(
 
 
 def check_alone(name: str, case: AttentionCase, few: tuple[Tensor, ...], many: tuple[Tensor, ...]) -> None:
-    """Results for few queries (decoding) are those that the same queries have among many, to the bit."""
+    """Results for few queries (decoding) are those that the same queries have among many, to the bit.
+
+    Where 512 keys or more are kept, many queries may go by dense tiles, which sum in another order: then the
+    selection has the same bits, output and LSE are as near as two such sums are.
+    """
     for what, got, want in zip(("output", "lse", "indices"), few, many, strict=True):
-        if not torch.equal(got, want[:, :, : case.queries]):
+        want = want[:, :, : case.queries]
+        if case.top_k >= 512 and what != "indices":
+            assert_near(f"{name}: {what} of {case} among others", got, want, OUTPUT_TOLERANCE[case.dtype])
+        elif not torch.equal(got, want):
             raise WrongResult(f"{name}: {what} of {case} is not what these queries get among others")
 
 
