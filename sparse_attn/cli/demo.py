@@ -206,7 +206,7 @@ def _progress(console, hidden: bool):
 def _preferred_device() -> str:
     """An accelerator on which top-k attention is more than the plain PyTorch reference, else the CPU."""
     for name in available_devices()[1:]:
-        reasons = base.reasons("topk_attention", name, torch.float32)
+        reasons = base.reasons("topk_attention", torch.device(name), torch.float32)
         if any(reason is None for wing, reason in reasons.items() if wing != "reference"):
             return name
     return "cpu"

@@ -144,7 +144,7 @@ def _device(name: str) -> dict:
 
 
 def _wing(wing: base.Wing, device: str) -> dict:
-    reason = wing.why_not("topk_attention", device, torch.float32)
+    reason = wing.why_not("topk_attention", torch.device(device), torch.float32)
     check = self_check(wing.name, device) if reason is None else None
     return {
         "wing": wing.name,

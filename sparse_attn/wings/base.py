@@ -31,7 +31,7 @@ class Wing:
     """One backend.
 
     `implementations` maps an op's name to its Python function, or to None where C++ registers the kernel.
-    `why_not(op, device_type, dtype)` is None where the wing takes such a call, else the reason in one clause.
+    `why_not(op, device, dtype)` is None where the wing takes such a call, else the reason in one clause.
     `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …); of an
     option that it does not have, 0. `rule` names the parts of the rule that its kernels know; None: all.
     `way(op, sizes)` says how such a call goes, where the wing has more than one way.
@@ -41,7 +41,7 @@ class Wing:
     name: str
     dispatch_key: str
     implementations: dict[str, Callable | None]
-    why_not: Callable[[str, str, torch.dtype], str | None]
+    why_not: Callable[[str, torch.device, torch.dtype], str | None]
     limits: dict[str, int] = field(default_factory=dict)
     rule: frozenset[str] | None = None
     by_name_only: bool = False
@@ -54,7 +54,7 @@ class Wing:
     def refusal(
         self,
         op: str,
-        device_type: str,
+        device: torch.device,
         dtype: torch.dtype,
         sizes: dict[str, int],
         rule: Rule | None = None,
@@ -62,9 +62,9 @@ class Wing:
         """None where the wing takes the call, else why not in one clause."""
         if op not in self.implementations:
             # A wing without any op is not there, and knows why.
-            absent = None if self.implementations else self.why_not(op, device_type, dtype)
+            absent = None if self.implementations else self.why_not(op, device, dtype)
             return absent or f"it has no {op}"
-        reason = self.why_not(op, device_type, dtype)
+        reason = self.why_not(op, device, dtype)
         if reason is not None:
             return reason
         for name, limit in self.limits.items():
@@ -207,10 +207,10 @@ def _forced() -> str | None:
 
 
 def reasons(
-    op: str, device_type: str, dtype: torch.dtype, rule: Rule | None = None, **sizes: int
+    op: str, device: torch.device, dtype: torch.dtype, rule: Rule | None = None, **sizes: int
 ) -> dict[str, str | None]:
     """For each wing None if it takes the call, else why not."""
-    return {w.name: w.refusal(op, device_type, dtype, sizes, rule) for w in _state.wings.values()}
+    return {w.name: w.refusal(op, device, dtype, sizes, rule) for w in _state.wings.values()}
 
 
 def choose(
@@ -225,32 +225,30 @@ def choose(
 
     `sizes` are those that some wing limits, `function` is the name that the caller knows.
     """
-    device_type, dtype = tensor.device.type, tensor.dtype
+    device, dtype = tensor.device, tensor.dtype
     forced = backend
     plain = _here.thread.plain
     if forced is None and not (plain and (is_dynamo_compiling() or not _state.blocks)):
         forced = _forced()
     chosen = None
     if forced is not None:
-        reason = _state.wings[_check_name(forced)].refusal(op, device_type, dtype, sizes, rule)
+        reason = _state.wings[_check_name(forced)].refusal(op, device, dtype, sizes, rule)
         if reason is not None:
             raise ValueError(f"backend={forced!r} cannot run {function or op} here: {reason}")
         chosen = forced
     else:
         for wing in _state.wings.values():
-            if not wing.by_name_only and wing.refusal(op, device_type, dtype, sizes, rule) is None:
+            if not wing.by_name_only and wing.refusal(op, device, dtype, sizes, rule) is None:
                 chosen = wing.name
                 break
     if chosen is None:
-        why = reasons(op, device_type, dtype, rule, **sizes)
-        raise ValueError(f"no backend runs {function or op} on {device_type} with {dtype}: {why}")
+        why = reasons(op, device, dtype, rule, **sizes)
+        raise ValueError(f"no backend runs {function or op} on {device.type} with {dtype}: {why}")
     if not plain and _here.thread.explaining:
         way = _state.wings[chosen].way(op, sizes)
-        raise _Explained(
-            Explanation(function or op, chosen, reasons(op, device_type, dtype, rule, **sizes), way)
-        )
-    if chosen == "reference" and forced is None and device_type not in ("cpu", "meta"):
-        _warn_reference(op, device_type, dtype, sizes, rule)
+        raise _Explained(Explanation(function or op, chosen, reasons(op, device, dtype, rule, **sizes), way))
+    if chosen == "reference" and forced is None and device.type not in ("cpu", "meta"):
+        _warn_reference(op, device, dtype, sizes, rule)
     return chosen
 
 
@@ -308,13 +306,13 @@ def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explana
 
 
 def _warn_reference(
-    op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int], rule: Rule | None
+    op: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], rule: Rule | None
 ) -> None:
     """No silent fallback: on an accelerator the slow path says so, once per op and device type."""
-    label = f"{op} on {device_type}"
+    label = f"{op} on {device.type}"
     if torch.compiler.is_compiling() or label in _state.warned:
         return
-    refusals = reasons(op, device_type, dtype, rule, **sizes)
+    refusals = reasons(op, device, dtype, rule, **sizes)
     why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
     warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=5)
     _state.warned.add(label)  # not before: where warnings are errors, the next call is one too

@@ -14,11 +14,11 @@ from sparse_attn.wings.base import Wing, register
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if extension.load_error is not None:
         return extension.load_error
-    if device_type != "cpu":
-        return f"it takes cpu tensors, got {device_type}"
+    if device.type != "cpu":
+        return f"it takes cpu tensors, got {device.type}"
     if dtype not in DTYPES:
         return f"it takes float32, float16 and bfloat16, got {dtype}"
     return None

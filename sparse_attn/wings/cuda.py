@@ -38,11 +38,11 @@ def serves(arch: str, capability: tuple[int, int]) -> bool:
     return capability[0] == own[0] and capability >= own
 
 
-def _why_not_here() -> str | None:
-    """Of the GPU, where it is known: a graph being compiled says no more than "cuda"."""
+def _why_not_there(device: torch.device) -> str | None:
+    """Of that GPU, where it is known: a graph being compiled says no more than "cuda"."""
     if torch.compiler.is_compiling() or not torch.cuda.is_available():
         return None
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM:
         return "it needs compute capability {}.{}, got {}.{}".format(*MINIMUM, *capability)
     archs = extension.module.build_info()["cuda_archs"]
@@ -51,17 +51,17 @@ def _why_not_here() -> str | None:
     return None
 
 
-def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if extension.load_error is not None:
         return extension.load_error
     info = extension.module.build_info()
     if info["cuda"] is None:
         return f"the extension was built without CUDA: {info['no_cuda']}"
-    if device_type != "cuda" or torch.version.hip:
-        return f"it takes cuda tensors, got {'ROCm ones' if torch.version.hip else device_type}"
+    if device.type != "cuda" or torch.version.hip:
+        return f"it takes cuda tensors, got {'ROCm ones' if torch.version.hip else device.type}"
     if dtype not in DTYPES:
         return f"it takes float32, float16 and bfloat16, got {dtype}"
-    return _why_not_here()
+    return _why_not_there(device)
 
 
 CUDA_WING = Wing("cuda", "CUDA", extension.ops_of("cuda", "CUDA"), _why_not, LIMITS, EVERYWHERE)

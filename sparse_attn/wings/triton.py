@@ -45,30 +45,30 @@ version = _version()
 interpreted = os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes")
 
 
-def _too_old(device_type: str) -> str | None:
+def _too_old(device: torch.device) -> str | None:
     """The device, where it is known: a graph being compiled says no more than "cuda"."""
-    if device_type != "cuda" or torch.version.hip or interpreted or torch.compiler.is_compiling():
+    if device.type != "cuda" or torch.version.hip or interpreted or torch.compiler.is_compiling():
         return None
     if not torch.cuda.is_available():
         return None  # a fake tensor
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     return None if capability >= (8, 0) else "it needs compute capability 8.0, got {}.{}".format(*capability)
 
 
-def _why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if version is None:
         return "Triton is not installed (pip install triton)"
     if (0,) < version < MINIMUM:
         return "it needs Triton {}.{}, got {}.{}".format(*MINIMUM, *version)
-    if device_type == "cpu" and not interpreted:
+    if device.type == "cpu" and not interpreted:
         return (
             "it takes cpu tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
         )
-    if device_type not in (*DEVICES, "cpu"):
-        return f"it takes {' and '.join(DEVICES)} tensors, got {device_type}"
+    if device.type not in (*DEVICES, "cpu"):
+        return f"it takes {' and '.join(DEVICES)} tensors, got {device.type}"
     if dtype not in DTYPES:
         return f"it takes float32, float16 and bfloat16, got {dtype}"
-    return _too_old(device_type)
+    return _too_old(device)
 
 
 def _folder() -> Path | None:

@@ -45,7 +45,7 @@ class WingUnderTest:
         self, op: str, dtype: torch.dtype = torch.float32, rule: Rule | None = None, **sizes: int
     ) -> str | None:
         """None where the wing takes such a call of the op, else why not."""
-        return base.reasons(op, self.device, dtype, rule, **sizes)[self.name]
+        return base.reasons(op, torch.device(self.device), dtype, rule, **sizes)[self.name]
 
     def _run(self, op: str, *args, **kwargs):
         needs, option = NEEDS.get(op, (op, None))
@@ -109,11 +109,11 @@ def wings_under_test() -> list[WingUnderTest]:
             continue
         entries, reasons = [], []
         for device in devices():
-            dtypes = tuple(d for d in DTYPES if wing.why_not(OPS[0], device, d) is None)
+            dtypes = tuple(d for d in DTYPES if wing.why_not(OPS[0], torch.device(device), d) is None)
             if dtypes:
                 entries.append(WingUnderTest(wing.name, device, dtypes))
             else:
-                reasons.append(f"on {device}: {wing.why_not(OPS[0], device, torch.float32)}")
+                reasons.append(f"on {device}: {wing.why_not(OPS[0], torch.device(device), torch.float32)}")
         if not entries and wing.name in ("cuda", "triton"):
             # No GPU: tests/simt and tests/triton_wing run their kernels without one and compile them for GPUs. Here
             # they would be a thousand skips, among which one that matters could hide.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.inputs import index_rows, qkv
+from helpers.inputs import index_rows, normal, qkv
 
 from ops.test_gathered_attention import check, run_with_gradients
 
@@ -18,6 +18,24 @@ def test_a_gradient_of_strides_zero(wing, shared):
     (wing.gathered_attention(*leaves, indices) * torch.ones(1, shared, 3, 16)).sum().backward()
     for ours, want in zip(_backward(wing, inputs, indices), leaves, strict=True):
         assert torch.equal(ours.grad, want.grad)
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_gradient_that_begins_anywhere(wing, dtype, shared):
+    """Contiguous, but not on 16 bytes: as the backward of a concatenation hands it on."""
+    inputs, indices = qkv(1, shared, 1, 3, 7, 16, dtype=dtype), index_rows((1, 1, 3, 5), 7)
+    gradient = normal(1, shared, 3, 16, dtype=dtype, seed=5)
+    inside = torch.cat([gradient.new_zeros(1), gradient.flatten()])[1:].view(gradient.shape)
+    assert inside.is_contiguous()
+    assert inside.storage_offset() == 1
+    ours, want = (_gradients(wing, inputs, indices, g) for g in (inside, gradient))
+    assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
+
+
+def _gradients(wing, inputs, indices, gradient):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    return torch.autograd.grad(wing.gathered_attention(*leaves, indices), leaves, gradient)
 
 
 def _backward(wing, inputs, indices):

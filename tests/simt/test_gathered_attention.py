@@ -19,6 +19,7 @@ from ops.test_gathered_attention import (  # noqa: F401
 )
 from ops.test_gathered_attention_special import (  # noqa: F401
     test_a_gradient_of_strides_zero,
+    test_a_gradient_that_begins_anywhere,
     test_empty_slots_do_not_leak,
     test_large_scores,
     test_nan,

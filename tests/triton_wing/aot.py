@@ -56,9 +56,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 2
     may_spill: bool = False  # not a main configuration: its spills are shown, not refused
-    candidate: bool = (
-        False  # that tuning tries beside the first: the main target alone must take it without spills
-    )
+    candidate: bool = False  # that tuning tries beside the first: on the main target alone it must not spill
     targets: tuple[str, ...] = tuple(TARGETS)
     options: dict[str, Any] = field(default_factory=dict)  # of the launch beside these
 
@@ -209,13 +207,13 @@ def all_jobs(of: list[str]) -> list[Job]:
 
 
 def main_jobs(of: list[str]) -> list[Job]:
-    """Every case for one target, and of each kernel its first case, the main one, for each of the others."""
+    """Every case but the candidates for one target, and each kernel's first case, the main one, for the others."""
     found, seen = [], set()
     for op, i, target in all_jobs(of):
-        kernel = cases(op)[i].kernel
-        if target == MAIN_TARGET or (kernel, target) not in seen:
+        case = cases(op)[i]
+        if (target == MAIN_TARGET and not case.candidate) or (case.kernel, target) not in seen:
             found.append((op, i, target))
-        seen.add((kernel, target))
+        seen.add((case.kernel, target))
     return found
 
 

@@ -38,7 +38,7 @@ def compiled_triton(monkeypatch):
 
 
 def why_not(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **sizes) -> str | None:
-    return base.reasons("topk_attention", device, dtype, **sizes)["triton"]
+    return base.reasons("topk_attention", torch.device(device), dtype, **sizes)["triton"]
 
 
 def run(code: str, **variables: str) -> str:
@@ -78,9 +78,10 @@ def test_it_says_why_not(compiled_triton, monkeypatch):
 @pytest.mark.skipif(torch.version.hip is not None, reason="an AMD build of torch")
 def test_old_gpus_are_left_to_the_reference(compiled_triton, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + 2 * (device.index or 0), 5))
     assert why_not() == "it needs compute capability 8.0, got 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert why_not("cuda:1") is None  # the tensor's own device, not the current one
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert why_not() is None
 
 
@@ -105,13 +106,13 @@ def test_importing_the_package_does_not_load_triton():
 def test_every_op_has_its_function():
     """One file per op, found from a checkout, an editable install and a wheel alike."""
     code = """
-import importlib
+import importlib, inspect
 from sparse_attn.wings import triton as triton_wing
 from sparse_attn.wings.reference.wing import REFERENCE_WING
 for op in triton_wing.OPS:
     module = importlib.import_module(f"{triton_wing.PACKAGE}.{op}")
-    ours, theirs = (f.__code__ for f in (getattr(module, op), REFERENCE_WING.implementations[op]))
-    names = [c.co_varnames[: c.co_argcount] for c in (ours, theirs)]
+    functions = getattr(module, op), REFERENCE_WING.implementations[op]
+    names = [list(inspect.signature(f).parameters) for f in functions]
     assert names[0] == names[1], f"{op}: {names}"
 """
     run(code)
@@ -133,7 +134,9 @@ explanation = sparse_attn.explain(query, query, query, 2)
 doubles = sparse_attn.explain(*[query.double()] * 3, 2)
 print(json.dumps([explanation.backend, explanation.reasons["triton"], doubles.backend]))
 """
-    preferred = "reference" if base.reasons("topk_attention", "cpu", torch.float32)["cpu"] else "cpu"
+    preferred = (
+        "reference" if base.reasons("topk_attention", torch.device("cpu"), torch.float32)["cpu"] else "cpu"
+    )
     assert json.loads(run(code, TRITON_INTERPRET="1")) == [preferred, None, "reference"]
 
 

@@ -93,7 +93,7 @@ def test_the_most_preferred_wing_that_can_is_chosen(wing, dtype):
     takers = [
         w.name
         for w in base.wings()
-        if not w.by_name_only and w.why_not("topk_attention", wing.device, dtype) is None
+        if not w.by_name_only and w.why_not("topk_attention", torch.device(wing.device), dtype) is None
     ]
     with Calls() as calls, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -190,7 +190,7 @@ class TestExplain:
         """Float32 inputs under autocast run in its dtype; that is what is explained."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
             reasons = sparse_attn.explain(*qkv(1, 2, 2, 4, 4, 8), 2).reasons
-        assert reasons == base.reasons("topk_attention", "cpu", torch.bfloat16)
+        assert reasons == base.reasons("topk_attention", torch.device("cpu"), torch.bfloat16)
 
 
 def test_the_reference_warns_once_on_an_accelerator(monkeypatch):
@@ -239,4 +239,7 @@ def test_a_new_wing_is_one_registration(monkeypatch):
         ValueError, match="backend='toy' cannot run topk_attention here: it has no topk_attention"
     ):
         base.choose("topk_attention", query, "toy")
-    assert base.reasons("topk_attention", "cpu", torch.float32)["toy"] == "it has no topk_attention"
+    assert (
+        base.reasons("topk_attention", torch.device("cpu"), torch.float32)["toy"]
+        == "it has no topk_attention"
+    )

@@ -29,12 +29,12 @@ def built(monkeypatch):
     monkeypatch.setattr(extension, "module", SimpleNamespace(build_info=lambda: info))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return info
 
 
 def why_not(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **sizes) -> str | None:
-    return base.reasons("gathered_attention", device, dtype, **sizes)["cuda"]
+    return base.reasons("gathered_attention", torch.device(device), dtype, **sizes)["cuda"]
 
 
 @needs_sources
@@ -51,10 +51,13 @@ def test_it_says_why_not(built, monkeypatch):
     assert why_not("cpu") == "it takes cuda tensors, got cpu"
     assert why_not(dtype=torch.float64) == "it takes float32, float16 and bfloat16, got torch.float64"
     assert why_not(head_dim=257) == "it takes head_dim up to 256, got 257"
-    assert base.reasons("nothing", "cuda", torch.float32)["cuda"] == "it has no nothing"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert base.reasons("nothing", torch.device("cuda"), torch.float32)["cuda"] == "it has no nothing"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert why_not() == "it needs compute capability 8.0, got 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 3))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + 2 * (device.index or 0), 0))
+    assert why_not() == "it needs compute capability 8.0, got 7.0"
+    assert why_not("cuda:1") is None  # the tensor's own device, not the current one
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
     assert why_not() == "it was built for 80, 90a, which a GPU of 10.3 does not run"
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert why_not() == "it takes cuda tensors, got ROCm ones"

@@ -41,7 +41,7 @@ def _nothing_stays_set():
 
 def test_blocks_nest_and_end():
     with use_backend("reference"):
-        if not base.wings()[0].refusal("topk_attention", "cpu", torch.float32, {}):
+        if not base.wings()[0].refusal("topk_attention", torch.device("cpu"), torch.float32, {}):
             with use_backend("cpu"):
                 assert running() == "cpu"
         assert running() == "reference"

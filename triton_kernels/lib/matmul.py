@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_attn.wings.settings import BFLOAT16_SUMS
+
 from .dot import dot
 
 PROGRAMS = 264  # enough for two on each multiprocessor of a large GPU
@@ -73,7 +75,8 @@ def product(
     b: Tensor,  # [K, N], of a's dtype
 ) -> Tensor:  # [M, N]: bfloat16 for bfloat16, else float32
     if a.dtype == torch.bfloat16:
-        return torch.mm(a, b)
+        with BFLOAT16_SUMS.off():
+            return torch.mm(a, b)
     (rows, inner), columns = a.shape, b.shape[1]
     block_m, block_n, block_k, warps = config(a.dtype, rows, columns)
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
             const int64_t row = first_row + h * p.query_length;
             load_vector(query[h], row_of<T>(p.query, p.query_strides, tile.b, tile.first + h, tile.t), at, D,
                         aligned.query);
-            load_vector(grad[h], static_cast<const T*>(g.grad_out) + row * Dv, at, Dv, aligned.out);
+            load_vector(grad[h], static_cast<const T*>(g.grad_out) + row * Dv, at, Dv, aligned.grad_out);
             load_vector(out, static_cast<const T*>(p.out) + row * Dv, at, Dv, aligned.out);
         }
         shift[h] = row_dot(grad[h], out, lanes);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps, 2)
                 const int64_t t = queries[pair / listed], h = head + pair % listed;
                 const int64_t row = (b * p.heads + h) * p.query_length + t;
                 load_vector(query[i], row_of<T>(p.query, p.query_strides, b, h, t), at, D, aligned.query);
-                load_vector(grad[i], static_cast<const T*>(g.grad_out) + row * Dv, at, Dv, aligned.out);
+                load_vector(grad[i], static_cast<const T*>(g.grad_out) + row * Dv, at, Dv, aligned.grad_out);
                 softmax[i] = g.rows[row];
             }
 #pragma unroll
@@ -227,7 +227,7 @@ const char* query_pass(const AttendGradients& g, int32_t device, void* stream) {
     return with_cap(p.softcap, [&](auto capped) {
         return launch(attend_backward_query_kernel<T, kHeads, capped.value>,
                       static_cast<unsigned>(divide_up(tiles, kWarps)), 32 * kWarps, 0, device, stream, g,
-                      aligned_rows(p), lanes_per_row(p), tiles);
+                      aligned_rows(p, g.grad_out), lanes_per_row(p), tiles);
     });
 }
 
@@ -251,7 +251,8 @@ const char* gathered_attention_backward(const AttendGradients& g, int32_t device
         const int lanes = lanes_per_row(p);
         return with_cap(p.softcap, [&](auto capped) {
             return launch(attend_backward_key_kernel<T, capped.value>, keys, 32 * kKeyWarps,
-                          8 * kKeyWarps * lanes * kVector, device, stream, g, aligned_rows(p), lanes);
+                          8 * kKeyWarps * lanes * kVector, device, stream, g, aligned_rows(p, g.grad_out),
+                          lanes);
         });
     });
 }

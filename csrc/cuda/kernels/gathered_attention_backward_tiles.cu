@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(32 * kMostHeadWarps, 2)
     const T* grads = static_cast<const T*>(g.grad_out);
     load_rows(l.query, l.key_pitch, l.D / kVector, D, aligned.query, static_cast<const T*>(p.query),
               [&](int h) { return row_of<T>(p.query, p.query_strides, tile.b, tile.first + h, tile.t); });
-    load_rows(l.grad, l.value_pitch, l.Dv / kVector, Dv, aligned.out, grads,
+    load_rows(l.grad, l.value_pitch, l.Dv / kVector, Dv, aligned.grad_out, grads,
               [&](int h) { return grads + (first_row + h * p.query_length) * Dv; });
     // Each row's log-sum-exp in base 2 (infinite where there is nothing to sum: every weight is 0) and C.
     for (int h = warp; h < heads; h += head_warps) {
@@ -346,7 +346,8 @@ const char* backward_tiles(const AttendGradients& g, int32_t device, void* strea
             error = with_cap(p.softcap, [&](auto capped) {
                 return launch(attend_backward_tiles_kernel<T, capped.value>,
                               static_cast<unsigned>(head_tiles(part, head_warps * kRows)), 32 * head_warps,
-                              l.size, device, stream, g, aligned_rows(p), head_warps, at, queries);
+                              l.size, device, stream, g, aligned_rows(p, g.grad_out), head_warps, at,
+                              queries);
             });
         if (!error && !g.atomics && p.key_length > 0) error = list_keys(part, g.lists, true, device, stream);
         const bool first = at == 0 && !g.atomics, last = at + queries == p.query_length;

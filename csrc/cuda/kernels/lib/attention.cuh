@@ -174,14 +174,18 @@ inline bool aligned_rows(const void* tensor, const Strides& s, int64_t size, DTy
     return reinterpret_cast<uintptr_t>(tensor) % 16 == 0 && size % kVector == 0 && s.b * bytes % 16 == 0 &&
            s.h * bytes % 16 == 0 && s.t * bytes % 16 == 0;
 }
-// Of query, key, value and a contiguous [B, Hq, Tq, Dv].
+// Of query, key and value; of a backward also of what is contiguous [B, Hq, Tq, Dv], which may begin anywhere
+// in its storage: a gradient can be a view of another tensor.
 struct Aligned {
-    bool query, key, value, out;
+    bool query, key, value, out, grad_out;
 };
-inline Aligned aligned_rows(const AttendParams& p) {
+inline Aligned aligned_rows(const AttendParams& p, const void* grad_out = nullptr) {
+    const Strides whole{0, 0, p.value_dim, 1};
     return {aligned_rows(p.query, p.query_strides, p.head_dim, p.dtype),
             aligned_rows(p.key, p.key_strides, p.head_dim, p.dtype),
-            aligned_rows(p.value, p.value_strides, p.value_dim, p.dtype), p.value_dim % kVector == 0};
+            aligned_rows(p.value, p.value_strides, p.value_dim, p.dtype),
+            aligned_rows(p.out, whole, p.value_dim, p.dtype),
+            aligned_rows(grad_out, whole, p.value_dim, p.dtype)};
 }
 
 // Calls run(T()) with the element type.
