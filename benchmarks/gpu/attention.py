@@ -147,7 +147,9 @@ def topk_attention(device: Device) -> Iterator[dict]:
     for top_k in (4,) if device.dry else (64, 128, 256, 512):
         inputs = tensors(device, heads, heads, length, dim)
 
-        def ours(query, key, value, wing="triton", top_k=top_k, share="none"):
+        wings = wings_of("topk_attention", device)
+
+        def ours(query, key, value, wing=wings["ours"], top_k=top_k, share="none"):
             return sparse_attn.topk_attention(
                 query, key, value, top_k, is_causal=True, share=share, backend=wing
             )
@@ -155,21 +157,20 @@ def topk_attention(device: Device) -> Iterator[dict]:
         def plain(query, key, value, top_k=top_k):
             return plain_attention(query, key, value, top_k)
 
-        with sparse_attn.use_backend("triton"):
-            contenders = {
-                **{
-                    name: Contender(
-                        lambda ours=ours, wing=wing: partial(ours, wing=wing),
-                        tuple(inputs),
-                        partial(check_topk, inputs, top_k, wing=wing),
-                    )
-                    for name, wing in wings_of("topk_attention", device).items()
-                },
-                "ours_share_all": Contender(lambda ours=ours: partial(ours, share="all"), tuple(inputs)),
-                **dense(device, inputs, False),
-                "plain_topk_gather": Contender(lambda plain=plain: plain, tuple(inputs)),
-            }
-            yield from compare("topk_attention", f"H{heads} D{dim} T{length} K{top_k}", contenders, device)
+        contenders = {
+            **{
+                name: Contender(
+                    lambda ours=ours, wing=wing: partial(ours, wing=wing),
+                    tuple(inputs),
+                    partial(check_topk, inputs, top_k, wing=wing),
+                )
+                for name, wing in wings.items()
+            },
+            "ours_share_all": Contender(lambda ours=ours: partial(ours, share="all"), tuple(inputs)),
+            **dense(device, inputs, False),
+            "plain_topk_gather": Contender(lambda plain=plain: plain, tuple(inputs)),
+        }
+        yield from compare("topk_attention", f"H{heads} D{dim} T{length} K{top_k}", contenders, device)
 
 
 def topk_select(device: Device) -> Iterator[dict]:
@@ -243,13 +244,14 @@ def memory(device: Device) -> Iterator[dict]:
     """What topk_attention allocates, forward and backward, beside one [Tq, Tk] matrix of one head in bfloat16."""
     heads, length, dim, top_k = (2, 12, 16, 4) if device.dry else (8, 32768, 64, 64)
     inputs = [t.requires_grad_() for t in tensors(device, heads, heads, length, dim)]
+    options = {"is_causal": True, "backend": wings_of("topk_attention", device)["ours"]}
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return sparse_attn.topk_attention(*inputs, top_k, is_causal=True, backend="triton")
+            return sparse_attn.topk_attention(*inputs, top_k, **options)
 
     def both() -> object:
-        out = sparse_attn.topk_attention(*inputs, top_k, is_causal=True, backend="triton")
+        out = sparse_attn.topk_attention(*inputs, top_k, **options)
         return torch.autograd.grad(out.sum(), inputs)
 
     matrix = 2 * length * length

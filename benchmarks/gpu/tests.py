@@ -23,6 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("hypothesis", "expecttest", "rich", "matplotlib", "pytest_benchmark", "triton")
 
 
+# Where a kernel's first minutes on a device would fail, most likely first.
+RISKS = ("gathered_attention", "topk_select", "topk_attention", "variable_width", "softcap_and_sinks")
+
+
+def risk(path: Path) -> int:
+    found = [
+        i
+        for i, name in enumerate(RISKS)
+        if path.parent.name == "ops" and path.stem.startswith(f"test_{name}")
+    ]
+    return found[0] if found else len(RISKS)
+
+
 def missing_for(path: Path) -> list[str]:
     """The packages that a test file imports and that are not here."""
     imported = set()
@@ -96,9 +109,10 @@ def main() -> int:
         print("pytest is not installed: no test was run")
         return 1
     files = [f.resolve() for f in args.files] or sorted((ROOT / "tests").rglob("test_*.py"))
-    # What interprets is run by a test; what is largest goes first, so that nothing long is left for the end.
+    # What interprets is run by a test. The kernels go first, those of attention before the others; then what is
+    # largest, so that nothing long is left for the end.
     files = [f for f in files if args.files or f.parent.name != "interpreted"]
-    files.sort(key=lambda f: f.stat().st_size, reverse=True)
+    files.sort(key=lambda f: (risk(f), -f.stat().st_size))
     deadline = time.monotonic() + args.limit
     with ThreadPoolExecutor(args.jobs) as pool:
         facts = list(pool.map(lambda f: run_file(f, args.select, deadline), files))
