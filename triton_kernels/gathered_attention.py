@@ -22,7 +22,7 @@ from .lib.soft_cap import capped, factors
 from .lib.tuning import distinct, run_tuned, size_class
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "key_length"])
 def _tile(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, Tk, D]
@@ -103,7 +103,7 @@ def _tile(
     tl.store(lse + place, (largest + tl.log2(total)) * LN2, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "key_length"])
 def _vector(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, Tk, D]

@@ -40,7 +40,7 @@ SCRATCH_BYTES = 1 << 29  # of entries' gradients
 SORTED_ENTRIES = 1 << 25  # of one chunk: 12 bytes each, several times while they are sorted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "first_query", "query_length", "key_length"])
 def _tile_queries(
     grad_out,  # [B, Hq, Tq, Dv]
     grad_lse,  # float32 [B, Hq, Tq], contiguous, or None
@@ -155,7 +155,7 @@ def _tile_queries(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "key_length", "rows_half"])
 def _vector_queries(
     grad_out,  # [B, Hq, Tq, Dv]
     grad_lse,  # float32 [B, Hq, Tq], contiguous, or None

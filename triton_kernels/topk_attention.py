@@ -28,7 +28,7 @@ from .topk_select import select
 LARGEST_BUDGET = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer_size", "query_length", "key_length"])
 def _weigh_values(
     value,  # [B, Hkv, Tk, Dv]
     indices,  # int32 [B, Hq, Tq, K], contiguous

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import sparse_attn
 from sparse_attn.wings import triton as triton_wing
 from triton_wing import aot, first_call
 
@@ -37,6 +39,52 @@ def test_every_launch_is_compiled_ahead_of_time():
             assert found, f"{name}, {direction}: nothing was launched"
             for case in found:
                 case.source()  # every argument is there
+
+
+def compiled(call) -> set[tuple]:
+    """What a call's launches would compile: one entry for each kernel and way in which it is specialised."""
+    found: list[aot.Case] = []
+    with first_call.launches(found):
+        call()
+    return {(c.kernel.__name__, c.source().hash(), c.num_warps, c.num_stages, str(c.options)) for c in found}
+
+
+@pytest.mark.parametrize("share", ["none", "all"])
+def test_a_growing_cache_compiles_once(share):
+    """Lengths that 16 divides and others: numbers that change from step to step are no constants."""
+
+    def step(length):
+        query = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16)
+        key, value = torch.zeros(2, 1, 2, length, 64, dtype=torch.bfloat16).unbind(0)
+        options = {"is_causal": True, "causal_offset": length - 1, "window": 3, "sinks": 1, "share": share}
+        return compiled(
+            lambda: sparse_attn.topk_attention(query, key, value, 16, backend="triton", **options)
+        )
+
+    kernels = step(17)
+    for length in (16, 18, 31, 32, 33, 100, 128, 1001):
+        assert step(length) <= kernels, f"{length} keys"
+    # Keys split over programs are merged at the next power of two of what all pieces keep.
+    split = [step(length) - kernels for length in (4096, 4097, 5000, 8000)]
+    assert len(set().union(*split)) <= 2 + 2
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_batches_and_lengths_compile_once(kv_heads):
+    """Forward and backward of training on sequences and batches of any size."""
+
+    def step(batch, length):
+        query = torch.zeros(batch, 4, length, 64, dtype=torch.bfloat16, requires_grad=True)
+        key, value = (
+            torch.zeros(batch, kv_heads, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in "kv"
+        )
+        indices = torch.zeros(batch, kv_heads, length, 16, dtype=torch.int32)
+        call = lambda: sparse_attn.gathered_attention(query, key, value, indices, backend="triton")  # noqa: E731
+        return compiled(lambda: call().sum().backward())
+
+    kernels = step(3, 100)
+    for batch, length in ((1, 100), (2, 96), (5, 97), (16, 1), (3, 1000)):
+        assert step(batch, length) <= kernels, f"{batch} sequences of {length}"
 
 
 def test_main_jobs_leave_no_kernel_and_no_target_out():

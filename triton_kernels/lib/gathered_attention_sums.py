@@ -32,7 +32,7 @@ def _store_sum(
     tl.store(place, rounded(total, target.dtype.element_ty), mask=column < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "entries"])
 def sum_entries(
     key_entries,  # entries' dK [B, Hkv, tiles, chunk, K, D]
     value_entries,  # likewise with Dv
@@ -85,7 +85,7 @@ def sum_entries(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "first_query", "query_length", "entries", "rows_half"])
 def sum_queries(
     grad_out,  # [B, Hq, Tq, Dv]
     query,  # [B, Hq, Tq, D]

@@ -43,7 +43,20 @@ def _kept_until(starts, batch, position, starts_b, starts_t, length, first_kept)
     return (first + tl.minimum(first_kept, length - first))[:, None]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "query_length",
+        "key_length",
+        "slack",
+        "causal_offset",
+        "window_offset",
+        "first_kept",
+        "tiles",
+        "query_blocks",
+        "splits",
+        "split_length",
+    ]
+)
 def select_tiles(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, Tk, D]
@@ -341,7 +354,7 @@ def _emit(
             tl.store(scores + place[:, None] + column[None, :], float("-inf"), mask=empty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "query_length", "key_length", "width", "window_offset", "first_kept"])
 def merge_pieces(
     slots,  # int64 [rows, splits · K], ascending keys, index −1 where empty
     indices,  # int32 [rows, K]

@@ -81,7 +81,7 @@ def first_keys(starts, batch, position, starts_b, starts_t, length):
     return tl.minimum(tl.maximum(first, 0), length).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_length", "key_length", "causal_offset", "query_blocks"])
 def log_sum_exp(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, Tk, D]
