@@ -362,6 +362,7 @@ def varlen_gathered_attention(
     return (out, lse[0].transpose(0, 1)) if return_lse else out
 
 
+@shardable("query:THD key:SHD weights:TH", "TGK")
 def varlen_indexer_select(
     query: Tensor,  # [T, G·Hi, D]
     key: Tensor,  # [Tk, G, D]

@@ -15,6 +15,7 @@ from sparse_attn.checks import packed as check
 from sparse_attn.ops import block_attention
 from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.block_select import POOLS, keeping_the_first, own_blocks, pooled
+from sparse_attn.ops.shards import shardable
 from sparse_attn.ops.topk_select import ascending, select
 from sparse_attn.rule import Rule
 
@@ -82,6 +83,7 @@ def _pieces(
     return tiles, blocks, longest
 
 
+@shardable("query:THD key:SHD sink_logits:H", "NGM")
 def varlen_block_select(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
@@ -164,6 +166,7 @@ def varlen_block_select(
     return torch.nn.functional.pad(found, (0, missing), value=-1)[..., :width].contiguous()
 
 
+@shardable("query:THD key:SHD value:SHD blocks:NGM sink_logits:H", "THD TH")
 def varlen_block_attention(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]

@@ -187,13 +187,28 @@ def indexers(rank, size):
 def packed_sequences(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     cu_seq = torch.tensor([0, 12, 12, 20])
-    shapes = (20, HQ, D), (20, HKV, D), (20, HKV, DV)
+    q, k, v = inputs((20, HQ, D), (20, HKV, D), (20, HKV, DV))
+    weights = inputs((20, 8, D), (20, 4, D), (20, 8))
+    sizes = {"block_size": 4, "query_tile": 4, "is_causal": True}
+
+    def attend(q, k, v):
+        return sa.varlen_topk_attention(q, k, v, cu_seq, None, 12, 12, 5, is_causal=True, return_indices=True)
+
+    def select_blocks(q, k):
+        return sa.varlen_block_select(q, k, cu_seq, None, 12, 12, 2, **sizes)
+
+    def attend_blocks(q, k, v, blocks):
+        return sa.varlen_block_attention(q, k, v, blocks, cu_seq, None, 12, 12, return_lse=True, **sizes)
+
+    def by_indexer(q, k, w):
+        return sa.varlen_indexer_select(q, k, w, cu_seq, None, 12, 12, 5, is_causal=True)
+
+    blocks = select_blocks(q, k)
     for placement in (Replicate(), Shard(1)):
-        compare(
-            mesh, lambda q, k, v: sa.varlen_topk_attention(
-                q, k, v, cu_seq, None, 12, 12, 5, is_causal=True, return_indices=True
-            ), inputs(*shapes), by(placement),
-        )  # fmt: skip
+        compare(mesh, attend, [q, k, v], by(placement))
+        compare(mesh, select_blocks, [q, k], by(placement))
+        compare(mesh, attend_blocks, [q, k, v], by(placement), [blocks], wanted=[placement])
+        compare(mesh, by_indexer, weights, by(placement))
 
 
 @check
