@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.bench.timing import bound
-from sparse_attn.wings.base import reasons
+from sparse_attn.wings.base import choose, reasons
 
 FLUSH_BYTES = 256 << 20  # more than any second-level cache
 
@@ -73,10 +73,14 @@ class Device:
 
 
 def wings_of(op: str, device: Device) -> dict[str, str]:
-    """Name of the contender → the wing that it is: "ours" is what users get by default, compiled CUDA where it runs."""
-    if reasons(op, torch.device(device.name), torch.bfloat16)["cuda"]:
+    """Name of the contender → the wing that it is: "ours" is what users get by default, the other by its name."""
+    if device.dry:
         return {"ours": "triton"}
-    return {"ours": "cuda", "ours_triton": "triton"}
+    example = torch.empty(0, device=device.name, dtype=torch.bfloat16)
+    there = [w for w, why in reasons(op, example.device, example.dtype).items() if why is None]
+    default = choose(op, example, None)
+    others = (w for w in ("cuda", "triton") if w in there and w != default)
+    return {"ours": default, **{f"ours_{wing}": wing for wing in others}}
 
 
 @dataclass

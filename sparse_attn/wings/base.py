@@ -35,6 +35,7 @@ class Wing:
     `limits` are the largest sizes that it takes, by the names that the ops give to `choose` (head_dim, …); of an
     option that it does not have, 0. `rule` names the parts of the rule that its kernels know; None: all.
     `way(op, sizes)` says how such a call goes, where the wing has more than one way.
+    `behind` names for an op the wing that goes first, where it takes the call, though it was registered later.
     A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
@@ -45,6 +46,7 @@ class Wing:
     limits: dict[str, int] = field(default_factory=dict)
     rule: frozenset[str] | None = None
     by_name_only: bool = False
+    behind: dict[str, str] = field(default_factory=dict)
     way: Callable[[str, dict[str, int]], str | None] = lambda op, sizes: None
 
     def __post_init__(self) -> None:
@@ -239,7 +241,9 @@ def choose(
     else:
         for wing in _state.wings.values():
             if not wing.by_name_only and wing.refusal(op, device, dtype, sizes, rule) is None:
-                chosen = wing.name
+                first = _state.wings.get(wing.behind.get(op, ""), wing)
+                takes = not first.by_name_only and first.refusal(op, device, dtype, sizes, rule) is None
+                chosen = first.name if takes else wing.name
                 break
     if chosen is None:
         why = reasons(op, device, dtype, rule, **sizes)

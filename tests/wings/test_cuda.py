@@ -12,6 +12,7 @@ from helpers import gpu_code
 
 from sparse_attn.wings import base, extension
 from sparse_attn.wings import cuda as cuda_wing
+from sparse_attn.wings import triton as triton_wing
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("cuda/*.cpp"))
@@ -38,11 +39,17 @@ def why_not(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **sizes) 
 
 
 @needs_sources
-def test_it_is_preferred_on_nvidia_gpus(built):
+def test_which_of_the_gpu_wings_goes_first(built, monkeypatch):
     tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     assert len(OPS) >= 6
+    sizes = {"head_dim": 256, "value_dim": 256}
+    monkeypatch.setattr(triton_wing, "version", (3, 6))
     for op in OPS:
-        assert base.choose(op, tensor, None, sizes={"head_dim": 256, "value_dim": 256}) == "cuda"
+        first = "triton" if op in ("topk_select", "topk_attention") else "cuda"
+        assert base.choose(op, tensor, None, sizes=sizes) == first
+    monkeypatch.setattr(triton_wing, "version", None)
+    for op in OPS:
+        assert base.choose(op, tensor, None, sizes=sizes) == "cuda"
 
 
 @needs_sources
