@@ -105,6 +105,35 @@ def test_each_sequence_in_blocks_is_what_it_is_alone(wing, dtype, row):
     assert bool(lse[total:].isneginf().all())
 
 
+@pytest.mark.parametrize("special", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size, tile", [(16, 8), (4, 7), (100, 16)])
+def test_special_values_change_no_bit_of_what_lies_beside_them(wing, dtype, special, causal, size, tile):
+    """The last block of a sequence is full in a pack, and not alone; so is its last tile."""
+    lengths = [7, 31, 30]
+    query, key, value, *where = pack(lengths, lengths, dtype=dtype, value_dim=37)
+    for token, head, column in ((3, 0, 0), (20, 1, 5), (66, 0, 36)):
+        value[token, head, column] = special
+    weight = normal(*query.shape[:2], 37, dtype=dtype, seed=9)
+    sizes = {"block_size": size, "query_tile": tile, "is_causal": causal, "backend": wing.name}
+    chosen = sparse_attn.varlen_block_select(query, key, *where, 5, **sizes)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out = sparse_attn.varlen_block_attention(*leaves, chosen, *where, **sizes)
+    grads = torch.autograd.grad(out, leaves, weight)
+    tiles = 0
+    for here, _ in slices(lengths, lengths):
+        parts = [alone(t.detach(), here).requires_grad_() for t in leaves]
+        count = -(-(here.stop - here.start) // tile)
+        own, tiles = chosen[tiles : tiles + count].transpose(0, 1)[None], tiles + count
+        expected = sparse_attn.block_attention(*parts, own, **sizes)
+        mine = torch.autograd.grad(expected, parts, alone(weight, here))
+        assert bool(expected.isfinite().any())
+        assert not bool(expected.isfinite().all())
+        exact = {"atol": 0, "rtol": 0} if wing.name == "cpu" else {"atol": 2e-2, "rtol": 2e-2}
+        for one, other in zip((expected, *mine), (out, *grads), strict=True):
+            torch.testing.assert_close(one, alone(other, here), equal_nan=True, **exact)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     "causal", [{}, {"is_causal": True}, {"is_causal": True, "window": 3, "sinks": 2}], ids=str
