@@ -107,7 +107,7 @@ def test_each_sequence_in_blocks_is_what_it_is_alone(wing, dtype, row):
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("size, tile", [(16, 8), (4, 7), (100, 16)])
+@pytest.mark.parametrize(("size", "tile"), [(16, 8), (4, 7), (100, 16)])
 def test_special_values_change_no_bit_of_what_lies_beside_them(wing, dtype, special, causal, size, tile):
     """The last block of a sequence is full in a pack, and not alone; so is its last tile."""
     lengths = [7, 31, 30]
