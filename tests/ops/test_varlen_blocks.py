@@ -207,6 +207,42 @@ REFUSED = {
     "blocks must be an int32": lambda q, k, cu: sparse_attn.varlen_block_attention(
         q, k, k, torch.zeros(4, 1, 1), cu, None, 20, 20
     ),
+    "blocks must be on the query's device": lambda q, k, cu: sparse_attn.varlen_block_attention(
+        q, k, k, torch.zeros(4, 1, 1, dtype=torch.int32, device="meta"), cu, None, 20, 20
+    ),
+    "query must have 3 dimensions": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q[None], k, cu, None, 20, 20, 3
+    ),
+    "value must be .* with the key's tokens": lambda q, k, cu: sparse_attn.varlen_block_attention(
+        q, k, k[:9], torch.zeros(4, 1, 1, dtype=torch.int32), cu, None, 20, 20
+    ),
+    "cu_seq_q must be an int32 or int64 tensor": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, [0, 20], None, 20, 20, 3
+    ),
+    "cu_seq_q must rise from 0 to at most 20": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, torch.tensor([0, 12, 21]), None, 20, 20, 3
+    ),
+    "one entry more than there are sequences": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, torch.tensor([0, 20]), 20, 20, 3
+    ),
+    "block_size must be an int": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, None, 20, 20, 3, block_size=4.0
+    ),
+    "query_tile must be at least 1": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, None, 20, 20, 3, query_tile=0
+    ),
+    "sink_logits must have shape": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, None, 20, 20, 3, sink_logits=torch.zeros(3)
+    ),
+    "int8 must be True or False": lambda q, k, cu: sparse_attn.varlen_indexer_select(
+        q, k, q[..., 0], cu, None, 20, 20, 3, int8="yes"
+    ),
+    "weights must be a tensor": lambda q, k, cu: sparse_attn.varlen_indexer_select(
+        q, k, None, cu, None, 20, 20, 3
+    ),
+    "seqused_k must lie between": lambda q, k, cu: sparse_attn.varlen_indexer_select(
+        q, k, q[..., 0], cu, None, 20, 20, 3, seqused_k=torch.tensor([13, 8])
+    ),
     "weights must have": lambda q, k, cu: sparse_attn.varlen_indexer_select(
         q, k, q[..., 0].T, cu, None, 20, 20, 3
     ),
