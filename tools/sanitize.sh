@@ -81,10 +81,19 @@ if [[ $which == address ]]; then
     step "tests of the ops" "$py" -m pytest -q --capture=sys -p no:cacheprovider -k "cpu and not compile and not opcheck" \
         ops/test_special_values.py ops/test_layouts.py ops/test_gradients.py ops/test_quantized_select.py \
         ops/test_variable_width_embedding.py ops/test_variable_width_embedding_errors.py
+    # Each wing's tests on the CPU wing, and those that are of it alone.
+    step "tests of packs, pages, blocks, decoding, tiles and key indices" \
+        "$py" -m pytest -q --capture=sys -p no:cacheprovider \
+        -k "not compile and not opcheck and not graph and not reference and not triton and not cuda and not process" \
+        ops/test_varlen.py ops/test_varlen_blocks.py ops/test_paged.py ops/test_decoding.py ops/test_masked_tiles.py \
+        ops/test_key_index.py ops/test_select_by_bounds.py ops/test_replay.py
 else
     step "random calls for several threads" "$py" -m fuzz --seed 1 --large 1 --seconds "$seconds" --jobs 1
     step "calls from four Python threads" "$py" -m fuzz soak --ignore-memory --seconds "$seconds"
     step "tests of determinism" "$py" -m pytest -q --capture=sys -p no:cacheprovider -k cpu ops/test_determinism.py
+    step "tests of threads" "$py" -m pytest -q --capture=sys -p no:cacheprovider -k threads \
+        ops/test_masked_tiles.py ops/test_select_by_bounds.py ops/test_key_index.py ops/test_paged.py \
+        ops/test_decoding.py ops/test_varlen.py
 fi
 ((${#failed[@]} == 0)) || printf 'failed step: %s\n' "${failed[@]}"
 ((${#failed[@]} == 0))

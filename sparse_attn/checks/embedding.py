@@ -83,6 +83,18 @@ def projections_of(projections: object, tables: list[Tensor]) -> tuple[list[Tens
 
 def token_maps(token_band: Any, token_row: Any, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
     """token_band as int32 [V] and token_row as int32 or int64 [V], on the tables' device and naming rows there."""
+    map_tensors(token_band, token_row, tables[0].device)
+    if token_band.device.type == "cpu" and has_values(token_band) and has_values(token_row):
+        check_map_values(token_band, token_row, tuple(len(table) for table in tables))
+    if token_band.dtype != torch.int32:
+        token_band = token_band.to(torch.int32)
+    if token_row.dtype not in (torch.int32, torch.int64):
+        token_row = token_row.to(torch.int32)
+    return token_band, token_row
+
+
+def map_tensors(token_band: Any, token_row: Any, device: torch.device) -> None:
+    """That both are integers [V] on the tables' device."""
     for name, value in (("token_band", token_band), ("token_row", token_row)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of integers of shape [V], got {describe(value)}")
@@ -90,20 +102,13 @@ def token_maps(token_band: Any, token_row: Any, tables: list[Tensor]) -> tuple[T
             raise TypeError(f"{name} must hold integers, got {describe(value)}")
         if value.dim() != 1 or value.shape[0] == 0:
             raise ValueError(f"{name} must have shape [V] with V at least 1, got {describe(value)}")
-        if value.device != tables[0].device:
-            raise ValueError(f"{name} must be on the tables' device {tables[0].device}, got {value.device}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on the tables' device {device}, got {value.device}")
     if token_band.shape != token_row.shape:
         raise ValueError(
             f"token_band and token_row must have one length V, got {token_band.shape[0]} and "
             f"{token_row.shape[0]}"
         )
-    if token_band.device.type == "cpu" and has_values(token_band) and has_values(token_row):
-        _check_map_values(token_band, token_row, tuple(len(table) for table in tables))
-    if token_band.dtype != torch.int32:
-        token_band = token_band.to(torch.int32)
-    if token_row.dtype not in (torch.int32, torch.int64):
-        token_row = token_row.to(torch.int32)
-    return token_band, token_row
 
 
 class Checked:
@@ -134,7 +139,7 @@ def _stamp(band: Tensor, row: Tensor, sizes: tuple[int, ...]) -> tuple:
 _checked = Checked()
 
 
-def _check_map_values(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
+def check_map_values(token_band: Tensor, token_row: Tensor, sizes: tuple[int, ...]) -> None:
     if (token_band, token_row, sizes) in _checked:
         return
     band, row = token_band.long(), token_row.long()

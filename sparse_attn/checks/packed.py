@@ -51,6 +51,26 @@ def offsets(
     return longest
 
 
+def documents(cu_seq: object, tokens: int) -> Tensor:
+    """cu_seq [S + 1] of documents among so many tokens that lie on several ranks, as int64."""
+    if not isinstance(cu_seq, Tensor):
+        raise TypeError(f"cu_seq must be an int32 or int64 tensor [S + 1], got {describe(cu_seq)}")
+    if cu_seq.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seq must be int32 or int64, got {describe(cu_seq)}")
+    if cu_seq.dim() != 1 or cu_seq.shape[0] < 1:
+        raise ValueError(
+            f"cu_seq must have shape [S + 1], with the 0 where documents begin, got {describe(cu_seq)}"
+        )
+    if cu_seq.device.type == "cpu" and has_values(cu_seq):
+        numbers = cu_seq.tolist()
+        if numbers[0] != 0 or numbers != sorted(numbers) or numbers[-1] > tokens:
+            few = numbers if len(numbers) <= 8 else [*numbers[:4], "…", *numbers[-3:]]
+            raise ValueError(
+                f"cu_seq must rise from 0 to at most {tokens}, the layout's positions, got {few}"
+            )
+    return cu_seq.to(torch.int64)
+
+
 def used(seqused_k: object, cu_seq_k: Tensor, key: Tensor) -> None:
     """seqused_k [S]: how many keys of each sequence exist."""
     _whole_numbers("seqused_k", seqused_k, "[S]", key)
@@ -232,6 +252,8 @@ def packed_blocks(blocks: object, query: Tensor, key: Tensor, tiles: int) -> Non
             "blocks must have shape [N, G, M] with a row for each tile, as varlen_block_select gives them, and G one "
             f"of 1, Hkv, Hq; here Hkv={kv_heads}, Hq={heads}, got {describe(blocks)}"
         )
+    if blocks.device != query.device:
+        raise ValueError(f"blocks must be on the query's device {query.device}, got {blocks.device}")
 
 
 def packed_weights(weights: object, query: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparse_attn import checks
 from sparse_attn.distributed.layout import Layout
 
 Group = dist.ProcessGroup | None
@@ -60,12 +61,20 @@ def _sent(what: str, elements: float, tensor: Tensor) -> None:
         traffic.sent[what] = traffic.sent.get(what, 0) + int(elements) * tensor.element_size()
 
 
+def _checked(group: Group) -> Group:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup or None, got {checks.describe(group)}"
+        )
+    return group
+
+
 def size_of(group: Group) -> int:
-    return dist.get_world_size(group)
+    return dist.get_world_size(_checked(group))
 
 
 def rank_in(group: Group) -> int:
-    return dist.get_rank(group)
+    return dist.get_rank(_checked(group))
 
 
 def all_parts(part: Tensor, lengths: list[int], dim: int, group: Group, what: str) -> list[Tensor]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.checks.packed import documents
 from sparse_attn.distributed import fetch, merge
 from sparse_attn.distributed.collectives import Group, gather, rank_in, size_of
 from sparse_attn.distributed.layout import Layout, Span
@@ -110,6 +111,23 @@ def rule_of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
     return replace(rule, **parts)
 
 
+def _layouts(layout: object, key_layout: object, group: Group) -> Layout:
+    """The layout of the keys."""
+    keys = layout if key_layout is None else key_layout
+    for name, each in (("layout", layout), ("key_layout", keys)):
+        if not isinstance(each, Layout):
+            raise TypeError(f"{name} must be a sparse_attn.distributed.Layout, got {checks.describe(each)}")
+        if each.ranks != size_of(group):
+            raise ValueError(f"{name} must be of the group's {size_of(group)} ranks, got one of {each.ranks}")
+    assert isinstance(keys, Layout)
+    return keys
+
+
+def _one_of(name: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {checks.describe(value)}")
+
+
 def _fits(name: str, length: int, layout: Layout, rank: int) -> None:
     if layout.lengths[rank] != length:
         raise ValueError(
@@ -119,8 +137,8 @@ def _fits(name: str, length: int, layout: Layout, rank: int) -> None:
 
 def document_starts(cu_seq: Tensor, layout: Layout, rank: int) -> Tensor:  # int64 [1, T_r]
     """Where the document of each of the rank's positions begins."""
-    positions = layout.positions(rank, cu_seq.device)
-    bounds = cu_seq.to(torch.int64)
+    bounds = documents(cu_seq, layout.length)
+    positions = layout.positions(rank, bounds.device)
     at = torch.bucketize(positions, bounds[1:], right=True).clamp(max=max(0, len(bounds) - 2))
     starts = bounds[at] if len(bounds) > 1 else torch.zeros_like(positions)
     return torch.where(positions < bounds[-1], starts, layout.length)[None]
@@ -191,16 +209,20 @@ def context_parallel_attention(
     Example:
         out = context_parallel_attention(q, k, v, 64, layout=Layout.zigzag(T, ranks), is_causal=True)
     """
-    if not isinstance(layout, Layout) or not isinstance(key_layout, Layout | None):
-        raise TypeError(f"layout must be a sparse_attn.distributed.Layout, got {checks.describe(layout)}")
-    keys = layout if key_layout is None else key_layout
-    for name, each in (("layout", layout), ("key_layout", keys)):
-        if each.ranks != size_of(group):
-            raise ValueError(f"{name} must be of the group's {size_of(group)} ranks, got one of {each.ranks}")
-    if way not in WAYS:
-        raise ValueError(f"way must be one of {', '.join(map(repr, WAYS))}, got {checks.describe(way)}")
+    keys = _layouts(layout, key_layout, group)
+    _one_of("way", way, WAYS)
+    with _alone():
+        checks.query_key(query, key)
+        checks.value_of(key, value)
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
+    parts = [part.name for part in fields(Rule)]
+    for name in rule:
+        if name not in parts:
+            raise TypeError(
+                f"context_parallel_attention takes no {name}: it has the arguments of topk_attention that are parts of "
+                f"the rule ({', '.join(parts)})"
+            )
     said = Rule(**rule)
     if isinstance(said.causal_offset, Tensor):
         raise NotImplementedError(
@@ -259,14 +281,12 @@ def context_parallel_gathered_attention(
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
     """
-    keys = layout if key_layout is None else key_layout
-    for name, each in (("layout", layout), ("key_layout", keys)):
-        if each.ranks != size_of(group):
-            raise ValueError(f"{name} must be of the group's {size_of(group)} ranks, got one of {each.ranks}")
-    if way not in WAYS_TO_INDICES:
-        raise ValueError(
-            f"way must be one of {', '.join(map(repr, WAYS_TO_INDICES))}, got {checks.describe(way)}"
-        )
+    keys = _layouts(layout, key_layout, group)
+    _one_of("way", way, WAYS_TO_INDICES)
+    with _alone():
+        checks.query_key(query, key)
+        checks.value_of(key, value)
+        indices = checks.indices_of(indices, query, key)
     return_lse = checks.boolean("return_lse", return_lse)
     scoring: dict[str, Any] = {
         "scale": scale,
@@ -313,12 +333,10 @@ def context_parallel(
         with context_parallel(Layout.zigzag(T, ranks), group):
             model.loss(ids_here, targets_here).backward()
     """
-    if layout.ranks != size_of(group):
-        raise ValueError(f"layout must be of the group's {size_of(group)} ranks, got one of {layout.ranks}")
-    if way not in WAYS_INSIDE:
-        raise ValueError(
-            f"way must be one of {', '.join(map(repr, WAYS_INSIDE))}, got {checks.describe(way)}"
-        )
+    _layouts(layout, None, group)
+    _one_of("way", way, WAYS_INSIDE)
+    if cu_seq is not None:
+        documents(cu_seq, layout.length)
 
     def handle(call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
         arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ class Span(NamedTuple):
     @property
     def local(self) -> slice:
         return slice(self.at, self.at + self.stop - self.start)
+
+
+def _whole(number: Any) -> int:
+    return int(checks.integer("each number of ranges", number))
+
+
+def _sizes(length: int, ranks: int) -> tuple[int, int]:
+    return int(checks.integer("length", length, 0)), int(checks.integer("ranks", ranks, 1))
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,14 @@ class Layout:
     ranges: tuple[tuple[tuple[int, int], ...], ...]
 
     def __post_init__(self) -> None:
+        try:
+            ranges = tuple(tuple((_whole(a), _whole(b)) for a, b in own) for own in self.ranges)
+        except (TypeError, ValueError):
+            raise TypeError(
+                "ranges must be a tuple that has for each rank a tuple of (start, stop), whole numbers, "
+                f"got {checks.describe(self.ranges)}"
+            ) from None
+        object.__setattr__(self, "ranges", ranges)
         pieces = sorted(piece for own in self.ranges for piece in own if piece[0] != piece[1])
         end = 0
         for start, stop in pieces:
@@ -62,6 +78,8 @@ class Layout:
     @classmethod
     def contiguous(cls, lengths: Sequence[int]) -> Layout:
         """One range per rank, of these lengths (0 too), in the order of the ranks."""
+        if isinstance(lengths, str) or not hasattr(lengths, "__iter__"):
+            raise TypeError(f"lengths must be a sequence of whole numbers, got {checks.describe(lengths)}")
         lengths = [int(checks.integer("each of lengths", n, 0)) for n in lengths]
         ends = [sum(lengths[: r + 1]) for r in range(len(lengths))]
         return cls(tuple(((end - n, end),) for n, end in zip(lengths, ends, strict=True)))
@@ -69,12 +87,14 @@ class Layout:
     @classmethod
     def even(cls, length: int, ranks: int) -> Layout:
         """As `Tensor.chunk` and DTensor cut: ⌈T / ranks⌉ positions each, the last ranks fewer or none."""
+        length, ranks = _sizes(length, ranks)
         size = -(-length // ranks)
         return cls.contiguous([max(0, min(size, length - r * size)) for r in range(ranks)])
 
     @classmethod
     def zigzag(cls, length: int, ranks: int) -> Layout:
         """Load-balanced for causal attention: of 2·ranks chunks rank r has chunks r and 2·ranks − 1 − r."""
+        length, ranks = _sizes(length, ranks)
         size = -(-length // (2 * ranks))
         chunk = [(min(c * size, length), min((c + 1) * size, length)) for c in range(2 * ranks)]
         return cls(tuple((chunk[r], chunk[-1 - r]) for r in range(ranks)))
@@ -104,12 +124,24 @@ class Layout:
 
     def positions(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """int64 [T_r]: the rank's positions, for a rotary or learned position embedding."""
-        own = [torch.arange(start, stop, device=device) for start, stop in self.ranges[rank]]
+        own = [torch.arange(start, stop, device=device) for start, stop in self._of(rank)]
         return torch.cat(own) if own else torch.empty(0, dtype=torch.int64, device=device)
+
+    def _of(self, rank: int) -> tuple[tuple[int, int], ...]:
+        return self.ranges[checks.integer("rank", rank, 0, self.ranks - 1)]
 
     def local(self, whole: Tensor, rank: int, dim: int) -> Tensor:
         """The rank's part of a tensor that holds the whole sequence along `dim`."""
-        parts = [whole.narrow(dim, start, stop - start) for start, stop in self.ranges[rank]]
+        if (
+            not isinstance(whole, Tensor)
+            or not -whole.dim() <= dim < whole.dim()
+            or whole.shape[dim] != self.length
+        ):
+            raise ValueError(
+                f"whole must be a tensor that has the layout's {self.length} positions along dim={dim}, "
+                f"got {checks.describe(whole)}"
+            )
+        parts = [whole.narrow(dim, start, stop - start) for start, stop in self._of(rank)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts, dim) if parts else whole.narrow(dim, 0, 0)
@@ -117,6 +149,10 @@ class Layout:
     def whole(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """The sequence in order along `dim`, of the parts of all ranks."""
         spans = [(span, rank) for rank in range(self.ranks) for span in self.spans(rank)]
+        if len(parts) != self.ranks or not all(isinstance(part, Tensor) for part in parts):
+            raise ValueError(
+                f"parts must hold the part of each of the layout's {self.ranks} ranks, got {checks.describe(parts)}"
+            )
         pieces = [parts[rank].narrow(dim, s.at, s.stop - s.start) for s, rank in sorted(spans)]
         return torch.cat(pieces, dim) if pieces else parts[0]
 

@@ -61,6 +61,7 @@ class AcrossRanks:
             raise ValueError(
                 f"way must be one of {', '.join(map(repr, SHARINGS))}, got {checks.describe(self.way)}"
             )
+        checks.integer("source", self.source, 0)
 
     @torch.no_grad()
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
@@ -79,6 +80,7 @@ class AcrossRanks:
         return Selection(self._by_rows(query, key, top_k, rule))
 
     def _of_one(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Tensor:
+        checks.integer("source", self.source, 0, size_of(self.group) - 1)
         if rank_in(self.group) == self.source:
             indices = topk_select.select(query, key, top_k, rule, backend=self.backend).contiguous()
         else:
@@ -152,6 +154,10 @@ def tensor_parallel(model: torch.nn.Module, mesh: DeviceMesh, *, way: str = "row
     Example:
         model = tensor_parallel(model, init_device_mesh("cpu", (2,)))
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {checks.describe(model)}")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed DeviceMesh, got {checks.describe(mesh)}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension (mesh['tensor'] of several), got {mesh.ndim}")
     layers = [(name or "model", m) for name, m in model.named_modules() if isinstance(m, TopKAttention)]

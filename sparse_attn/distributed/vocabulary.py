@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from sparse_attn import checks
 from sparse_attn.checks import cross_entropy as check
+from sparse_attn.checks import embedding as of_embedding
 from sparse_attn.distributed.collectives import Group, copied, largest, rank_in, size_of, summed
 from sparse_attn.nn import VariableWidthEmbedding, VariableWidthHead
 from sparse_attn.ops import variable_width_cross_entropy as cross_entropy
@@ -101,19 +102,18 @@ def vocab_parallel_embedding(
 
     Gradients: of tables, their rows'; of projections, this rank's part, whose sum over the ranks is the gradient.
     """
-    part = _part(sizes_of_bands(token_band, len(tables)), token_band, token_row, group)
+    tables, dim, token_band, token_row, sizes = _whole_maps(tables, projections, token_band, token_row)
+    ids = of_embedding.ids_of(ids, len(token_band), tables[0].device)
+    padding = of_embedding.padding_of(padding_idx, len(token_band))
+    reduce = checks.boolean("reduce", reduce)
+    part = _part(sizes, token_band, token_row, group)
     _check_rows(tables, part)
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = (int(n) for n in ids.aminmax())
-        if low < 0 or high >= len(token_band):
-            raise IndexError(f"ids must lie in [0, {len(token_band)}), got {low if low < 0 else high}")
     mine = part.own[ids.to(torch.int64)]
-    if padding_idx is not None:
-        mine = mine & (ids != padding_idx % len(token_band))
+    if padding >= 0:
+        mine = mine & (ids != padding)
     # Only what is this rank's own is projected: those tokens, one after another.
     at = mine.flatten().nonzero().squeeze(-1)
     tokens = part.number[ids.flatten()[at].to(torch.int64)]
-    dim = next((p.shape[0] for p in projections if p is not None), tables[0].shape[1])
     out = tables[0].new_zeros((ids.numel(), dim))
     if len(part.tokens):
         own = variable_width_embedding(
@@ -160,17 +160,19 @@ def vocab_parallel_cross_entropy(
 
     Gradients: of tables, their rows'; of projections, this rank's part, whose sum over the ranks is the gradient.
     """
-    part = _part(sizes_of_bands(token_band, len(tables)), token_band, token_row, group)
-    _check_rows(tables, part)
-    vocabulary, dim = len(token_band), hidden.shape[-1]
-    hidden = check.hidden_of(hidden, list(tables), dim)
+    tables, dim, token_band, token_row, sizes = _whole_maps(tables, projections, token_band, token_row)
+    sum_gradients = checks.boolean("sum_gradients", sum_gradients)
+    vocabulary = len(token_band)
+    hidden = check.hidden_of(hidden, tables, dim)
     ignore_index = check.ignore_index_of(ignore_index)
-    shape = targets.shape
+    part = _part(sizes, token_band, token_row, group)
+    _check_rows(tables, part)
+    shape = hidden.shape[:-1]
     targets = check.targets_of(targets, hidden, vocabulary, ignore_index)
     reduction = check.reduction_of(reduction)
     label_smoothing = check.factor("label_smoothing", label_smoothing, 1.0)
     z_loss = check.factor("z_loss", z_loss)
-    weight = check.class_weight_of(weight, list(tables), vocabulary)
+    weight = check.class_weight_of(weight, tables, vocabulary)
     flat = hidden.reshape(-1, dim)
     if sum_gradients:
         flat = copied(flat, group, "hidden, gradient")
@@ -245,6 +247,24 @@ def _weighed(
             row = of_rows.to(compute) @ rows
         total = total + (hidden @ row if projection is None else hidden @ (projection.to(compute) @ row))
     return total
+
+
+def _whole_maps(
+    tables: Sequence[Tensor], projections: Sequence[Tensor | None], token_band: Tensor, token_row: Tensor
+) -> tuple[list[Tensor], int, Tensor, Tensor, list[int]]:
+    """(tables, D, token_band, token_row, the rows of each band on all ranks together): each token has a row."""
+    tables = of_embedding.tables_of(tables)
+    _, dim = of_embedding.projections_of(projections, tables)
+    of_embedding.map_tensors(token_band, token_row, tables[0].device)
+    if bool(((token_band < 0) | (token_band >= len(tables))).any()):
+        low, high = (int(n) for n in token_band.aminmax())
+        raise ValueError(
+            f"token_band must lie in [0, {len(tables)}), the number of tables, got {low if low < 0 else high}"
+        )
+    sizes = sizes_of_bands(token_band, len(tables))
+    if token_band.device.type == "cpu":
+        of_embedding.check_map_values(token_band, token_row, tuple(sizes))
+    return tables, dim, token_band, token_row, sizes
 
 
 def _check_rows(tables: Sequence[Tensor], part: Part) -> None:
@@ -428,6 +448,8 @@ def split_plan(plan: WidthPlan, ranks: int) -> list[int]:
         >>> split_plan(WidthPlan.from_cutoffs(100, 8, cutoffs=[10], widths=[8, 2]), 2)
         [146, 146]
     """
+    if not isinstance(plan, WidthPlan):
+        raise TypeError(f"plan must be a sparse_attn.WidthPlan, got {checks.describe(plan)}")
     ranks = int(checks.integer("ranks", ranks, 1))
     projections = sum(plan.embedding_dim * w for w in plan.widths if w != plan.embedding_dim)
     found = []

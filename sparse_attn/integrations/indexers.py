@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.files import parse_json, refusal
+from sparse_attn.integrations import index_cache
+from sparse_attn.integrations.calls import OfThisCall
 from sparse_attn.integrations.options import NAME
 from sparse_attn.integrations.saved import tensors_beside
 from sparse_attn.integrations.watching import layer_inputs
@@ -24,8 +26,7 @@ from sparse_attn.nn import Indexer
 from sparse_attn.selection import FromIndexer
 
 ATTRIBUTE = "sparse_attn_indexer"  # of an attention module: its indexer
-_STATE = "_sparse_attn_index"  # of an attention module: what its indexer made of this call's hidden states
-_CACHE = "sparse_attn_index_keys"  # of a key/value cache: layer → index keys [B, G, keys so far, Di]
+of_this_call = OfThisCall("_sparse_attn_index")  # what its indexer made of the hidden states, and the cache
 _NEEDED = (
     "selector='indexer' needs an indexer in layer {}: add_indexers and distill_indexers give it one, or load_indexers: "
     "from its file, or from the folder that save_pretrained wrote, which from_pretrained does not do"
@@ -112,8 +113,7 @@ def remove_indexers(model: torch.nn.Module) -> None:
             module._sparse_attn_hook.remove()
             delattr(module, "_sparse_attn_hook")
             delattr(module, ATTRIBUTE)
-            if hasattr(module, _STATE):
-                delattr(module, _STATE)
+            of_this_call.drop(module)
 
 
 def _set(module: torch.nn.Module, indexer: Indexer) -> None:
@@ -232,72 +232,27 @@ def index_of(module: torch.nn.Module) -> FromIndexer:
     """What the indexer of an attention module made of this call's hidden states."""
     if not hasattr(module, ATTRIBUTE):
         raise ValueError(_NEEDED.format(module.layer_idx))
-    index = getattr(module, _STATE)
-    delattr(module, _STATE)  # nothing of a call outlives it
+    index, past = of_this_call.take(module)
+    if past is not None:
+        index_cache.keep(past, module.layer_idx, index.key)
     return index
 
 
 def _before_attention(module: torch.nn.Module, arguments: tuple, named: dict) -> None:
     """A forward pre-hook: attention functions are not given the hidden states that an indexer reads."""
+    past = index_cache.cache_among((*arguments, *named.values()))
     if not uses_indexer(module):
+        if past is not None:  # its keys are no longer those that the index keys go with
+            index_cache.forget(past, module.layer_idx)
         return
     hidden, rope = layer_inputs(arguments, named)
     indexer = getattr(module, ATTRIBUTE)
     hidden = hidden.detach().to(indexer.key.weight.dtype)
     query, weights = indexer.queries(hidden, rope)
     key = indexer.keys(hidden, rope)
-    past = _cache_among((*arguments, *named.values()))
     if past is not None:
-        key = _cached(past, module.layer_idx, key)
-    setattr(module, _STATE, FromIndexer(query, key, weights))
-
-
-def _cache_among(given: Iterable[object]):
-    """The key/value cache of a call, by its type: the argument's name is another since transformers 5.24."""
-    from transformers.cache_utils import Cache
-
-    return next((value for value in given if isinstance(value, Cache)), None)
-
-
-def _cached(past, layer: int, key: Tensor) -> Tensor:
-    """Appends this call's index keys to those that stand beside the key/value cache."""
-    if not hasattr(past, _CACHE):
-        setattr(past, _CACHE, {})
-        _follow(past)
-    kept = getattr(past, _CACHE)
-    length = int(past.get_seq_length(layer))  # before this call's keys are added
-    before = kept.get(layer)
-    known = 0 if before is None else before.shape[2]
-    if known < length:
-        raise ValueError(
-            f"the cache holds {length} keys of layer {layer} but only {known} index keys: "
-            "with selector='indexer' it must be filled by the model with its indexers from the start"
-        )
-    if before is not None and length:  # a cache that was cropped or reset has fewer keys than we have
-        key = torch.cat((before[:, :, :length], key), dim=2)
-    kept[layer] = key
-    return key
-
-
-def _follow(past) -> None:
-    """Index keys change their sequence with the cache: in beam search and when a batch is repeated or cut."""
-
-    def after(name: str, change) -> None:
-        original = getattr(past, name, None)
-        if original is None:
-            return
-
-        def changed(argument):
-            original(argument)
-            kept = getattr(past, _CACHE)
-            for layer, key in kept.items():
-                kept[layer] = change(key, argument)
-
-        setattr(past, name, changed)
-
-    after("reorder_cache", lambda key, order: key.index_select(0, order.to(key.device)))
-    after("batch_repeat_interleave", lambda key, repeats: key.repeat_interleave(repeats, dim=0))
-    after("batch_select_indices", lambda key, rows: key[rows])
+        key = index_cache.with_those_before(past, module.layer_idx, key)
+    of_this_call.put(module, (FromIndexer(query, key, weights), past))
 
 
 def require_indexers(model: torch.nn.Module, layers: Iterable[int] | None) -> None:

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_attn.integrations.calls import OfThisCall
 from sparse_attn.integrations.self_test import attention_modules
 from sparse_attn.ops.key_index import MOST_QUERIES, KeyIndex
 from sparse_attn.ops.topk_attention import OP
 
 LEAST_KEYS = 1024  # of fewer, all scores cost no more than an index
-_BEFORE = (
-    "_sparse_attn_caches"  # of an attention module: what the layers of its call's cache held before the call
-)
+_before = OfThisCall("_sparse_attn_caches")  # what the layers of its cache held before the call
 _FOLLOWS = "_sparse_attn_follows_cache"
 _REORDER = "_reorder_cache"  # of a model: what generate() reorders its beams with
 
@@ -114,7 +113,7 @@ def index_of(
     if torch.compiler.is_compiling() or not _wanted(options, query):
         return None
     _show(module)
-    for layer, before, goes_on in module.__dict__.pop(_BEFORE, ()):
+    for layer, before, goes_on in _before.take(module, ()):
         call = _call_of(layer(), key, before)
         if call is None:
             continue
@@ -148,7 +147,7 @@ def _before_attention(module: torch.nn.Module, arguments: tuple, named: dict) ->
     number = getattr(module, "layer_idx", None)
     caches = [value for value in (*named.values(), *arguments) if isinstance(value, Cache)]
     layers = [layer for cache in caches for at, layer in _layers(cache) if at == number]
-    object.__setattr__(module, _BEFORE, [_given(layer) for layer in layers if _grows(layer) is not None])
+    _before.put(module, [_given(layer) for layer in layers if _grows(layer) is not None])
 
 
 def _given(layer: Any) -> _Given:

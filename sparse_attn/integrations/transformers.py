@@ -51,6 +51,7 @@ from sparse_attn.integrations.visibility import Visibility, scores_of
 from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.rule import Rule
 from sparse_attn.selection import Exact, FromIndexer, Selection, Selector, attend, select_and_attend
+from sparse_attn.wings.base import check_name
 
 __all__ = [
     "SELECTORS",
@@ -151,6 +152,8 @@ def configure(
         layers = [checks.integer("layers", layer, 0) for layer in layers]
     if checks.boolean("residual", residual) and selector != "exact":
         raise ValueError(f"residual=True needs selector='exact', got {checks.describe(selector)}")
+    if backend is not None:
+        check_name(backend)
     if not isinstance(self_test, Mapping):
         checks.boolean("self_test", self_test)
     refusals.refuse_no_model(model)

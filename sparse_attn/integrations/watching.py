@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from sparse_attn.integrations.options import configs_of
 from sparse_attn.integrations.packed import within_documents
 from sparse_attn.integrations.visibility import Visibility, scores_of
 
-_IMPLEMENTATION = "sparse_attn_watching"
+_numbers = count()  # a name a use: threads watch models of their own
 
 
 class Given(NamedTuple):
@@ -67,15 +68,18 @@ def dense_but_shown(model: torch.nn.Module, look: Callable[[Given], None]):
         out = seen.dense_attention(query, key, value, scores_of(scaling, softcap, s_aux))
         return out.transpose(1, 2), None
 
-    AttentionInterface.register(_IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(_IMPLEMENTATION, make_mask)
+    implementation = f"sparse_attn_watching_{next(_numbers)}"
+    AttentionInterface.register(implementation, attention)
+    AttentionMaskInterface.register(implementation, make_mask)
     before = [(config, config._attn_implementation) for config in configs_of(model)]
     try:
-        model.set_attn_implementation(_IMPLEMENTATION)
+        model.set_attn_implementation(implementation)
         yield
     finally:
         for config, name in before:
             config._attn_implementation_internal = name  # of this config alone, not of those within it
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(implementation, None)  # it holds the model
 
 
 @contextmanager

@@ -65,6 +65,7 @@ class KeyIndex:
     def __init__(self, codes: Tensor, bounds: Tensor, shift: Tensor, length: int, dtype: torch.dtype) -> None:
         self.codes, self.bounds, self.shift = codes, bounds, shift
         self.length, self.dtype = length, dtype
+        self._check_parts()
 
     @classmethod
     @torch.no_grad()
@@ -151,8 +152,39 @@ class KeyIndex:
                 f"key_index must know the keys that are given: it knows {self.length}, key has {key.shape[2]}"
             )
 
+    def _check_parts(self) -> None:
+        named = {"codes": self.codes, "bounds": self.bounds, "shift": self.shift}
+        for name, part in named.items():
+            wanted = torch.int8 if name == "codes" else torch.float32
+            if not isinstance(part, Tensor) or part.dtype != wanted:
+                kind = str(wanted).removeprefix("torch.")
+                raise TypeError(f"{name} must be a tensor of {kind}, got {checks.describe(part)}")
+        if self.codes.dim() != 6 or self.shift.dim() != 3:
+            raise ValueError(
+                "codes must have shape [B, Hkv, N, ⌈D/4⌉, 16, 4] and shift [B, Hkv, D], "
+                f"got {list(self.codes.shape)} and {list(self.shift.shape)}"
+            )
+        batch, heads, dim = self.shift.shape
+        blocks = self.codes.shape[2]
+        shapes = {
+            "codes": [batch, heads, blocks, -(-dim // 4), BLOCK, 4],
+            "bounds": [batch, heads, blocks, 3, BLOCK],
+        }
+        for name, shape in shapes.items():
+            if list(named[name].shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape} beside shift {list(self.shift.shape)}, "
+                    f"got {list(named[name].shape)}"
+                )
+        self.length = checks.integer("length", self.length, 0, blocks * BLOCK)
+
     def _check(self, key: Tensor) -> None:
         batch, heads, dim = self.shift.shape
+        if not 0 <= self.length <= self.codes.shape[2] * BLOCK:
+            raise ValueError(
+                f"key_index must know 0 … {self.codes.shape[2] * BLOCK} keys, for which it has room, "
+                f"got length={self.length}"
+            )
         if key.dtype != self.dtype:
             raise TypeError(f"key_index is one of {self.dtype} keys, got key {key.dtype}")
         if key.device != self.codes.device:

@@ -134,7 +134,7 @@ def wings() -> tuple[Wing, ...]:
     return tuple(_state.wings.values())
 
 
-def _check_name(name: object) -> str:
+def check_name(name: object) -> str:
     if not isinstance(name, str) or name not in _state.wings:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _state.wings))} or None, got {name!r}")
     return name
@@ -164,7 +164,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         ...     out = sparse_attn.topk_attention(q, q, q, 4, is_causal=True)
     """
     if name is not None:
-        _check_name(name)
+        check_name(name)
     block = _Block(name, _innermost())
     try:
         _enter(block)
@@ -234,7 +234,7 @@ def choose(
         forced = _forced()
     chosen = None
     if forced is not None:
-        reason = _state.wings[_check_name(forced)].refusal(op, device, dtype, sizes, rule)
+        reason = _state.wings[check_name(forced)].refusal(op, device, dtype, sizes, rule)
         if reason is not None:
             raise ValueError(f"backend={forced!r} cannot run {function or op} here: {reason}")
         chosen = forced

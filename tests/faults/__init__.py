@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-FILES = ("derivatives", "state", "huggingface", "graphs", "processes")
+FILES = ("derivatives", "state", "huggingface", "copies", "graphs", "processes")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import sparse_attn
 
 Case = dict[str, Any]
 
-FILES = ("attention", "packed", "blocks", "indexers", "embeddings", "losses", "plans", "raw")
+FILES = ("attention", "packed", "pages", "blocks", "indexers", "embeddings", "losses", "plans", "raw")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -51,6 +51,13 @@ def test_additive_mask():
             r"attention layers of this LlamaForCausalLM \(0, 1\), got 2",
         ),
         ({"top_k": 4, "self_test": 1}, "self_test must be True or False, got 1"),
+        ({"top_k": 4, "backend": "gpu"}, "backend must be one of .*, got 'gpu'"),
+        ({"top_k": 4, "key_index": None}, r"key_index must be True or False, got None \(NoneType\)"),
+        ({"top_k": 4, "key_index": "auto"}, r"key_index must be True or False, got 'auto' \(str\)"),
+        ({"top_k": "6"}, r"top_k must be an int, got '6' \(str\)"),
+        ({"top_k": 4, "selector": 3}, "selector"),
+        ({"top_k": 4, "layers": "0"}, "layers must be numbers of layers or None, got '0'"),
+        ({"top_k": 4, "residual": "yes"}, "residual must be True or False, got 'yes'"),
     ],
 )
 def test_configure(options, error):

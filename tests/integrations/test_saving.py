@@ -147,6 +147,34 @@ def test_an_embedding_of_variable_width():
         assert torch.equal(logits(model, ids()), before)
 
 
+def test_tying_is_refused_also_by_whom_our_words_do_not_reach():
+    """Transformers asks for the weight by its name; where that is not seen, its own error says that there is none."""
+
+    class Wrapped(sparse_attn.nn.VariableWidthEmbedding):
+        def __getattr__(self, name):
+            return super().__getattr__(name)
+
+    plan = sparse_attn.WidthPlan.from_cutoffs(64, 48, cutoffs=[16], widths=[48, 8])
+    for kind, error in (
+        (sparse_attn.nn.VariableWidthEmbedding, NotImplementedError),
+        (Wrapped, AttributeError),
+    ):
+        model = llama(tie_word_embeddings=True)
+        embedding = kind(plan)
+        model.set_input_embeddings(embedding)
+        head, before = model.lm_head.weight, logits(model, ids())
+        with pytest.raises(error, match=r"weight"):
+            model.tie_weights()
+        assert model.lm_head.weight is head
+        assert torch.equal(logits(model, ids()), before)
+        # All others are told that there is none.
+        assert not hasattr(embedding, "weight")
+        assert getattr(embedding, "weight", None) is None
+        with pytest.raises(NotImplementedError, match="could be tied"):
+            embedding.weight = head
+        assert [n for n, _ in embedding.named_parameters() if n == "weight"] == []
+
+
 def test_an_embedding_of_variable_width_with_a_tied_head():
     """As the refusal says: it runs, trains, and nothing ties it to anything else."""
     model = llama(tie_word_embeddings=True)

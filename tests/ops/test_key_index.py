@@ -299,6 +299,39 @@ def test_refusals():
         index.reorder(torch.tensor([0.0]))
     with pytest.raises(ValueError, match="length must be at most 50, got 51"):
         index.crop(51)
+    for says, change in {
+        "codes must be a tensor of int8, got a float32": {"codes": index.codes.float()},
+        "bounds must be a tensor of float32, got None": {"bounds": None},
+        "codes must have shape .* and shift": {"codes": index.codes[0]},
+        "bounds must have shape .* beside shift": {"bounds": index.bounds[:, :, :1]},
+        "length must be at most 64, got 65": {"length": 65},
+        "length must be an int": {"length": "50"},
+    }.items():
+        parts = {"codes": index.codes, "bounds": index.bounds, "shift": index.shift, "length": 50}
+        with pytest.raises((TypeError, ValueError), match=says):
+            KeyIndex(**{**parts, "dtype": torch.float32, **change})
+    for length in (-1, 4000):  # written by hand
+        index.length = length
+        with pytest.raises(ValueError, match="key_index must know 0 … 64 keys"):
+            index.append(key)
+        with pytest.raises(ValueError, match="key_index must know 0 … 64 keys"):
+            sparse_attn.topk_select(query, key, 5, key_index=index)
+    index.length = 50
+    for call, error, says in (
+        (lambda: KeyIndex.of(key, capacity=-1), ValueError, "capacity must be at least 0, got -1"),
+        (lambda: KeyIndex.of(key, capacity=2.0), TypeError, "capacity must be an int"),
+        (lambda: KeyIndex.of(key.long()), TypeError, "key must be float32, float16"),
+        (lambda: KeyIndex.of(key.to_sparse()), TypeError, "key must be a dense"),
+        (lambda: index.reorder([0, 1]), TypeError, "beam_idx must be an int64"),
+        (lambda: index.reorder(torch.tensor([[0], [1]])), ValueError, r"beam_idx must have shape \[B\]"),
+        (lambda: index.reorder(torch.tensor([-1, 0])), IndexError, "sequences 0 … 1, got -1"),
+        (lambda: index.append(None), TypeError, "key must be a tensor of shape"),
+        (lambda: index.append(key[0]), ValueError, "key must have 4 dimensions"),
+        (lambda: index.crop(True), TypeError, "length must be an int, got True"),
+        (lambda: index.crop(-51), ValueError, "length must be at least -50, got -51"),
+    ):
+        with pytest.raises(error, match=says):
+            call()
     assert index.length == 50  # a refused call changed nothing
     out = sparse_attn.topk_attention(query, key, value, 5, key_index=index)
     assert torch.equal(out, sparse_attn.topk_attention(query, key, value, 5))

@@ -105,6 +105,35 @@ def test_each_sequence_in_blocks_is_what_it_is_alone(wing, dtype, row):
     assert bool(lse[total:].isneginf().all())
 
 
+@pytest.mark.parametrize("special", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("size", "tile"), [(16, 8), (4, 7), (100, 16)])
+def test_special_values_change_no_bit_of_what_lies_beside_them(wing, dtype, special, causal, size, tile):
+    """The last block of a sequence is full in a pack, and not alone; so is its last tile."""
+    lengths = [7, 31, 30]
+    query, key, value, *where = pack(lengths, lengths, dtype=dtype, value_dim=37)
+    for token, head, column in ((3, 0, 0), (20, 1, 5), (66, 0, 36)):
+        value[token, head, column] = special
+    weight = normal(*query.shape[:2], 37, dtype=dtype, seed=9)
+    sizes = {"block_size": size, "query_tile": tile, "is_causal": causal, "backend": wing.name}
+    chosen = sparse_attn.varlen_block_select(query, key, *where, 5, **sizes)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out = sparse_attn.varlen_block_attention(*leaves, chosen, *where, **sizes)
+    grads = torch.autograd.grad(out, leaves, weight)
+    tiles = 0
+    for here, _ in slices(lengths, lengths):
+        parts = [alone(t.detach(), here).requires_grad_() for t in leaves]
+        count = -(-(here.stop - here.start) // tile)
+        own, tiles = chosen[tiles : tiles + count].transpose(0, 1)[None], tiles + count
+        expected = sparse_attn.block_attention(*parts, own, **sizes)
+        mine = torch.autograd.grad(expected, parts, alone(weight, here))
+        assert bool(expected.isfinite().any())
+        assert not bool(expected.isfinite().all())
+        exact = {"atol": 0, "rtol": 0} if wing.name == "cpu" else {"atol": 2e-2, "rtol": 2e-2}
+        for one, other in zip((expected, *mine), (out, *grads), strict=True):
+            torch.testing.assert_close(one, alone(other, here), equal_nan=True, **exact)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     "causal", [{}, {"is_causal": True}, {"is_causal": True, "window": 3, "sinks": 2}], ids=str
@@ -177,6 +206,42 @@ REFUSED = {
     ),
     "blocks must be an int32": lambda q, k, cu: sparse_attn.varlen_block_attention(
         q, k, k, torch.zeros(4, 1, 1), cu, None, 20, 20
+    ),
+    "blocks must be on the query's device": lambda q, k, cu: sparse_attn.varlen_block_attention(
+        q, k, k, torch.zeros(4, 1, 1, dtype=torch.int32, device="meta"), cu, None, 20, 20
+    ),
+    "query must have 3 dimensions": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q[None], k, cu, None, 20, 20, 3
+    ),
+    "value must be .* with the key's tokens": lambda q, k, cu: sparse_attn.varlen_block_attention(
+        q, k, k[:9], torch.zeros(4, 1, 1, dtype=torch.int32), cu, None, 20, 20
+    ),
+    "cu_seq_q must be an int32 or int64 tensor": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, [0, 20], None, 20, 20, 3
+    ),
+    "cu_seq_q must rise from 0 to at most 20": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, torch.tensor([0, 12, 21]), None, 20, 20, 3
+    ),
+    "one entry more than there are sequences": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, torch.tensor([0, 20]), 20, 20, 3
+    ),
+    "block_size must be an int": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, None, 20, 20, 3, block_size=4.0
+    ),
+    "query_tile must be at least 1": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, None, 20, 20, 3, query_tile=0
+    ),
+    "sink_logits must have shape": lambda q, k, cu: sparse_attn.varlen_block_select(
+        q, k, cu, None, 20, 20, 3, sink_logits=torch.zeros(3)
+    ),
+    "int8 must be True or False": lambda q, k, cu: sparse_attn.varlen_indexer_select(
+        q, k, q[..., 0], cu, None, 20, 20, 3, int8="yes"
+    ),
+    "weights must be a tensor": lambda q, k, cu: sparse_attn.varlen_indexer_select(
+        q, k, None, cu, None, 20, 20, 3
+    ),
+    "seqused_k must lie between": lambda q, k, cu: sparse_attn.varlen_indexer_select(
+        q, k, q[..., 0], cu, None, 20, 20, 3, seqused_k=torch.tensor([13, 8])
     ),
     "weights must have": lambda q, k, cu: sparse_attn.varlen_indexer_select(
         q, k, q[..., 0].T, cu, None, 20, 20, 3

@@ -81,15 +81,21 @@ SPARSE_ATTN_INLINE void softmax_chunk(RowState& state, float* scores, int64_t co
 }
 
 // out += weights · values, with the rows' own keys alone: 0 · NaN of a key that a row does not see is no part
-// of it.
+// of it. Summed as gemm_tile sums, so that a row's bits are the same on either way: which way it goes, other
+// rows and empty keys of the chunk decide.
 inline void add_visible(RowState& state, const float* weights, const float* packed, int64_t count,
-                        const Range* seen, int64_t value_dim) {
-    for (int r = 0; r < kTileRows; ++r)
-        for (int64_t j = seen[r].begin; j < minimum(count, seen[r].end); ++j)
-            for (int64_t d = 0; d < value_dim; ++d)
-                state.out[r * state.stride + d] +=
-                    weights[r * kChunk + j] *
-                    packed[d / kTileCols * kTileCols * count + j * kTileCols + d % kTileCols];
+                        const Range* seen) {
+    for (int64_t d = 0; d < state.stride; d += kTileCols)
+        for (int r = 0; r < kTileRows; ++r) {
+            Vec acc[kTileVecs];
+            for (int v = 0; v < kTileVecs; ++v) acc[v] = zero();
+            for (int64_t j = seen[r].begin; j < minimum(count, seen[r].end); ++j)
+                for (int v = 0; v < kTileVecs; ++v)
+                    acc[v] = Singles::multiply_add(weights + r * kChunk + j,
+                                                   packed + d * count + j * kTileCols + v * Vec::W, acc[v]);
+            float* out = state.out + r * state.stride + d;
+            for (int v = 0; v < kTileVecs; ++v) store(out + v * Vec::W, load(out + v * Vec::W) + acc[v]);
+        }
 }
 
 template <class T>
@@ -155,7 +161,7 @@ void attend_tile(const BlockParams& p, int64_t b, Range heads, int64_t tile, voi
                 softmax_chunk(state, scores, c.count, seen);
                 const bool whole = every.begin <= c.first && c.first + c.count <= every.end;
                 if (p.special[first_chunk + n] && !whole) {
-                    add_visible(state, scores, value, c.count, seen, a.value_dim);
+                    add_visible(state, scores, value, c.count, seen);
                     continue;
                 }
                 for (int64_t d = 0; d < stride; d += kTileCols)
