@@ -71,7 +71,7 @@ def attend_batch(
             "attn_implementation='sparse_attn' takes the keys of continuous batching from its varlen path: set "
             "max_blocks_per_request=0 in the ContinuousBatchingConfig"
         )
-    if getattr(module, "sliding_window", None) is not None:
+    if given.get("sliding_window") is not None or getattr(module, "sliding_window", None) is not None:
         raise ValueError(
             "continuous batching with attn_implementation='sparse_attn' takes layers of full attention, and "
             f"{type(module).__name__} has a sliding window: configure(window=…) keeps the last keys instead"

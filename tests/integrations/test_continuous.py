@@ -130,4 +130,4 @@ def test_sliding_windows_are_refused():
     layer = model.model.layers[0].self_attn
     key = torch.randn(1, 2, 70, 8)
     with pytest.raises(ValueError, match="has a sliding window"):
-        sparse_transformers.attention_forward(layer, torch.randn(1, 6, 2, 8), key, key, None, **CALL)
+        sparse_transformers.attention_forward(layer, torch.randn(1, 6, 2, 8), key, key, None, sliding_window=8, **CALL)
