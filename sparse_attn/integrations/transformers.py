@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.integrations import continuous, refusals
+from sparse_attn.integrations import blocks, continuous, refusals
 from sparse_attn.integrations import key_index as key_indices
 from sparse_attn.integrations.indexers import (
     add_indexers,
@@ -286,6 +286,8 @@ def _sparse(
         refusals.refuse_unordered(seen, options)
         if maskless(options["selector"], options["residual"]):
             seen = refusals.without_padding_behind(seen)
+        if options["selector"] == "blocks" and blocks.holds_documents(seen, query, key):
+            return blocks.attend_documents(query, key, value, seen, options, scores)
     else:
         seen = seen.in_a_mask(query.device)
     if sinks:
