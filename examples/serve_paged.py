@@ -7,7 +7,8 @@ Requests arrive one by one, each a piece of the texts. A step either reads the p
 next token of all that run, together. A request leaves when its tokens are made, and its pages go to the next one.
 
 Sparse attention is one `varlen_topk_attention` per layer and step, which finds each request's keys through
-`block_table`, where they lie. The dense rival keeps each request's keys in one piece, which suits
+`block_table`, where they lie, and most of those that are not chosen rules out by their 8-bit rows in a `PagedKeyIndex`
+(`--no-index`: without). The dense rival keeps each request's keys in one piece, which suits
 scaled_dot_product_attention best, and calls it once per request. Printed are tokens per second, latencies and the
 cache's size; before, each request's tokens are compared with those that it gets when it is served alone (`--check`).
 
@@ -55,12 +56,15 @@ class Request:
 class PagedCache:
     """Keys and values of all requests and layers in pages; `attend` is sparse."""
 
-    def __init__(self, config: object, requests: int, longest: int, top_k: int) -> None:
+    def __init__(
+        self, config: object, requests: int, longest: int, top_k: int, with_index: bool = True
+    ) -> None:
         self.top_k, self.per_request = top_k, math.ceil(longest / PAGE)
         pages = requests * self.per_request
         shape = config.num_hidden_layers, pages, PAGE, config.num_key_value_heads, config.head_dim
         self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
         self.free = list(range(pages))
+        self.indices = [sparse_attn.PagedKeyIndex.of(keys) for keys in self.keys] if with_index else None
 
     def admit(self, request: Request) -> bool:
         """Takes pages for the whole request; False while there are not enough."""
@@ -89,15 +93,17 @@ class PagedCache:
             keys, values = self.keys[layer], self.values[layer]
             keys.flatten(0, 1)[slots] = key
             values.flatten(0, 1)[slots] = value
+            index = None if self.indices is None else self.indices[layer].write(slots, key)
             return sparse_attn.varlen_topk_attention(
                 query, keys, values, cu_seq, None, most, longest, self.top_k,
-                is_causal=True, seqused_k=used, block_table=table,
+                is_causal=True, seqused_k=used, block_table=table, key_index=index,
             )  # fmt: skip
 
         return attend
 
     def bytes(self) -> int:
-        return (self.keys.numel() + self.values.numel()) * 4
+        rows = [t for index in self.indices or () for t in (index.codes, index.bounds)]
+        return sum(t.nbytes for t in (self.keys, self.values, *rows))
 
 
 class DenseCache:
@@ -173,6 +179,10 @@ def step(model: torch.nn.Module, cache: PagedCache | DenseCache, batch: Sequence
         request.tokens.append(token)
 
 
+class Clock:
+    now: Callable[[], float] = time.perf_counter  # seconds
+
+
 @torch.no_grad()
 def serve(
     model: torch.nn.Module, cache: PagedCache | DenseCache, requests: Sequence[Request]
@@ -181,7 +191,7 @@ def serve(
     waiting, running, number = deque(sorted(requests, key=lambda r: r.arrives)), [], 0
     spent = {"prompt s": 0.0, "prompt tokens": 0, "decode s": 0.0, "decode tokens": 0}
     while waiting or running:
-        now = time.perf_counter()
+        now = Clock.now()
         for request in waiting:
             if request.arrives <= number and not request.waited:
                 request.waited = now
@@ -189,13 +199,13 @@ def serve(
         if ready and cache.admit(waiting[0]):
             request = waiting.popleft()
             step(model, cache, [request])
-            spent["prompt s"] += time.perf_counter() - now
+            spent["prompt s"] += Clock.now() - now
             spent["prompt tokens"] += len(request.prompt)
-            request.waited = time.perf_counter() - (request.waited or now)
+            request.waited = Clock.now() - (request.waited or now)
             running.append(request)
         else:
             step(model, cache, running)
-            took = time.perf_counter() - now
+            took = Clock.now() - now
             spent["decode s"] += took
             spent["decode tokens"] += len(running)
             for request in running:
@@ -230,6 +240,7 @@ def measured(
         "first token p50 s": first.quantile(0.5).item(),
         "next token p50 ms": gaps.quantile(0.5).item() * 1e3,
         "next token p95 ms": gaps.quantile(0.95).item() * 1e3,
+        "checked": check,
         "cache MB": cache.bytes() / 1e6,
     }
 
@@ -267,12 +278,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument(
         "--check", type=int, default=1, help="requests that are served alone, too, and compared"
     )
+    parser.add_argument("--no-index", action="store_true", help="sparse attention without a PagedKeyIndex")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="seconds are the processor's, on one thread: for a machine that is not idle",
+    )
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args(arguments)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise SystemExit(f"{error}: pip install sparse_attn[hf] gguf") from None
+    if args.processor_time:
+        args.threads, Clock.now = 1, time.process_time
     torch.set_num_threads(args.threads)
     gguf = {"gguf_file": args.gguf} if args.gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(args.model, **gguf)
@@ -286,7 +305,10 @@ def compare(
     model: torch.nn.Module, new_requests: Callable[[], list[Request]], args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     room = model.config, args.batch, args.context
-    caches = {"dense": lambda: DenseCache(*room), f"top {args.top_k}": lambda: PagedCache(*room, args.top_k)}
+    caches = {
+        "dense": lambda: DenseCache(*room),
+        f"top {args.top_k}": lambda: PagedCache(*room, args.top_k, not args.no_index),
+    }
     found = {name: measured(model, cache, new_requests, args.check) for name, cache in caches.items()}
     dense, sparse = found.values()
     print(f"{'':20}" + "".join(f"{name:>12}" for name in found) + f"{'ratio':>10}")

@@ -10,6 +10,7 @@ from sparse_attn.ops.gathered_attention import gathered_attention
 from sparse_attn.ops.indexer_loss import indexer_loss
 from sparse_attn.ops.indexer_select import indexer_select
 from sparse_attn.ops.key_index import KeyIndex
+from sparse_attn.ops.paged_index import PagedKeyIndex
 from sparse_attn.ops.shards import state as _shards
 from sparse_attn.ops.topk_attention import explain, topk_attention, topk_attention_with_residual
 from sparse_attn.ops.topk_select import quantized_select, refine_blocks, topk_select
@@ -29,6 +30,7 @@ from sparse_attn.wings.base import explain_call, use_backend
 __version__ = "0.1.0"
 __all__ = [
     "KeyIndex",
+    "PagedKeyIndex",
     "WidthPlan",
     "attend",
     "block_attention",

@@ -80,8 +80,9 @@ Pack pack_of(const SelectParams& p) {
 }
 
 // One run as a call of its own.
-DecodeParams call_of(const SelectParams& p, const Pack& pack, const Run& r, const KeyPages& pages) {
-    DecodeParams d = decode_params(p);
+DecodeParams call_of(const SelectParams& p, const Pack& pack, const Run& r, const KeyPages& pages,
+                     const KeyIndexParams& index) {
+    DecodeParams d = decode_params(p, index);
     SelectParams& own = d.select;
     const Strides &q = p.query_strides, &k = p.key_strides, &m = p.rule.mask_strides;
     const int64_t size = bytes_of(p.dtype), at = r.b * p.query_length + r.first;
@@ -105,7 +106,7 @@ void add_to_row(const SelectParams& p, int64_t b, int64_t group, int64_t query, 
 }
 
 void decode_runs(const SelectParams& p, const Pack& pack, const KeyPages& pages, int64_t scratch_bytes,
-                 const RowsDone& then) {
+                 const RowsDone& then, const KeyIndexParams& index = {}) {
     std::vector<DecodeParams> calls;
     for (size_t next = 0; next < pack.few.size();) {
         const size_t first = next;
@@ -113,7 +114,7 @@ void decode_runs(const SelectParams& p, const Pack& pack, const KeyPages& pages,
         for (int64_t stored = 0; next < pack.few.size(); ++next) {
             stored += stored_of(p, pack.few[next]);
             if (next > first && stored > kStored) break;
-            calls.push_back(call_of(p, pack, pack.few[next], pages));
+            calls.push_back(call_of(p, pack, pack.few[next], pages, index));
         }
         decode(calls.data(), static_cast<int64_t>(calls.size()), scratch_bytes,
                [&](int64_t c, int64_t, int64_t group, int64_t query, char* scratch) {
@@ -190,7 +191,7 @@ void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then,
 }
 
 void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t page_count,
-                  int64_t scratch_bytes, const PagedRowDone& then) {
+                  int64_t scratch_bytes, const PagedRowDone& then, const KeyIndexParams& index) {
     SelectParams& p = s.params;
     const Pack pack = pack_of(p);
     // Pages that are needed and there. The others' keys do not exist.
@@ -210,10 +211,10 @@ void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t
         p.rule.mask = exists.data();
         p.rule.mask_strides = {0, 0, 0, 1};
     }
-    decode_runs(p, pack, {pages.data(), 0, page_size}, scratch_bytes,
-                [&](int64_t, int64_t group, cpu::Range queries, char* scratch) {
-                    then(group, queries.begin, pages.data(), scratch);
-                });
+    const auto decoded = [&](int64_t, int64_t group, cpu::Range queries, char* scratch) {
+        then(group, queries.begin, pages.data(), scratch);
+    };
+    decode_runs(p, pack, {pages.data(), 0, page_size}, scratch_bytes, decoded, index);
     if (pack.many.empty()) return;
 
     // Keys that many queries read are worth a copy in one piece, [Tk', Hkv, D].

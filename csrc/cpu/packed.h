@@ -26,8 +26,8 @@ void select_rows(Selection& s, int64_t scratch_bytes, const RowsDone& then,
 
 // The same of packed sequences (a rule with a first key and an offset for each query, none of which passes
 // the last key) whose keys lie in pages [P, Hkv, size, D]: key j in page table[j / size]. Pages that are not
-// there have no keys.
+// there have no keys. An index of the pages, if there is one, serves the sequences of a few queries.
 void select_paged(Selection& s, const int32_t* table, int64_t page_size, int64_t page_count,
-                  int64_t scratch_bytes, const PagedRowDone& then);
+                  int64_t scratch_bytes, const PagedRowDone& then, const KeyIndexParams& index = {});
 
 }  // namespace sparse_attn

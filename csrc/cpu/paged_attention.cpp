@@ -39,6 +39,16 @@ void prepare(Selection& s, const char* op, const Tensor& query, const Tensor& ke
                         ": causal_offsets must not pass the last key; got one of query ", i);
 }
 
+// The rows of an index of these pages, or none.
+KeyIndexParams index_of_pages(const char* op, const Tensor& key, const std::optional<Tensor>& codes,
+                              const std::optional<Tensor>& bounds, const std::optional<Tensor>& shift) {
+    if (!codes || !bounds || !shift || key.size(0) == 0) return {};
+    STD_TORCH_CHECK(key.size(2) % cpu::kIndexKeys == 0, op,
+                    ": pages with an index must have a multiple of 16 keys; got ", shape_of(key));
+    return key_index_of(op, key.size(0), key.size(1), key.size(2) / cpu::kIndexKeys, key.size(3), *codes,
+                        *bounds, *shift, {key.size(1), key.size(3)});
+}
+
 // Kernels may read a page whose keys no query sees: there is one.
 Tensor some_page(const Tensor& pages) {
     return pages.size(0) ? pages
@@ -46,18 +56,21 @@ Tensor some_page(const Tensor& pages) {
 }
 
 Tensor paged_select_cpu(Tensor query, Tensor key, Tensor block_table, int64_t top_k,
-                        SPARSE_ATTN_RULE_PARAMETERS) {
+                        SPARSE_ATTN_RULE_PARAMETERS, std::optional<Tensor> codes,
+                        std::optional<Tensor> bounds, std::optional<Tensor> shift) {
     const char* op = "paged_select.cpu";
     const RuleArguments given{SPARSE_ATTN_RULE_ARGUMENTS};
     check_pages(op, query, key, block_table, given);
     const int64_t count = key.size(0);
+    const KeyIndexParams index = index_of_pages(op, key, codes, bounds, shift);
     key = some_page(with_contiguous_rows(key));
     Selection s;
     prepare(s, op, query, key, block_table, top_k, given);
     Tensor indices = new_indices(query, s.params);
     if (indices.numel() > 0)
-        select_paged(s, static_cast<const int32_t*>(block_table.const_data_ptr()), key.size(2), count, 0,
-                     [](int64_t, int64_t, const int32_t*, char*) {});
+        select_paged(
+            s, static_cast<const int32_t*>(block_table.const_data_ptr()), key.size(2), count, 0,
+            [](int64_t, int64_t, const int32_t*, char*) {}, index);
     return indices;
 }
 
@@ -72,7 +85,10 @@ int64_t rows_of_page(const Tensor& pages) {
 
 std::tuple<Tensor, Tensor, Tensor> paged_attention_cpu(Tensor query, Tensor key, Tensor value,
                                                        Tensor block_table, int64_t top_k,
-                                                       SPARSE_ATTN_RULE_PARAMETERS) {
+                                                       SPARSE_ATTN_RULE_PARAMETERS,
+                                                       std::optional<Tensor> codes,
+                                                       std::optional<Tensor> bounds,
+                                                       std::optional<Tensor> shift) {
     const char* op = "paged_attention.cpu";
     const RuleArguments given{SPARSE_ATTN_RULE_ARGUMENTS};
     check_pages(op, query, key, block_table, given);
@@ -81,6 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention_cpu(Tensor query, Tensor key,
             value.size(2) == key.size(2) && value.size(3) > 0 && value.scalar_type() == key.scalar_type(),
         op, ": value must be [P, Hkv, page size, Dv] beside key ", shape_of(key), "; got ", shape_of(value));
     const int64_t count = key.size(0);
+    const KeyIndexParams index = index_of_pages(op, key, codes, bounds, shift);
     key = some_page(with_contiguous_rows(key));
     value = some_page(with_contiguous_rows(value));
     if (rows_of_page(key) == 0 || rows_of_page(key) != rows_of_page(value)) {
@@ -128,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention_cpu(Tensor query, Tensor key,
         return {out, lse, indices};
     }
     select_paged(s, static_cast<const int32_t*>(block_table.const_data_ptr()), size, count,
-                 blocks(attend_bytes, 64) * 64 + p.top_k * 4, row_done);
+                 blocks(attend_bytes, 64) * 64 + p.top_k * 4, row_done, index);
     return {out, lse, indices};
 }
 
@@ -138,10 +155,11 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention_cpu(Tensor query, Tensor key,
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "paged_select.cpu(Tensor query, Tensor key, Tensor block_table, SymInt "
-        "top_k, " SPARSE_ATTN_RULE_SCHEMA ") -> Tensor");
+        "top_k, " SPARSE_ATTN_RULE_SCHEMA ", Tensor? codes, Tensor? bounds, Tensor? shift) -> Tensor");
     m.def(
         "paged_attention.cpu(Tensor query, Tensor key, Tensor value, Tensor block_table, SymInt "
-        "top_k, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse, Tensor indices)");
+        "top_k, " SPARSE_ATTN_RULE_SCHEMA
+        ", Tensor? codes, Tensor? bounds, Tensor? shift) -> (Tensor out, Tensor lse, Tensor indices)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("paged_select.cpu", TORCH_BOX(&sparse_attn::paged_select_cpu));

@@ -20,6 +20,29 @@ inline int64_t stored_scores(const SelectParams& p) {
     return p.rule.groups == p.heads ? 0 : p.batch * p.heads * p.query_length * p.key_length;
 }
 
+// The rows of an index of so many batch entries, or pages, of key heads with N blocks of keys each.
+inline KeyIndexParams key_index_of(const char* op, int64_t batch, int64_t heads, int64_t n, int64_t dim,
+                                   const Tensor& codes, const Tensor& bounds, const Tensor& shift,
+                                   const std::vector<int64_t>& shift_shape) {
+    const int64_t keys = cpu::kIndexKeys;
+    const auto fits = [&](const Tensor& t, ScalarType type, const std::vector<int64_t>& shape) {
+        bool ok =
+            t.scalar_type() == type && t.is_contiguous() && t.dim() == static_cast<int64_t>(shape.size());
+        for (size_t d = 0; ok && d < shape.size(); ++d) ok = t.size(static_cast<int64_t>(d)) == shape[d];
+        return ok;
+    };
+    STD_TORCH_CHECK(fits(codes, ScalarType::Char, {batch, heads, n, blocks(dim, 4), keys, 4}) &&
+                        fits(bounds, ScalarType::Float, {batch, heads, n, 3, keys}) &&
+                        fits(shift, ScalarType::Float, shift_shape),
+                    op, ": the index must be int8 [B, Hkv, N, ⌈D/4⌉, 16, 4], float32 [B, Hkv, N, 3, 16] and ",
+                    "float32 ", numbers_of(shift_shape), ", contiguous, with B, Hkv, N, D = ", batch, ", ",
+                    heads, ", ", n, ", ", dim, "; got ", shape_of(codes), ", ", shape_of(bounds), ", ",
+                    shape_of(shift));
+    return {static_cast<const int8_t*>(codes.const_data_ptr()),
+            static_cast<const float*>(bounds.const_data_ptr()),
+            static_cast<const float*>(shift.const_data_ptr()), n};
+}
+
 // Whether these queries take this way; the result is the same, to the bit.
 inline bool decodes(const SelectParams& p) {
     if (p.query_length > kDecodeQueries || p.rounded || p.blocks || !needs_scores(p)) return false;

@@ -36,13 +36,19 @@ def sample(length: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def check_attention(
-    name: str, case: AttentionCase, work: Work, indices: Tensor | None, tolerance: float | None = None
+    name: str,
+    case: AttentionCase,
+    work: Work,
+    indices: Tensor | None,
+    tolerance: float | None = None,
+    first: Tensor | None = None,
 ) -> None:
     """The output of sampled queries, and the gradients of those alone, against float64 over `indices`.
 
     Args:
         indices: int [B, G, Tq, K]; None: all visible keys.
         tolerance: of the output; gradients get four times as much. None: as the dtype asks.
+        first: int [Tq]: the first key that each query sees. None: the first of all.
     """
     tolerance = tolerance or OUTPUT_TOLERANCE[case.dtype]
     gradients = case.direction != "forward"
@@ -51,7 +57,7 @@ def check_attention(
     wide = tuple(t.detach().double().requires_grad_(gradients) for t in work.leaves)
     with torch.set_grad_enabled(gradients):  # as when it is timed
         out = work.forward(*leaves)
-        expected = attention(case, wide, rows, indices)
+        expected = attention(case, wide, rows, indices, first)
     assert_near(f"{name}: output of {case}", out[:, :, rows], expected, tolerance)
     if gradients:
         generator = torch.Generator().manual_seed(1)
@@ -63,12 +69,21 @@ def check_attention(
             assert_near(f"{name}: gradient of {what} of {case}", grad, want, 4 * tolerance)
 
 
-def attention(case: AttentionCase, wide: tuple[Tensor, ...], rows: Tensor, indices: Tensor | None) -> Tensor:
+def attention(
+    case: AttentionCase,
+    wide: tuple[Tensor, ...],
+    rows: Tensor,
+    indices: Tensor | None,
+    first: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of the sampled queries to their indices (None: to all visible keys): [B, Hq, R, Dv]."""
     query, key, value = wide
     scores = _scores(case, query, key, rows)
     if indices is not None:
         scores = scores.masked_fill(~_chosen(case, indices, rows, key.shape[2]), -torch.inf)
+    if first is not None:
+        unseen = torch.arange(key.shape[2], device=rows.device) < first[rows].unsqueeze(-1)
+        scores = scores.masked_fill(unseen, -torch.inf)
     weights = scores.softmax(-1).unflatten(1, (case.kv_heads, -1))
     return (weights @ value.unsqueeze(2)).flatten(1, 2)
 

@@ -138,6 +138,29 @@ def no_gradient(*tensors: object) -> None:
         )
 
 
+def index_of_pages(key_index: object, block_table: object) -> None:
+    """key_index, which packed keys have only in pages."""
+    if key_index is not None and block_table is None:
+        raise ValueError(
+            "key_index needs block_table in a packed call: it is a sparse_attn.PagedKeyIndex of the keys' pages"
+        )
+
+
+def slots(name: str, numbers: object, total: int, device: torch.device) -> Tensor:
+    """Places in pages, int64 [T]; values are read on the CPU alone."""
+    if not isinstance(numbers, Tensor) or numbers.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int64 (or int32) tensor [T], got {describe(numbers)}")
+    if numbers.dim() != 1 or numbers.device != device:
+        raise ValueError(
+            f"{name} must have shape [T] and be on {device}, got {describe(numbers)} on {numbers.device}"
+        )
+    if device.type == "cpu" and has_values(numbers) and numbers.numel():
+        low, high = (int(n) for n in numbers.aminmax())
+        if low < 0 or high >= total:
+            raise IndexError(f"{name} must be 0 … {total - 1}, got {low if low < 0 else high}")
+    return numbers.to(torch.int64).contiguous()
+
+
 def kind_of_indices(physical_indices: object, block_table: object) -> bool:
     """physical_indices, which only pages have."""
     physical_indices = boolean("physical_indices", physical_indices)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.integrations import blocks, continuous, refusals
 from sparse_attn.integrations import key_index as key_indices
-from sparse_attn.integrations import refusals
 from sparse_attn.integrations.indexers import (
     add_indexers,
     index_of,
@@ -82,6 +82,7 @@ def register() -> None:
     # Without a mask function of the same name transformers makes no mask, and padding would be attended to.
     AttentionMaskInterface.register(NAME, attention_mask)
     say_when_saved(PreTrainedConfig)
+    continuous.admit()
 
 
 def configure(
@@ -200,6 +201,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it: out [B, Tq, Hq, Dv] and no weights."""
     refusals.refuse_call(module, dropout, others)
+    if continuous.is_batch(others):
+        return _continuous(module, query, key, value, scores_of(scaling, softcap, s_aux), indices, others), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     seen = Visibility.of(attention_mask, query, key, causal)
     seen = within_documents(seen, others, query, key)
@@ -208,12 +211,7 @@ def attention_forward(
         chosen = Selection(seen.only_visible(indices))
         out = attend(query, key, value, chosen, rule=Rule(**scores))
         return out.transpose(1, 2), None
-    options = options_of(module.config)
-    if options["top_k"] is None and not hasattr(module.config, f"{NAME}_top_k"):
-        raise ValueError(
-            "config.sparse_attn_top_k is not set: say how many keys a query may attend to with "
-            "sparse_attn.integrations.transformers.configure(model, top_k=…)"
-        )
+    options = _options_of(module)
     # Also where the layer is dense: it is of this call.
     index = index_of(module) if uses_indexer(module) else None
     if _is_dense(module, key, options):
@@ -224,6 +222,41 @@ def attention_forward(
         beside = key_indices.index_of(module, query, key, options)
         out = _sparse(query, key, value, selector, seen, options, scores, beside)
     return out.transpose(1, 2), None
+
+
+def _options_of(module: torch.nn.Module) -> dict[str, Any]:
+    options = options_of(module.config)
+    if options["top_k"] is None and not hasattr(module.config, f"{NAME}_top_k"):
+        raise ValueError(
+            "config.sparse_attn_top_k is not set: say how many keys a query may attend to with "
+            "sparse_attn.integrations.transformers.configure(model, top_k=…)"
+        )
+    return options
+
+
+def _continuous(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, Hq, T, D]
+    key: Tensor,  # [1, Hkv, Tk, D]
+    value: Tensor,  # [1, Hkv, Tk, Dv]
+    scores: dict[str, Any],
+    indices: Tensor | None,
+    given: dict[str, Any],
+) -> Tensor:  # [1, T, Hq, Dv]
+    """A layer of continuous batching."""
+    if indices is not None:
+        raise ValueError(
+            f"continuous batching with attn_implementation='sparse_attn' has no indices, which {type(module).__name__} gives"
+        )
+    options = _options_of(module)
+    selector = None
+    if not _is_dense(module, key, options):
+        continuous.refuse(options)
+        selector = selector_of(module, options, None)
+        refusals.refuse_sharded(module, query, options, None, selector)
+    return continuous.attend_batch(
+        module, query, key, value, given, options, scores, selector
+    ).transpose(1, 2)
 
 
 def _is_dense(module: torch.nn.Module, key: Tensor, options: dict) -> bool:
@@ -256,6 +289,8 @@ def _sparse(
         refusals.refuse_unordered(seen, options)
         if maskless(options["selector"], options["residual"]):
             seen = refusals.without_padding_behind(seen)
+        if options["selector"] == "blocks" and blocks.holds_documents(seen, query, key):
+            return blocks.attend_documents(query, key, value, seen, options, scores)
     else:
         seen = seen.in_a_mask(query.device)
     if sinks:

@@ -11,30 +11,35 @@ from torch import Tensor
 
 from sparse_attn import rule as rules
 from sparse_attn.checks import packed as check
+from sparse_attn.ops import paged_index
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Op
+from sparse_attn.ops.paged_index import PagedKeyIndex
 from sparse_attn.rule import PackedRule, Rule
 
 
-def fake(query, key, block_table, top_k, rule: PackedRule) -> Tensor:
+def fake(query, key, block_table, top_k, rule: PackedRule, *index) -> Tensor:
     slots = torch.sym_min(top_k, block_table.shape[0] * block_table.shape[1] * key.shape[2])
     return query.new_empty((1, rule.groups, query.shape[2], slots), dtype=torch.int32)
 
 
-def fake_attention(query, key, value, block_table, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
+def fake_attention(
+    query, key, value, block_table, top_k, rule: PackedRule, *index
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = query.shape[2], query.shape[1]
     out = query.new_empty((*rows, value.shape[3]))
     return out, query.new_empty(rows, dtype=torch.float32), fake(query, key, block_table, top_k, rule)
 
 
+INDEX = "Tensor? codes, Tensor? bounds, Tensor? shift"  # of a PagedKeyIndex
 SELECT = Op(
     "paged_select",
-    f"(Tensor query, Tensor key, Tensor block_table, SymInt top_k, {rules.SCHEMA}) -> Tensor",
+    f"(Tensor query, Tensor key, Tensor block_table, SymInt top_k, {rules.SCHEMA}, {INDEX}) -> Tensor",
     fake,
 )
 OP = Op(
     "paged_attention",
-    f"(Tensor query, Tensor key, Tensor value, Tensor block_table, SymInt top_k, {rules.SCHEMA}) -> "
+    f"(Tensor query, Tensor key, Tensor value, Tensor block_table, SymInt top_k, {rules.SCHEMA}, {INDEX}) -> "
     "(Tensor out, Tensor lse, Tensor indices)",
     fake_attention,
 )
@@ -47,13 +52,15 @@ def select(
     top_k: int,
     rule: Rule,
     *,
+    key_index: PagedKeyIndex | None = None,
     backend: str | None = None,
     function: str = "paged_select",
 ) -> Tensor:  # int32 [1, G, T, K]
     q, k = _checked(query, key)
     packed = rule.packed(q, k, top_k)
     wing = SELECT.choose(q, backend, rule=rule, function=function, sizes=sizes_of(q))
-    return SELECT.on(wing)(q, k, block_table, top_k, *packed.parts())
+    index = paged_index.parts_of(key_index, k.transpose(1, 2))
+    return SELECT.on(wing)(q, k, block_table, top_k, *packed.parts(), *index)
 
 
 def attend_best(
@@ -64,13 +71,15 @@ def attend_best(
     top_k: int,
     rule: Rule,
     *,
+    key_index: PagedKeyIndex | None = None,
     backend: str | None = None,
     function: str = "paged_attention",
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [T, Hq, Dv], lse [T, Hq], indices int32 [1, G, T, K]
     q, k, v = _checked(query, key, value)
     packed = rule.packed(q, k, top_k)
     wing = OP.choose(q, backend, rule=rule, function=function, sizes=sizes_of(q, v))
-    return OP.on(wing)(q, k, v, block_table, top_k, *packed.parts())
+    index = paged_index.parts_of(key_index, k.transpose(1, 2))
+    return OP.on(wing)(q, k, v, block_table, top_k, *packed.parts(), *index)
 
 
 def _checked(query: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.checks import packed as check
 from sparse_attn.ops import gathered_attention, indexer_select, paged_attention, topk_attention, topk_select
+from sparse_attn.ops.paged_index import PagedKeyIndex
 from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import Rule
 
@@ -130,6 +131,7 @@ def varlen_topk_select(
     sink_logits: Tensor | None = None,  # float [Hq]
     block_table: Tensor | None = None,  # int [S, pages]
     physical_indices: bool = False,
+    key_index: PagedKeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor:  # int32 [T, G, K]
     r""":func:`topk_select` of packed sequences: each query chooses among the keys of its own sequence.
@@ -155,6 +157,8 @@ def varlen_topk_select(
             How many there are say seqused_k, or the differences of cu_seq_k (None is not cu_seq_q then), or both.
             Entries and keys beyond them may be anything; sequences may share pages.
         physical_indices: with block_table give indices as page · page size + place in the page.
+        key_index: with block_table the :class:`sparse_attn.PagedKeyIndex` of these pages: the same result, in decoding
+            for fewer bytes.
 
     Returns:
         int32 [T, G, min(top_k, max_k)], of Tk slots at most where there are no pages, counted from the start of each
@@ -174,15 +178,15 @@ def varlen_topk_select(
         torch.Size([20, 4, 8])
     """
     physical_indices = check.kind_of_indices(physical_indices, block_table)
+    check.index_of_pages(key_index, block_table)
     given = cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k, block_table
     where = sequences(query, key, *given)
     top_k = checks.top_k_of(top_k)
     scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
     if where.table is not None:
-        found = paged_attention.select(
-            query, key, where.table, top_k, rule, backend=backend, function="varlen_topk_select"
-        )
+        own = {"key_index": key_index, "backend": backend, "function": "varlen_topk_select"}
+        found = paged_attention.select(query, key, where.table, top_k, rule, **own)
         return _given_out(found, where, top_k, key, physical_indices)
     q, k = _batched(query, key)
     indices = topk_select.select(q, k, top_k, rule, backend=backend, function="varlen_topk_select")
@@ -222,6 +226,7 @@ def varlen_topk_attention(
     return_indices: bool = False,
     block_table: Tensor | None = None,  # int [S, pages]
     physical_indices: bool = False,
+    key_index: PagedKeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r""":func:`topk_attention` of packed sequences, in place of `torch.nn.attention.varlen.varlen_attn`.
@@ -235,8 +240,8 @@ def varlen_topk_attention(
         key: [Tk, Hkv, D], same dtype and device; Hq must be a multiple of Hkv.
         value: [Tk, Hkv, Dv]; Dv may differ from D. With block_table pages as the keys are, [P, page size, Hkv, Dv].
         cu_seq_q, cu_seq_k, max_q, max_k, top_k, seqused_k, is_causal, window, sinks, scale, share, softcap,
-            sink_logits, block_table, physical_indices, backend: as in :func:`varlen_topk_select`. With block_table
-            nothing is differentiated.
+            sink_logits, block_table, physical_indices, key_index, backend: as in :func:`varlen_topk_select`. With
+            block_table nothing is differentiated.
         return_lse: also return the log-sum-exp of the attended scores, float32 [T, Hq] (differentiable).
         return_indices: also return the selection, as :func:`varlen_topk_select` gives it.
 
@@ -267,6 +272,7 @@ def varlen_topk_attention(
     return_lse = checks.boolean("return_lse", return_lse)
     return_indices = checks.boolean("return_indices", return_indices)
     physical_indices = check.kind_of_indices(physical_indices, block_table)
+    check.index_of_pages(key_index, block_table)
     given = cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k, block_table
     where = sequences(query, key, *given)
     (check.packed_value if where.table is None else check.paged_value)(value, key)
@@ -281,9 +287,8 @@ def varlen_topk_attention(
         out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
     else:
         check.no_gradient(query, key, value, sink_logits)
-        out, lse, indices = paged_attention.attend_best(
-            query, key, value, where.table, top_k, rule, backend=backend, function="varlen_topk_attention"
-        )
+        own = {"key_index": key_index, "backend": backend, "function": "varlen_topk_attention"}
+        out, lse, indices = paged_attention.attend_best(query, key, value, where.table, top_k, rule, **own)
     found: tuple[Tensor, ...] = (out,)
     if return_lse:
         found += (lse,)

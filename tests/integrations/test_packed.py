@@ -71,6 +71,30 @@ def test_other_selections(selector, how):
         close(together[:, part], logits(model, ids(1, TOTAL)[:, part], use_cache=False))
 
 
+@pytest.mark.parametrize("share", ["none", "all"])
+def test_whole_blocks(share):
+    """Counted from each document's first token; with gradients."""
+    lengths = 300, 90, 1, 410
+    model = llama(max_position_embeddings=512)
+    sparse_transformers.configure(model, top_k=192, selector="blocks", share=share)
+    tokens = ids(1, sum(lengths))
+    where = torch.cat([torch.arange(n) for n in lengths])[None]
+    cu_seq = torch.tensor([0, *lengths]).cumsum(0)
+    for more in ({"position_ids": where}, {"position_ids": where, "cu_seq_lens_q": cu_seq.int()}):
+        together = model(tokens, use_cache=False, **more).logits
+        weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(2))
+        model.zero_grad()
+        (together * weights).sum().backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        for begin, end in zip(cu_seq[:-1].tolist(), cu_seq[1:].tolist(), strict=True):
+            alone = model(tokens[:, begin:end], use_cache=False).logits
+            close(together[:, begin:end].detach(), alone.detach())
+            (alone * weights[:, begin:end]).sum().backward()
+        for a, p in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("top_k", [None, 1000])
 def test_dense_layers(top_k):
     """A budget that holds all keys, and None, are dense within a document."""

@@ -15,6 +15,7 @@ import sparse_attn
 
 FLAGS = {"return_lse": True, "return_indices": True}
 NAN = float("nan")
+NO_INDEX = None, None, None
 
 
 class Cache(NamedTuple):
@@ -305,7 +306,7 @@ def test_a_direct_call_follows_no_entry_that_is_no_page(wing, op, entry, queries
     starts, offsets = torch.zeros(1, queries, dtype=torch.int64), 47 - torch.arange(queries)[None]
     rule = None, None, starts, offsets, [1, 0, 0, 18, 2], 0.5, 0.0, None
     tensors = (query, key) if op == "paged_select" else (query, key, key)
-    found = getattr(getattr(torch.ops.sparse_attn, op), wing.name)(*tensors, table, 40, *rule)
+    found = getattr(getattr(torch.ops.sparse_attn, op), wing.name)(*tensors, table, 40, *rule, *NO_INDEX)
     indices = found if op == "paged_select" else found[2]
     there = [*range(16), *range(32, 48)]
     assert indices[0].tolist() == [[[*there, *[-1] * 8]] * queries] * 2
@@ -322,6 +323,7 @@ def test_a_direct_call_that_does_not_fit_is_refused(op):
     rule = None, None, starts, offsets, [1, 0, 0, 0, 2], 0.5, 0.0, None
     call = getattr(torch.ops.sparse_attn, op).cpu
     caches = (key,) if op == "paged_select" else (key, key)
+    rule = *rule, *NO_INDEX
     call(query, *caches, table, 4, *rule)
     wrong = [
         (query.expand(2, -1, -1, -1), *caches, table, 4, *rule),

@@ -115,6 +115,27 @@ struct PagedPanels {
     }
 };
 
+// Calls use(row) with what finds the row of a key of one head: row(key).
+template <class T, class F>
+SPARSE_ATTN_INLINE void with_rows_of_keys(const DecodeParams& d, int64_t b, int64_t kv_head, const F& use) {
+    const SelectParams& p = d.select;
+    const T* keys = static_cast<const T*>(p.key) + kv_head * p.key_strides.h;
+    if (d.pages.table) {
+        const PagedPanels<T, FloatTile> paged{p, d.pages, keys, nullptr};
+        return use([=](int64_t key) { return paged.row(key); });
+    }
+    keys += b * p.key_strides.b;
+    use([=, step = p.key_strides.t](int64_t key) { return keys + key * step; });
+}
+
+// Where block n of a head's keys stands in the index, in blocks.
+SPARSE_ATTN_INLINE int64_t place_of_block(const DecodeParams& d, int64_t b, int64_t kv_head, int64_t n) {
+    const int64_t heads = d.select.kv_heads;
+    if (!d.pages.table) return (b * heads + kv_head) * d.index.blocks + n;
+    n += d.pages.first / kIndexKeys;
+    return (d.pages.table[n / d.index.blocks] * heads + kv_head) * d.index.blocks + n % d.index.blocks;
+}
+
 // Calls use(base, first, rows, tile, beaten, beats) for each panel and each of its tiles of up to MR rows.
 template <class T, class Tile, bool kCompare, class F>
 SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range panels, Scratch& scratch,
@@ -227,6 +248,7 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
 template <class T, class Tile>
 bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
     const SelectParams& p = d.select;
+    if (d.pages.table && d.pages.first % kIndexKeys != 0) return false;
     Scratch scratch{static_cast<char*>(memory)};
     const int64_t rows = rows_of(p), per_kv = p.heads / p.kv_heads, column = words<Tile>(p);
     const int64_t four = (p.head_dim + 3) / 4, room = survivor_room(d.kept), buffer = room + kSlack;
@@ -268,8 +290,9 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
     alignas(64) float products[kIndexRows * kIndexKeys];
     for (int64_t n = begin; n * kIndexKeys < end; ++n) {
         const int64_t base = n * kIndexKeys;
-        const int8_t* block = d.index.codes + (head * d.index.blocks + n) * four * 64;
-        const float* numbers = d.index.bounds + (head * d.index.blocks + n) * 3 * kIndexKeys;
+        const int64_t place = place_of_block(d, t.b, t.kv_head, n);
+        const int8_t* block = d.index.codes + place * four * 64;
+        const float* numbers = d.index.bounds + place * 3 * kIndexKeys;
         for (int64_t first = 0; first < rows; first += kIndexRows) {
             const int64_t count = minimum<int64_t>(kIndexRows, rows - first);
             const auto multiply = [&]<int R>() {
@@ -306,7 +329,6 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
             }
         }
     }
-    const T* keys = static_cast<const T*>(p.key) + t.b * p.key_strides.b + t.kv_head * p.key_strides.h;
     for (int64_t r = 0; r < rows; ++r) {
         Survivors& own = survivors[r];
         if (d.best_above) {
@@ -324,7 +346,9 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
                                              static_cast<const T*>(p.query) + t.b * s.b + h * s.h + i * s.t,
                                              s.d, p.head_dim, column, sign_of(p.rule.scale));
             c.count = own.count;
-            listed_scores<T, Tile>(keys, p.key_strides.t, p.head_dim, query, c.indices, c.count, c.scores);
+            with_rows_of_keys<T>(d, t.b, t.kv_head, [&](const auto& row) {
+                listed_scores<T, Tile>(row, p.head_dim, query, c.indices, c.count, c.scores);
+            });
         }
         keep_of_chunk(d, t, r, c, order);
     }
@@ -414,13 +438,14 @@ void score_and_merge(const DecodeParams& d, DecodeRow t, Candidates& c, int32_t*
     left.cut(keys);
     const int64_t column = words<Tile>(p);
     float* query = scratch.take<float>(column);
-    const Strides &s = p.query_strides, &k = p.key_strides;
+    const Strides& s = p.query_strides;
     Tile::template pack_column<true>(
         query, 1, static_cast<const T*>(p.query) + t.b * s.b + t.head * s.h + t.query * s.t, s.d, p.head_dim,
         column, sign_of(p.rule.scale));
-    const T* head_keys = static_cast<const T*>(p.key) + t.b * k.b + t.head / (p.heads / p.kv_heads) * k.h;
     if (left.count > 0)
-        listed_scores<T, Tile>(head_keys, k.t, p.head_dim, query, left.indices, left.count, left.low);
+        with_rows_of_keys<T>(d, t.b, t.head / (p.heads / p.kv_heads), [&](const auto& row) {
+            listed_scores<T, Tile>(row, p.head_dim, query, left.indices, left.count, left.low);
+        });
     int32_t next = 0;
     for (int64_t chunk = 0; chunk < d.chunks; ++chunk) {  // in the order of keys
         const int64_t slot = row * d.chunks + chunk, end = (chunk + 1) * d.chunk * NR;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class PagedAttention(AttentionOp):
     name, gradients = "paged_attention", False
     labels: ClassVar = {
         "ours": "varlen_topk_attention, pages",
+        "pages": "varlen_topk_attention, pages without an index",
         "end_to_end": "varlen_topk_attention, end to end",
         "batch": "topk_attention, one batch",
         "separate": "topk_attention, a call per sequence",
@@ -38,6 +39,9 @@ class PagedAttention(AttentionOp):
     }
 
     def ours(self, case: PagedCase, tensors: Triple) -> contenders.Forward:
+        return self.over_pages(case, tensors, case.key_index)
+
+    def over_pages(self, case: PagedCase, tensors: Triple, with_index: bool) -> contenders.Forward:
         _, key, value = (t.detach() for t in tensors)
         count = key.shape[0] * key.shape[2] // case.page_size
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -47,10 +51,21 @@ class PagedAttention(AttentionOp):
             pages.append(torch.empty_like(own).index_copy_(0, order, own))
         table = order.view(key.shape[0], -1).to(torch.int32)
         used = torch.full((key.shape[0],), case.length)
-        return lambda q, *_: _step(case, q, *pages, None, seqused_k=used, block_table=table)
+        slots = torch.arange(count * case.page_size) if with_index else None
+        index = None if slots is None else sparse_attn.PagedKeyIndex.of(pages[0], slots)
+        return lambda q, *_: _step(
+            case, q, *pages, None, seqused_k=used, block_table=table, key_index=index
+        )
+
+    def problem(self, contender: str, case: PagedCase) -> str | None:
+        if contender == "pages" and not case.key_index:
+            return "ours has no index"
+        return super().problem(contender, case)
 
     def plain(self, contender: str, case: PagedCase, tensors: Triple) -> contenders.Forward:
         options = rule(case)
+        if contender == "pages":
+            return self.over_pages(case, tensors, False)
         if contender == "batch":
             return lambda q, k, v: sparse_attn.topk_attention(q, k, v, case.top_k, **options)
         if contender == "separate":
@@ -74,7 +89,12 @@ class PagedAttention(AttentionOp):
                     raise WrongResult(f"{case}: pages give other bits than the same keys end to end")
 
     def cases(self) -> list[AttentionCase]:
-        return [STEP, replace(STEP, page_size=256), replace(STEP, query_length=4, dtype="bfloat16")]
+        return [
+            STEP,
+            replace(STEP, page_size=256),
+            replace(STEP, query_length=4, dtype="bfloat16"),
+            replace(STEP, page_size=64, key_index=True),
+        ]
 
     def comparisons(self, quick: bool) -> list[Comparison]:
         half = {"heads": 32, "head_dim": 128, "dtype": "bfloat16", "top_k": 256, "batch": 8}
@@ -86,6 +106,8 @@ class PagedAttention(AttentionOp):
             replace(STEP, **half),
             replace(STEP, query_length=4),
         ]
+        indexed = replace(STEP, page_size=64, key_index=True)
+        served = replace(indexed, heads=9, kv_heads=3, top_k=256, batch=4)
         # Single rows in random order are in no cache line, and no entry of the TLB, that was asked for before.
         return [
             Comparison(
@@ -95,6 +117,14 @@ class PagedAttention(AttentionOp):
                 note="one step over a cache in pages",
             )
             for case in (steps[:1] if quick else steps)
+        ] + [
+            Comparison(
+                case,
+                ("pages", "end_to_end", "sdpa"),
+                {"pages": 1.0},
+                note="one step over a cache in pages, with a PagedKeyIndex",
+            )
+            for case in ((indexed,) if quick else (indexed, served))
         ]
 
 
@@ -104,7 +134,7 @@ def _packed(rows: Tensor) -> Tensor:
 
 
 def _step(
-    case: PagedCase, query: Tensor, key: Tensor, value: Tensor, cu_seq_k: Tensor | None, **pages: Tensor
+    case: PagedCase, query: Tensor, key: Tensor, value: Tensor, cu_seq_k: Tensor | None, **pages: Any
 ) -> Tensor:
     """query [B, Hq, Tq, D] → [B, Hq, Tq, Dv], by a packed call."""
     cu_seq_q = torch.arange(case.batch + 1) * case.queries

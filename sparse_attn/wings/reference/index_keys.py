@@ -28,6 +28,25 @@ def index_keys(
         at = stop
 
 
+@implements
+def index_pages(
+    key: Tensor,  # [T, Hkv, D]
+    slots: Tensor,  # int64 [T]: page · page size + place; below 0: nowhere
+    codes: Tensor,  # int8 [P, Hkv, n, ⌈D/4⌉, 16, 4]
+    bounds: Tensor,  # float32 [P, Hkv, n, 3, 16]
+    shift: Tensor,  # float32 [Hkv, D]
+) -> None:
+    key, slots = key[slots >= 0], slots[slots >= 0]
+    # Of several keys with one slot the last one stays.
+    places = {slot: n for n, slot in enumerate(slots.tolist())}
+    which = torch.tensor(list(places.values()), dtype=torch.int64, device=key.device)
+    numbers, three = _rounded(key[which].transpose(0, 1)[None], shift[None])  # [1, Hkv, T, …]
+    block, lane = slots[which] // BLOCK, slots[which] % BLOCK
+    page, block = block // codes.shape[2], block % codes.shape[2]
+    codes[page, :, block, :, lane] = numbers[0].transpose(0, 1)
+    bounds[page, :, block, :, lane] = three[0].transpose(0, 1)
+
+
 def _write(to_codes: Tensor, to_bounds: Tensor, begin: int, codes: Tensor, bounds: Tensor) -> None:
     """codes [B, Hkv, t, ⌈D/4⌉, 4] and bounds [B, Hkv, t, 3] to the keys from `begin` on."""
     first, lane, count = begin // BLOCK, begin % BLOCK, codes.shape[2]

@@ -18,6 +18,7 @@ def paged_select(
     block_table: Tensor,  # int32 [S, pages]: key j of the rule lies in page block_table[j // page size]
     top_k: int,
     rule: PackedRule,  # of packed sequences, as if all pages of the table lay end to end
+    *index: Tensor | None,  # codes, bounds and shift of a PagedKeyIndex, which changes no result
 ) -> Tensor:  # int32 [1, G, T, K]
     rows, there = _end_to_end(key, block_table)
     exists = there.expand(1, rule.groups, query.shape[2], -1)
@@ -43,6 +44,7 @@ def paged_attention(
     block_table: Tensor,  # int32 [S, pages]
     top_k: int,
     rule: PackedRule,
+    *index: Tensor | None,  # likewise
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [T, Hq, Dv], lse [T, Hq], int32 [1, G, T, K]
     indices = paged_select(query, key, block_table, top_k, rule)
     scoring = rule.scale, rule.softcap, rule.sink_logits

@@ -179,19 +179,19 @@ SPARSE_ATTN_INLINE int64_t survivor_room(int64_t keep) {
     return round_up(4 * keep + 512, W);
 }
 
-// scores[i] = what a tile makes of the query [words] and the key indices[i], for n <= room of them; whole
-// vectors are written.
-template <class T, class Tile>
-inline void listed_scores(const T* keys, int64_t stride, int64_t head_dim, const float* query,
-                          const int32_t* indices, int64_t n, float* scores) {
+// scores[i] = what a tile makes of the query [words] and the key indices[i], which lies at row(indices[i]), for
+// n <= room of them; whole vectors are written.
+template <class T, class Tile, class Row>
+inline void listed_scores(const Row& row, int64_t head_dim, const float* query, const int32_t* indices,
+                          int64_t n, float* scores) {
     const int64_t word_count = (head_dim + Tile::kDepth - 1) / Tile::kDepth;
     const int64_t row_bytes = head_dim * static_cast<int64_t>(sizeof(T));
     for (int64_t i = 0; i < n; i += W) {
         for (int64_t j = i + W; j < minimum(n, i + 2 * W); ++j)
             for (int64_t at = 0; at < row_bytes; at += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(keys + indices[j] * stride) + at);
+                __builtin_prefetch(reinterpret_cast<const char*>(row(indices[j])) + at);
         const T* rows[W];
-        for (int64_t j = 0; j < W; ++j) rows[j] = keys + indices[minimum(i + j, n - 1)] * stride;
+        for (int64_t j = 0; j < W; ++j) rows[j] = row(indices[minimum(i + j, n - 1)]);
         Vec total = zero();
         for (int64_t w = 0; w < word_count; w += W) {
             const int64_t count = minimum<int64_t>(W, word_count - w);
