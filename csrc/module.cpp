@@ -85,13 +85,14 @@ PYBIND11_MODULE(_C, m) {
         "The largest id, or -1.");
     m.def(
         "use_bounds",
-        [](std::optional<bool> use) {
+        [](std::optional<bool> use, int bits) {
             using sparse_attn::ByBounds;
-            sparse_attn::use_bounds(!use ? ByBounds::kAuto : *use ? ByBounds::kAlways : ByBounds::kNever);
+            sparse_attn::use_bounds(!use ? ByBounds::kAuto : *use ? ByBounds::kAlways : ByBounds::kNever,
+                                    bits);
         },
+        py::arg("use"), py::arg("bits") = 0,
         "Exact selection by bounds of rounded scores: wherever it can be done (True), never (False), where "
-        "it "
-        "is faster (None). The selection is the same.");
+        "it is faster (None); rounded to 8 or 16 bits, or (0) what is faster. The selection is the same.");
     m.def(
         "bounds_counts",
         [] {

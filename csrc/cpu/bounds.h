@@ -9,8 +9,8 @@ namespace sparse_attn {
 
 enum class ByBounds { kAuto, kNever, kAlways };  // by shape; never; wherever it can be done
 
-// For the whole process, for tests and comparisons.
-SPARSE_ATTN_EXPORT void use_bounds(ByBounds);
+// For the whole process, for tests and comparisons; rows rounded to 8 or 16 bits, 0: by shape.
+SPARSE_ATTN_EXPORT void use_bounds(ByBounds, int bits);
 
 // Since the process began: blocks of queries that were selected by bounds, and blocks given up; rows, their
 // budgets, the candidates that the bounds left of all keys, those of them that were scored exactly.

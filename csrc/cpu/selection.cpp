@@ -73,10 +73,12 @@ void pack_keys(Selection& s, int64_t block, bool always) {
 // ---- by bounds
 
 static std::atomic<ByBounds> bounds_used{ByBounds::kAuto};
+static std::atomic<int> bounds_bits{0};
 static std::atomic<int64_t> counts[6];
 
-void use_bounds(ByBounds when) {
+void use_bounds(ByBounds when, int bits) {
     bounds_used = when;
+    bounds_bits = bits;
 }
 
 BoundsCounts bounds_counts() {
@@ -88,6 +90,11 @@ static bool by_bounds(const SelectParams& p) {
     if (when == ByBounds::kNever || !needs_scores(p)) return false;
     const cpu::BoundsKernels& k = cpu::topk_bounds_kernels();
     return when == ByBounds::kAlways ? k.takes(p) : k.pays(p);
+}
+
+static int bits_of_bounds(const SelectParams& p) {
+    const int bits = bounds_bits;
+    return bits ? bits : cpu::topk_bounds_kernels().bits(p);
 }
 
 static Memory rounded_keys(const Selection& s) {
@@ -126,6 +133,7 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
     std::vector<int64_t> left;
     const bool bounds = by_bounds(p);
     if (bounds) {
+        s.params.bounds_bits = bits_of_bounds(p);
         const cpu::BoundsKernels& k = cpu::topk_bounds_kernels();
         const Memory packed = rounded_keys(s);
         std::vector<uint8_t> done(static_cast<size_t>(tasks));

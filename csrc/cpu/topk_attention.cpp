@@ -45,13 +45,64 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     return {out, lse, indices};
 }
 
+// The same output and LSE where nobody asks for the indices: dense tiles need none, and 4·K bytes a row are more to
+// write than all the rest where K is large.
+std::tuple<Tensor, Tensor> topk_attention_output_cpu(Tensor query, Tensor key, Tensor value, int64_t top_k,
+                                                     SPARSE_ATTN_RULE_PARAMETERS) {
+    const char* op = "topk_attention_output.cpu";
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    Selection s;
+    prepare_selection(s, op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS});
+    SelectParams& p = s.params;
+    Tensor out = torch::stable::new_empty(query, {p.batch, p.heads, p.query_length, value.size(3)});
+    Tensor lse = new_lse(query);
+    if (out.numel() == 0) return {out, lse};
+    AttendParams a = attend_params(op, query, key, value, scale, softcap, sink_logits);
+    a.out = out.mutable_data_ptr();
+    a.lse = static_cast<float*>(lse.mutable_data_ptr());
+    std::vector<uint8_t> done;
+    p.indices = nullptr;
+    if (!attend_by_tiles(s, a, nullptr, done)) {
+        const auto all = topk_attention_cpu(query, key, value, top_k, SPARSE_ATTN_RULE_ARGUMENTS);
+        return {std::get<0>(all), std::get<1>(all)};
+    }
+    // The others keep few keys or see few: their rows of indices need not be longer than that.
+    int64_t most = 0;
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t i = 0; i < p.query_length; ++i) {
+            if (done[static_cast<size_t>(b * p.query_length + i)]) continue;
+            const cpu::Range keys = keys_of(p.rule, b, i, p.key_length);
+            most = std::max(most, std::max<int64_t>(1, keys.end - keys.begin));
+        }
+    if (most == 0) return {out, lse};
+    p.top_k = std::min(p.top_k, most);
+    // Of this only the rows of those others are ever touched.
+    const Memory indices = allocate(p.batch * p.rule.groups * p.query_length * p.top_k * 4);
+    p.indices = reinterpret_cast<int32_t*>(indices.get());
+    a.indices = p.indices;
+    a.groups = p.rule.groups;
+    a.slots = p.top_k;
+    a.indices_strides = {p.rule.groups * p.query_length * p.top_k, p.query_length * p.top_k, p.top_k, 1};
+    const cpu::AttendKernel& attend = cpu::gathered_attention_kernels();
+    select_rest(s, attend.scratch_bytes(a), &done,
+                [&](int64_t b, int64_t group, cpu::Range queries, char* scratch) {
+                    attend.run(a, {b, {group, group + 1}, queries}, scratch);
+                });
+    return {out, lse};
+}
+
 }  // namespace
 }  // namespace sparse_attn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def("topk_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
           ") -> (Tensor out, Tensor lse, Tensor indices)");
+    m.def("topk_attention_output.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
+          ") -> (Tensor out, Tensor lse)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));
+    m.impl("topk_attention_output.cpu", TORCH_BOX(&sparse_attn::topk_attention_output_cpu));
 }

@@ -145,11 +145,16 @@ def _wanted(arguments: Sequence[Any]) -> bool:
     return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
+def derivatives_wanted(arguments: Sequence[Any]) -> bool:
+    """Whether a call may be differentiated: by autograd, in a graph that is compiled, under torch.func."""
+    return is_dynamo_compiling() or torch._C._are_functorch_transforms_active() or _wanted(arguments)
+
+
 def directly(overload: Any) -> Callable:
     """The op as this package calls it: autograd's key, which is Python, costs a small call a fifth of its time."""
 
     def call(*arguments: Any) -> Any:
-        if is_dynamo_compiling() or torch._C._are_functorch_transforms_active() or _wanted(arguments):
+        if derivatives_wanted(arguments):
             return overload(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*arguments)

@@ -48,6 +48,11 @@ def is_dtensor(value: object) -> bool:
     return type(value) is not Tensor and hasattr(value, "placements")
 
 
+def on_one_process(value: object) -> bool:
+    """Whether a call with this as its first argument runs here as it is."""
+    return state.context is None and not is_dtensor(value)
+
+
 def _any_dtensor(arguments: tuple) -> bool:
     for value in arguments:  # noqa: SIM110 (a compiler reads it)
         if is_dtensor(value[0] if type(value) is list and value else value):

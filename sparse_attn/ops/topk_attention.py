@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_attn import checks
@@ -10,8 +11,9 @@ from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Forward, Op
+from sparse_attn.ops.derivatives import derivatives_wanted
 from sparse_attn.ops.key_index import KeyIndex
-from sparse_attn.ops.shards import shardable
+from sparse_attn.ops.shards import on_one_process, shardable
 from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
@@ -40,6 +42,16 @@ OP = Op(
     batch="query key value out lse indices",
 )
 
+# out and lse alone, with the same bits, for calls that want no gradient: where K is large the indices are most of what
+# is written. No wing must have it.
+OUTPUT = Op(
+    "topk_attention_output",
+    f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}) -> (Tensor out, Tensor lse)",
+    lambda query, key, value, top_k, rule: gathered_attention.fake(query, key, value),
+    batch="query key value out lse",
+)
+FEW_KEPT = 512  # csrc/cpu/masked_attention.h: calls that keep fewer keys gather them, by their indices
+
 
 @shardable("query:BHTD key:BHSD value:BHSD rule", "BHTD BHT BGTK")
 def attend_best(
@@ -52,8 +64,12 @@ def attend_best(
     key_index: KeyIndex | None = None,
     backend: str | None = None,
     function: str | None = None,
+    wants_indices: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices [B, G, Tq, K]) of the selection by true q·k."""
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq], indices [B, G, Tq, K]) of the selection by true q·k.
+
+    Without `wants_indices` (on one process alone) they are empty where nothing else needs them.
+    """
     query, key, value = autocast(query, key, value)
     checks.query_key(query, key)
     checks.value_of(key, value)
@@ -70,6 +86,10 @@ def attend_best(
         indices = key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
         scoring = packed.scale, packed.softcap, packed.sink_logits
         return *gathered_attention.OP.on(wing)(query, key, value, indices, *scoring), indices
+    if not wants_indices and top_k >= FEW_KEPT and OUTPUT.has(wing):
+        arguments = query, key, value, top_k, *packed.parts()
+        if not derivatives_wanted(arguments):
+            return *OUTPUT.on(wing)(*arguments), query.new_empty(0, dtype=torch.int32)
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 
@@ -150,7 +170,10 @@ def topk_attention(
     return_indices = checks.boolean("return_indices", return_indices)
     scoring = scale, softcap, sink_logits
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
-    out, lse, indices = attend_best(query, key, value, top_k, rule, key_index=key_index, backend=backend)
+    wants = {} if return_indices or not on_one_process(query) else {"wants_indices": False}
+    out, lse, indices = attend_best(
+        query, key, value, top_k, rule, key_index=key_index, backend=backend, **wants
+    )
     if not return_lse and not return_indices:
         return out
     return (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))

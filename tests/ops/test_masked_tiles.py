@@ -11,6 +11,7 @@ from helpers.compare import assert_close
 from helpers.inputs import OPTIONS, index_rows, integers, normal, options_for
 
 import sparse_attn
+from sparse_attn.ops import topk_attention
 from sparse_attn.wings import extension, tile_costs
 from sparse_attn.wings.cpu import attention_by_tiles
 
@@ -63,6 +64,32 @@ def test_rules(name, dtype):
         assert torch.equal(gathered[2], tiled[2])
         for one, other in zip(gathered[:2] + gathered[3:], tiled[:2] + tiled[3:], strict=True):
             close(one, other, dtype)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_output_without_indices_has_the_same_bits(name, tiles, monkeypatch):
+    monkeypatch.setattr(topk_attention, "FEW_KEPT", 1)
+    query, key, value = (normal(2, h, 150, 40, seed=h) for h in (4, 2, 2))
+    options = options_for(name, query, key)
+    call = lambda **more: sparse_attn.topk_attention(  # noqa: E731
+        query, key, value, 30, return_lse=True, backend="cpu", **options, **more
+    )
+    with attention_by_tiles(tiles):
+        for alone, beside in zip(call(), call(return_indices=True), strict=False):
+            torch.testing.assert_close(alone, beside, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_that_see_few_keys_need_no_long_indices():
+    query, key, value = (normal(1, 2, 1100, 64, seed=i) for i in range(3))
+    rows = torch.arange(1100)[None]
+    for top_k in (600, 2000):
+        for options in ({}, {"key_starts": (rows > 400) * 400}, {"attn_mask": rows < 900}):
+            call = lambda k=top_k, o=options, **more: sparse_attn.topk_attention(  # noqa: E731
+                query, key, value, k, is_causal=True, backend="cpu", return_lse=True, **o, **more
+            )
+            for alone, beside in zip(call(), call(return_indices=True), strict=False):
+                assert torch.equal(alone, beside)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 30, 64, 65, 200, 299, 300, 400])

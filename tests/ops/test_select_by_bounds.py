@@ -16,24 +16,25 @@ compiled = pytest.mark.skipif(native is None, reason=str(extension.load_error))
 
 
 def same_bits(query, key, value, top_k, **options) -> dict[str, int]:
-    """Asserts that both ways give the same out, lse and indices; what the bounds did."""
+    """Asserts that all ways give the same out, lse and indices; what the bounds of 16 bits did."""
     call = lambda: sparse_attn.topk_attention(  # noqa: E731
         query, key, value, top_k, return_lse=True, return_indices=True, backend="cpu", **options
     )
     with selection_by_bounds(False) as counts:
         full = call()
     assert counts["blocks"] == counts["given_up"] == 0
-    with selection_by_bounds(True) as counts:
-        bounded = call()
-        chosen = sparse_attn.topk_select(query, key, top_k, backend="cpu", **options)
-    for name, a, b in zip(("out", "lse", "indices"), full, bounded, strict=True):
-        whole = {torch.float32: torch.int32, torch.int32: torch.int32}.get(a.dtype, torch.int16)
-        # Of a NaN only that it is one.
-        differ = (a.view(whole) != b.view(whole)) & ~((a != a) & (b != b))
-        assert not differ.any(), (
-            f"{name}: {int(differ.sum())} differ, first at {differ.nonzero()[0].tolist()}"
-        )
-    assert torch.equal(chosen, full[2])
+    for bits in (8, 16):
+        with selection_by_bounds(True, bits) as counts:
+            bounded = call()
+            chosen = sparse_attn.topk_select(query, key, top_k, backend="cpu", **options)
+        for name, a, b in zip(("out", "lse", "indices"), full, bounded, strict=True):
+            whole = {torch.float32: torch.int32, torch.int32: torch.int32}.get(a.dtype, torch.int16)
+            # Of a NaN only that it is one.
+            differ = (a.view(whole) != b.view(whole)) & ~((a != a) & (b != b))
+            assert not differ.any(), (
+                f"{name} by {bits} bits: {int(differ.sum())} differ, first at {differ.nonzero()[0].tolist()}"
+            )
+        assert torch.equal(chosen, full[2]), bits
     return counts
 
 

@@ -1,4 +1,4 @@
-// Rows rounded to whole numbers of 16 bits for the bounds of bounds.h: W rows at a time, component by
+// Rows rounded to whole numbers of 16 or of 8 bits for the bounds of bounds.h: W rows at a time, component by
 // component (x[d][W]), so that every step is a vector of rows.
 //
 // A row is rotated before it is rounded: an orthogonal rotation of queries and keys alike changes no product
@@ -23,13 +23,22 @@ SPARSE_ATTN_INLINE float slack_of(int64_t head_dim) {
     return static_cast<float>(head_dim + 64) * 0x1p-23f;
 }
 
-// Norms of rounded rows: with half a step more in each of D components, the products of two rows stay below
-// 2^30, in part and in whole.
+// Norms of rows rounded to 16 bits: with half a step more in each of D components, the products of two rows
+// stay below 2^30, in part and in whole.
 constexpr float kWholeNorm = 32700.0f;
 
-// Words of a row, two numbers each.
-SPARSE_ATTN_INLINE int64_t pair_words(int64_t head_dim) {
-    return (head_dim + 1) / 2;
+// What a row is rounded to: two numbers a word, or four.
+struct ByPairs {
+    static constexpr int kNumbers = 2, kBits = 16;
+    static constexpr float kMost = 32767.0f;
+};
+struct ByBytes {
+    static constexpr int kNumbers = 4, kBits = 8;
+    static constexpr float kMost = 127.0f;
+};
+template <class Kind>
+SPARSE_ATTN_INLINE int64_t rounded_words(int64_t head_dim) {
+    return (head_dim + Kind::kNumbers - 1) / Kind::kNumbers;
 }
 
 SPARSE_ATTN_INLINE float power_of_two(int32_t exponent) {
@@ -93,34 +102,54 @@ SPARSE_ATTN_INLINE Vec norms_of(const float* x, int64_t head_dim) {
     return root(squares) * broadcast(kNormSlack);
 }
 
-// Whole numbers of 16 bits to words of two, the first lowest.
-SPARSE_ATTN_INLINE void store_pairs(uint32_t* to, Vec low, Vec high) {
+// Whole numbers to words of a few, the first lowest.
+template <class Kind>
+SPARSE_ATTN_INLINE void store_numbers(uint32_t* to, const Vec* numbers) {
+    constexpr uint32_t kMask = (1u << Kind::kBits) - 1;
 #if defined(__AVX512F__)
-    const __m512i first = _mm512_maskz_cvtps_epi32(0xffff, low.v),
-                  second = _mm512_maskz_cvtps_epi32(0xffff, high.v);
-    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_and_si512(first, _mm512_set1_epi32(0xffff)),
-                                            _mm512_slli_epi32(second, 16)));
+    __m512i word = _mm512_setzero_si512();
+    for (int i = Kind::kNumbers; i-- > 0;)
+        word = _mm512_or_si512(_mm512_slli_epi32(word, Kind::kBits),
+                               _mm512_and_si512(_mm512_maskz_cvtps_epi32(0xffff, numbers[i].v),
+                                                _mm512_set1_epi32(static_cast<int>(kMask))));
+    _mm512_storeu_si512(to, word);
 #elif defined(__AVX2__)
-    const __m256i first = _mm256_cvtps_epi32(low.v), second = _mm256_cvtps_epi32(high.v);
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(to),
-        _mm256_or_si256(_mm256_and_si256(first, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(second, 16)));
+    __m256i word = _mm256_setzero_si256();
+    for (int i = Kind::kNumbers; i-- > 0;)
+        word = _mm256_or_si256(_mm256_slli_epi32(word, Kind::kBits),
+                               _mm256_and_si256(_mm256_cvtps_epi32(numbers[i].v),
+                                                _mm256_set1_epi32(static_cast<int>(kMask))));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), word);
 #else
-    for (int j = 0; j < W; ++j)
-        to[j] = (static_cast<uint32_t>(static_cast<int32_t>(low.v[j])) & 0xffff) |
-                static_cast<uint32_t>(static_cast<int32_t>(high.v[j])) << 16;
+    for (int j = 0; j < W; ++j) {
+        to[j] = 0;
+        for (int i = 0; i < Kind::kNumbers; ++i)
+            to[j] |= (static_cast<uint32_t>(static_cast<int32_t>(numbers[i].v[j])) & kMask)
+                     << (i * Kind::kBits);
+    }
 #endif
+}
+
+SPARSE_ATTN_INLINE Vec largest_of_columns(const float* x, int64_t head_dim) {
+    Vec most = zero();
+    for (int64_t d = 0; d < head_dim; ++d) {
+        const Vec a = load(x + d * W);
+        most = max(max(a, zero() - a), most);
+    }
+    return most;
 }
 
 struct RoundedNorms {
     Vec norm, error;  // upper bounds of ‖x‖ and ‖x − scale · rounded‖
+    Vec total;        // of the whole numbers
 };
 
-// to[w][width]: two whole numbers per word, x / scale rounded; `x` is overwritten.
+// to[w][width]: whole numbers, x / scale rounded; `x` is overwritten.
+template <class Kind>
 inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t head_dim, Vec scale,
                                   Vec inverse) {
-    const Vec least = broadcast(-32767.0f);
-    Vec squares = zero(), errors = zero();
+    const Vec least = broadcast(-Kind::kMost);
+    Vec squares = zero(), errors = zero(), total = zero();
     for (int64_t d = 0; d < head_dim; ++d) {
         const Vec a = load(x + d * W);
         // max() gives its second operand for a NaN, whose row is used by nobody.
@@ -128,13 +157,19 @@ inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t
         const Vec error = a - scale * number;
         squares = fma(a, a, squares);
         errors = fma(error, error, errors);
+        total = total + number;
         store(x + d * W, number);
     }
-    for (int64_t w = 0; w < pair_words(head_dim); ++w)
-        store_pairs(to + w * width, load(x + 2 * w * W),
-                    2 * w + 1 < head_dim ? load(x + (2 * w + 1) * W) : zero());
+    for (int64_t w = 0; w < rounded_words<Kind>(head_dim); ++w) {
+        Vec numbers[Kind::kNumbers];
+        for (int i = 0; i < Kind::kNumbers; ++i) {
+            const int64_t d = w * Kind::kNumbers + i;
+            numbers[i] = d < head_dim ? load(x + d * W) : zero();
+        }
+        store_numbers<Kind>(to + w * width, numbers);
+    }
     const Vec norm = root(squares) * broadcast(kNormSlack);
-    return {norm, fma(norm, broadcast(0x1p-22f), root(errors) * broadcast(kNormSlack))};
+    return {norm, fma(norm, broadcast(0x1p-22f), root(errors) * broadcast(kNormSlack)), total};
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,9 +1,11 @@
-// Register tiles of products of whole numbers of 16 bits: MR queries × NR keys, summed in int32, of which the
-// upper half is kept. All CPUs that have AVX2 multiply two pairs of them where they multiply one of float32,
-// and bytes no faster, unless they have VNNI. A panel is
+// Register tiles of products of whole numbers: MR queries × NR keys, summed in int32, of which 16 bits are kept.
 //
-//   words  uint32 [ceil(D / 2)][NR]    two components each
-//   facts  PanelFacts
+// By pairs of 16 bits: all CPUs that have AVX2 multiply two pairs of them where they multiply one of float32. By
+// bytes: with VNNI twice as many again; elsewhere no faster than by pairs. A panel is
+//
+//   words    uint32 [ceil(D / 2) or ceil(D / 4)][NR]
+//   bytes    int32 [NR], −128 · Σ of the key's numbers, and int16 [NR], its scale as a part of the panel's, in 2⁻¹⁵
+//   facts    PanelFacts
 #pragma once
 
 #include "rounded_rows.h"
@@ -15,14 +17,28 @@ struct PanelFacts {
     int32_t exponent;
     float norm;   // ‖key‖, shifted
     float error;  // ‖key − rounded‖, with the slack
-    float unused;
+    float plain_norm;  // ‖key‖ as it is
 };
 
+template <class Kind>
+constexpr int64_t kPanelExtra = Kind::kBits == 8 ? NR + NR / 2 : 0;
+
+template <class Kind>
 SPARSE_ATTN_INLINE int64_t rounded_panel_words(int64_t head_dim) {
-    return pair_words(head_dim) * NR + 16;
+    return rounded_words<Kind>(head_dim) * NR + kPanelExtra<Kind> + 16;
 }
+template <class Kind>
 SPARSE_ATTN_INLINE PanelFacts* facts_of(uint32_t* panel, int64_t word_count) {
-    return reinterpret_cast<PanelFacts*>(panel + word_count * NR);
+    return reinterpret_cast<PanelFacts*>(panel + word_count * NR + kPanelExtra<Kind>);
+}
+
+// How far sums are shifted down at the panels' largest scale, so that what is left fits 16 bits.
+template <class Kind>
+SPARSE_ATTN_INLINE int32_t least_shift(int64_t head_dim) {
+    if (Kind::kBits == 16) return 15;
+    int32_t shift = 0;
+    while (head_dim * 127 * 127 >> shift > 32766) ++shift;
+    return shift;
 }
 
 #if defined(__AVX512F__)
@@ -44,6 +60,14 @@ SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
     _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi64(0xff, order, pairs));
 }
 #if defined(__AVX512VNNI__)
+#define SPARSE_ATTN_BYTE_TILES
+SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
+    return c;
+}
+SPARSE_ATTN_INLINE void scale_upper(int16_t* p, const int16_t* factors) {
+    _mm512_storeu_si512(p, _mm512_mulhrs_epi16(_mm512_loadu_si512(p), _mm512_loadu_si512(factors)));
+}
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     // Not the intrinsic: GCC 12 copies its accumulator around each use, and then runs out of registers.
     asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
@@ -100,6 +124,17 @@ SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
         p[4 + i] = static_cast<int16_t>(b.v[i] >> shift);
     }
 }
+#define SPARSE_ATTN_BYTE_TILES
+SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
+    for (int i = 0; i < 4; ++i)
+        for (int bit = 0; bit < 32; bit += 8)
+            c.v[i] += static_cast<int32_t>(static_cast<uint8_t>(static_cast<uint32_t>(queries.v[i]) >> bit)) *
+                      static_cast<int8_t>(static_cast<uint32_t>(keys.v[i]) >> bit);
+    return c;
+}
+SPARSE_ATTN_INLINE void scale_upper(int16_t* p, const int16_t* factors) {
+    for (int i = 0; i < NR; ++i) p[i] = static_cast<int16_t>((p[i] * factors[i] + 0x4000) >> 15);
+}
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     for (int i = 0; i < 4; ++i) {
         const auto a = static_cast<uint32_t>(queries.v[i]), b = static_cast<uint32_t>(keys.v[i]);
@@ -118,22 +153,50 @@ SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums
 }
 #endif
 
-// to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down.
+// to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the key's
+// scale, rounded.
+template <class Kind>
 __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, const uint32_t* queries,
                                                    const uint32_t* panel, int64_t word_count, int shift) {
     static_assert(NV == 2);
     Sums acc[MR][NV];
+    if constexpr (Kind::kBits == 16) {
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
+        for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = no_sums();
-    for (int64_t w = 0; w < word_count; ++w) {
-        const Sums a = load_sums(panel + w * NR), b = load_sums(panel + w * NR + W);
+            for (int v = 0; v < NV; ++v) acc[r][v] = no_sums();
+        for (int64_t w = 0; w < word_count; ++w) {
+            const Sums a = load_sums(panel + w * NR), b = load_sums(panel + w * NR + W);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) add_products(queries + w * MR + r, a, b, acc[r][0], acc[r][1]);
+            for (int r = 0; r < MR; ++r) add_products(queries + w * MR + r, a, b, acc[r][0], acc[r][1]);
+        }
+    } else {
+#if defined(SPARSE_ATTN_BYTE_TILES)
+        const uint32_t* starts = panel + word_count * NR;
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) acc[r][v] = load_sums(starts + v * W);
+        for (int64_t w = 0; w < word_count; ++w) {
+            const Sums a = load_sums(panel + w * NR), b = load_sums(panel + w * NR + W);
+#pragma GCC unroll 16
+            for (int r = 0; r < MR; ++r) {
+                const Sums query = broadcast_word(queries + w * MR + r);
+                acc[r][0] = add_byte_products(query, a, acc[r][0]);
+                acc[r][1] = add_byte_products(query, b, acc[r][1]);
+            }
+        }
+#endif
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);
+#if defined(SPARSE_ATTN_BYTE_TILES)
+    if constexpr (Kind::kBits == 8) {
+        const int16_t* factors = reinterpret_cast<const int16_t*>(panel + word_count * NR + NR);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) scale_upper(to + r * stride, factors);
+    }
+#endif
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
