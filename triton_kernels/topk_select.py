@@ -62,6 +62,7 @@ class Config:
     max_registers: int | None = None  # of a thread, for NVIDIA's compiler
 
 
+FEW_QUERIES = 64  # a decoding step, a draft of a few tokens: nothing fills tiles of 128
 SCRATCH_BYTES = 1 << 30  # of candidates: fewer programs where the budget is a large part of a long context
 
 # Layouts are converted with shuffles there, which holds more registers: smaller tiles keep them from being spilled.
@@ -73,7 +74,7 @@ def configs(
     head_dim: int,
     budget: int,
     amd: bool,
-    heavy: bool,  # a mask or shared selections, which need registers too
+    heavy: bool,  # a mask and shared selections need registers too, and few queries no large tile
 ) -> list[Config]:
     """By the shape class: the first, and others that may be faster (fewer keys or queries, or more warps at once)."""
     wide = triton.next_power_of_2(head_dim) * element_size  # bytes of a row
@@ -229,7 +230,13 @@ def select(
                 *(query.dtype, head_dim, sharing, is_causal, mask is not None or starts is not None),
                 *(size_class(budget), size_class(key_length), size_class(batch * groups * query_length)),
             ),
-            configs(query.element_size(), head_dim, budget, amd, sharing > 1 or mask is not None),
+            configs(
+                query.element_size(),
+                head_dim,
+                budget,
+                amd,
+                sharing > 1 or mask is not None or query_length <= FEW_QUERIES,
+            ),
             launch,
             query.device,
         )

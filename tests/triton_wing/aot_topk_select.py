@@ -40,7 +40,8 @@ def select(
     capped: bool = False,
     **options,
 ) -> Case:
-    heavy = sharing > 1 or masked
+    queries = topk_select.FEW_QUERIES if split else LENGTH
+    heavy = sharing > 1 or masked or split
     c = topk_select.configs(ELEMENT[dtype], head_dim, budget, amd, heavy)[candidate]
     rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
     name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
@@ -71,7 +72,7 @@ def select(
         **_mask_strides(masked),
         **_starts_strides(packed),
         "groups": HEADS // sharing,
-        "query_length": LENGTH,
+        "query_length": queries,
         "key_length": LENGTH,
         "head_dim": head_dim,
         "budget": budget,
@@ -82,7 +83,7 @@ def select(
         "factor": 0.1,
         "bound": 0.2 if capped else None,
         "tiles": 12345,
-        "query_blocks": LENGTH // c.block_m,
+        "query_blocks": -(-queries // c.block_m),
         "splits": 8 if split else 1,
         "split_length": LENGTH,
         "SIGN": 1,

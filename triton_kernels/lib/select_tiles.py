@@ -54,7 +54,6 @@ def _kept_until(starts, batch, position, starts_b, starts_t, length, first_kept)
         "tiles",
         "query_blocks",
         "splits",
-        "split_length",
     ]
 )
 def select_tiles(

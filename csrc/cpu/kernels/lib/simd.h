@@ -461,6 +461,11 @@ SPARSE_ATTN_INLINE uint32_t in_range(const int32_t* indices, int32_t low, int32_
 }
 #undef SPARSE_ATTN_LANES
 #undef SPARSE_ATTN_BITS
+SPARSE_ATTN_INLINE int append_lanes(int32_t* to, uint32_t bits, int32_t base) {
+    int count = 0;
+    for (; bits; bits &= bits - 1) to[count++] = base + __builtin_ctz(bits);
+    return count;
+}
 
 #endif
 
