@@ -256,13 +256,14 @@ def _whole_maps(
     tables = of_embedding.tables_of(tables)
     _, dim = of_embedding.projections_of(projections, tables)
     of_embedding.map_tensors(token_band, token_row, tables[0].device)
-    if bool(((token_band < 0) | (token_band >= len(tables))).any()):
-        low, high = (int(n) for n in token_band.aminmax())
+    on_cpu = token_band.device.type == "cpu"  # where reading values makes nobody wait
+    low, high = (int(n) for n in token_band.aminmax()) if on_cpu else (0, 0)
+    if low < 0 or high >= len(tables):
         raise ValueError(
             f"token_band must lie in [0, {len(tables)}), the number of tables, got {low if low < 0 else high}"
         )
     sizes = sizes_of_bands(token_band, len(tables))
-    if token_band.device.type == "cpu":
+    if on_cpu:
         of_embedding.check_map_values(token_band, token_row, tuple(sizes))
     return tables, dim, token_band, token_row, sizes
 

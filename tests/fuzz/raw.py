@@ -15,6 +15,7 @@ from helpers.inputs import index_rows, normal
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import sparse_attn
 from fuzz.case import VIEWS, Case, Draw, Fuzzed, bits, fuzzed
 
 INTEGERS = (-1, 0, 1, 2, 7, 2**31, -(2**31) - 1, 2**62, -(2**63), 2**63 - 1)
@@ -100,6 +101,48 @@ def indexer(draw: Draw) -> list:
     return [query, key, normal(2, 4, 5), 4, *rule(draw, numbers=[1, 4, 2, 1, 2]), draw.random() < 0.5]
 
 
+def index(draw: Draw) -> tuple[Tensor, list]:
+    """(keys [2, 2, 9, 6], the parts of their index, which has room for 32)."""
+    _, key, _ = attention(draw)
+    made = sparse_attn.KeyIndex.of(key, capacity=32)
+    return key, list(made.tensors())
+
+
+def index_keys(draw: Draw) -> list:
+    key, parts = index(draw)
+    return [key, *parts, draw.choice((0, 9, 23))]
+
+
+def indexed(draw: Draw) -> list:
+    key, parts = index(draw)
+    query = normal(2, 4, 5, 6, dtype=key.dtype)
+    return [query, key, 4, *rule(draw, numbers=[1, 4, 2, 1, 4]), *parts]
+
+
+def pages(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
+    """query [1, 4, 3, 6], 5 pages of key and value, the table of 2 sequences, and the rule of a pack of them."""
+    dtype, size = draw.choice(FLOAT_DTYPES), draw.choice((1, 16))
+    query, key, value = (
+        normal(*shape, dtype=dtype) for shape in ((1, 4, 3, 6), (5, 2, size, 6), (5, 2, size, 3))
+    )
+    table = torch.tensor([[3, 1], [0, 4]], dtype=torch.int32)
+    room = 2 * size
+    starts = torch.tensor([[0, 0, room]])  # the first two queries are of one sequence
+    last = torch.tensor([[room - 2, room - 1, 2 * room - 1]])
+    numbers = [1, 0, draw.choice((0, 1)), draw.choice((0, 1)), draw.choice((1, 2, 4))]
+    return query, key, value, table, [None, None, starts, last - torch.arange(3), numbers, *scoring(draw)]
+
+
+def paged_select(draw: Draw) -> list:
+    query, key, _, table, options = pages(draw)
+    return [query, key, table, 4, *options]
+
+
+def paged_attention(draw: Draw) -> list:
+    query, key, value, table, options = pages(draw)
+    return [query, key, value, table, 4, *options]
+
+
 def embedding(draw: Draw) -> list:
     e = make_tables(6, (6, 3), (4, 7), dtype=draw.choice(FLOAT_DTYPES))
     projections = [e.tables[0].new_empty(0, 0) if p is None else p for p in e.projections]
@@ -147,11 +190,16 @@ RIGHT = {
     "block_attention": blocks,
     "block_attention_backward": blocks_backward,
     "indexer_select": indexer,
+    "index_keys": index_keys,
+    "indexed_select": indexed,
+    "paged_select": paged_select,
+    "paged_attention": paged_attention,
     "variable_width_embedding": embedding,
     "variable_width_embedding_backward": embedding_backward,
     "variable_width_cross_entropy": loss,
     "variable_width_cross_entropy_backward": loss_backward,
 }
+WRITES = {"index_keys": (1, 2)}  # what they write into
 UNREAD = (("gathered_attention_backward", 6),)  # `out`: other wings need it
 
 
@@ -240,9 +288,8 @@ class Raw(Fuzzed):
             arguments[place], wrong = spoil(draw, arguments[place])
             if wrong is not None and (case["called"], place) not in UNREAD:
                 must.append(f"argument {place}: {wrong}")
-        before = [
-            t.clone() for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.device.type == "cpu"
-        ]
+        read = [a for i, a in enumerate(arguments) if i not in WRITES.get(case["called"], ())]
+        before = [t.clone() for t in tree_leaves(read) if isinstance(t, Tensor) and t.device.type == "cpu"]
         try:
             results = op(*arguments)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
@@ -250,7 +297,7 @@ class Raw(Fuzzed):
                 raise AssertionError("an error without a word") from error
             return
         assert not must, f"{case['called']} took {must[0]} without a word"
-        after = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.device.type == "cpu"]
+        after = [t for t in tree_leaves(read) if isinstance(t, Tensor) and t.device.type == "cpu"]
         for one, other in zip(before, after, strict=True):
             assert one.is_sparse or torch.equal(bits(one), bits(other)), "an argument was changed"
         for result in tree_leaves(results):
