@@ -83,12 +83,9 @@ int64_t rows_of_page(const Tensor& pages) {
                : 0;
 }
 
-std::tuple<Tensor, Tensor, Tensor> paged_attention_cpu(Tensor query, Tensor key, Tensor value,
-                                                       Tensor block_table, int64_t top_k,
-                                                       SPARSE_ATTN_RULE_PARAMETERS,
-                                                       std::optional<Tensor> codes,
-                                                       std::optional<Tensor> bounds,
-                                                       std::optional<Tensor> shift) {
+std::tuple<Tensor, Tensor, Tensor> paged_attention_cpu(
+    Tensor query, Tensor key, Tensor value, Tensor block_table, int64_t top_k, SPARSE_ATTN_RULE_PARAMETERS,
+    std::optional<Tensor> codes, std::optional<Tensor> bounds, std::optional<Tensor> shift) {
     const char* op = "paged_attention.cpu";
     const RuleArguments given{SPARSE_ATTN_RULE_ARGUMENTS};
     check_pages(op, query, key, block_table, given);

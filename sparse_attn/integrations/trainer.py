@@ -67,7 +67,10 @@ class AnnealTopK(TrainerCallback):
         return max(end, math.ceil(budget / multiple_of - 1e-9) * multiple_of)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        options = getattr(model.config, f"{NAME}_top_k", None), getattr(model.config, "_attn_implementation", None)
+        options = (
+            getattr(model.config, f"{NAME}_top_k", None),
+            getattr(model.config, "_attn_implementation", None),
+        )
         if options[0] is None or options[1] != NAME:
             raise ValueError(
                 "AnnealTopK needs a model with a budget of keys: call "
