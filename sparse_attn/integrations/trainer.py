@@ -2,7 +2,7 @@
 
     from sparse_attn.integrations.trainer import AnnealTopK
 
-    sparse_transformers.configure(model, top_k=64, sinks=4)
+    sparse_transformers.configure(model, top_k=64)
     Trainer(model, …, callbacks=[AnnealTopK(start=512, steps=0.5)]).train()
 
 Packed documents (`DataCollatorWithFlattening`) stay apart, as everywhere in this package.
