@@ -139,3 +139,13 @@ def test_sliding_windows_are_refused():
         sparse_transformers.attention_forward(
             layer, torch.randn(1, 6, 2, 8), key, key, None, sliding_window=8, **CALL
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*paged.*:FutureWarning")
+def test_the_name_with_a_prefix():
+    """`paged|sparse_attn` is this attention, with the options that the model has."""
+    model = sparse_transformers.configure(llama(), top_k=8)
+    expected = generated(model, prompts()[:2])
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("paged|sparse_attn")
+    assert generated(model, prompts()[:2]) == expected
