@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_attn
+from sparse_attn.bench import machine
 
 PAGE = 64  # tokens
 
@@ -88,12 +89,17 @@ class PagedCache:
         where = [torch.arange(r.cached, r.cached + n) for r, n in zip(batch, counts, strict=True)]
         slots = torch.cat([row[at // PAGE] * PAGE + at % PAGE for row, at in zip(table, where, strict=True)])
         longest, most = int(used.max()), max(counts)
+        whole = not any(r.cached for r in batch)  # prompts, whose keys are all here: the pages are for later
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             keys.flatten(0, 1)[slots] = key
             values.flatten(0, 1)[slots] = value
             index = None if self.indices is None else self.indices[layer].write(slots, key)
+            if whole:
+                return sparse_attn.varlen_topk_attention(
+                    query, key, value, cu_seq, None, most, most, self.top_k, is_causal=True
+                )
             return sparse_attn.varlen_topk_attention(
                 query, keys, values, cu_seq, None, most, longest, self.top_k,
                 is_causal=True, seqused_k=used, block_table=table, key_index=index,
@@ -318,8 +324,9 @@ def compare(
         settings = {
             name: value for name, value in vars(args).items() if name not in ("json", "model", "text")
         }
+        about = machine.describe(args.threads, f"serve_paged.py --context {args.context}")
         Path(args.json).write_text(
-            json.dumps({"settings": settings, **found}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({"machine": about, "settings": settings, **found}, indent=1) + "\n", encoding="utf-8"
         )
     return found
 

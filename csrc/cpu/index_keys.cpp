@@ -72,8 +72,8 @@ void index_pages_cpu(Tensor key, Tensor slots, Tensor codes, Tensor bounds, Tens
                         fits(bounds, ScalarType::Float, {pages, heads, n, 3, keys}) &&
                         fits(shift, ScalarType::Float, {heads, dim}),
                     op, ": the index must be int8 [P, Hkv, N, ⌈D/4⌉, 16, 4], float32 [P, Hkv, N, 3, 16] and ",
-                    "float32 [Hkv, D], contiguous, of the heads of ", shape_of(key), "; got ", shape_of(codes),
-                    ", ", shape_of(bounds), ", ", shape_of(shift));
+                    "float32 [Hkv, D], contiguous, of the heads of ", shape_of(key), "; got ",
+                    shape_of(codes), ", ", shape_of(bounds), ", ", shape_of(shift));
     if (key.numel() == 0) return;
     if (dim > 1 && key.stride(2) != 1) key = torch::stable::contiguous(key);
     const int64_t* at = static_cast<const int64_t*>(slots.const_data_ptr());
@@ -92,11 +92,19 @@ void index_pages_cpu(Tensor key, Tensor slots, Tensor codes, Tensor bounds, Tens
         else
             runs.push_back({i, 1, at[i] / size, at[i] % size});
     }
-    const int64_t row = dim > 0 ? key.stride(0) : 0,
-                  width = key.scalar_type() == ScalarType::Float ? 4 : 2;
+    const int64_t row = dim > 0 ? key.stride(0) : 0, width = key.scalar_type() == ScalarType::Float ? 4 : 2;
     const cpu::IndexKeysKernel& k = cpu::index_keys_kernels();
-    IndexKeysParams p{nullptr, {0, key.stride(1), row, 1}, dtype_of(op, key), heads, 0, dim, 0, n, nullptr,
-                      nullptr, static_cast<const float*>(shift.const_data_ptr())};
+    IndexKeysParams p{nullptr,
+                      {0, key.stride(1), row, 1},
+                      dtype_of(op, key),
+                      heads,
+                      0,
+                      dim,
+                      0,
+                      n,
+                      nullptr,
+                      nullptr,
+                      static_cast<const float*>(shift.const_data_ptr())};
     const double work = static_cast<double>(length * heads) * static_cast<double>(dim);
     // A task per head: of keys with one slot the last one stays.
     for_each_task(heads, k.scratch_bytes(p), worth_threads(work), [&](int64_t head, char* scratch) {

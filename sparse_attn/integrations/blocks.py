@@ -1,4 +1,4 @@
-"""Whole blocks of rows that hold several sequences, or padding in front: blocks are counted from each one's first token."""
+"""Whole blocks of rows with several sequences, or padding in front: counted from each one's first token."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.integrations.options import NAME
+from sparse_attn.integrations.options import NAME, kept
 from sparse_attn.ops.varlen import sequences
 from sparse_attn.selection import Exact, Selector, select_and_attend
 
@@ -91,8 +91,8 @@ def attend_batch(
         rule = where.rule(**scores)
         top_k, selector = max(1, where.longest), Exact(options["backend"])
     else:
-        kept = {name: options[name] for name in ("window", "sinks", "share")}
-        top_k, rule = options["top_k"], where.rule(**kept, **scores)
+        top_k = options["top_k"]
+        rule = where.rule(**kept(options), share=options["share"], **scores)
     return select_and_attend(query, key, value, top_k, selector, rule, backend=options["backend"])
 
 

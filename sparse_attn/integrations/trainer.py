@@ -2,7 +2,7 @@
 
     from sparse_attn.integrations.trainer import AnnealTopK
 
-    sparse_transformers.configure(model, top_k=64, sinks=4)
+    sparse_transformers.configure(model, top_k=64)
     Trainer(model, …, callbacks=[AnnealTopK(start=512, steps=0.5)]).train()
 
 Packed documents (`DataCollatorWithFlattening`) stay apart, as everywhere in this package.
@@ -67,7 +67,10 @@ class AnnealTopK(TrainerCallback):
         return max(end, math.ceil(budget / multiple_of - 1e-9) * multiple_of)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        options = getattr(model.config, f"{NAME}_top_k", None), getattr(model.config, "_attn_implementation", None)
+        options = (
+            getattr(model.config, f"{NAME}_top_k", None),
+            getattr(model.config, "_attn_implementation", None),
+        )
         if options[0] is None or options[1] != NAME:
             raise ValueError(
                 "AnnealTopK needs a model with a budget of keys: call "

@@ -202,7 +202,9 @@ def attention_forward(
     """The attention of one layer, as transformers calls it: out [B, Tq, Hq, Dv] and no weights."""
     refusals.refuse_call(module, dropout, others)
     if continuous.is_batch(others):
-        return _continuous(module, query, key, value, scores_of(scaling, softcap, s_aux), indices, others), None
+        return _continuous(
+            module, query, key, value, scores_of(scaling, softcap, s_aux), indices, others
+        ), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     seen = Visibility.of(attention_mask, query, key, causal)
     seen = within_documents(seen, others, query, key)
@@ -246,7 +248,8 @@ def _continuous(
     """A layer of continuous batching."""
     if indices is not None:
         raise ValueError(
-            f"continuous batching with attn_implementation='sparse_attn' has no indices, which {type(module).__name__} gives"
+            "continuous batching with attn_implementation='sparse_attn' has no indices, which "
+            f"{type(module).__name__} gives"
         )
     options = _options_of(module)
     selector = None
@@ -254,9 +257,9 @@ def _continuous(
         continuous.refuse(options)
         selector = selector_of(module, options, None)
         refusals.refuse_sharded(module, query, options, None, selector)
-    return continuous.attend_batch(
-        module, query, key, value, given, options, scores, selector
-    ).transpose(1, 2)
+    return continuous.attend_batch(module, query, key, value, given, options, scores, selector).transpose(
+        1, 2
+    )
 
 
 def _is_dense(module: torch.nn.Module, key: Tensor, options: dict) -> bool:

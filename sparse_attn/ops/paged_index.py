@@ -1,4 +1,4 @@
-"""`PagedKeyIndex`: the 8-bit rows of a KeyIndex for keys in pages, in pages of their own; and the op that writes them."""
+"""`PagedKeyIndex`: the 8-bit rows of a KeyIndex for keys in pages, in pages of their own."""
 
 from __future__ import annotations
 

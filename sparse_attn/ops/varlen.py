@@ -185,7 +185,7 @@ def varlen_topk_select(
     scoring = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
     if where.table is not None:
-        own = {"key_index": key_index, "backend": backend, "function": "varlen_topk_select"}
+        own: dict[str, Any] = {"key_index": key_index, "backend": backend, "function": "varlen_topk_select"}
         found = paged_attention.select(query, key, where.table, top_k, rule, **own)
         return _given_out(found, where, top_k, key, physical_indices)
     q, k = _batched(query, key)
@@ -287,7 +287,11 @@ def varlen_topk_attention(
         out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
     else:
         check.no_gradient(query, key, value, sink_logits)
-        own = {"key_index": key_index, "backend": backend, "function": "varlen_topk_attention"}
+        own: dict[str, Any] = {
+            "key_index": key_index,
+            "backend": backend,
+            "function": "varlen_topk_attention",
+        }
         out, lse, indices = paged_attention.attend_best(query, key, value, where.table, top_k, rule, **own)
     found: tuple[Tensor, ...] = (out,)
     if return_lse:

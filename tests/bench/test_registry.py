@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import sparse_attn
 from sparse_attn.bench import cases, registry, runner
 from sparse_attn.bench.attention import AttentionCase
 
@@ -82,6 +83,33 @@ def test_selections_compute_the_right_thing(name, case):
     inputs = op.inputs(case)
     for contender in op.labels:
         op.check(contender, case, inputs, op.prepare(contender, case, inputs))
+
+
+def test_packed_and_paged_contenders_compute_the_right_thing():
+    packed, paged = registry.op("varlen_topk_attention"), registry.op("paged_attention")
+    small = replace(packed.cases()[0], length=130, documents=7, top_k=9)
+    assert sum(small.lengths) == 130
+    assert sorted(small.lengths)[-1] == pytest.approx(130 / sum(1 / n for n in range(1, 8)), abs=1)
+    step = replace(paged.cases()[0], length=160, batch=3, top_k=9, **TINY)
+    for op, case in (
+        (packed, small),
+        (packed, replace(small, direction="forward", dtype="bfloat16")),
+        (paged, step),
+        (paged, replace(step, page_size=32, key_index=True)),
+    ):
+        inputs = op.inputs(case)
+        for contender in op.labels:
+            if op.problem(contender, case) is None:
+                op.check(contender, case, inputs, op.prepare(contender, case, inputs))
+
+
+def test_documents_that_see_each_other_are_a_wrong_result(monkeypatch):
+    op = registry.op("varlen_topk_attention")
+    case = replace(op.cases()[0], length=130, documents=7, top_k=9)
+    inputs = op.inputs(case)
+    together = lambda q, k, v: sparse_attn.topk_attention(q, k, v, 9, is_causal=True)  # noqa: E731
+    with pytest.raises(registry.WrongResult):
+        op.check("ours", case, inputs, registry.Work(together, inputs))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])

@@ -26,7 +26,9 @@ def batch_config(**more):
 
 
 def generated(model, prompts, **more):
-    config = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config = transformers.GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
     out = model.generate_batch(
         prompts, generation_config=config, continuous_batching_config=batch_config(**more), progress_bar=False
     )
@@ -108,7 +110,11 @@ CALL = {"read_index": [], "write_index": [], "cu_seq_lens_q": torch.tensor([0, 2
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        ({"top_k": 192, "selector": "blocks"}, {"length": 200}, "takes selector='exact', 'int8', 'low_rank' or"),
+        (
+            {"top_k": 192, "selector": "blocks"},
+            {"length": 200},
+            "takes selector='exact', 'int8', 'low_rank' or",
+        ),
         ({"top_k": 8, "residual": True}, {}, "takes residual=False"),
         ({"top_k": 8}, {"block_table": torch.zeros(1, 1)}, "set max_blocks_per_request=0"),
         ({"top_k": 8}, {"indices": torch.zeros(1, 2, 8, dtype=torch.int32)}, "has no indices, which"),
@@ -130,4 +136,16 @@ def test_sliding_windows_are_refused():
     layer = model.model.layers[0].self_attn
     key = torch.randn(1, 2, 70, 8)
     with pytest.raises(ValueError, match="has a sliding window"):
-        sparse_transformers.attention_forward(layer, torch.randn(1, 6, 2, 8), key, key, None, sliding_window=8, **CALL)
+        sparse_transformers.attention_forward(
+            layer, torch.randn(1, 6, 2, 8), key, key, None, sliding_window=8, **CALL
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*paged.*:FutureWarning")
+def test_the_name_with_a_prefix():
+    """`paged|sparse_attn` is this attention, with the options that the model has."""
+    model = sparse_transformers.configure(llama(), top_k=8)
+    expected = generated(model, prompts()[:2])
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("paged|sparse_attn")
+    assert generated(model, prompts()[:2]) == expected

@@ -106,7 +106,10 @@ def test_the_index_is_used(monkeypatch):
     served = Served([2000], 64)
     best = int(served.call([1], 1, function="varlen_topk_select")[0, 0, 0])
     page, lane = int(served.table[0, best // 64]), best % 64
-    for at in (served.index.codes[page, :, lane // 16, :, lane % 16], served.index.bounds[page, :, lane // 16, :, lane % 16]):
+    for at in (
+        served.index.codes[page, :, lane // 16, :, lane % 16],
+        served.index.bounds[page, :, lane // 16, :, lane % 16],
+    ):
         at.zero_()
     found = served.call([1], 1, index=served.index, function="varlen_topk_select")
     assert int(found[0, 0, 0]) != best
@@ -117,7 +120,9 @@ def test_keys_that_it_was_not_told_of_are_scored(written):
     served = Served([2000, 900], 64)
     index = PagedKeyIndex.of(served.key)
     if written:
-        slots = torch.cat([served.table[0, at // 64].long() * 64 + at % 64 for at in torch.arange(written)[:, None]])
+        slots = torch.cat(
+            [served.table[0, at // 64].long() * 64 + at % 64 for at in torch.arange(written)[:, None]]
+        )
         index.write(slots, served.key.flatten(0, 1)[slots])
     expected = served.call([1, 2], 32, is_causal=True, **FLAGS)
     for a, b in zip(served.call([1, 2], 32, index=index, is_causal=True, **FLAGS), expected, strict=True):
@@ -126,7 +131,13 @@ def test_keys_that_it_was_not_told_of_are_scored(written):
 
 def test_of_a_cache_that_is_full_already():
     served = Served([700, 300], 16)
-    slots = torch.cat([served.table[s, at // 16].long() * 16 + at % 16 for s, n in enumerate(served.used) for at in [torch.arange(n)]])
+    slots = torch.cat(
+        [
+            served.table[s, at // 16].long() * 16 + at % 16
+            for s, n in enumerate(served.used)
+            for at in [torch.arange(n)]
+        ]
+    )
     served.index = PagedKeyIndex.of(served.key, slots)
     served.assert_same([1, 1], 20, is_causal=True)
 
@@ -184,7 +195,13 @@ def test_rows_are_those_of_a_key_index():
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_opcheck(name):
     index = PagedKeyIndex.of(torch.zeros(3, 32, 2, 33))
-    arguments = normal(5, 2, 33), torch.tensor([4, 5, 90, 31, 32]), index.codes, index.bounds, torch.zeros(2, 33)
+    arguments = (
+        normal(5, 2, 33),
+        torch.tensor([4, 5, 90, 31, 32]),
+        index.codes,
+        index.bounds,
+        torch.zeros(2, 33),
+    )
     torch.library.opcheck(overload("index_pages", name), arguments)
 
 
@@ -236,9 +253,9 @@ def test_wrong_arguments_are_named():
     sparse_attn.varlen_topk_select(query, key, **call, key_index=index)
     with pytest.raises(ValueError, match=r"is of pages .* = \[3, 32, 2, 8\], got key \[2, 32, 2, 8\]"):
         sparse_attn.varlen_topk_select(query, key[:2], **call, key_index=index)
-    with pytest.raises(TypeError, match="must be a sparse_attn.PagedKeyIndex of the pages, got"):
+    with pytest.raises(TypeError, match=r"must be a sparse_attn.PagedKeyIndex of the pages, got"):
         sparse_attn.varlen_topk_select(query, key, **call, key_index=KeyIndex.of(normal(1, 2, 4, 8)))
-    with pytest.raises(TypeError, match="one of torch.float32 keys"):
+    with pytest.raises(TypeError, match=r"one of torch.float32 keys"):
         sparse_attn.varlen_topk_select(query.half(), key.half(), **call, key_index=index)
     packed = normal(4, 2, 8)
     for function, tensors in (("varlen_topk_select", (packed,)), ("varlen_topk_attention", (packed, packed))):

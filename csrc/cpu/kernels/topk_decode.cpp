@@ -76,6 +76,16 @@ SPARSE_ATTN_INLINE Range panels_between(const DecodeParams& d, int64_t chunk, in
     return {maximum(chunk * d.chunk, begin / NR), minimum((chunk + 1) * d.chunk, (end + NR - 1) / NR)};
 }
 
+// Division by the size of pages, most of which are a power of two: a division costs more than a key's scores.
+struct PageOf {
+    int64_t size;
+    int shift;  // -1: no power of two
+    explicit SPARSE_ATTN_INLINE PageOf(int64_t n)
+        : size(n), shift(n > 0 && (n & (n - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(n)) : -1) {}
+    SPARSE_ATTN_INLINE int64_t page(int64_t at) const { return shift >= 0 ? at >> shift : at / size; }
+    SPARSE_ATTN_INLINE int64_t place(int64_t at) const { return shift >= 0 ? at & (size - 1) : at % size; }
+};
+
 // The panels of one key head whose keys lie in pages.
 template <class T, class Tile>
 struct PagedPanels {
@@ -83,11 +93,11 @@ struct PagedPanels {
     KeyPages pages;
     const T* head;  // of page 0
     T* copy;        // [NR, D], for pages in which not even a vector of keys lies side by side
+    PageOf of{pages.size};
 
     SPARSE_ATTN_INLINE const T* row(int64_t key) const {
         const int64_t at = pages.first + key;
-        if (pages.size == 1) return head + pages.table[at] * p.key_strides.b;
-        return head + pages.table[at / pages.size] * p.key_strides.b + at % pages.size * p.key_strides.t;
+        return head + pages.table[of.page(at)] * p.key_strides.b + of.place(at) * p.key_strides.t;
     }
     // The first keys of a panel's vectors; behind the last key the first again.
     SPARSE_ATTN_INLINE void rows_of(int64_t key, const T* (&rows)[NV]) const {
@@ -128,12 +138,13 @@ SPARSE_ATTN_INLINE void with_rows_of_keys(const DecodeParams& d, int64_t b, int6
     use([=, step = p.key_strides.t](int64_t key) { return keys + key * step; });
 }
 
-// Where block n of a head's keys stands in the index, in blocks.
-SPARSE_ATTN_INLINE int64_t place_of_block(const DecodeParams& d, int64_t b, int64_t kv_head, int64_t n) {
+// Where block n of a head's keys stands in the index, in blocks; `of`: d.index.blocks.
+SPARSE_ATTN_INLINE int64_t place_of_block(const DecodeParams& d, PageOf of, int64_t b, int64_t kv_head,
+                                          int64_t n) {
     const int64_t heads = d.select.kv_heads;
-    if (!d.pages.table) return (b * heads + kv_head) * d.index.blocks + n;
+    if (!d.pages.table) return (b * heads + kv_head) * of.size + n;
     n += d.pages.first / kIndexKeys;
-    return (d.pages.table[n / d.index.blocks] * heads + kv_head) * d.index.blocks + n % d.index.blocks;
+    return (d.pages.table[of.page(n)] * heads + kv_head) * of.size + of.place(n);
 }
 
 // Calls use(base, first, rows, tile, beaten, beats) for each panel and each of its tiles of up to MR rows.
@@ -288,9 +299,10 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
     begin = maximum(begin, t.chunk * d.chunk * NR) / kIndexKeys;
     end = minimum(end, (t.chunk + 1) * d.chunk * NR);
     alignas(64) float products[kIndexRows * kIndexKeys];
+    const PageOf of{d.index.blocks};
     for (int64_t n = begin; n * kIndexKeys < end; ++n) {
         const int64_t base = n * kIndexKeys;
-        const int64_t place = place_of_block(d, t.b, t.kv_head, n);
+        const int64_t place = place_of_block(d, of, t.b, t.kv_head, n);
         const int8_t* block = d.index.codes + place * four * 64;
         const float* numbers = d.index.bounds + place * 3 * kIndexKeys;
         for (int64_t first = 0; first < rows; first += kIndexRows) {

@@ -6,8 +6,8 @@
 
 namespace sparse_attn {
 
-// 8-bit rows of the keys (lib/decode_index.h), or nulls. Of keys in pages, each page is a B, and the shift that
-// of all, [Hkv, D].
+// 8-bit rows of the keys (lib/decode_index.h), or nulls. Of keys in pages, each page is a B, and the shift
+// that of all, [Hkv, D].
 struct KeyIndexParams {
     const int8_t* codes;  // [B, Hkv, N, ⌈D/4⌉, 16, 4]: four components each of 16 keys, k̂ / scale
     const float* bounds;  // [B, Hkv, N, 3, 16]: scale, ≥ ‖k − μ − k̂‖, ≥ ‖k − μ‖

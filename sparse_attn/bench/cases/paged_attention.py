@@ -53,9 +53,7 @@ class PagedAttention(AttentionOp):
         used = torch.full((key.shape[0],), case.length)
         slots = torch.arange(count * case.page_size) if with_index else None
         index = None if slots is None else sparse_attn.PagedKeyIndex.of(pages[0], slots)
-        return lambda q, *_: _step(
-            case, q, *pages, None, seqused_k=used, block_table=table, key_index=index
-        )
+        return lambda q, *_: _step(case, q, *pages, None, seqused_k=used, block_table=table, key_index=index)
 
     def problem(self, contender: str, case: PagedCase) -> str | None:
         if contender == "pages" and not case.key_index:

@@ -1,10 +1,11 @@
-"""`varlen_topk_attention` of packed documents against a padded batch, dense attention in a mask, and calls of their own."""
+"""`varlen_topk_attention` of packed documents against a padded batch, a dense mask, and calls of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import sparse_attn
 from sparse_attn.bench import contenders, correctness
-from sparse_attn.bench.attention import LABELS, AttentionCase, AttentionOp, Triple
+from sparse_attn.bench.attention import AttentionCase, AttentionOp, Triple
 from sparse_attn.bench.registry import Comparison, Work
 
 
@@ -34,7 +35,7 @@ class PackedCase(AttentionCase):
         for n in range(1, self.documents + 1):
             ends.append(ends[-1] + 1 / n)
         at = [round(self.length * end / whole) for end in ends]
-        lengths = [end - begin for begin, end in zip(at, at[1:], strict=False)]
+        lengths = [end - begin for begin, end in pairwise(at)]
         order = torch.randperm(self.documents, generator=torch.Generator().manual_seed(0))
         return [lengths[n] for n in order.tolist()]
 
@@ -72,7 +73,9 @@ class VarlenTopkAttention(AttentionOp):
             mask = _block_diagonal(case)
             return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         if contender == "separate":
-            return _each(case, lambda q, k, v: sparse_attn.topk_attention(q, k, v, case.top_k, is_causal=True))
+            return _each(
+                case, lambda q, k, v: sparse_attn.topk_attention(q, k, v, case.top_k, is_causal=True)
+            )
         return _each(case, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     def ours(self, case: PackedCase, tensors: Triple) -> contenders.Forward:

@@ -179,8 +179,8 @@ SPARSE_ATTN_INLINE int64_t survivor_room(int64_t keep) {
     return round_up(4 * keep + 512, W);
 }
 
-// scores[i] = what a tile makes of the query [words] and the key indices[i], which lies at row(indices[i]), for
-// n <= room of them; whole vectors are written.
+// scores[i] = what a tile makes of the query [words] and the key indices[i], which lies at row(indices[i]),
+// for n <= room of them; whole vectors are written.
 template <class T, class Tile, class Row>
 inline void listed_scores(const Row& row, int64_t head_dim, const float* query, const int32_t* indices,
                           int64_t n, float* scores) {
