@@ -165,19 +165,23 @@ bool bounds_take(const SelectParams& p) {
 }
 
 // Bytes leave more keys to be scored again, some 1.4·K: the shorter products must gain that.
-constexpr int64_t kBytesOfBudget = 32;
+constexpr int64_t kBytesOfBudget = 96;
 
 // The products cost half of float32's, and bytes' a quarter; in return each row is rounded, keys at some hundred
 // times the price of a product.
 bool bounds_pay(const SelectParams& p) {
-#if defined(__AVX512F__)
-    constexpr int64_t kLong = 1024, kOfBudget = 8;
+#if defined(__AVX512BF16__)
+    // The full product multiplies pairs too.
+    const bool pairs = p.dtype == DType::kBFloat16;
+    const int64_t long_from = pairs ? 2048 : 512, of_budget = pairs ? 8 : 4;
+#elif defined(__AVX512F__)
+    constexpr int64_t long_from = 512, of_budget = 4;
 #elif defined(__AVX2__)
-    constexpr int64_t kLong = 384, kOfBudget = 4;
+    constexpr int64_t long_from = 384, of_budget = 4;
 #endif
 #if defined(__AVX2__)
-    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 256 && p.key_length >= kLong &&
-           p.key_length >= kOfBudget * p.top_k;
+    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 256 && p.key_length >= long_from &&
+           p.key_length >= of_budget * p.top_k;
 #else
     (void)p;
     return false;

@@ -178,10 +178,11 @@ struct BoundedRows {
     bool take(BoundedRow& row, const int16_t* scores, int64_t n, int32_t first, int32_t width, int32_t guess,
               bool only) {
         const int32_t most = row.keep + row.keep / 8;
+        const int32_t near = 1 + width / 16;  // a threshold so much too low leaves few keys more
         const bool small = only && n <= groups;
         if (!small) fold_maxima(row.maxima, groups, scores, n);
         row.reached =
-            reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, 1, row.reached, guess)
+            reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, near, row.reached, guess)
                 .low;
         const int32_t before = row.count;
         for (bool searched = small;; searched = true) {
@@ -190,12 +191,12 @@ struct BoundedRows {
             if (row.count <= full) break;
             if (searched) return false;  // near-ties
             // Groups with many good keys each.
-            row.reached = reached_by(scores, n, row.keep, most, 1, row.reached, row.reached + 64).low;
+            row.reached = reached_by(scores, n, row.keep, most, near, row.reached, row.reached + 64).low;
         }
         for (int32_t i = before; i < row.count; ++i) row.scores[i] = scores[row.places[i] - first];
-        if (only || row.count <= row.keep + row.keep / 2) return true;
+        if (only || row.count <= full / 2) return true;
         const int64_t padded = close_tail(row.scores, row.count);
-        row.reached = reached_by(row.scores, padded, row.keep, most, 1, row.reached, row.reached + 64).low;
+        row.reached = reached_by(row.scores, padded, row.keep, most, near, row.reached, row.reached + 64).low;
         keep_above(row, row.reached - width);
         return row.count <= full - full / 4;
     }
@@ -240,10 +241,8 @@ struct BoundedRows {
         for (int32_t i = 0; i < open; i += W) {
             const Vec score = load(exact + i);
             const uint32_t may = not_le(score, least) & low_bits(open - i), above = not_le(score, sure);
-            int32_t places[W];
-            append_lanes(places, may & ~above, 0);
-            for (int j = 0, n = __builtin_popcount(may & ~above); j < n; ++j)
-                chosen[between++] = kept + __builtin_popcount(may & low_bits(places[j]));
+            for (uint32_t bits = may & ~above; bits; bits &= bits - 1)
+                chosen[between++] = kept + __builtin_popcount(may & low_bits(__builtin_ctz(bits)));
             store(exact + i, where(above, highest, score));
             compress_to(keys + kept, may, keys + i);
             kept += compress_to(exact + kept, unsure + kept, may, exact + i, unsure + i);
@@ -269,7 +268,7 @@ struct BoundedRows {
         }
         const int64_t padded = close_tail(row.scores, row.count);
         const Reached cut =
-            reached_by(row.scores, padded, row.keep, row.keep, 8, row.reached, row.reached + 64);
+            reached_by(row.scores, padded, row.keep, row.keep, 8 + width / 16, row.reached, row.reached + 64);
         // What no more than `keep` reach, and so what is chosen and what is out.
         const int32_t few = cut.count <= row.keep ? cut.low : cut.high + 1;
         const Shorts sure = all_shorts(to_short(few + width - 2)),

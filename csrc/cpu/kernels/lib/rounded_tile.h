@@ -52,12 +52,15 @@ SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
 SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
     return _mm512_set1_epi32(static_cast<int>(*p));
 }
-SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+SPARSE_ATTN_INLINE __m512i upper_halves(Sums a, Sums b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
     const __m512i pairs = _mm512_packs_epi32(_mm512_maskz_sra_epi32(0xffff, a, count),
                                              _mm512_maskz_sra_epi32(0xffff, b, count));
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi64(0xff, order, pairs));
+    return _mm512_maskz_permutexvar_epi64(0xff, order, pairs);
+}
+SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+    _mm512_storeu_si512(p, upper_halves(a, b, shift));
 }
 #if defined(__AVX512VNNI__)
 #define SPARSE_ATTN_BYTE_TILES
@@ -65,8 +68,9 @@ SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
     asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
     return c;
 }
-SPARSE_ATTN_INLINE void scale_upper(int16_t* p, const int16_t* factors) {
-    _mm512_storeu_si512(p, _mm512_mulhrs_epi16(_mm512_loadu_si512(p), _mm512_loadu_si512(factors)));
+// The same times factors in 2⁻¹⁵, rounded.
+SPARSE_ATTN_INLINE void store_scaled_upper(int16_t* p, Sums a, Sums b, int shift, const int16_t* factors) {
+    _mm512_storeu_si512(p, _mm512_mulhrs_epi16(upper_halves(a, b, shift), _mm512_loadu_si512(factors)));
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     // Not the intrinsic: GCC 12 copies its accumulator around each use, and then runs out of registers.
@@ -132,7 +136,8 @@ SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
                       static_cast<int8_t>(static_cast<uint32_t>(keys.v[i]) >> bit);
     return c;
 }
-SPARSE_ATTN_INLINE void scale_upper(int16_t* p, const int16_t* factors) {
+SPARSE_ATTN_INLINE void store_scaled_upper(int16_t* p, Sums a, Sums b, int shift, const int16_t* factors) {
+    store_upper(p, a, b, shift);
     for (int i = 0; i < NR; ++i) p[i] = static_cast<int16_t>((p[i] * factors[i] + 0x4000) >> 15);
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
@@ -188,15 +193,17 @@ __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, 
         }
 #endif
     }
+    if constexpr (Kind::kBits == 16) {
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);
+        for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);
+    } else {
 #if defined(SPARSE_ATTN_BYTE_TILES)
-    if constexpr (Kind::kBits == 8) {
         const int16_t* factors = reinterpret_cast<const int16_t*>(panel + word_count * NR + NR);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) scale_upper(to + r * stride, factors);
-    }
+        for (int r = 0; r < MR; ++r)
+            store_scaled_upper(to + r * stride, acc[r][0], acc[r][1], shift, factors);
 #endif
+    }
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
