@@ -22,7 +22,7 @@ import sparse_attn
 from sparse_attn.bench import inputs, machine
 from sparse_attn.wings.cpu import selection_by_bounds
 
-WAYS = {"16 bits": (True, 16), "8 bits": (True, 8), "every score exact": (False, 0)}
+WAYS = {"by itself": (None, 0), "16 bits": (True, 16), "8 bits": (True, 8), "every score exact": (False, 0)}
 
 
 def figures(kind: str, length: int, dtype: str, top_k: int, rounds: int) -> dict[str, dict[str, float]]:

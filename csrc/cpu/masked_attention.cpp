@@ -87,7 +87,7 @@ PackedValues pack_values(MaskedParams& p, bool parallel) {
 
 bool attend_by_tiles(Selection& s, const AttendParams& a, uint32_t* bits, std::vector<uint8_t>& done) {
     const SelectParams& p = s.params;
-    if (!tiles_take(p)) return false;
+    if (!tiles_take(p) || (ways.load() == Ways::kAuto && p.top_k < kFewKept)) return false;
     const TileCosts costs = tile_costs();
     MaskedParams m{p, a, bits, nullptr, nullptr, nullptr};
     const cpu::MaskedKernels& k = cpu::masked_attention_kernels();

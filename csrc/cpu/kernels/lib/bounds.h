@@ -24,7 +24,7 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // A row whose bounds leave more than three quarters of its buffer is given up.
 template <class Kind>
 SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
-    return round_up((Kind::kBits == 16 ? 2 : 4) * keep + maximum<int64_t>(keep, 128), 64);
+    return round_up((Kind::kBits == 16 ? 2 : 6) * keep + maximum<int64_t>(keep, 128), 64);
 }
 constexpr int32_t kMany = 16;  // open candidates
 constexpr int64_t kBehind = 192;  // room that compression writes to
