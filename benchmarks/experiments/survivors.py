@@ -86,8 +86,9 @@ def main() -> None:
                     for name in WAYS:
                         row = found[name]
                         print(
-                            f"  {name:18s} {row['ms']:6.1f} ms, {dense / row['ms']:5.2f}x; {row['candidates']:.2f} K left, "
-                            f"{row['scored']:.3f} K scored, {100 * row['given_up']:.0f} % given up",
+                            f"  {name:18s} {row['ms']:6.1f} ms, {dense / row['ms']:5.2f}x; "
+                            f"{row['candidates']:.2f} K left, {row['scored']:.3f} K scored, "
+                            f"{100 * row['given_up']:.0f} % given up",
                             flush=True,
                         )
                     rows.append({"inputs": kind, "length": length, "dtype": dtype, "top_k": top_k, **found})

@@ -144,25 +144,26 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
             std::vector<uint8_t> done(left.size());
             std::atomic<int64_t> tried{0}, given_up{0};
             const int64_t bytes = std::max(k.scratch_bytes(p), scratch_bytes);
-            for_each_task(static_cast<int64_t>(left.size()), bytes, s.parallel, [&](int64_t n, char* scratch) {
-                if (given_up * 4 > tried + 16) return;  // inputs that bounds do not suit
-                const Block t = block(left[static_cast<size_t>(n)]);
-                uint8_t& is_done = done[static_cast<size_t>(n)];
-                if (wanted && !wanted(t)) {
+            for_each_task(
+                static_cast<int64_t>(left.size()), bytes, s.parallel, [&](int64_t n, char* scratch) {
+                    if (given_up * 4 > tried + 16) return;  // inputs that bounds do not suit
+                    const Block t = block(left[static_cast<size_t>(n)]);
+                    uint8_t& is_done = done[static_cast<size_t>(n)];
+                    if (wanted && !wanted(t)) {
+                        is_done = 1;
+                        return;
+                    }
+                    cpu::Survivors found{};
+                    ++tried;
+                    if (!k.select(p, {t.b, t.group, t.queries, packed.get()}, scratch, &found)) {
+                        ++given_up;
+                        return;
+                    }
                     is_done = 1;
-                    return;
-                }
-                cpu::Survivors found{};
-                ++tried;
-                if (!k.select(p, {t.b, t.group, t.queries, packed.get()}, scratch, &found)) {
-                    ++given_up;
-                    return;
-                }
-                is_done = 1;
-                then(t, scratch);
-                const int64_t add[] = {1, 0, found.rows, found.budget, found.kept, found.scored};
-                for (int j = 0; j < 6; ++j) counts[j] += add[j];
-            });
+                    then(t, scratch);
+                    const int64_t add[] = {1, 0, found.rows, found.budget, found.kept, found.scored};
+                    for (int j = 0; j < 6; ++j) counts[j] += add[j];
+                });
             std::vector<int64_t> rest;
             for (size_t n = 0; n < left.size(); ++n)
                 if (!done[n]) rest.push_back(left[n]);

@@ -4,7 +4,8 @@
 //
 // up to the same constant for all keys of a row (keys are shifted, which moves all scores of a query alike).
 // Of q̂·k̂ the whole number s of units u below it is kept, 16 bits: the exact score lies in [s·u − E, (s + 1)·u
-// + E), or, of bytes, whose sum is rounded once more, in [s·u − u / 2 − E, (s + 3 / 2)·u + E). With w = ⌈2E / u⌉
+// + E), or, of bytes, whose sum is rounded once more, in [s·u − u / 2 − E, (s + 3 / 2)·u + E). With w = ⌈2E /
+// u⌉
 // + 1, of bytes + 2,
 //
 //   s ≤ t − w, where K keys reach t:                    they all score higher, ties excluded: not chosen
@@ -26,7 +27,7 @@ template <class Kind>
 SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
     return round_up((Kind::kBits == 16 ? 2 : 6) * keep + maximum<int64_t>(keep, 128), 64);
 }
-constexpr int32_t kMany = 16;  // open candidates
+constexpr int32_t kMany = 16;     // open candidates
 constexpr int64_t kBehind = 192;  // room that compression writes to
 // Groups of keys whose maxima bound the K-th best.
 SPARSE_ATTN_INLINE int64_t maxima_groups(int64_t keep) {
@@ -82,7 +83,7 @@ struct BoundedRows {
     float* columns;     // [D][W]
     float* exact_query;
     float* plain_query;  // [D], zeros up to whole vectors
-    int16_t* rows;  // [kBlockRows][stride]: scores of a chunk
+    int16_t* rows;       // [kBlockRows][stride]: scores of a chunk
     Survivors& survivors;
 
     BoundedRows(const SelectParams& p_, const T* query_, const T* key_, Scratch& s, Survivors& survivors_)
@@ -181,9 +182,9 @@ struct BoundedRows {
         const int32_t near = 1 + width / 16;  // a threshold so much too low leaves few keys more
         const bool small = only && n <= groups;
         if (!small) fold_maxima(row.maxima, groups, scores, n);
-        row.reached =
-            reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, near, row.reached, guess)
-                .low;
+        row.reached = reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, near,
+                                 row.reached, guess)
+                          .low;
         const int32_t before = row.count;
         for (bool searched = small;; searched = true) {
             row.count =
@@ -217,8 +218,8 @@ struct BoundedRows {
         return c.count;
     }
 
-    // The same where many are open: by sums in the order in which a row is read, whose error is known, and only of
-    // what these leave open by those in the order of the full product, which costs more.
+    // The same where many are open: by sums in the order in which a row is read, whose error is known, and
+    // only of what these leave open by those in the order of the full product, which costs more.
     int32_t rank_many(int32_t open, int32_t keep, int64_t at, float slack) {
         const Strides& s = p.query_strides;
         load_padded(plain_query, query + at * s.t, p.head_dim, s.d);
@@ -369,11 +370,12 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         last = minimum(first + chunk, span.end);
         for (int64_t base = first / NR * NR; base < last; base += NR) {
             uint32_t* panel = panel_at(base / NR);
-            const int shift = minimum(31, least + exponent - facts_of<Kind>(panel, work.word_count)->exponent);
+            const int shift =
+                minimum(31, least + exponent - facts_of<Kind>(panel, work.word_count)->exponent);
             for (int g = 0; g < kRowGroups; ++g) {
                 if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
                 rounded_tile<Kind>(work.rows + g * MR * work.stride + (base - first), work.stride,
-                             work.queries + g * work.word_count * MR, panel, work.word_count, shift);
+                                   work.queries + g * work.word_count * MR, panel, work.word_count, shift);
             }
         }
         for (int64_t i = 0; i < count; ++i) {
@@ -401,8 +403,8 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         const Visible& v = visible[i];
         const int32_t* best = row.places;
         if (scored_rows[i / MR] >> (i % MR) & 1) {
-            best = work.finish(row, facts[i / MR].width[i % MR], facts[i / MR].slack[i % MR],
-                               queries.begin + i);
+            best =
+                work.finish(row, facts[i / MR].width[i % MR], facts[i / MR].slack[i % MR], queries.begin + i);
         } else if (row.keep > 0) {
             for (int64_t j = v.sink_end; j < v.end; ++j) row.places[row.count++] = static_cast<int32_t>(j);
         }

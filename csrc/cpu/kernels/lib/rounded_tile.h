@@ -1,11 +1,12 @@
-// Register tiles of products of whole numbers: MR queries × NR keys, summed in int32, of which 16 bits are kept.
+// Register tiles of products of whole numbers: MR queries × NR keys, summed in int32, of which 16 bits are
+// kept.
 //
-// By pairs of 16 bits: all CPUs that have AVX2 multiply two pairs of them where they multiply one of float32. By
-// bytes: with VNNI twice as many again; elsewhere no faster than by pairs. A panel is
+// By pairs of 16 bits: all CPUs that have AVX2 multiply two pairs of them where they multiply one of float32.
+// By bytes: with VNNI twice as many again; elsewhere no faster than by pairs. A panel is
 //
 //   words    uint32 [ceil(D / 2) or ceil(D / 4)][NR]
-//   bytes    int32 [NR], −128 · Σ of the key's numbers, and int16 [NR], its scale as a part of the panel's, in 2⁻¹⁵
-//   facts    PanelFacts
+//   bytes    int32 [NR], −128 · Σ of the key's numbers, and int16 [NR], its scale as a part of the panel's,
+//   in 2⁻¹⁵ facts    PanelFacts
 #pragma once
 
 #include "rounded_rows.h"
@@ -15,8 +16,8 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // One scale for all keys of a panel, 2^exponent, and upper bounds over them.
 struct PanelFacts {
     int32_t exponent;
-    float norm;   // ‖key‖, shifted
-    float error;  // ‖key − rounded‖, with the slack
+    float norm;        // ‖key‖, shifted
+    float error;       // ‖key − rounded‖, with the slack
     float plain_norm;  // ‖key‖ as it is
 };
 
@@ -158,8 +159,8 @@ SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums
 }
 #endif
 
-// to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the key's
-// scale, rounded.
+// to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the
+// key's scale, rounded.
 template <class Kind>
 __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, const uint32_t* queries,
                                                    const uint32_t* panel, int64_t word_count, int shift) {
