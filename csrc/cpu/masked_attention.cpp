@@ -87,7 +87,7 @@ PackedValues pack_values(MaskedParams& p, bool parallel) {
 
 bool attend_by_tiles(Selection& s, const AttendParams& a, uint32_t* bits, std::vector<uint8_t>& done) {
     const SelectParams& p = s.params;
-    if (!tiles_take(p)) return false;
+    if (!tiles_take(p) || (ways.load() == Ways::kAuto && p.top_k < kFewKept)) return false;
     const TileCosts costs = tile_costs();
     MaskedParams m{p, a, bits, nullptr, nullptr, nullptr};
     const cpu::MaskedKernels& k = cpu::masked_attention_kernels();
@@ -173,19 +173,18 @@ struct Named {
     }
 };
 
-// Whether any of some rows would be served by tiles: an estimate for the whole call, from its shape and
-// indices alone.
-template <class Pays>
-bool any_row(const AttendParams& a, const Pays& pays) {
-    if (a.query_length <= 16 || a.slots == 0 || a.key_length == 0) return false;
+// Calls use(row) for some rows, from which the whole call is judged, until it says that it has seen enough; a
+// function of its shape and indices alone.
+template <class Use>
+void some_rows(const AttendParams& a, const Use& use) {
+    if (a.query_length <= 16 || a.slots == 0 || a.key_length == 0) return;
     const int64_t step = std::max<int64_t>(1, a.query_length / 16);
     for (int64_t b = 0; b < a.batch; ++b)
         for (int64_t i = a.query_length - 1; i >= 0; i -= step) {
             Named one;
             one.look(a, b, (b + i) % a.groups, i);
-            if (one.count > 0 && pays(one)) return true;
+            if (one.count > 0 && use(one)) return;
         }
-    return false;
 }
 
 // [B, G, Tq, words] bits of the indices; false where a row names a key twice.
@@ -229,7 +228,9 @@ void attend_to_indices(const AttendParams& a) {
     const bool parallel = worth_threads_for(a);
     const int64_t per_kv = a.heads / a.kv_heads, width = a.head_dim + a.value_dim;
     const TileCosts costs = tile_costs();
-    if (!any_row(a, [&](const Named& n) { return n.tiles(costs, width); })) {
+    bool any = false;  // each block of rows goes its own way
+    some_rows(a, [&](const Named& n) { return any = n.tiles(costs, width); });
+    if (!any) {
         const int64_t per_head = blocks(a.query_length, kAttendQueries);
         return for_each_task(a.batch * a.kv_heads * per_head, gather.scratch_bytes(a), parallel,
                              [&](int64_t i, char* scratch) {
@@ -270,18 +271,21 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
     f.indices = indices;
     const TileCosts c = tile_costs();
     const int64_t width = f.head_dim + f.value_dim;
-    const auto pays = [&](const Named& n) {
-        const Ways which = tiles_used();
-        if (which != Ways::kAuto) return which == Ways::kTiles;
-        // Without FMA each step of the tiles' long sums rounds twice.
-        if (cpu::isa() == cpu::Isa::generic) return false;
+    // All rows go one way, the one that is cheaper for them together.
+    double by_tiles = 0.0, by_gathering = 0.0;
+    bool long_enough = false;
+    some_rows(f, [&](const Named& n) {
         const double span = static_cast<double>(n.keys.end - n.keys.begin),
                      components = static_cast<double>(width);
-        return n.keys.end - n.keys.begin >= kFewKeys &&
-               span * (c.tile_key_backward + c.tile_backward * components) <=
-                   static_cast<double>(n.count) * components * c.gather_backward;
-    };
-    if (!any_row(f, pays)) return false;
+        by_tiles += span * (c.tile_key_backward + c.tile_backward * components);
+        by_gathering += static_cast<double>(n.count) * components * c.gather_backward;
+        long_enough |= n.keys.end - n.keys.begin >= kFewKeys;
+        return false;
+    });
+    const Ways which = tiles_used();
+    // Without FMA each step of the tiles' long sums rounds twice.
+    const bool pays = long_enough && by_tiles <= by_gathering && cpu::isa() != cpu::Isa::generic;
+    if (by_gathering == 0.0 || !(which == Ways::kAuto ? pays : which == Ways::kTiles)) return false;
     const bool parallel = worth_threads_for(f);
     const cpu::MaskedBackwardKernels& k = cpu::masked_attention_backward_kernels();
     const int64_t rows = f.batch * f.heads * k.padded_rows(f.query_length), key_heads = f.batch * f.kv_heads;

@@ -133,32 +133,42 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
     std::vector<int64_t> left;
     const bool bounds = by_bounds(p);
     if (bounds) {
-        s.params.bounds_bits = bits_of_bounds(p);
+        for (int64_t i = 0; i < tasks; ++i) left.push_back(i);
         const cpu::BoundsKernels& k = cpu::topk_bounds_kernels();
-        const Memory packed = rounded_keys(s);
-        std::vector<uint8_t> done(static_cast<size_t>(tasks));
-        std::atomic<int64_t> tried{0}, given_up{0};
-        const int64_t bytes = std::max(k.scratch_bytes(p), scratch_bytes);
-        for_each_task(tasks, bytes, s.parallel, [&](int64_t i, char* scratch) {
-            if (given_up * 4 > tried + 16) return;  // inputs that bounds do not suit
-            const Block t = block(i);
-            if (wanted && !wanted(t)) {
-                done[static_cast<size_t>(i)] = 1;
-                return;
-            }
-            cpu::Survivors n{};
-            ++tried;
-            if (!k.select(p, {t.b, t.group, t.queries, packed.get()}, scratch, &n)) {
-                ++given_up;
-                return;
-            }
-            done[static_cast<size_t>(i)] = 1;
-            then(t, scratch);
-            const int64_t add[] = {1, 0, n.rows, n.budget, n.kept, n.scored};
-            for (int j = 0; j < 6; ++j) counts[j] += add[j];
-        });
-        for (int64_t i = 0; i < tasks; ++i)
-            if (!done[static_cast<size_t>(i)]) left.push_back(i);
+        const int first_bits = bits_of_bounds(p);
+        // What bytes leave too much of, pairs may not; unless somebody asked for bytes.
+        for (int bits = first_bits; bits > 0 && !left.empty();
+             bits = bits == 8 && bounds_bits == 0 ? 16 : 0) {
+            s.params.bounds_bits = bits;
+            const Memory packed = rounded_keys(s);
+            std::vector<uint8_t> done(left.size());
+            std::atomic<int64_t> tried{0}, given_up{0};
+            const int64_t bytes = std::max(k.scratch_bytes(p), scratch_bytes);
+            for_each_task(
+                static_cast<int64_t>(left.size()), bytes, s.parallel, [&](int64_t n, char* scratch) {
+                    if (given_up * 4 > tried + 16) return;  // inputs that bounds do not suit
+                    const Block t = block(left[static_cast<size_t>(n)]);
+                    uint8_t& is_done = done[static_cast<size_t>(n)];
+                    if (wanted && !wanted(t)) {
+                        is_done = 1;
+                        return;
+                    }
+                    cpu::Survivors found{};
+                    ++tried;
+                    if (!k.select(p, {t.b, t.group, t.queries, packed.get()}, scratch, &found)) {
+                        ++given_up;
+                        return;
+                    }
+                    is_done = 1;
+                    then(t, scratch);
+                    const int64_t add[] = {1, 0, found.rows, found.budget, found.kept, found.scored};
+                    for (int j = 0; j < 6; ++j) counts[j] += add[j];
+                });
+            std::vector<int64_t> rest;
+            for (size_t n = 0; n < left.size(); ++n)
+                if (!done[n]) rest.push_back(left[n]);
+            left.swap(rest);
+        }
         counts[1] += static_cast<int64_t>(left.size());
         if (left.empty()) return;
     }

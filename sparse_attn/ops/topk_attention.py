@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -170,7 +172,8 @@ def topk_attention(
     return_indices = checks.boolean("return_indices", return_indices)
     scoring = scale, softcap, sink_logits
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
-    wants = {} if return_indices or not on_one_process(query) else {"wants_indices": False}
+    # Only where it says something: over several processes nobody knows this option.
+    wants: dict[str, Any] = {} if return_indices or not on_one_process(query) else {"wants_indices": False}
     out, lse, indices = attend_best(
         query, key, value, top_k, rule, key_index=key_index, backend=backend, **wants
     )

@@ -52,8 +52,8 @@ if extension.module is not None:
 def selection_by_bounds(use: bool | None, bits: int = 0) -> Iterator[dict[str, int]]:
     """Exact selection by bounds of rounded scores in this process, which has the same bits.
 
-    True: wherever it can be done; False: never; None: where it is faster, as without this. Rows are rounded to 16 `bits`,
-    to 8 (on CPUs with VNNI, and without AVX2; 16 elsewhere), or (0) to what is faster.
+    True: wherever it can be done; False: never; None: where it is faster, as without this. Rows are rounded to 16
+    `bits`, to 8 (on CPUs with VNNI, and without AVX2; 16 elsewhere), or (0) to what is faster.
 
     Yields a dict that the end of the block fills with what the bounds did meanwhile: blocks of queries selected so, and
     blocks given_up for the full product; of the former the rows, their budget of keys, how many keys were kept as

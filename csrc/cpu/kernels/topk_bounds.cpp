@@ -72,7 +72,8 @@ void find_shift(const SelectParams& p, int64_t b, int64_t kv_head, void* packed_
     });
 }
 
-// Behind a panel of bytes: each key's scale, a part of the panel's in 2⁻¹⁵ that leaves its numbers within bounds, …
+// Behind a panel of bytes: each key's scale, a part of the panel's in 2⁻¹⁵ that leaves its numbers within
+// bounds, …
 SPARSE_ATTN_INLINE void set_factors(uint32_t* behind, int v, Vec sizes, int32_t exponent, Vec& scale,
                                     Vec& inverse) {
     int16_t* factors = reinterpret_cast<int16_t*>(behind + NR) + v * W;
@@ -82,8 +83,8 @@ SPARSE_ATTN_INLINE void set_factors(uint32_t* behind, int v, Vec sizes, int32_t 
     for (int j = 0; j < W; ++j) {
         const float part = size[j] / (panel * ByBytes::kMost) * 32768.0f;  // of a key without bounds anything
         factors[j] = static_cast<int16_t>(part >= 1.0f && part < 32766.0f ? static_cast<int32_t>(part) + 1
-                                          : part < 1.0f                  ? 1
-                                                                         : 32767);
+                                          : part < 1.0f                   ? 1
+                                                                          : 32767);
         scales[j] = panel * static_cast<float>(factors[j]) * 0x1p-15f;
         inverses[j] = 1.0f / scales[j];
     }
@@ -95,7 +96,8 @@ SPARSE_ATTN_INLINE void set_starts(uint32_t* behind, int v, Vec total) {
     float totals[W];
     store(totals, total);
     for (int j = 0; j < W; ++j)
-        behind[v * W + j] = totals[j] == totals[j] ? static_cast<uint32_t>(-128 * static_cast<int32_t>(totals[j])) : 0u;
+        behind[v * W + j] =
+            totals[j] == totals[j] ? static_cast<uint32_t>(-128 * static_cast<int32_t>(totals[j])) : 0u;
 }
 
 template <class Kind>
@@ -165,19 +167,23 @@ bool bounds_take(const SelectParams& p) {
 }
 
 // Bytes leave more keys to be scored again, some 1.4·K: the shorter products must gain that.
-constexpr int64_t kBytesOfBudget = 32;
+constexpr int64_t kBytesOfBudget = 96;
 
-// The products cost half of float32's, and bytes' a quarter; in return each row is rounded, keys at some hundred
-// times the price of a product.
+// The products cost half of float32's, and bytes' a quarter; in return each row is rounded, keys at some
+// hundred times the price of a product.
 bool bounds_pay(const SelectParams& p) {
-#if defined(__AVX512F__)
-    constexpr int64_t kLong = 1024, kOfBudget = 8;
+#if defined(__AVX512BF16__)
+    // The full product multiplies pairs too.
+    const bool pairs = p.dtype == DType::kBFloat16;
+    const int64_t long_from = pairs ? 2048 : 512, of_budget = pairs ? 8 : 4;
+#elif defined(__AVX512F__)
+    constexpr int64_t long_from = 512, of_budget = 4;
 #elif defined(__AVX2__)
-    constexpr int64_t kLong = 384, kOfBudget = 4;
+    constexpr int64_t long_from = 384, of_budget = 4;
 #endif
 #if defined(__AVX2__)
-    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 256 && p.key_length >= kLong &&
-           p.key_length >= kOfBudget * p.top_k;
+    return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 256 && p.key_length >= long_from &&
+           p.key_length >= of_budget * p.top_k;
 #else
     (void)p;
     return false;

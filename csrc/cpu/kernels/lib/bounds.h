@@ -4,7 +4,8 @@
 //
 // up to the same constant for all keys of a row (keys are shifted, which moves all scores of a query alike).
 // Of q̂·k̂ the whole number s of units u below it is kept, 16 bits: the exact score lies in [s·u − E, (s + 1)·u
-// + E), or, of bytes, whose sum is rounded once more, in [s·u − u / 2 − E, (s + 3 / 2)·u + E). With w = ⌈2E / u⌉
+// + E), or, of bytes, whose sum is rounded once more, in [s·u − u / 2 − E, (s + 3 / 2)·u + E). With w = ⌈2E /
+// u⌉
 // + 1, of bytes + 2,
 //
 //   s ≤ t − w, where K keys reach t:                    they all score higher, ties excluded: not chosen
@@ -24,9 +25,9 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // A row whose bounds leave more than three quarters of its buffer is given up.
 template <class Kind>
 SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
-    return round_up((Kind::kBits == 16 ? 2 : 4) * keep + maximum<int64_t>(keep, 128), 64);
+    return round_up((Kind::kBits == 16 ? 2 : 6) * keep + maximum<int64_t>(keep, 128), 64);
 }
-constexpr int32_t kMany = 16;  // open candidates
+constexpr int32_t kMany = 16;     // open candidates
 constexpr int64_t kBehind = 192;  // room that compression writes to
 // Groups of keys whose maxima bound the K-th best.
 SPARSE_ATTN_INLINE int64_t maxima_groups(int64_t keep) {
@@ -82,7 +83,7 @@ struct BoundedRows {
     float* columns;     // [D][W]
     float* exact_query;
     float* plain_query;  // [D], zeros up to whole vectors
-    int16_t* rows;  // [kBlockRows][stride]: scores of a chunk
+    int16_t* rows;       // [kBlockRows][stride]: scores of a chunk
     Survivors& survivors;
 
     BoundedRows(const SelectParams& p_, const T* query_, const T* key_, Scratch& s, Survivors& survivors_)
@@ -178,11 +179,12 @@ struct BoundedRows {
     bool take(BoundedRow& row, const int16_t* scores, int64_t n, int32_t first, int32_t width, int32_t guess,
               bool only) {
         const int32_t most = row.keep + row.keep / 8;
+        const int32_t near = 1 + width / 16;  // a threshold so much too low leaves few keys more
         const bool small = only && n <= groups;
         if (!small) fold_maxima(row.maxima, groups, scores, n);
-        row.reached =
-            reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, 1, row.reached, guess)
-                .low;
+        row.reached = reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, near,
+                                 row.reached, guess)
+                          .low;
         const int32_t before = row.count;
         for (bool searched = small;; searched = true) {
             row.count =
@@ -190,12 +192,12 @@ struct BoundedRows {
             if (row.count <= full) break;
             if (searched) return false;  // near-ties
             // Groups with many good keys each.
-            row.reached = reached_by(scores, n, row.keep, most, 1, row.reached, row.reached + 64).low;
+            row.reached = reached_by(scores, n, row.keep, most, near, row.reached, row.reached + 64).low;
         }
         for (int32_t i = before; i < row.count; ++i) row.scores[i] = scores[row.places[i] - first];
-        if (only || row.count <= row.keep + row.keep / 2) return true;
+        if (only || row.count <= full / 2) return true;
         const int64_t padded = close_tail(row.scores, row.count);
-        row.reached = reached_by(row.scores, padded, row.keep, most, 1, row.reached, row.reached + 64).low;
+        row.reached = reached_by(row.scores, padded, row.keep, most, near, row.reached, row.reached + 64).low;
         keep_above(row, row.reached - width);
         return row.count <= full - full / 4;
     }
@@ -216,8 +218,8 @@ struct BoundedRows {
         return c.count;
     }
 
-    // The same where many are open: by sums in the order in which a row is read, whose error is known, and only of
-    // what these leave open by those in the order of the full product, which costs more.
+    // The same where many are open: by sums in the order in which a row is read, whose error is known, and
+    // only of what these leave open by those in the order of the full product, which costs more.
     int32_t rank_many(int32_t open, int32_t keep, int64_t at, float slack) {
         const Strides& s = p.query_strides;
         load_padded(plain_query, query + at * s.t, p.head_dim, s.d);
@@ -240,10 +242,8 @@ struct BoundedRows {
         for (int32_t i = 0; i < open; i += W) {
             const Vec score = load(exact + i);
             const uint32_t may = not_le(score, least) & low_bits(open - i), above = not_le(score, sure);
-            int32_t places[W];
-            append_lanes(places, may & ~above, 0);
-            for (int j = 0, n = __builtin_popcount(may & ~above); j < n; ++j)
-                chosen[between++] = kept + __builtin_popcount(may & low_bits(places[j]));
+            for (uint32_t bits = may & ~above; bits; bits &= bits - 1)
+                chosen[between++] = kept + __builtin_popcount(may & low_bits(__builtin_ctz(bits)));
             store(exact + i, where(above, highest, score));
             compress_to(keys + kept, may, keys + i);
             kept += compress_to(exact + kept, unsure + kept, may, exact + i, unsure + i);
@@ -269,7 +269,7 @@ struct BoundedRows {
         }
         const int64_t padded = close_tail(row.scores, row.count);
         const Reached cut =
-            reached_by(row.scores, padded, row.keep, row.keep, 8, row.reached, row.reached + 64);
+            reached_by(row.scores, padded, row.keep, row.keep, 8 + width / 16, row.reached, row.reached + 64);
         // What no more than `keep` reach, and so what is chosen and what is out.
         const int32_t few = cut.count <= row.keep ? cut.low : cut.high + 1;
         const Shorts sure = all_shorts(to_short(few + width - 2)),
@@ -370,11 +370,12 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         last = minimum(first + chunk, span.end);
         for (int64_t base = first / NR * NR; base < last; base += NR) {
             uint32_t* panel = panel_at(base / NR);
-            const int shift = minimum(31, least + exponent - facts_of<Kind>(panel, work.word_count)->exponent);
+            const int shift =
+                minimum(31, least + exponent - facts_of<Kind>(panel, work.word_count)->exponent);
             for (int g = 0; g < kRowGroups; ++g) {
                 if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
                 rounded_tile<Kind>(work.rows + g * MR * work.stride + (base - first), work.stride,
-                             work.queries + g * work.word_count * MR, panel, work.word_count, shift);
+                                   work.queries + g * work.word_count * MR, panel, work.word_count, shift);
             }
         }
         for (int64_t i = 0; i < count; ++i) {
@@ -402,8 +403,8 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         const Visible& v = visible[i];
         const int32_t* best = row.places;
         if (scored_rows[i / MR] >> (i % MR) & 1) {
-            best = work.finish(row, facts[i / MR].width[i % MR], facts[i / MR].slack[i % MR],
-                               queries.begin + i);
+            best =
+                work.finish(row, facts[i / MR].width[i % MR], facts[i / MR].slack[i % MR], queries.begin + i);
         } else if (row.keep > 0) {
             for (int64_t j = v.sink_end; j < v.end; ++j) row.places[row.count++] = static_cast<int32_t>(j);
         }

@@ -1,11 +1,12 @@
-// Register tiles of products of whole numbers: MR queries × NR keys, summed in int32, of which 16 bits are kept.
+// Register tiles of products of whole numbers: MR queries × NR keys, summed in int32, of which 16 bits are
+// kept.
 //
-// By pairs of 16 bits: all CPUs that have AVX2 multiply two pairs of them where they multiply one of float32. By
-// bytes: with VNNI twice as many again; elsewhere no faster than by pairs. A panel is
+// By pairs of 16 bits: all CPUs that have AVX2 multiply two pairs of them where they multiply one of float32.
+// By bytes: with VNNI twice as many again; elsewhere no faster than by pairs. A panel is
 //
 //   words    uint32 [ceil(D / 2) or ceil(D / 4)][NR]
-//   bytes    int32 [NR], −128 · Σ of the key's numbers, and int16 [NR], its scale as a part of the panel's, in 2⁻¹⁵
-//   facts    PanelFacts
+//   bytes    int32 [NR], −128 · Σ of the key's numbers, and int16 [NR], its scale as a part of the panel's,
+//   in 2⁻¹⁵ facts    PanelFacts
 #pragma once
 
 #include "rounded_rows.h"
@@ -15,8 +16,8 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // One scale for all keys of a panel, 2^exponent, and upper bounds over them.
 struct PanelFacts {
     int32_t exponent;
-    float norm;   // ‖key‖, shifted
-    float error;  // ‖key − rounded‖, with the slack
+    float norm;        // ‖key‖, shifted
+    float error;       // ‖key − rounded‖, with the slack
     float plain_norm;  // ‖key‖ as it is
 };
 
@@ -52,12 +53,15 @@ SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
 SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
     return _mm512_set1_epi32(static_cast<int>(*p));
 }
-SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+SPARSE_ATTN_INLINE __m512i upper_halves(Sums a, Sums b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
     const __m512i pairs = _mm512_packs_epi32(_mm512_maskz_sra_epi32(0xffff, a, count),
                                              _mm512_maskz_sra_epi32(0xffff, b, count));
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi64(0xff, order, pairs));
+    return _mm512_maskz_permutexvar_epi64(0xff, order, pairs);
+}
+SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+    _mm512_storeu_si512(p, upper_halves(a, b, shift));
 }
 #if defined(__AVX512VNNI__)
 #define SPARSE_ATTN_BYTE_TILES
@@ -65,8 +69,9 @@ SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
     asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(queries), "v"(keys));
     return c;
 }
-SPARSE_ATTN_INLINE void scale_upper(int16_t* p, const int16_t* factors) {
-    _mm512_storeu_si512(p, _mm512_mulhrs_epi16(_mm512_loadu_si512(p), _mm512_loadu_si512(factors)));
+// The same times factors in 2⁻¹⁵, rounded.
+SPARSE_ATTN_INLINE void store_scaled_upper(int16_t* p, Sums a, Sums b, int shift, const int16_t* factors) {
+    _mm512_storeu_si512(p, _mm512_mulhrs_epi16(upper_halves(a, b, shift), _mm512_loadu_si512(factors)));
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     // Not the intrinsic: GCC 12 copies its accumulator around each use, and then runs out of registers.
@@ -132,7 +137,8 @@ SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
                       static_cast<int8_t>(static_cast<uint32_t>(keys.v[i]) >> bit);
     return c;
 }
-SPARSE_ATTN_INLINE void scale_upper(int16_t* p, const int16_t* factors) {
+SPARSE_ATTN_INLINE void store_scaled_upper(int16_t* p, Sums a, Sums b, int shift, const int16_t* factors) {
+    store_upper(p, a, b, shift);
     for (int i = 0; i < NR; ++i) p[i] = static_cast<int16_t>((p[i] * factors[i] + 0x4000) >> 15);
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
@@ -153,8 +159,8 @@ SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums
 }
 #endif
 
-// to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the key's
-// scale, rounded.
+// to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the
+// key's scale, rounded.
 template <class Kind>
 __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, const uint32_t* queries,
                                                    const uint32_t* panel, int64_t word_count, int shift) {
@@ -188,15 +194,17 @@ __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, 
         }
 #endif
     }
+    if constexpr (Kind::kBits == 16) {
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);
+        for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);
+    } else {
 #if defined(SPARSE_ATTN_BYTE_TILES)
-    if constexpr (Kind::kBits == 8) {
         const int16_t* factors = reinterpret_cast<const int16_t*>(panel + word_count * NR + NR);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) scale_upper(to + r * stride, factors);
-    }
+        for (int r = 0; r < MR; ++r)
+            store_scaled_upper(to + r * stride, acc[r][0], acc[r][1], shift, factors);
 #endif
+    }
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

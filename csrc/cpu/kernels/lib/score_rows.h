@@ -195,10 +195,14 @@ inline void fold_maxima(int16_t* groups, int64_t group_count, const int16_t* x, 
 SPARSE_ATTN_INLINE int32_t append_places(int32_t* to, uint64_t bits, int32_t base) {
     const int32_t count = __builtin_popcountll(bits);
 #if defined(__AVX2__)
-    if (count <= 4) {
+    if (count <= 6) {
         // Without a branch for each: as many as are usual, whether they are there or not.
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i, bits &= bits - 1) to[i] = base + static_cast<int32_t>(_tzcnt_u64(bits));
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; ++i, bits &= bits - 1) {
+            const int32_t place = base + static_cast<int32_t>(_tzcnt_u64(bits));
+            // Not a plain store: GCC makes vectors of these first, one by one, which takes longer.
+            asm volatile("movl %1, %0" : "=m"(to[i]) : "r"(place));
+        }
         return count;
     }
     for (int i = 0; i < 64; i += Vec::W, bits >>= Vec::W)
