@@ -87,7 +87,9 @@ PYBIND11_MODULE(_C, m) {
         "use_bounds",
         [](std::optional<bool> use, int bits) {
             using sparse_attn::ByBounds;
-            sparse_attn::use_bounds(!use ? ByBounds::kAuto : *use ? ByBounds::kAlways : ByBounds::kNever,
+            sparse_attn::use_bounds(!use   ? ByBounds::kAuto
+                                    : *use ? ByBounds::kAlways
+                                           : ByBounds::kNever,
                                     bits);
         },
         py::arg("use"), py::arg("bits") = 0,

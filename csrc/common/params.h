@@ -17,9 +17,9 @@ struct SelectParams {
     Strides query_strides, key_strides;
     Rule rule;
     int64_t batch, heads, kv_heads, query_length, key_length, head_dim;
-    int64_t top_k;  // K = min(top_k, Tk) of the call
+    int64_t top_k;    // K = min(top_k, Tk) of the call
     int bounds_bits;  // of the rows that bounds are made of, where it is done by bounds: 8 or 16
-    bool rounded;   // scores of queries and keys rounded to 8 bits, each with its own scale
+    bool rounded;     // scores of queries and keys rounded to 8 bits, each with its own scale
     DType dtype;
     // If not null, only the keys of a tile's blocks are candidates: int32 [B, G, N, M], ascending, one
     // row for each of the N tiles of query_tile queries. A task's queries lie in one tile.

@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     return {out, lse, indices};
 }
 
-// The same output and LSE where nobody asks for the indices: dense tiles need none, and 4·K bytes a row are more to
-// write than all the rest where K is large.
+// The same output and LSE where nobody asks for the indices: dense tiles need none, and 4·K bytes a row are
+// more to write than all the rest where K is large.
 std::tuple<Tensor, Tensor> topk_attention_output_cpu(Tensor query, Tensor key, Tensor value, int64_t top_k,
                                                      SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "topk_attention_output.cpu";
@@ -99,8 +99,9 @@ std::tuple<Tensor, Tensor> topk_attention_output_cpu(Tensor query, Tensor key, T
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def("topk_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
           ") -> (Tensor out, Tensor lse, Tensor indices)");
-    m.def("topk_attention_output.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
-          ") -> (Tensor out, Tensor lse)");
+    m.def(
+        "topk_attention_output.cpu(Tensor query, Tensor key, Tensor value, SymInt "
+        "top_k, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));

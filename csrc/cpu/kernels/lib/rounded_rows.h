@@ -116,9 +116,9 @@ SPARSE_ATTN_INLINE void store_numbers(uint32_t* to, const Vec* numbers) {
 #elif defined(__AVX2__)
     __m256i word = _mm256_setzero_si256();
     for (int i = Kind::kNumbers; i-- > 0;)
-        word = _mm256_or_si256(_mm256_slli_epi32(word, Kind::kBits),
-                               _mm256_and_si256(_mm256_cvtps_epi32(numbers[i].v),
-                                                _mm256_set1_epi32(static_cast<int>(kMask))));
+        word = _mm256_or_si256(
+            _mm256_slli_epi32(word, Kind::kBits),
+            _mm256_and_si256(_mm256_cvtps_epi32(numbers[i].v), _mm256_set1_epi32(static_cast<int>(kMask))));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), word);
 #else
     for (int j = 0; j < W; ++j) {
