@@ -246,7 +246,6 @@ def measured(
         "first token p50 s": first.quantile(0.5).item(),
         "next token p50 ms": gaps.quantile(0.5).item() * 1e3,
         "next token p95 ms": gaps.quantile(0.95).item() * 1e3,
-        "checked": check,
         "cache MB": cache.bytes() / 1e6,
     }
 
