@@ -100,6 +100,7 @@ class SelectParams(Structure):
         ("rule", Rule),
         *((n, c_int64) for n in ("batch", "heads", "kv_heads", "query_length", "key_length")),
         *((n, c_int64) for n in ("head_dim", "top_k")),
+        ("bounds_bits", c_int32),
         ("rounded", c_bool),
         ("dtype", c_int32),
         ("blocks", c_void_p),
