@@ -159,8 +159,8 @@ def _includes(plan: Plan) -> list[str]:
         shutil.copytree(pybind11.get_include(), kept)
     torch = plan.torch.root / "include"
     # pybind11 first: torch carries a copy too, which refuses to be used beside the stable ABI.
-    folders = [kept, torch, torch / "torch/csrc/api/include", sysconfig.get_paths()["include"]]
-    return [f"-I{plan.build_dir}", *(flag for folder in folders for flag in ("-isystem", str(folder)))]
+    folders = [kept.name, torch, torch / "torch/csrc/api/include", sysconfig.get_paths()["include"]]
+    return ["-I.", *(flag for folder in folders for flag in ("-isystem", str(folder)))]
 
 
 def _isas_header(plan: Plan) -> str:
@@ -183,13 +183,15 @@ def _config_header(plan: Plan) -> str:
 
 
 def _ninja_file(plan: Plan) -> str:
+    # Paths are seen from the build folder, so that it can be moved along with its checkout: what is compiled stays so.
     # File names in messages are relative to the checkout or to torch, not to the machine's root.
-    sources = f"-I{ROOT / 'csrc'}"
+    root = os.path.relpath(ROOT, plan.build_dir)
+    sources = f"-I{root}/csrc"
     common = [
         *COMMON,
         *plan.sanitize,
         sources,
-        f"-ffile-prefix-map={ROOT}/=",
+        f"-ffile-prefix-map={root}/=",
         f"-ffile-prefix-map={plan.torch.root.parent}/=",
     ]
     # nvcc compiles several archs at once; the pool keeps files × archs within the job count.
@@ -206,7 +208,7 @@ def _ninja_file(plan: Plan) -> str:
 
     def compile_(source: Path, out: str, rule: str, flags: str) -> None:
         objects.append(out)
-        lines.append(f"build {_path(out)}: {rule} {_path(source)}\n  flags = {flags}")
+        lines.append(f"build {_path(out)}: {rule} {_path(f'{root}/{source}')}\n  flags = {flags}")
 
     for device in ("cpu", "cuda") if plan.nvcc else ("cpu",):
         for source in _sources(f"csrc/{device}/*.cpp"):
@@ -230,7 +232,7 @@ def _ninja_file(plan: Plan) -> str:
     lines.append(f"rule link\n  command = {link} $in -o $out $flags\n  description = link $out")
     inputs = " ".join(_path(o) for o in objects)
     lines.append(f"build {LIBRARY}: link {inputs}\n  flags = {_text(_library_flags(plan))}")
-    module = _path(ROOT / "csrc/module.cpp")
+    module = _path(f"{root}/csrc/module.cpp")
     lines.append(f"build host/module.o: cxx {module}\n  flags = $host")
     lines.append(f"build _C.so: link host/module.o | {LIBRARY}\n  flags = {_text(_module_flags(plan))}")
     return "\n".join(lines) + "\n"
@@ -269,14 +271,15 @@ def _library_flags(plan: Plan) -> list[str]:
 
 
 def _module_flags(plan: Plan) -> list[str]:
-    library = [f"-L{plan.build_dir}", "-lsparse_attn"]
+    library = ["-L.", "-lsparse_attn"]
     if sys.platform == "darwin":
         return ["-bundle", "-undefined", "dynamic_lookup", *library, "-Wl,-rpath,@loader_path"]
     return ["-shared", *library, "-Wl,-rpath,$ORIGIN"]
 
 
 def _sources(pattern: str) -> list[Path]:
-    return sorted(ROOT.glob(pattern))
+    """Relative to the checkout."""
+    return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
 
 
 def _text(args: list[str]) -> str:

@@ -133,14 +133,30 @@ def pages(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
     return query, key, value, table, [None, None, starts, last - torch.arange(3), numbers, *scoring(draw)]
 
 
+def index_of_pages(draw: Draw, key: Tensor) -> list:
+    """The parts of an index of the pages [P, Hkv, page size, D], where there can be one."""
+    count, _, size, _ = key.shape
+    if size % 16 or draw.random() < 0.4:
+        return [None, None, None]
+    made = sparse_attn.PagedKeyIndex.of(key.transpose(1, 2), torch.arange(count * size))
+    return [made.codes, made.bounds, made.shift]
+
+
 def paged_select(draw: Draw) -> list:
     query, key, _, table, options = pages(draw)
-    return [query, key, table, 4, *options]
+    return [query, key, table, 4, *options, *index_of_pages(draw, key)]
 
 
 def paged_attention(draw: Draw) -> list:
     query, key, value, table, options = pages(draw)
-    return [query, key, value, table, 4, *options]
+    return [query, key, value, table, 4, *options, *index_of_pages(draw, key)]
+
+
+def index_pages(draw: Draw) -> list:
+    key = normal(3, 2, 6, dtype=draw.choice(FLOAT_DTYPES))
+    made = sparse_attn.PagedKeyIndex.of(key.new_zeros(5, 16, 2, 6))
+    slots = torch.tensor([70, 3, 20], dtype=draw.choice((torch.int32, torch.int64)))
+    return [key, slots, made.codes, made.bounds, torch.zeros(2, 6)]
 
 
 def embedding(draw: Draw) -> list:
@@ -185,6 +201,7 @@ def loss_backward(draw: Draw) -> list:
 RIGHT = {
     "topk_select": select,
     "topk_attention": attend,
+    "topk_attention_output": attend,
     "gathered_attention": gathered,
     "gathered_attention_backward": gathered_backward,
     "block_attention": blocks,
@@ -194,12 +211,13 @@ RIGHT = {
     "indexed_select": indexed,
     "paged_select": paged_select,
     "paged_attention": paged_attention,
+    "index_pages": index_pages,
     "variable_width_embedding": embedding,
     "variable_width_embedding_backward": embedding_backward,
     "variable_width_cross_entropy": loss,
     "variable_width_cross_entropy_backward": loss_backward,
 }
-WRITES = {"index_keys": (1, 2)}  # what they write into
+WRITES = {"index_keys": (1, 2), "index_pages": (2, 3)}  # what they write into
 UNREAD = (("gathered_attention_backward", 6),)  # `out`: other wings need it
 
 
