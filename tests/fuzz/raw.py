@@ -155,7 +155,7 @@ def paged_attention(draw: Draw) -> list:
 def index_pages(draw: Draw) -> list:
     key = normal(3, 2, 6, dtype=draw.choice(FLOAT_DTYPES))
     made = sparse_attn.PagedKeyIndex.of(key.new_zeros(5, 16, 2, 6))
-    slots = torch.tensor([70, 3, 20], dtype=draw.choice((torch.int32, torch.int64)))
+    slots = torch.tensor([70, 3, 20])
     return [key, slots, made.codes, made.bounds, torch.zeros(2, 6)]
 
 
