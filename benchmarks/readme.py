@@ -19,7 +19,10 @@ from sparse_attn.bench.machine import in_words
 from sparse_attn.bench.report import mark, megabytes, milliseconds, times_as_fast
 
 # by the short names of the attention suite's results
-LABELS = OURS_AND_DENSE | registry.op("topk_select").labels
+LABELS: dict[str, str] = {}
+for _op in registry.suite("attention"):
+    LABELS |= _op.labels
+LABELS |= OURS_AND_DENSE | registry.op("topk_select").labels
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
