@@ -71,7 +71,9 @@ def summary(results: dict) -> str:
         if (row["op"], row["ids"], row["direction"]) == (loss, "real", "forward + backward")
     }
     shape = ", ".join(widths["loss"].split(", ")[:3])
-    lines.append(_row(f"{loss} {shape} fwd+bwd", times["sparse_attn"], dense, times[dense]))
+    day = widths["machine"]["date"][:10]
+    measured = "" if results["machine"]["date"].startswith(day) else f" (measured {day})"
+    lines.append(_row(f"{loss} {shape} fwd+bwd{measured}", times["sparse_attn"], dense, times[dense]))
     return "\n".join(lines)
 
 
