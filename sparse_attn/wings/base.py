@@ -241,9 +241,11 @@ def choose(
     else:
         for wing in _state.wings.values():
             if not wing.by_name_only and wing.refusal(op, device, dtype, sizes, rule) is None:
-                first = _state.wings.get(wing.behind.get(op, ""), wing)
-                takes = not first.by_name_only and first.refusal(op, device, dtype, sizes, rule) is None
-                chosen = first.name if takes else wing.name
+                chosen = wing.name
+                first = _state.wings.get(wing.behind[op]) if op in wing.behind else None
+                if first is not None and not first.by_name_only:
+                    takes = first.refusal(op, device, dtype, sizes, rule) is None
+                    chosen = first.name if takes else wing.name
                 break
     if chosen is None:
         why = reasons(op, device, dtype, rule, **sizes)
