@@ -368,6 +368,7 @@ def context_parallel(
                 return fetch.attend(**arguments, keys=layout, group=group)
         return over_ranks(call, arguments, layout, layout, group)
 
+    handle.documents = cu_seq is not None  # type: ignore[attr-defined]  # a model's layers ask
     before, state.context = state.context, handle
     try:
         yield

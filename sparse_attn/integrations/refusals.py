@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sparse_attn.integrations.options import UNKNOWN, configs_of
 from sparse_attn.integrations.visibility import Visibility, holds, holes
-from sparse_attn.ops.shards import refuse_context
 from sparse_attn.selection import FromIndexer
 
 
@@ -39,7 +38,6 @@ def refuse_unreachable(model: torch.nn.Module, meant: Iterable[str]) -> None:
 
 def refuse_call(module: torch.nn.Module, dropout: float, others: dict[str, Any]) -> None:
     """What a layer asks for at its call."""
-    refuse_context("attn_implementation='sparse_attn'")
     for name in UNKNOWN:
         if others.get(name) is not None:
             raise ValueError(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import checks
-from sparse_attn.integrations import blocks, continuous, refusals
+from sparse_attn.integrations import blocks, continuous, parts, refusals
 from sparse_attn.integrations import key_index as key_indices
 from sparse_attn.integrations.indexers import (
     add_indexers,
@@ -49,6 +49,7 @@ from sparse_attn.integrations.selectors import OWN, SELECTORS, check_named, reme
 from sparse_attn.integrations.self_test import meant_layers, prove
 from sparse_attn.integrations.visibility import Visibility, scores_of
 from sparse_attn.ops.key_index import KeyIndex
+from sparse_attn.ops.shards import refuse_context
 from sparse_attn.rule import Rule
 from sparse_attn.selection import Exact, FromIndexer, Selection, Selector, attend, select_and_attend
 from sparse_attn.wings.base import check_name
@@ -143,6 +144,7 @@ def configure(
         >>> model(torch.arange(20)[None]).logits.shape
         torch.Size([1, 20, 100])
     """
+    refuse_context("configure")
     if top_k is not None:
         checks.budget(top_k, window, sinks, True)
     if share not in checks.SHARES:
@@ -202,13 +204,21 @@ def attention_forward(
     """The attention of one layer, as transformers calls it: out [B, Tq, Hq, Dv] and no weights."""
     refusals.refuse_call(module, dropout, others)
     if continuous.is_batch(others):
+        refuse_context("continuous batching")
         return _continuous(
             module, query, key, value, scores_of(scaling, softcap, s_aux), indices, others
         ), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scores = scores_of(scaling, softcap, s_aux)
+    if parts.is_part():
+        options = _options_of(module)
+        parts.refuse(module, query, key, attention_mask, causal, others, options, indices)
+        index = index_of(module) if uses_indexer(module) else None
+        selector = selector_of(module, options, index)
+        refusals.refuse_sharded(module, query, options, index, selector)
+        return parts.attend_part(query, key, value, selector, options, scores).transpose(1, 2), None
     seen = Visibility.of(attention_mask, query, key, causal)
     seen = within_documents(seen, others, query, key)
-    scores = scores_of(scaling, softcap, s_aux)
     if indices is not None:
         chosen = Selection(seen.only_visible(indices))
         out = attend(query, key, value, chosen, rule=Rule(**scores))

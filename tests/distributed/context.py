@@ -318,6 +318,79 @@ def inside_a_model(rank, size):
 
 
 @check
+def a_hugging_face_model(rank, size):
+    """Its layers on parts of a sequence: logits and gradients of one process; what cannot be is a sentence."""
+    if size > 2:  # two show it, and four would import transformers twice as often
+        return
+    transformers = pytest.importorskip("transformers")
+    import sparse_attn.integrations.transformers as integration
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=2, head_dim=8, **shape)
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.arange(40)[None] * 7 % 50
+    cu_seq = torch.tensor([0, 11, 12, 40])
+    places = torch.cat([torch.arange(int(n)) for n in cu_seq.diff()])
+    weights = torch.randn(1, 40, 50)
+
+    def here(layout, positions):
+        at = {"position_ids": layout.local(positions, rank, 0)[None]}
+        part = layout.local(ids, rank, 1)
+        return model(part, attention_mask=torch.ones_like(part), **at).logits
+
+    def gradients():
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    kinds = (
+        ({"share": "none"}, "zigzag", "gather", None),
+        ({"share": "kv", "window": 3, "sinks": 1}, "uneven", "gather", None),
+        ({"selector": "int8"}, "zigzag", "fetch", None), ({"residual": True}, "zigzag", "gather", None),
+        ({"share": "none", "sinks": 2}, "even", "merge", cu_seq), ({"selector": "indexer"}, "zigzag", "fetch", cu_seq),
+        ({"top_k": 64}, "even", "gather", None),
+    )  # fmt: skip
+    for options, layout, way, documents in kinds:
+        if options.get("selector") == "indexer":
+            integration.add_indexers(model)
+        integration.configure(model, **{"top_k": 6, **options})
+        positions = torch.arange(40) if documents is None else places
+        right = model(ids, position_ids=positions[None]).logits
+        (right * weights).sum().backward()
+        wanted = gradients()
+        layout = layouts(40, size)[layout]
+        with context_parallel(layout, way=way, cu_seq=documents):
+            ours = here(layout, positions)
+            (ours * layout.local(weights, rank, 1)).sum().backward()
+        torch.testing.assert_close(ours, layout.local(right, rank, 1), rtol=1e-4, atol=1e-5, msg=str(options))
+        for grad, all_grad in zip(gradients(), wanted, strict=True):
+            torch.distributed.all_reduce(grad)
+            torch.testing.assert_close(grad, all_grad, rtol=1e-3, atol=1e-4, msg=str(options))
+
+    layout = Layout.zigzag(40, size)
+    part, positions = layout.local(ids, rank, 1), layout.positions(rank)[None]
+    ones = torch.ones_like(part)
+    plain = {"attention_mask": ones, "position_ids": positions}
+    padded = torch.arange(20)[None] >= 2
+    apart, anew = torch.arange(20)[None] // 10 * 20 + torch.arange(20)[None], torch.arange(20)[None] % 10
+    refused = (
+        ({"top_k": None}, plain, "sparse in every layer"),
+        ({"layers": [1]}, plain, "sparse in every layer"),
+        ({"selector": "blocks", "top_k": 192}, plain, "selects tokens"),
+        ({}, {"position_ids": apart, "use_cache": False}, "attention_mask of ones"),
+        ({}, {**plain, "attention_mask": padded}, "padding"),
+        ({}, {**plain, "position_ids": anew}, "position_ids that begin anew"),
+    )
+    for options, given, words in refused:
+        integration.configure(model, **{"top_k": 6, **options})
+        with context_parallel(layout), pytest.raises(NotImplementedError, match=words):
+            model(part, **given)
+    with context_parallel(layout), pytest.raises(NotImplementedError, match="configure does not work inside"):
+        integration.configure(model, top_k=6)
+
+
+@check
 def inside_torch_context_parallel(rank, size):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel as torch_context_parallel
@@ -335,6 +408,33 @@ def inside_torch_context_parallel(rank, size):
         with context_parallel(layout):
             ours = sa.topk_attention(q, k, v, 4, is_causal=True)
     torch.testing.assert_close(ours, layout.local(right, rank, 2))
+
+
+@check
+def a_hugging_face_model_inside_torch_context_parallel(rank, size):
+    """As accelerate's context parallelism has it: torch splits the inputs, and knows no attention but its own."""
+    if size > 2:
+        return
+    transformers = pytest.importorskip("transformers")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel as torch_context_parallel
+
+    import sparse_attn.integrations.transformers as integration
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **shape))
+    integration.configure(model, top_k=5)
+    ids, positions, ones = torch.arange(32)[None] * 7 % 50, torch.arange(32)[None], torch.ones(1, 32)
+    right = model(ids, position_ids=positions).logits
+    layout = Layout.zigzag(32, size)
+    buffers = [ids, positions, ones]
+    with torch_context_parallel(init_device_mesh("cpu", (size,)), buffers=buffers, buffer_seq_dims=[1, 1, 1]):
+        with pytest.raises(NotImplementedError, match="context_parallel inside it does"):
+            model(ids, position_ids=positions, attention_mask=ones)
+        with context_parallel(layout):
+            ours = model(ids, position_ids=positions, attention_mask=ones).logits
+    torch.testing.assert_close(ours, layout.local(right, rank, 1), rtol=1e-4, atol=1e-5)
 
 
 @check
