@@ -30,6 +30,9 @@ FILES = (
     "test_variable_width_embedding_errors.py",
     "test_variable_width_cross_entropy.py",
 )
+# What differs from the sets that are tested beside it: avx512 lacks products of bfloat16 alone, and of the half types
+# generic code has one more conversion.
+WORDS = {"avx512": "cpu and bfloat16", "generic": "cpu and not (float16 and not bfloat16)"}
 BUILT = () if extension.module is None else tuple(extension.module.build_info()["isas"])
 
 
@@ -49,7 +52,7 @@ def test_the_ops_pass_their_tests(isa):
             "pytest",
             "-q",
             "-k",
-            "cpu",
+            WORDS.get(isa, "cpu"),
             "-p",
             "no:cacheprovider",
             *(here / f for f in FILES),
