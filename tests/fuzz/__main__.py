@@ -183,6 +183,9 @@ class Run:
                 worker.end()
         self.bar(last=True)
         self.report()
+        if not self.done:
+            self.broken.append("not one case was done in that time: nothing is shown")
+            print(f"FAILED {self.broken[-1]}")
         return 1 if self.failures or self.broken else 0
 
     def report(self) -> None:
