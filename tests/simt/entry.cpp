@@ -47,6 +47,9 @@ const char* run_variable_width_embedding_backward(const cuda::EmbedParams* p) {
     return cuda::variable_width_embedding_backward(*p, 0, nullptr);
 }
 
+void run_select_plan(cuda::SelectCall* call) {
+    call->plan = cuda::select_plan(call->select, 0);
+}
 const char* run_topk_select(const cuda::SelectCall* call) {
     return cuda::topk_select(*call, 0, nullptr);
 }

@@ -109,8 +109,18 @@ class SelectParams(Structure):
     ]
 
 
+class SelectPlan(Structure):
+    _fields_ = [
+        (n, c_int64) for n in ("blocks", "capacity", "splits", "split_keys", "candidate_bytes", "part_bytes")
+    ]
+
+
 class SelectCall(Structure):
-    _fields_ = [("select", SelectParams), ("narrow_lengths", c_void_p), ("lse", c_void_p)]
+    _fields_ = [
+        ("select", SelectParams),
+        ("plan", SelectPlan),
+        *((n, c_void_p) for n in ("narrow_lengths", "lse", "candidates", "parts")),
+    ]
 
 
 def select_call(

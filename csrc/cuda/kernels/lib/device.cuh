@@ -55,6 +55,11 @@ __device__ __forceinline__ uint16_t bfloat_bits(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// x, a zero of either sign as +0 and any NaN as 0x7fffffff: what PTX has additions return.
+__device__ __forceinline__ float one_zero_one_nan(float x) {
+    return x + 0.f;
+}
+
 // c [16, 8] += a [16, 16] · b [16, 8], in the fragments of mma.m16n8k16.
 template <bool kBfloat>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

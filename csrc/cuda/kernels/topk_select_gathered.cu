@@ -1,0 +1,166 @@
+// topk_select of heads that share a selection, and in float32: both operands of each tile of scores come
+// through shared memory. What becomes of the scores is as in topk_select.cu.
+//
+// Heads that share rank a key by the sum of its softmax probabilities; their LSE come from a kernel before.
+#include "lib/select_tile.cuh"
+
+namespace sparse_attn::cuda {
+namespace {
+
+// q·k of 64 queries of head h and 64 keys from `key` on.
+template <class T>
+__device__ __forceinline__ void score_tile(GatheredGemm<T, false, false>& gemm, const SelectParams& p,
+                                           const Work& work, int64_t h, int64_t key, int end,
+                                           unsigned char* tiles, bool aligned_query, bool aligned_key) {
+    const T* queries = row_of<T>(p.query, p.query_strides, work.b, h, work.first);
+    const T* keys = row_of<T>(p.key, p.key_strides, work.b, h / (p.heads / p.kv_heads), key);
+    const int64_t left = p.query_length - work.first;
+    gemm.run(
+        tiles, 0, p.head_dim, queries, keys, aligned_query, aligned_key,
+        [&](int64_t i) { return Line<T>{i < left ? queries + i * p.query_strides.t : nullptr, p.head_dim}; },
+        [&](int64_t column) {
+            const int j = TileShape<T>::key_of_column(static_cast<int>(column));
+            return Line<T>{key + j < end ? keys + j * p.key_strides.t : nullptr, p.head_dim};
+        });
+}
+
+// LSE of every head and query over its visible keys and the head's sink, NaN left out, in base 2. grid
+// (tiles, Hq, B)
+template <class T, bool kCapped>
+__global__ void __launch_bounds__(kGemmThreads, 3)
+    score_lse_kernel(const SelectCall call, const bool aligned_query, const bool aligned_key) {
+    using Shape = TileShape<T>;
+    const SelectParams& p = call.select;
+    SelectShared& shared = *reinterpret_cast<SelectShared*>(dynamic_shared());
+    unsigned char* tiles = dynamic_shared() + sizeof(SelectShared);
+    const int64_t h = blockIdx.y;
+    const Work work{blockIdx.z, h / (p.heads / p.rule.groups), kWhole,
+                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * kGemmTile};
+    const SelectTile tile = select_tile(call, work, shared);
+    const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
+    float maximum[Shape::kQueries], total[Shape::kQueries];
+#pragma unroll
+    for (int r = 0; r < Shape::kQueries; ++r) maximum[r] = -INFINITY, total[r] = 0.f;
+    for (int key = tile.begin; key < tile.end; key += kGemmTile) {
+        GatheredGemm<T, false, false> gemm;
+        score_tile<T>(gemm, p, work, h, key, tile.end, tiles, aligned_query, aligned_key);
+        const int first = key + Shape::first_key();
+#pragma unroll
+        for (int r = 0; r < Shape::kQueries; ++r) {
+            const uint32_t seen = tile.plain(key) ? ~0u
+                                                  : Shape::seen(shared.rules[Shape::query(r)], tile.mask,
+                                                                p.rule.mask_strides, r, first);
+            float score[Shape::kKeys], most = maximum[r];
+#pragma unroll
+            for (int c = 0; c < Shape::kKeys; ++c) {
+                score[c] = scoring.score(scoring.bend(Shape::value(gemm.sum, r, c)));
+                if (!(seen >> c & 1) || score[c] != score[c]) score[c] = -INFINITY;
+                most = fmaxf(most, score[c]);
+            }
+            total[r] *= exp2_below(maximum[r], most);
+            maximum[r] = most;
+#pragma unroll
+            for (int c = 0; c < Shape::kKeys; ++c) total[r] += exp2_below(score[c], most);
+        }
+    }
+    const float sink = p.rule.sink_logits ? p.rule.sink_logits[h] * kLog2E : -INFINITY;
+#pragma unroll
+    for (int r = 0; r < Shape::kQueries; ++r) {
+        for (int other = 1; other < Shape::kLanes; other *= 2) {
+            const float theirs = __shfl_xor_sync(kWarp, maximum[r], other), most = fmaxf(maximum[r], theirs);
+            const float sum = __shfl_xor_sync(kWarp, total[r], other);
+            total[r] = total[r] * exp2_below(maximum[r], most) + sum * exp2_below(theirs, most);
+            maximum[r] = most;
+        }
+        if (sink == sink) add_sink(sink, maximum[r], total[r]);
+        const int64_t t = work.first + Shape::query(r);
+        if (threadIdx.x % Shape::kLanes == 0 && t < p.query_length)
+            call.lse[(work.b * p.heads + h) * p.query_length + t] =
+                maximum[r] == INFINITY ? INFINITY : maximum[r] + log2f(total[r]);
+    }
+}
+
+// Persistent blocks. A head's own selection ranks by q·k times the sign of the scale.
+template <class T, bool kCapped>
+__global__ void __launch_bounds__(kGemmThreads, 2)
+    select_gathered_kernel(const SelectCall call, const bool aligned_query, const bool aligned_key) {
+    using Shape = TileShape<T>;
+    const SelectParams& p = call.select;
+    SelectShared& shared = *reinterpret_cast<SelectShared*>(dynamic_shared());
+    unsigned char* tiles = dynamic_shared() + sizeof(SelectShared);
+    const RowSize size = row_size(call);
+    Candidate* slots = block_slots(call);
+    const int64_t share = p.heads / p.rule.groups;
+    const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
+    const float sign = p.rule.scale > 0.f ? 1.f : p.rule.scale < 0.f ? -1.f : 0.f;
+    for (int64_t n = blockIdx.x; n < works(call); n += gridDim.x) {
+        const Work work = work_of(call, n);
+        __syncthreads();
+        const SelectTile tile = select_tile(call, work, shared);
+        Rows<T> rows;
+        rows.start(shared);
+        for (int key = tile.begin; key < tile.end; key += kGemmTile) {
+            float rank[8][4];  // of the one head, or the summed probabilities of those that share
+#pragma unroll
+            for (int i = 0; i < 32; ++i) rank[i / 4][i % 4] = 0.f;
+            for (int64_t h = work.group * share; h < (work.group + 1) * share; ++h) {
+                GatheredGemm<T, false, false> gemm;
+                score_tile<T>(gemm, p, work, h, key, tile.end, tiles, aligned_query, aligned_key);
+                if (share == 1) {
+#pragma unroll
+                    for (int i = 0; i < 32; ++i) rank[i / 4][i % 4] = gemm.sum[i / 4][i % 4] * sign;
+                    continue;
+                }
+#pragma unroll
+                for (int r = 0; r < Shape::kQueries; ++r) {
+                    const int64_t t = work.first + Shape::query(r);
+                    const float most = t < p.query_length
+                                           ? call.lse[(work.b * p.heads + h) * p.query_length + t]
+                                           : -INFINITY;
+#pragma unroll
+                    for (int c = 0; c < Shape::kKeys; ++c) {
+                        const float score = scoring.score(scoring.bend(Shape::value(gemm.sum, r, c)));
+                        const float probability = exp2f(score - most);
+                        Shape::value(rank, r, c) += score != score     ? score
+                                                    : most > -INFINITY ? probability
+                                                                       : 0.f;
+                    }
+                }
+            }
+            rows.add(rank, key, tile.plain(key), slots, size.capacity, shared.rules, tile.mask,
+                     p.rule.mask_strides);
+            rows.make_room(slots, size, shared);
+        }
+        write_best(call, work, slots, rows, shared);
+    }
+}
+
+template <class T>
+const char* select(const SelectCall& call, int32_t device, void* stream) {
+    const SelectParams& p = call.select;
+    const bool aligned_query = aligned_rows(p.query, p.query_strides, p.head_dim, p.dtype);
+    const bool aligned_key = aligned_rows(p.key, p.key_strides, p.head_dim, p.dtype);
+    const bool shared = p.rule.groups < p.heads;
+    const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) + GatheredGemm<T, false, false>::kShared;
+    // A head's own selection is by the uncapped q·k.
+    return with_cap(shared ? p.rule.softcap : 0.f, [&](auto capped) {
+        const dim3 all(static_cast<unsigned>(divide_up(p.query_length, kGemmTile)),
+                       static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
+        const char* error = nullptr;
+        if (shared)
+            error = launch(score_lse_kernel<T, capped.value>, all, kGemmThreads, bytes, device, stream, call,
+                           aligned_query, aligned_key);
+        if (error) return error;
+        return launch(select_gathered_kernel<T, capped.value>, static_cast<unsigned>(call.plan.blocks),
+                      kGemmThreads, bytes, device, stream, call, aligned_query, aligned_key);
+    });
+}
+
+}  // namespace
+
+const char* select_gathered(const SelectCall& call, int32_t device, void* stream) {
+    return with_type(call.select.dtype,
+                     [&](auto type) { return select<decltype(type)>(call, device, stream); });
+}
+
+}  // namespace sparse_attn::cuda
