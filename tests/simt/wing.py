@@ -151,9 +151,6 @@ class SimulatedWing:
         call = select_call(gpu, query, key, top_k, *packed.parts())
         p = call.select
         p.indices = gpu.empty((p.batch, packed.groups, p.query_length, p.top_k), torch.int32)
-        gpu.library.run_select_plan(ctypes.byref(call))
-        call.candidates = gpu.empty((call.plan.candidate_bytes,), torch.uint8)
-        call.parts = gpu.empty((call.plan.part_bytes,), torch.uint8)
         gpu.run("run_topk_select", ctypes.byref(call))
         return gpu.get(p.indices)
 

@@ -220,6 +220,10 @@ SelectPlan select_plan(const SelectParams& p, int32_t device) {
     plan.candidate_bytes = plan.blocks * block_bytes;
     plan.part_bytes =
         plan.splits > 1 ? rows * plan.splits * budget * static_cast<int64_t>(sizeof(Candidate)) : 0;
+    if (p.rule.groups < p.heads) {
+        plan.lse_bytes = p.batch * p.heads * p.query_length * static_cast<int64_t>(sizeof(float));
+        plan.lse_part_bytes = plan.splits > 1 ? 2 * plan.splits * plan.lse_bytes : 0;
+    }
     return plan;
 }
 

@@ -24,8 +24,15 @@ __device__ __forceinline__ void score_tile(GatheredGemm<T, false, false>& gemm, 
         });
 }
 
-// LSE of every head and query over its visible keys and the head's sink, NaN left out, in base 2. grid
-// (tiles, Hq, B)
+// A row's LSE in base 2 from the largest score and the sum beside it, with the head's sink.
+__device__ __forceinline__ float whole_lse(const SelectParams& p, int64_t h, float maximum, float total) {
+    const float sink = p.rule.sink_logits ? p.rule.sink_logits[h] * kLog2E : -INFINITY;
+    if (sink == sink) add_sink(sink, maximum, total);
+    return maximum == INFINITY ? INFINITY : maximum + log2f(total);
+}
+
+// LSE of every head and query over its visible keys and the head's sink, NaN left out; where the keys are in
+// pieces, what each piece has of it. grid (tiles · splits, Hq, B)
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kGemmThreads, 3)
     score_lse_kernel(const SelectCall call, const bool aligned_query, const bool aligned_key) {
@@ -34,8 +41,10 @@ __global__ void __launch_bounds__(kGemmThreads, 3)
     SelectShared& shared = *reinterpret_cast<SelectShared*>(dynamic_shared());
     unsigned char* tiles = dynamic_shared() + sizeof(SelectShared);
     const int64_t h = blockIdx.y;
-    const Work work{blockIdx.z, h / (p.heads / p.rule.groups), kWhole,
-                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * kGemmTile};
+    const int splits = static_cast<int>(call.plan.splits),
+              tile_of_queries = (gridDim.x - 1 - blockIdx.x) / splits;
+    const Work work{blockIdx.z, h / (p.heads / p.rule.groups), blockIdx.x % splits,
+                    tile_of_queries * kGemmTile};
     const SelectTile tile = select_tile(call, work, shared);
     const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
     float maximum[Shape::kQueries], total[Shape::kQueries];
@@ -63,7 +72,7 @@ __global__ void __launch_bounds__(kGemmThreads, 3)
             for (int c = 0; c < Shape::kKeys; ++c) total[r] += exp2_below(score[c], most);
         }
     }
-    const float sink = p.rule.sink_logits ? p.rule.sink_logits[h] * kLog2E : -INFINITY;
+    const int64_t rows = p.batch * p.heads * p.query_length;
 #pragma unroll
     for (int r = 0; r < Shape::kQueries; ++r) {
         for (int other = 1; other < Shape::kLanes; other *= 2) {
@@ -72,12 +81,29 @@ __global__ void __launch_bounds__(kGemmThreads, 3)
             total[r] = total[r] * exp2_below(maximum[r], most) + sum * exp2_below(theirs, most);
             maximum[r] = most;
         }
-        if (sink == sink) add_sink(sink, maximum[r], total[r]);
-        const int64_t t = work.first + Shape::query(r);
-        if (threadIdx.x % Shape::kLanes == 0 && t < p.query_length)
-            call.lse[(work.b * p.heads + h) * p.query_length + t] =
-                maximum[r] == INFINITY ? INFINITY : maximum[r] + log2f(total[r]);
+        const int64_t t = work.first + Shape::query(r), row = (work.b * p.heads + h) * p.query_length + t;
+        if (threadIdx.x % Shape::kLanes != 0 || t >= p.query_length) continue;
+        if (splits == 1) {
+            call.lse[row] = whole_lse(p, h, maximum[r], total[r]);
+        } else {
+            reinterpret_cast<float2*>(call.lse_parts)[work.split * rows + row] = float2{maximum[r], total[r]};
+        }
     }
+}
+
+// A thread for each of `rows` heads and queries.
+__global__ void __launch_bounds__(kGemmThreads) merge_lse_kernel(const SelectCall call, const int64_t rows) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kGemmThreads + threadIdx.x;
+    if (row >= rows) return;
+    float maximum = -INFINITY, total = 0.f;
+    for (int64_t split = 0; split < call.plan.splits; ++split) {
+        const float2 part = reinterpret_cast<const float2*>(call.lse_parts)[split * rows + row];
+        const float most = fmaxf(maximum, part.x);
+        total = total * exp2_below(maximum, most) + part.y * exp2_below(part.x, most);
+        maximum = most;
+    }
+    const int64_t h = row / call.select.query_length % call.select.heads;
+    call.lse[row] = whole_lse(call.select, h, maximum, total);
 }
 
 // Persistent blocks. A head's own selection ranks by q·k times the sign of the scale.
@@ -144,12 +170,16 @@ const char* select(const SelectCall& call, int32_t device, void* stream) {
     const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) + GatheredGemm<T, false, false>::kShared;
     // A head's own selection is by the uncapped q·k.
     return with_cap(shared ? p.rule.softcap : 0.f, [&](auto capped) {
-        const dim3 all(static_cast<unsigned>(divide_up(p.query_length, kGemmTile)),
+        const int64_t rows = p.batch * p.heads * p.query_length;
+        const dim3 all(static_cast<unsigned>(divide_up(p.query_length, kGemmTile) * call.plan.splits),
                        static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
         const char* error = nullptr;
         if (shared)
             error = launch(score_lse_kernel<T, capped.value>, all, kGemmThreads, bytes, device, stream, call,
                            aligned_query, aligned_key);
+        if (!error && shared && call.plan.splits > 1)
+            error = launch(merge_lse_kernel, static_cast<unsigned>(divide_up(rows, kGemmThreads)),
+                           kGemmThreads, 0, device, stream, call, rows);
         if (error) return error;
         return launch(select_gathered_kernel<T, capped.value>, static_cast<unsigned>(call.plan.blocks),
                       kGemmThreads, bytes, device, stream, call, aligned_query, aligned_key);

@@ -7,10 +7,9 @@
 namespace sparse_attn::cuda {
 
 // Of a persistent block: tile n of all, the longest rows first, as causal ones are.
-constexpr int64_t kWhole = -1;
 struct Work {
     int64_t b, group;
-    int64_t split;  // which piece of the keys; kWhole: all of them
+    int64_t split;  // which piece of the keys
     int first;      // query
 };
 __device__ __forceinline__ int64_t works(const SelectCall& call) {
@@ -85,14 +84,10 @@ __device__ __forceinline__ SelectTile select_tile(const SelectCall& call, const 
         plain_end = min(plain_end, min(rule.end, rule.window_start));
     }
     const Strides& strides = p.rule.mask_strides;
+    const int64_t piece = work.split * call.plan.split_keys;
     SelectTile tile;
-    tile.begin = __reduce_min_sync(kWarp, begin) / kGemmTile * kGemmTile;
-    tile.end = __reduce_max_sync(kWarp, end);
-    if (work.split != kWhole) {
-        const int64_t piece = work.split * call.plan.split_keys;
-        tile.begin = max(tile.begin, within(piece, p.key_length));
-        tile.end = min(tile.end, within(piece + call.plan.split_keys, p.key_length));
-    }
+    tile.begin = max(__reduce_min_sync(kWarp, begin) / kGemmTile * kGemmTile, within(piece, p.key_length));
+    tile.end = min(__reduce_max_sync(kWarp, end), within(piece + call.plan.split_keys, p.key_length));
     tile.plain_begin = (__reduce_max_sync(kWarp, plain_begin) + kGemmTile - 1) / kGemmTile * kGemmTile;
     tile.plain_end = __reduce_min_sync(kWarp, plain_end) / kGemmTile * kGemmTile;
     tile.mask = nullptr;
