@@ -24,6 +24,9 @@ const char* run_gathered_attention(const AttendParams* p) {
 int64_t run_key_list_blocks(const AttendParams* p) {
     return cuda::key_list_blocks(*p);
 }
+int64_t run_key_list_range(const AttendParams* p, int64_t blocks) {
+    return cuda::key_list_range(*p, blocks);
+}
 bool run_gradients_on_tiles(const AttendParams* p) {
     return cuda::gradients_on_tiles(*p);
 }

@@ -27,7 +27,10 @@ class AttendParams(Structure):
 
 
 class KeyLists(Structure):
-    _fields_ = [*((n, c_void_p) for n in ("starts", "counts", "queries")), ("blocks", c_int64)]
+    _fields_ = [
+        *((n, c_void_p) for n in ("starts", "counts", "queries")),
+        *((n, c_int64) for n in ("blocks", "range")),
+    ]
 
 
 class AttendGradients(Structure):

@@ -211,10 +211,11 @@ struct TileShape {
     __device__ static __forceinline__ uint32_t seen(const RowRule& rule, const uint8_t* mask,
                                                     const Strides& strides, int r, int first) {
         uint32_t keys = from(rule.begin, first) & ~from(rule.end, first);
-        if (mask != nullptr)
-            for (int c = 0; c < kKeys; ++c)
-                if ((keys >> c & 1) && !mask[query(r) * strides.t + (first + c) * strides.d])
-                    keys &= ~(1u << c);
+        if (mask == nullptr || keys == 0) return keys;
+        const uint8_t* at = mask + query(r) * strides.t + first * strides.d;
+#pragma unroll 1
+        for (uint32_t key = 1; key < 1u << kKeys; key <<= 1, at += strides.d)
+            if ((keys & key) != 0 && *at == 0) keys &= ~key;
         return keys;
     }
 };
