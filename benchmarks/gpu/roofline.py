@@ -191,15 +191,21 @@ def _streams(loop: Loop) -> bool:
 
 
 def selection(
-    dtype: str, dim: int, budget: int, length: int = 16384, heads: int = 16, queries: int | None = None
+    dtype: str,
+    dim: int,
+    budget: int,
+    length: int = 16384,
+    heads: int = 16,
+    queries: int | None = None,
+    share: int = 1,
 ) -> Case:
-    """A selection per head: causal, or of a few queries (decoding)."""
+    """A selection per head, or for `share` of them: causal, or of a few queries (decoding)."""
     halves, element = dtype != "float", 2 if dtype != "float" else 4
-    causal = queries is None
+    causal, resident_queries = queries is None, halves and share == 1
     tile, rows = 64, queries or length
     capacity = budget + min(max(budget, 128), 4096) + tile
-    block_tiles = heads * math.ceil(rows / tile)
-    splits = 1 if causal else min(4 * 132 // heads, length // max(4 * budget, 512), max(1, 8192 // budget))
+    block_tiles = heads // share * math.ceil(rows / tile)
+    splits = 1 if causal else min(3 * 132 // heads, length // max(4 * budget, 512), max(1, 8192 // budget))
     key_tiles = (length / tile + 1) / 2 if causal else length / tile / splits
     # Rows of all lengths, as causal ones are.
     lengths = [length * (i + 0.5) / 32 for i in range(32)] if causal else [length / splits]
@@ -216,12 +222,18 @@ def selection(
         within = any(_streams(each) for each in around)
         if _streams(loop):
             return key_tiles
-        if loop.count("LDG.E.U16"):
-            return 0.0  # rows that are not of whole vectors
+        if (loop.count("LDG.E.U16") and (resident_queries or not loop.count("LDGSTS"))) or loop.count(
+            "LDG.E.U8"
+        ):
+            return 0.0  # rows that are not of whole vectors, and masks
+        if loop.count("STS") and loop.count("LDG") and not loop.count("LDGSTS"):
+            return 0.0
         if loop.count("FFMA"):
             return 8.0  # of 32 steps four are unrolled
-        if any(inner.count("FFMA") for inner in loop):
-            return dim / 32 if any(inner.count("FFMA") for inner in loop.inner) else 1.0  # over heads: one
+        if loop.count("HMMA") or any(inner.count("FFMA") for inner in loop.inner):
+            return dim / 32
+        if any(inner.count("HMMA") or inner.count("FFMA") for inner in loop):
+            return share
         if loop.count("LDGSTS"):
             return 64 * 32 * element / 16 / 128
         if loop.count("REDUX"):
@@ -244,25 +256,33 @@ def selection(
             return 2 / key_tiles if causal else 0.0  # the diagonal
         if count(branch, "LDG.E.64"):
             return float(chunks > 1)  # a row that is read again
-        if count(branch, "LDG.E.U16") or (not halves and loop.count("LDGSTS") and count(branch, "STS")):
+        if count(branch, "LDG.E.U16") or (
+            not resident_queries and loop.count("LDGSTS") and count(branch, "STS")
+        ):
             return 0.0
         if loop.count("LDG.E.64"):  # what stands apart there: ties, and keys that are kept always
             return float(count(branch, "STG") > 0)
         return group if count(branch, "STG.E.64") else 1.0
 
-    scores = block_tiles * splits * key_tiles * tile * tile
+    scores = block_tiles * splits * key_tiles * tile * tile * share
     bytes_of_tile = tile * dim * element
-    kernel = f"select_halves_kernel<{dtype}, {dim}>" if halves else "select_gathered_kernel<float, false>"
-    shared = 2048 + (2 * tile * (2 * dim + 16) if halves else 4 * tile * 144)
-    rate = 1 if halves else 2  # float32 reads its queries again for every tile of keys
+    kernel = (
+        f"select_halves_kernel<{dtype}, {dim}>"
+        if resident_queries
+        else f"select_gathered_kernel<{dtype}, false>"
+    )
+    shared = 2048 + 64 + (2 * tile * (2 * dim + 16) if resident_queries else 4 * tile * (32 * element + 16))
+    tiles_read = 1 if resident_queries else 2 * share  # else queries are read again for every tile of keys
     name = {"BFloat": "bf16", "Half": "fp16", "float": "fp32"}[dtype]
     size = f"T{length // 1024}k causal" if causal else f"Tq{queries} Tk{length // 1024}k, {splits} pieces"
+    sharing = f", {share} heads share" if share > 1 else ""
+    read = tiles_read * block_tiles * splits * key_tiles * bytes_of_tile
     return Case(
-        f"topk_select {name} H{heads} D{dim} K{budget} {size}",
-        "topk_select" if halves else "topk_select_gathered", kernel, "4,096 scores", scores / 4096, 4,
+        f"topk_select {name} H{heads} D{dim} K{budget} {size}{sharing}",
+        f"topk_select{'' if resident_queries else '_gathered'}", kernel, "4,096 scores", scores / 4096, 4,
         block_tiles * splits, shared, turns, 2.0 * scores * dim, halves,
-        rate * block_tiles * splits * key_tiles * bytes_of_tile + 32.0 * real * appended * block_tiles * splits * tile,
-        heads * (length + rows) * dim * element + 4.0 * heads * rows * budget, weight,
+        read + 32.0 * real * appended * block_tiles * splits * tile,
+        heads * (length + rows) * dim * element + 4.0 * heads // share * rows * budget, weight,
     )  # fmt: skip
 
 
@@ -334,7 +354,7 @@ def vectors(which: str, heads: int = 16, budget: int = 512, dim: int = 128, leng
 def cuda_cases() -> list[Case]:
     return [
         selection("BFloat", 128, 64), selection("BFloat", 128, 512), selection("BFloat", 64, 64),
-        selection("BFloat", 256, 64), selection("float", 128, 64),
+        selection("BFloat", 256, 64), selection("float", 128, 64), selection("BFloat", 128, 64, share=4),
         selection("BFloat", 128, 64, 131072, queries=1), selection("BFloat", 128, 512, 131072, queries=1),
         tiles(False), tiles(True), vectors("forward"), vectors("backward, queries"), vectors("backward, keys"),
     ]  # fmt: skip

@@ -17,7 +17,6 @@
 namespace sparse_attn::cuda {
 namespace {
 
-constexpr int64_t kBlocksPerProcessor = 4;
 constexpr int64_t kCandidateBytes = 512ll << 20;  // at most
 constexpr int64_t kMostRoom = 4096;               // candidates of a row beyond its budget
 constexpr int64_t kLeastPiece = 512;              // keys
@@ -103,9 +102,18 @@ struct Product {
     }
 };
 
+// Blocks that a multiprocessor is to hold. Where it has 100 KB of shared memory (8.6, 8.9, 12.0) two fit.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
+constexpr int kBlocksOf128 = 2;
+#else
+constexpr int kBlocksOf128 = 3;
+#endif
+
 // One selection per head, half types: D up to kDim. Persistent blocks.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kGemmThreads, kDim > 128 ? 2 : 3)
+__global__ void __launch_bounds__(kGemmThreads, kDim <= 64    ? 3
+                                                : kDim <= 128 ? kBlocksOf128
+                                                              : 2)
     select_halves_kernel(const SelectCall call, const bool aligned_query, const bool aligned_key) {
     using P = Product<T, kDim>;
     const SelectParams& p = call.select;
@@ -175,30 +183,27 @@ __global__ void __launch_bounds__(kGemmThreads) merge_kernel(const SelectCall ca
     for (int64_t at = cut.kept + lane; at < p.top_k; at += 32) out[at] = -1;
 }
 
-template <class T, int kDim>
-const char* select_halves(const SelectCall& call, int32_t device, void* stream) {
-    const SelectParams& p = call.select;
-    return launch(select_halves_kernel<T, kDim>, static_cast<unsigned>(call.plan.blocks), kGemmThreads,
-                  static_cast<int64_t>(sizeof(SelectShared)) + 2 * Product<T, kDim>::kBytes, device, stream,
-                  call, aligned_rows(p.query, p.query_strides, p.head_dim, p.dtype),
-                  aligned_rows(p.key, p.key_strides, p.head_dim, p.dtype));
+// Calls run(kernel, bytes of shared memory) with the kernel of a selection per head in half types.
+template <class T, class Run>
+auto with_halves_kernel(int64_t dim, const Run& run) {
+    constexpr int64_t kOwn = sizeof(SelectShared);
+    if (dim <= 64) return run(select_halves_kernel<T, 64>, kOwn + 2 * Product<T, 64>::kBytes);
+    if (dim <= 128) return run(select_halves_kernel<T, 128>, kOwn + 2 * Product<T, 128>::kBytes);
+    return run(select_halves_kernel<T, 256>, kOwn + 2 * Product<T, 256>::kBytes);
+}
+template <class Run>
+auto with_halves_kernel(const SelectParams& p, const Run& run) {
+    return p.dtype == DType::kBFloat16 ? with_halves_kernel<BFloat>(p.head_dim, run)
+                                       : with_halves_kernel<Half>(p.head_dim, run);
 }
 
-template <class T>
-const char* select_halves(const SelectCall& call, int32_t device, void* stream) {
-    const int64_t dim = call.select.head_dim;
-    return dim <= 64    ? select_halves<T, 64>(call, device, stream)
-           : dim <= 128 ? select_halves<T, 128>(call, device, stream)
-                        : select_halves<T, 256>(call, device, stream);
+bool is_gathered(const SelectParams& p) {
+    return p.dtype == DType::kFloat32 || p.rule.groups < p.heads;
 }
 
 }  // namespace
 
 SelectPlan select_plan(const SelectParams& p, int32_t device) {
-    int processors = 0;
-    if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-        processors < 1)
-        processors = 1;  // the launch will say what is wrong
     auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
     const int64_t budget = most(p.top_k, 1), rows = p.batch * p.rule.groups * p.query_length;
@@ -207,7 +212,11 @@ SelectPlan select_plan(const SelectParams& p, int32_t device) {
     // A row that no more keys than these can come to is never cut before its end.
     plan.capacity = least(budget + least(most(budget, 2 * kGemmTile), kMostRoom), p.key_length) + kGemmTile;
     const int64_t block_bytes = kGemmTile * plan.capacity * static_cast<int64_t>(sizeof(Candidate));
-    const int64_t blocks = least(kBlocksPerProcessor * processors, most(kCandidateBytes / block_bytes, 1));
+    const int64_t held =
+        is_gathered(p) ? gathered_blocks(p, device) : with_halves_kernel(p, [&](auto kernel, int64_t bytes) {
+            return blocks_at_once(kernel, kGemmThreads, bytes, device);
+        });
+    const int64_t blocks = least(held, most(kCandidateBytes / block_bytes, 1));
     // A piece shorter than a few budgets would only copy its keys into the merge.
     const int64_t pieces =
         least(blocks / tiles, least(p.key_length / most(4 * budget, kLeastPiece), kMostMerged / budget));
@@ -231,10 +240,14 @@ const char* topk_select(const SelectCall& call, int32_t device, void* stream) {
     const SelectParams& p = call.select;
     const int64_t rows = p.batch * p.rule.groups * p.query_length;
     if (rows * p.top_k == 0) return nullptr;
-    const char* error = p.dtype == DType::kFloat32 || p.rule.groups < p.heads
-                            ? select_gathered(call, device, stream)
-                        : p.dtype == DType::kBFloat16 ? select_halves<BFloat>(call, device, stream)
-                                                      : select_halves<Half>(call, device, stream);
+    const char* error =
+        is_gathered(p)
+            ? select_gathered(call, device, stream)
+            : with_halves_kernel(p, [&](auto kernel, int64_t bytes) {
+                  return launch(kernel, static_cast<unsigned>(call.plan.blocks), kGemmThreads, bytes, device,
+                                stream, call, aligned_rows(p.query, p.query_strides, p.head_dim, p.dtype),
+                                aligned_rows(p.key, p.key_strides, p.head_dim, p.dtype));
+              });
     if (!error && call.plan.splits > 1)
         error = launch(merge_kernel, static_cast<unsigned>(divide_up(rows, kGemmThreads / 32)), kGemmThreads,
                        4 * kBins * (kGemmThreads / 32), device, stream, call, rows);

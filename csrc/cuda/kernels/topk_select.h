@@ -31,5 +31,6 @@ struct SelectCall {
 const char* topk_select(const SelectCall& call, int32_t device, void* stream);
 // The same where heads share a selection, and in float32, up to the merge: topk_select() calls it.
 const char* select_gathered(const SelectCall& call, int32_t device, void* stream);
+int64_t gathered_blocks(const SelectParams& p, int32_t device);  // that the GPU holds at once
 
 }  // namespace sparse_attn::cuda

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kGemmThreads, 3)
     const int64_t h = blockIdx.y;
     const int splits = static_cast<int>(call.plan.splits),
               tile_of_queries = (gridDim.x - 1 - blockIdx.x) / splits;
-    const Work work{blockIdx.z, h / (p.heads / p.rule.groups), blockIdx.x % splits,
-                    tile_of_queries * kGemmTile};
+    const Work work{static_cast<int>(blockIdx.z), static_cast<int>(h / (p.heads / p.rule.groups)),
+                    static_cast<int>(blockIdx.x % splits), tile_of_queries * kGemmTile};
     const SelectTile tile = select_tile(call, work, shared);
     const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
     float maximum[Shape::kQueries], total[Shape::kQueries];
@@ -162,12 +162,16 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
 }
 
 template <class T>
+constexpr int64_t kSelectBytes =
+    static_cast<int64_t>(sizeof(SelectShared)) + GatheredGemm<T, false, false>::kShared;
+
+template <class T>
 const char* select(const SelectCall& call, int32_t device, void* stream) {
     const SelectParams& p = call.select;
     const bool aligned_query = aligned_rows(p.query, p.query_strides, p.head_dim, p.dtype);
     const bool aligned_key = aligned_rows(p.key, p.key_strides, p.head_dim, p.dtype);
     const bool shared = p.rule.groups < p.heads;
-    const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) + GatheredGemm<T, false, false>::kShared;
+    const int64_t bytes = kSelectBytes<T>;
     // A head's own selection is by the uncapped q·k.
     return with_cap(shared ? p.rule.softcap : 0.f, [&](auto capped) {
         const int64_t rows = p.batch * p.heads * p.query_length;
@@ -187,6 +191,16 @@ const char* select(const SelectCall& call, int32_t device, void* stream) {
 }
 
 }  // namespace
+
+int64_t gathered_blocks(const SelectParams& p, int32_t device) {
+    int64_t blocks = 1;
+    with_type(p.dtype, [&](auto type) -> const char* {
+        using T = decltype(type);
+        blocks = blocks_at_once(select_gathered_kernel<T, false>, kGemmThreads, kSelectBytes<T>, device);
+        return nullptr;
+    });
+    return blocks;
+}
 
 const char* select_gathered(const SelectCall& call, int32_t device, void* stream) {
     return with_type(call.select.dtype,

@@ -59,8 +59,10 @@ struct Chunk {
         const int left = row.count - first;
         Candidate own[kOwn];
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i)
+        for (int i = 0; i < kOwn; ++i) {
+            own[i] = Candidate{0.f, -1};  // else the registers would be kept from the load before
             if (32 * i < left) own[i] = row.at[first + 32 * i];
+        }
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
             rank[i] = 32 * i < left ? rank_of(own[i].score) : kNone;

@@ -162,6 +162,23 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Blocks of `threads` that the GPU holds at once.
+template <class... Parameters>
+int64_t blocks_at_once(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int device) {
+    int processors = 0, of_one = 0;
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess && shared_bytes > (48 << 10))
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared_bytes));
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel, threads,
+                                                              static_cast<size_t>(shared_bytes));
+    const int64_t all = static_cast<int64_t>(processors) * of_one;
+    return error == cudaSuccess && all > 0 ? all : 1;  // the launch will say what is wrong
+}
+
 // Zeros in `bytes` of memory.
 inline const char* clear_memory(void* memory, int64_t bytes, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);

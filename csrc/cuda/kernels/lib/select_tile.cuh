@@ -8,9 +8,9 @@ namespace sparse_attn::cuda {
 
 // Of a persistent block: tile n of all, the longest rows first, as causal ones are.
 struct Work {
-    int64_t b, group;
-    int64_t split;  // which piece of the keys
-    int first;      // query
+    int b, group;
+    int split;  // which piece of the keys
+    int first;  // query
 };
 __device__ __forceinline__ int64_t works(const SelectCall& call) {
     return call.select.batch * call.select.rule.groups * call.plan.splits *
@@ -20,7 +20,8 @@ __device__ __forceinline__ Work work_of(const SelectCall& call, int64_t n) {
     const int64_t groups = call.select.rule.groups, splits = call.plan.splits;
     const int64_t sets = call.select.batch * groups * splits, set = n % sets;
     const int64_t tile = divide_up(call.select.query_length, kGemmTile) - 1 - n / sets;
-    return {set / splits / groups, set / splits % groups, set % splits, static_cast<int>(tile * kGemmTile)};
+    return {static_cast<int>(set / splits / groups), static_cast<int>(set / splits % groups),
+            static_cast<int>(set % splits), static_cast<int>(tile * kGemmTile)};
 }
 
 __device__ __forceinline__ RowSize row_size(const SelectCall& call) {
