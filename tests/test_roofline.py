@@ -85,12 +85,15 @@ def test_registers_and_shared_memory_bound_the_warps():
     assert roofline.resident(32, 100 * 1024, 4, h100) == 8
 
 
-# What was counted when each was last made faster, and a tenth more: a compiler may differ.
-CEILINGS = {
-    "topk_select bf16 H16 D128 K64 T16k causal": 4700,
-    "topk_select bf16 H16 D128 K512 T16k causal": 11800,
-    "topk_select bf16 H16 D64 K64 T16k causal": 4400,
-    "topk_select bf16 H16 D128 K64 Tq1 Tk128k, 24 pieces": 3050,
+# (warp instructions for 4,096 scores, warps of a multiprocessor): what was counted when each was last made faster, and
+# a tenth more, as a compiler may differ; and no fewer warps.
+BOUNDS = {
+    "topk_select bf16 H16 D128 K64 T16k causal": (4700, 12),
+    "topk_select bf16 H16 D128 K512 T16k causal": (11800, 12),
+    "topk_select bf16 H16 D64 K64 T16k causal": (4400, 12),
+    "topk_select bf16 H16 D128 K64 Tq1 Tk128k, 24 pieces": (3050, 12),
+    "topk_select bf16 H16 D128 K64 T16k causal, 4 heads share": (6000, 8),
+    "topk_select bf16 H16 D128 T16k causal, log-sum-exp": (5300, 12),
 }
 
 
@@ -101,11 +104,9 @@ CEILINGS = {
 )
 def test_selection_stays_as_fast_as_counted():
     rows = {row.label.removeprefix("cuda "): row for row in roofline.cuda_rows("cuda topk_select bf16")}
-    for label, most in CEILINGS.items():
+    for label, (most, warps) in BOUNDS.items():
         row = rows[label]
-        assert row.per_unit <= most, (
-            f"{label}: {row.per_unit:.0f} warp instructions for {row.unit}, at most {most}"
-        )
+        assert row.per_unit <= most, f"{label}: {row.per_unit:.0f} warp instructions, at most {most}"
         assert row.stack == 0, f"{label} spills {row.stack} bytes"
-        assert row.warps >= 12, f"{label}: only {row.warps} warps fit a multiprocessor of an H100"
+        assert row.warps >= warps, f"{label}: only {row.warps} warps fit a multiprocessor of an H100"
     assert "topk_select bf16" in roofline.table(list(rows.values()))

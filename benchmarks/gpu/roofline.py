@@ -286,6 +286,31 @@ def selection(
     )  # fmt: skip
 
 
+def normalisers(dim: int, length: int = 16384, heads: int = 16) -> Case:
+    """The log-sum-exp of every head, which heads that share a selection need first; causal."""
+    tile, key_tiles = 64, (length / 64 + 1) / 2
+
+    def turns(loop: Loop, around: tuple[Loop, ...]) -> float:
+        if loop.count("MUFU.EX2") and loop.inner:
+            return key_tiles
+        if loop.count("HMMA"):
+            return dim / 32
+        return 0.0 if around else 1.0  # rows that are not of whole vectors, and masks
+
+    def weight(loop: Loop, branch: Counter) -> float:
+        if any(count(branch, op) for op in ("LDG.E.U16", "LDG.E.U8", "STS")):
+            return 0.0
+        return 2 / key_tiles if count(branch, "LDS.128") else 1.0
+
+    blocks = heads * length / tile
+    scores = blocks * key_tiles * tile * tile
+    return Case(
+        f"topk_select bf16 H{heads} D{dim} T{length // 1024}k causal, log-sum-exp", "topk_select_gathered",
+        "score_lse_kernel<BFloat, false>", "4,096 scores", scores / 4096, 4, blocks, 2048 + 64 + 4 * tile * 80, turns,
+        2.0 * scores * dim, True, 2 * blocks * key_tiles * tile * dim * 2, 4.0 * heads * length * dim, weight,
+    )  # fmt: skip
+
+
 # ---- gathered attention
 
 
@@ -355,6 +380,7 @@ def cuda_cases() -> list[Case]:
     return [
         selection("BFloat", 128, 64), selection("BFloat", 128, 512), selection("BFloat", 64, 64),
         selection("BFloat", 256, 64), selection("float", 128, 64), selection("BFloat", 128, 64, share=4),
+        normalisers(128),
         selection("BFloat", 128, 64, 131072, queries=1), selection("BFloat", 128, 512, 131072, queries=1),
         tiles(False), tiles(True), vectors("forward"), vectors("backward, queries"), vectors("backward, keys"),
     ]  # fmt: skip
