@@ -203,7 +203,7 @@ def selection(
     halves, element = dtype != "float", 2 if dtype != "float" else 4
     causal, resident_queries = queries is None, halves and share == 1
     tile, rows = 64, queries or length
-    capacity = budget + min(max(budget, 128), 4096) + tile
+    capacity = budget + min(max(min(2 * budget, 1024), budget, 128), 4096) + tile
     block_tiles = heads // share * math.ceil(rows / tile)
     splits = 1 if causal else min(3 * 132 // heads, length // max(4 * budget, 512), max(1, 8192 // budget))
     key_tiles = (length / tile + 1) / 2 if causal else length / tile / splits
@@ -378,7 +378,8 @@ def vectors(which: str, heads: int = 16, budget: int = 512, dim: int = 128, leng
 
 def cuda_cases() -> list[Case]:
     return [
-        selection("BFloat", 128, 64), selection("BFloat", 128, 512), selection("BFloat", 64, 64),
+        selection("BFloat", 128, 64), selection("BFloat", 128, 128),
+        selection("BFloat", 128, 512), selection("BFloat", 64, 64),
         selection("BFloat", 256, 64), selection("float", 128, 64), selection("BFloat", 128, 64, share=4),
         normalisers(128),
         selection("BFloat", 128, 64, 131072, queries=1), selection("BFloat", 128, 512, 131072, queries=1),

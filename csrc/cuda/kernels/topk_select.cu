@@ -18,9 +18,10 @@ namespace sparse_attn::cuda {
 namespace {
 
 constexpr int64_t kCandidateBytes = 512ll << 20;  // at most
-constexpr int64_t kMostRoom = 4096;               // candidates of a row beyond its budget
-constexpr int64_t kLeastPiece = 512;              // keys
-constexpr int64_t kMostMerged = 8192;             // candidates that a warp merges
+// Candidates of a row beyond its budget: twice as many where that is little, else about as many.
+constexpr int64_t kLeastRoom = 128, kFewRoom = 1024, kMostRoom = 4096;
+constexpr int64_t kLeastPiece = 512;   // keys
+constexpr int64_t kMostMerged = 8192;  // candidates that a warp merges
 
 // Two 16-bit floats times the sign of `scale`: 0 makes them 0, what is not finite NaN.
 template <class T>
@@ -210,7 +211,8 @@ SelectPlan select_plan(const SelectParams& p, int32_t device) {
     const int64_t tiles = most(p.batch * p.rule.groups * divide_up(p.query_length, kGemmTile), 1);
     SelectPlan plan{};
     // A row that no more keys than these can come to is never cut before its end.
-    plan.capacity = least(budget + least(most(budget, 2 * kGemmTile), kMostRoom), p.key_length) + kGemmTile;
+    const int64_t room = least(most(most(least(2 * budget, kFewRoom), budget), kLeastRoom), kMostRoom);
+    plan.capacity = least(budget + room, p.key_length) + kGemmTile;
     const int64_t block_bytes = kGemmTile * plan.capacity * static_cast<int64_t>(sizeof(Candidate));
     const int64_t held =
         is_gathered(p) ? gathered_blocks(p, device) : with_halves_kernel(p, [&](auto kernel, int64_t bytes) {
