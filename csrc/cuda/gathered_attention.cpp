@@ -80,6 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(
     AttendParams part = p;
     part.query_length = g.chunk;
     const int64_t lists = g.atomics ? 0 : p.batch * p.groups, blocks = cuda::key_list_blocks(part);
+    const int64_t range = cuda::key_list_range(part, blocks);
     const int64_t sums =
         g.atomics || g.chunk < p.query_length ? p.key_length * (p.head_dim + p.value_dim) : 0;
     auto scratch = [&](int64_t count, ScalarType type) {
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(
     };
     Tensor rows = scratch(tiles ? 0 : p.batch * p.heads * p.query_length * 4, ScalarType::Float);
     Tensor starts = scratch(lists * (p.key_length + 1), ScalarType::Long);
-    Tensor counts = scratch(lists * blocks * p.key_length, ScalarType::Long);
+    Tensor counts = scratch(lists * blocks * range, ScalarType::Long);
     Tensor queries = scratch(lists * g.chunk * p.slots, ScalarType::Int);
     Tensor partials = scratch(tiles && !g.atomics ? cuda::partial_floats(p, g.chunk) : 0, ScalarType::Float);
     Tensor all_sums = scratch(p.batch * p.kv_heads * sums, ScalarType::Float);
@@ -103,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cuda(
     g.sums = static_cast<float*>(all_sums.mutable_data_ptr());
     g.lists = {static_cast<int64_t*>(starts.mutable_data_ptr()),
                static_cast<int64_t*>(counts.mutable_data_ptr()),
-               static_cast<int32_t*>(queries.mutable_data_ptr()), blocks};
+               static_cast<int32_t*>(queries.mutable_data_ptr()), blocks, range};
     call.check(cuda::gathered_attention_backward(g, call.device, call.stream),
                {&query, &key, &value, &indices});
     return {grad_query, grad_key, grad_value};

@@ -24,8 +24,12 @@ Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, SPARSE_ATTN_RUL
     SelectParams& p = c.select;
     STD_TORCH_CHECK(!causal_offsets, op, ": has no causal_offsets");
     p = select_params(op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS});
-    STD_TORCH_CHECK(p.head_dim >= 1 && p.batch <= 65535 && p.heads <= 65535, op,
-                    ": takes D from 1 on, B and Hq up to 65535; got ", shape_of(query));
+    constexpr int64_t kMostKeys = int64_t{1} << 30;
+    STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= cuda::kMostSelectDim && p.batch <= 65535 &&
+                        p.heads <= 65535 && p.query_length <= kMostKeys && p.key_length <= kMostKeys,
+                    op, ": takes D from 1 to ", cuda::kMostSelectDim,
+                    ", B and Hq up to 65535, Tq and Tk up to 2^30; got ", shape_of(query), " and ",
+                    shape_of(key));
     if (key_lengths) {
         key_lengths = torch::stable::contiguous(*key_lengths);
         if (key_lengths->scalar_type() == ScalarType::Int) {
@@ -34,12 +38,17 @@ Tensor topk_select_cuda(Tensor query, Tensor key, int64_t top_k, SPARSE_ATTN_RUL
             p.rule.lengths = static_cast<const int64_t*>(key_lengths->const_data_ptr());
         }
     }
-    Tensor lse = torch::stable::new_empty(
-        query, {p.rule.groups < p.heads ? p.batch * p.heads * p.query_length : 0}, ScalarType::Float);
-    c.lse = static_cast<float*>(lse.mutable_data_ptr());
     Tensor indices =
         torch::stable::new_empty(query, {p.batch, p.rule.groups, p.query_length, p.top_k}, ScalarType::Int);
     p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
+    c.plan = cuda::select_plan(p, call.device);
+    auto scratch = [&](int64_t bytes) { return torch::stable::new_empty(query, {bytes}, ScalarType::Byte); };
+    Tensor candidates = scratch(c.plan.candidate_bytes), parts = scratch(c.plan.part_bytes);
+    Tensor lse = scratch(c.plan.lse_bytes), lse_parts = scratch(c.plan.lse_part_bytes);
+    c.candidates = candidates.mutable_data_ptr();
+    c.parts = parts.mutable_data_ptr();
+    c.lse = static_cast<float*>(lse.mutable_data_ptr());
+    c.lse_parts = static_cast<float*>(lse_parts.mutable_data_ptr());
     call.check(cuda::topk_select(c, call.device, call.stream), {&query, &key});
     return indices;
 }

@@ -25,8 +25,8 @@ LIMITS = {
 }
 
 
-# By its count of instructions Triton's selection is several times as fast, and it splits the keys of few queries
-# (docs/cuda.md): it goes first where it is installed.
+# By their counts the two selections are near each other (docs/cuda.md); until a device has said which is faster,
+# Triton's goes first where it is installed.
 BEHIND = {"topk_select": "triton", "topk_attention": "triton"}
 
 

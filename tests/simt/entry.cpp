@@ -24,6 +24,9 @@ const char* run_gathered_attention(const AttendParams* p) {
 int64_t run_key_list_blocks(const AttendParams* p) {
     return cuda::key_list_blocks(*p);
 }
+int64_t run_key_list_range(const AttendParams* p, int64_t blocks) {
+    return cuda::key_list_range(*p, blocks);
+}
 bool run_gradients_on_tiles(const AttendParams* p) {
     return cuda::gradients_on_tiles(*p);
 }
@@ -47,6 +50,9 @@ const char* run_variable_width_embedding_backward(const cuda::EmbedParams* p) {
     return cuda::variable_width_embedding_backward(*p, 0, nullptr);
 }
 
+void run_select_plan(cuda::SelectCall* call) {
+    call->plan = cuda::select_plan(call->select, 0);
+}
 const char* run_topk_select(const cuda::SelectCall* call) {
     return cuda::topk_select(*call, 0, nullptr);
 }

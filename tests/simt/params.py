@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_bool, c_float, c_int32, c_int64, c_void_p, sizeof
+from ctypes import Structure, byref, c_bool, c_float, c_int32, c_int64, c_void_p, sizeof
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ class AttendParams(Structure):
 
 
 class KeyLists(Structure):
-    _fields_ = [*((n, c_void_p) for n in ("starts", "counts", "queries")), ("blocks", c_int64)]
+    _fields_ = [
+        *((n, c_void_p) for n in ("starts", "counts", "queries")),
+        *((n, c_int64) for n in ("blocks", "range")),
+    ]
 
 
 class AttendGradients(Structure):
@@ -109,8 +112,19 @@ class SelectParams(Structure):
     ]
 
 
+class SelectPlan(Structure):
+    _fields_ = [
+        *((n, c_int64) for n in ("blocks", "capacity", "splits", "split_keys")),
+        *((f"{n}_bytes", c_int64) for n in ("candidate", "part", "lse", "lse_part")),
+    ]
+
+
 class SelectCall(Structure):
-    _fields_ = [("select", SelectParams), ("narrow_lengths", c_void_p), ("lse", c_void_p)]
+    _fields_ = [
+        ("select", SelectParams),
+        ("plan", SelectPlan),
+        *((n, c_void_p) for n in ("narrow_lengths", "lse", "lse_parts", "candidates", "parts")),
+    ]
 
 
 def select_call(
@@ -154,8 +168,10 @@ def select_call(
     if starts is not None:
         width = "narrow" if starts.dtype == torch.int32 else "wide"
         call.select.rule.starts = PerQuery(**{width: gpu.put(starts)}, b=starts.stride(0), t=starts.stride(1))
-    if groups < query.shape[1]:
-        call.lse = gpu.empty(query.shape[:3], torch.float32)
+    gpu.library.run_select_plan(byref(call))
+    for scratch in ("candidates", "parts", "lse", "lse_parts"):
+        size = getattr(call.plan, f"{scratch.removesuffix('s')}_bytes")
+        setattr(call, scratch, gpu.empty((size,), torch.uint8))
     return call
 
 

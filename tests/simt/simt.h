@@ -103,6 +103,26 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
 inline int __any_sync(unsigned mask, int vote) {
     return __ballot_sync(mask, vote) != 0;
 }
+template <class T, class Merge>
+T simt_reduce(const char* name, unsigned mask, T value, const Merge& merge) {
+    const char* slots = simt::exchange(name, mask, &value, sizeof value);
+    for (int lane = 0; lane < 32; ++lane)
+        if ((mask >> lane & 1) && lane != simt::here().lane)
+            value = merge(value, simt::from_lane<T>(slots, lane));
+    return value;
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value) {
+    return simt_reduce("__reduce_min_sync", mask, value, [](T a, T b) { return std::min(a, b); });
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value) {
+    return simt_reduce("__reduce_max_sync", mask, value, [](T a, T b) { return std::max(a, b); });
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T value) {
+    return simt_reduce("__reduce_add_sync", mask, value, [](T a, T b) { return a + b; });
+}
 inline int __all_sync(unsigned mask, int vote) {
     return __ballot_sync(mask, vote) == mask;
 }
@@ -183,6 +203,11 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
     return bytes > simt::shared_limit ? cudaErrorInvalidValue : cudaSuccess;
 }
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+    *blocks = 4;
+    return cudaSuccess;
+}
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -236,6 +261,10 @@ inline uint16_t bfloat_bits(float value) {
     uint32_t bits = __float_as_uint(value);
     bits += 0x7fff + (bits >> 16 & 1);
     return static_cast<uint16_t>(bits >> 16);
+}
+
+inline float one_zero_one_nan(float x) {
+    return std::isnan(x) ? __uint_as_float(0x7fffffffu) : x + 0.f;
 }
 
 template <bool kBfloat>

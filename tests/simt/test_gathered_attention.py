@@ -5,6 +5,9 @@ The simulation is slow: of independent parameters every pair of values is taken,
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+
 import pytest
 import torch
 from helpers.inputs import LAYOUTS, index_rows, qkv
@@ -27,7 +30,9 @@ from ops.test_gathered_attention_special import (  # noqa: F401
     test_rows_of_minus_infinity,
 )
 
+from simt import device
 from simt.device import SCHEDULES
+from simt.params import AttendParams
 from simt.wing import SimulatedWing
 
 pytestmark = pytest.mark.slow
@@ -87,6 +92,33 @@ def test_gradients_on_tensor_cores(wing, dtype, shared, dims, way):
         other, qkv(2, 2 * shared, 2, 5, 40, *dims, dtype=dtype), index_rows((2, 2, 5, 37), 40, garbage=True)
     )
     check(other, qkv(1, 2 * shared, 2, 3, 9, *dims, dtype=dtype), index_rows((1, 1, 3, 4), 9))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("shared", [1, 9])
+@pytest.mark.parametrize("key_range", [1, 17, 39])
+def test_keys_are_counted_in_ranges(wing, dtype, shared, key_range):
+    """As where the counts of all keys would take too much memory: the same bits."""
+    inputs = qkv(2, 2 * shared, 2, 19, 40, 16, dtype=dtype)
+    indices = index_rows((2, 2, 19, 37), 40, garbage=True)
+    ranges, whole = (
+        run_with_gradients(w, inputs, indices)[0] for w in (SimulatedWing(key_range=key_range), wing)
+    )
+    assert all(torch.equal(mine, true) for mine, true in zip(ranges, whole, strict=True))
+
+
+def test_counts_of_keys_take_bounded_memory():
+    """Whatever the number of keys: no more than 64 MB, where they took 8 bytes for each key and each of 512 blocks."""
+    library = device.library()
+    for name in ("run_key_list_blocks", "run_key_list_range"):
+        getattr(library, name).restype = ctypes.c_int64
+    for selections, length in itertools.product((1, 8, 64), (1, 100, 16384, 1 << 20, 1 << 27)):
+        p = AttendParams(batch=1, groups=selections, query_length=length, key_length=length, slots=64)
+        blocks = library.run_key_list_blocks(ctypes.byref(p))
+        keys = library.run_key_list_range(ctypes.byref(p), ctypes.c_int64(blocks))
+        assert 1 <= keys <= length
+        assert 8 * selections * blocks * keys <= 64 << 20
+        assert blocks * selections >= min(64, length // 16), "too few blocks to fill a GPU"
 
 
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)

@@ -5,10 +5,12 @@ The simulation is slow: of options, sharing and dtype every pair is taken, not e
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.compare import assert_best, assert_identical
-from helpers.inputs import OPTIONS, integers, normal, with_scores
+from helpers.inputs import OPTIONS, integers, mask, normal, with_scores
 from helpers.pairwise import pairwise
 from ops import test_topk_select as of_the_op
 from ops.test_topk_select import (  # noqa: F401
@@ -24,8 +26,10 @@ from ops.test_topk_select import (  # noqa: F401
     test_shared_ties_go_to_the_smaller_index,
 )
 
-from simt.device import SCHEDULES
+from simt.device import SCHEDULES, Device
+from simt.params import select_call
 from simt.wing import SimulatedWing
+from sparse_attn.rule import Rule
 
 pytestmark = pytest.mark.slow
 WINGS = [
@@ -109,9 +113,56 @@ def test_packed_sequences(wing, share):
         compare(wing.topk_select(query, key, 20, **options), query, key, 20, **options)
 
 
+def pieces(query, key, top_k, share="none", **options) -> int:
+    """How many pieces the keys of a call are in."""
+    packed = Rule(share=share, **options).packed(query, key, top_k)
+    return select_call(Device(), query, key, top_k, *packed.parts()).plan.splits
+
+
+FEW = {
+    "plain": {},
+    "causal, window and sinks": {"is_causal": True, "causal_offset": 1998, "window": 5, "sinks": 3},
+    "lengths": {"key_lengths": torch.tensor([1700])},
+    "a length within the first piece": {"key_lengths": torch.tensor([9])},
+    "starts": {"key_starts": torch.tensor([[600, 1990, 0]])},
+    "mask": {"attn_mask": mask(1, 1, 3, 2000)},
+}
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("share", ["none", "all"])
+@pytest.mark.parametrize("name", FEW)
+def test_few_queries_have_their_keys_in_pieces(wing, dtype, name, share):
+    """As when decoding. Integers: ties lie in several pieces."""
+    query, key = integers(1, 2, 3, 7, dtype=dtype), integers(1, 1, 2000, 7, dtype=dtype, seed=1)
+    options = FEW[name] | {"share": share}
+    for top_k in (9, 120):
+        assert pieces(query, key, top_k, **options) > 1
+        compare = assert_identical if share == "none" else assert_best
+        compare(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_special_values_in_pieces(wing, bad):
+    """Of NaN and infinity more than there are slots, in the last pieces: they come first, the smaller index before."""
+    query, key = (
+        torch.ones(1, 1, 1, 1),
+        torch.rand(1, 1, 2000, 1, generator=torch.Generator().manual_seed(0)) + 1,
+    )
+    key[0, 0, 1500::7] = bad
+    assert pieces(query, key, 20) > 1
+    if bad < 0:
+        assert_identical(wing.topk_select(query, key, 20), query, key, 20)
+    else:
+        assert wing.topk_select(query, key, 20).flatten().tolist() == list(range(1500, 2000, 7))[:20]
+
+
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("share", ["none", "all"])
 def test_every_schedule_gives_the_same_bits(wing, dtype, share):
     query, key = normal(1, 2, 40, 24, dtype=dtype), normal(1, 1, 150, 24, dtype=dtype, seed=1)
+    results = [SimulatedWing(s).topk_select(query, key, 20, share=share) for s in SCHEDULES]
+    assert all(torch.equal(indices, results[0]) for indices in results[1:])
+    query, key = normal(1, 2, 2, 24, dtype=dtype), normal(1, 1, 1500, 24, dtype=dtype, seed=1)
     results = [SimulatedWing(s).topk_select(query, key, 20, share=share) for s in SCHEDULES]
     assert all(torch.equal(indices, results[0]) for indices in results[1:])

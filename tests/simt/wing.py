@@ -26,7 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sink_logits, indices, scale, softcap, schedule, atomics, chunk):
+    def forward(
+        ctx, query, key, value, sink_logits, indices, scale, softcap, schedule, atomics, chunk, key_range
+    ):
         gpu = Device(schedule)
         p = attend_params(gpu, query, key, value, indices, scale, softcap, sink_logits)
         p.out = gpu.empty((*query.shape[:3], value.shape[3]), query.dtype)
@@ -34,7 +36,8 @@ class _Attention(torch.autograd.Function):
         gpu.run("run_gathered_attention", ctypes.byref(p))
         out, lse = gpu.get(p.out), gpu.get(p.lse)
         ctx.save_for_backward(query, key, value, sink_logits, indices, out, lse)
-        ctx.scoring, ctx.schedule, ctx.atomics, ctx.chunk = (scale, softcap), schedule, atomics, chunk
+        ctx.scoring, ctx.schedule, ctx.atomics = (scale, softcap), schedule, atomics
+        ctx.chunk, ctx.key_range = chunk, key_range
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -45,7 +48,7 @@ class _Attention(torch.autograd.Function):
         gpu = Device(ctx.schedule)
         p = attend_params(gpu, query, key, value, indices, *ctx.scoring, sink_logits)
         p.out, p.lse = gpu.put(out), gpu.put(lse)
-        for name in ("key_list_blocks", "gradient_chunk", "partial_floats"):
+        for name in ("key_list_blocks", "key_list_range", "gradient_chunk", "partial_floats"):
             getattr(gpu.library, f"run_{name}").restype = ctypes.c_int64
         gpu.library.run_gradients_on_tiles.restype = ctypes.c_bool
         tiles = gpu.library.run_gradients_on_tiles(ctypes.byref(p))
@@ -55,6 +58,8 @@ class _Attention(torch.autograd.Function):
         part = AttendParams.from_buffer_copy(p)
         part.query_length = chunk
         blocks = gpu.library.run_key_list_blocks(ctypes.byref(part))
+        range_ = gpu.library.run_key_list_range(ctypes.byref(part), ctypes.c_int64(blocks))
+        range_ = min(range_, ctx.key_range or range_)
         lists = 0 if atomics else p.batch * p.groups
         partials = gpu.library.run_partial_floats(ctypes.byref(p), ctypes.c_int64(chunk))
         sums = (p.batch, p.kv_heads, p.key_length, p.head_dim + p.value_dim)
@@ -68,9 +73,10 @@ class _Attention(torch.autograd.Function):
             rows=None if tiles else gpu.empty((*query.shape[:3], 4), torch.float32),
             lists=KeyLists(
                 starts=gpu.empty((lists, p.key_length + 1), torch.int64),
-                counts=gpu.empty((lists, blocks, p.key_length), torch.int64),
+                counts=gpu.empty((lists, blocks, range_), torch.int64),
                 queries=gpu.empty((lists, chunk * p.slots), torch.int32),
                 blocks=blocks,
+                range=range_,
             ),
             chunk=chunk,
             partials=gpu.empty((partials,), torch.float32) if tiles and not atomics else None,
@@ -81,7 +87,7 @@ class _Attention(torch.autograd.Function):
         of_sinks = None
         if ctx.needs_input_grad[3]:
             of_sinks = sink_gradient(sink_logits, out, lse, grad_out, grad_lse)
-        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), of_sinks, *(None,) * 6
+        return *(gpu.get(t) for t in (g.grad_query, g.grad_key, g.grad_value)), of_sinks, *(None,) * 7
 
 
 class _Embedding(torch.autograd.Function):
@@ -132,8 +138,10 @@ class SimulatedWing:
         *,
         atomics: bool = False,  # of gathered_attention's backward
         chunk: int | None = None,  # queries that it works on at a time; None is what the kernels choose
+        key_range: int | None = None,  # keys that it counts at a time; likewise
     ) -> None:
-        self.schedule, self.dtypes, self.atomics, self.chunk = schedule, dtypes, atomics, chunk
+        self.schedule, self.dtypes, self.atomics = schedule, dtypes, atomics
+        self.chunk, self.key_range = chunk, key_range
 
     def __str__(self) -> str:
         return f"cuda-simulated-{self.schedule}"
@@ -177,6 +185,7 @@ class SimulatedWing:
             self.schedule,
             self.atomics,
             self.chunk,
+            self.key_range,
         )
         return (out, lse) if return_lse else out
 

@@ -30,11 +30,13 @@ struct alignas(16) RowSoftmax {
 // queries[n·Tq·K + starts[n·(Tk + 1) + j] …], ascending.
 struct KeyLists {
     int64_t* starts;   // [B·G, Tk + 1]
-    int64_t* counts;   // [B·G, blocks, Tk] scratch
+    int64_t* counts;   // [B·G, blocks, range] scratch
     int32_t* queries;  // [B·G, Tq·K]: queries t, or places t·K + slot
     int64_t blocks;    // of queries that are counted on their own: key_list_blocks(p)
+    int64_t range;     // keys that are counted at a time: key_list_range(p, blocks)
 };
 int64_t key_list_blocks(const AttendParams& p);
+int64_t key_list_range(const AttendParams& p, int64_t blocks);
 // Fills them; of p only `indices` and the sizes are read. With `places`, Tq·K must be below 2^31.
 const char* list_keys(const AttendParams& p, const KeyLists& lists, bool places, int32_t device,
                       void* stream);

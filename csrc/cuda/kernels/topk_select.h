@@ -6,12 +6,31 @@
 
 namespace sparse_attn::cuda {
 
+constexpr int64_t kMostSelectDim = 256;
+
+// How a selection is spread over a GPU.
+struct SelectPlan {
+    int64_t blocks;              // that are launched: what the GPU works on at once
+    int64_t capacity;            // candidates of a query, of each of a block's 64
+    int64_t splits, split_keys;  // pieces that the keys are in, and keys of a piece
+    int64_t candidate_bytes, part_bytes, lse_bytes, lse_part_bytes;  // of scratch
+};
+SelectPlan select_plan(const SelectParams& p, int32_t device);
+
 struct SelectCall {
     SelectParams select;  // query and key with a contiguous last dimension; `rule.lengths` on the device
+    SelectPlan plan;
     const int32_t* narrow_lengths;  // [B]: the lengths, where they are int32
-    float* lse;                     // [B, Hq, Tq] scratch where heads share a selection
+    // Scratch:
+    float* lse;        // [B, Hq, Tq], where heads share a selection
+    float* lse_parts;  // [splits, B, Hq, Tq, 2]: the same of each piece of the keys
+    void* candidates;  // [blocks, 64, capacity]
+    void* parts;       // [B, G, Tq, splits, K]: the best of each piece
 };
 
 const char* topk_select(const SelectCall& call, int32_t device, void* stream);
+// The same where heads share a selection, and in float32, up to the merge: topk_select() calls it.
+const char* select_gathered(const SelectCall& call, int32_t device, void* stream);
+int64_t gathered_blocks(const SelectParams& p, int32_t device);  // that the GPU holds at once
 
 }  // namespace sparse_attn::cuda

@@ -55,6 +55,11 @@ __device__ __forceinline__ uint16_t bfloat_bits(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// x, a zero of either sign as +0 and any NaN as 0x7fffffff: what PTX has additions return.
+__device__ __forceinline__ float one_zero_one_nan(float x) {
+    return x + 0.f;
+}
+
 // c [16, 8] += a [16, 16] · b [16, 8], in the fragments of mma.m16n8k16.
 template <bool kBfloat>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -155,6 +160,23 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
     }
     if (error == cudaSuccess) error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Blocks of `threads` that the GPU holds at once.
+template <class... Parameters>
+int64_t blocks_at_once(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int device) {
+    int processors = 0, of_one = 0;
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess && shared_bytes > (48 << 10))
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared_bytes));
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel, threads,
+                                                              static_cast<size_t>(shared_bytes));
+    const int64_t all = static_cast<int64_t>(processors) * of_one;
+    return error == cudaSuccess && all > 0 ? all : 1;  // the launch will say what is wrong
 }
 
 // Zeros in `bytes` of memory.

@@ -32,24 +32,55 @@ struct OperandTile {
         const int line = kAcross ? k : outer, place = kAcross ? outer : k;
         return reinterpret_cast<const T*>(tile + line * kPitch) + place;
     }
+    // A thread has one place of some lines: these many, these apart.
+    static constexpr int kPer = 16 / static_cast<int>(sizeof(T)), kChunks = kLength / kPer;
+    static constexpr int kStep = kGemmThreads / kChunks, kOwn = kLines / kStep;
+    static_assert(kGemmThreads % kChunks == 0 && kLines % kStep == 0);
+
+    // The thread's lines, found once where they are the same for every k.
+    struct Lines {
+        Line<T> line[kAcross ? 1 : kOwn];
+    };
+    template <class Find>
+    __device__ static __forceinline__ Lines lines(const Find& line_of) {
+        Lines found{};
+        if constexpr (!kAcross) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) found.line[i] = line_of(threadIdx.x / kChunks + i * kStep);
+        }
+        return found;
+    }
+
     // The tile from k on: without waiting where `aligned` (whole 16 bytes everywhere), else at once.
-    template <class Lines>
+    template <class Find>
     __device__ static __forceinline__ void load(unsigned char* tile, int64_t k, const T* anything,
-                                                bool aligned, const Lines& line_of) {
-        constexpr int kPer = 16 / sizeof(T), kChunks = kLength / kPer;
-        for (int c = threadIdx.x; c < kLines * kChunks; c += kGemmThreads) {
-            const int number = c / kChunks, first = c % kChunks * kPer;
-            const Line<T> line = line_of(kAcross ? k + number : number);
-            const int64_t at = kAcross ? first : k + first;
-            unsigned char* to = tile + number * kPitch + first * static_cast<int>(sizeof(T));
-            if (aligned) {
-                const bool real = line.start != nullptr && at < line.size;
-                copy_async_16(to, real ? line.start + at : anything, real ? 16 : 0);
+                                                bool aligned, const Lines& lines, const Find& line_of) {
+        const int first = threadIdx.x % kChunks * kPer, number = threadIdx.x / kChunks;
+        const int64_t at = kAcross ? first : k + first;
+        unsigned char* to = tile + number * kPitch + first * static_cast<int>(sizeof(T));
+        auto line = [&](int i) {
+            if constexpr (kAcross) {
+                return line_of(k + number + i * kStep);
             } else {
-                for (int i = 0; i < kPer; ++i)
-                    reinterpret_cast<T*>(to)[i] =
-                        line.start != nullptr && at + i < line.size ? line.start[at + i] : from_float<T>(0.f);
+                return lines.line[i];
             }
+        };
+        if (aligned) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                const Line<T> own = line(i);
+                const bool real = own.start != nullptr && at < own.size;
+                copy_async_16(to + i * kStep * kPitch, real ? own.start + at : anything, real ? 16 : 0);
+            }
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const Line<T> own = line(i);
+            T* place = reinterpret_cast<T*>(to + i * kStep * kPitch);
+#pragma unroll 1
+            for (int e = 0; e < kPer; ++e)
+                place[e] = own.start != nullptr && at + e < own.size ? own.start[at + e] : from_float<T>(0.f);
         }
     }
 };
@@ -72,9 +103,11 @@ struct GatheredGemm {
 #pragma unroll
         for (int n = 0; n < 8; ++n)
             for (int e = 0; e < 4; ++e) sum[n][e] = 0.f;
+        const typename A::Lines lines_a = A::lines(line_a);
+        const typename B::Lines lines_b = B::lines(line_b);
         auto load = [&](int64_t k, unsigned char* stage) {
-            A::load(stage, k, any_a, aligned_a, line_a);
-            B::load(stage + A::kBytes, k, any_b, aligned_b, line_b);
+            A::load(stage, k, any_a, aligned_a, lines_a, line_a);
+            B::load(stage + A::kBytes, k, any_b, aligned_b, lines_b, line_b);
         };
         load(first, shared);
         commit_copies();

@@ -1,0 +1,512 @@
+"""Speed by count, where no GPU is: `python -m benchmarks.gpu.roofline [--only TEXT] [--json FILE]`.
+
+For each kernel and case: what one warp issues, read from the machine code (loops by their back edges, sass.py), and how
+often each loop turns, from the sizes; registers, spills, shared memory and the warps that fit; bytes and products by
+formula; and the time that follows on each GPU, the longest of four: instructions at four a clock and multiprocessor,
+products, second-level cache, memory. Nothing here is measured: such a time is a floor.
+
+Machine code is that of sm_90 for all GPUs. The rates of mma.sync, which the kernels of csrc/cuda use, are 62% of
+wgmma's on Hopper, and taken as half of those on Blackwell; the cache's rates are rounded from what others measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.gpu import sass
+from benchmarks.gpu.sass import Kernel, Loop, count
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    processors: int
+    clock: float  # GHz
+    memory: float  # TB/s
+    cache: float  # TB/s, of the second level
+    tensor: float  # bf16 operations per clock and multiprocessor
+    legacy: float  # the same with mma.sync
+    multiply_add: float  # float32 operations per clock and multiprocessor
+    shared: int  # KiB of a multiprocessor
+
+
+GPUS = (
+    Gpu("A100", 108, 1.41, 2.0, 4.5, 2048, 2048, 128, 164),
+    Gpu("H100", 132, 1.75, 3.35, 5.5, 4096, 2540, 256, 228),
+    Gpu("H200", 132, 1.75, 4.8, 5.5, 4096, 2540, 256, 228),
+    Gpu("B200", 148, 1.85, 8.0, 9.0, 8192, 1270, 256, 228),
+)
+REGISTERS, WARPS, RESERVED = (
+    65536,
+    64,
+    1,
+)  # of a multiprocessor; KiB of shared memory that a block takes besides
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one size."""
+
+    label: str
+    source: str  # of csrc/cuda/kernels
+    kernel: str  # its demangled name
+    unit: str  # what is counted: "4,096 scores", "query and key"
+    units: float  # how many there are of them
+    warps: int  # of a block
+    blocks: float  # that do the work counted by `turns`
+    shared: int  # bytes of a block
+    turns: Callable[[Loop, tuple[Loop, ...]], float]  # of a loop, for each turn of those around it
+    operations: float  # of products
+    halves: bool  # on tensor cores
+    cache_bytes: float
+    memory_bytes: float
+    weight: Callable[[Loop, Counter], float]  # of a block that a turn of a loop may pass by
+
+
+@dataclass
+class Row:
+    label: str
+    registers: int
+    stack: int
+    shared: int
+    warps: int  # of a multiprocessor of an H100, by registers and shared memory
+    loop: int  # instructions of the main loop that every turn issues
+    loop_most: int  # with all that a turn may pass by
+    per_unit: float  # warp instructions
+    unit: str
+    instructions: float  # of warps, in all
+    operations: float
+    cache_bytes: float
+    memory_bytes: float
+    milliseconds: dict[str, float]
+    bound: dict[str, str]
+
+
+def issued(loops: list[Loop], case: Case, around: tuple[Loop, ...] = ()) -> float:
+    """Instructions of one warp in these loops, for one turn of those around them."""
+    total = 0.0
+    for loop in loops:
+        turns = case.turns(loop, around)
+        if turns:
+            own = loop.always.total() + sum(case.weight(loop, b) * b.total() for b in loop.branches)
+            total += turns * (own + issued(loop.inner, case, (*around, loop)))
+    return total
+
+
+def main_loop(kernel: Kernel) -> Loop:
+    """The loop with the most tensor work, else with the most multiply-adds."""
+
+    def products(loop: Loop) -> tuple[float, ...]:
+        return tensor_macs(loop), loop.count("FFMA")
+
+    return max(kernel.all_loops(), key=products)
+
+
+def tensor_macs(loop: Loop) -> float:
+    """Multiply-adds of one warp's turn on the tensor cores."""
+    total = 0.0
+    for op, n in (loop.always + loop.sometimes).items():
+        if op.startswith("HMMA.16816"):
+            total += n * 16 * 8 * 16
+        elif match := re.match(r"HGMMA\.64x(\d+)x(\d+)", op):
+            total += n * 64 * int(match[1]) * int(match[2]) / 4  # four warps have a part each
+    return total
+
+
+def resident(registers: int, shared: int, warps: int, gpu: Gpu) -> int:
+    """Warps that a multiprocessor holds."""
+    by_registers = REGISTERS // (32 * -(-registers // 8) * 8 * warps)
+    by_shared = gpu.shared * 1024 // (shared + RESERVED * 1024)
+    return min(by_registers, by_shared, WARPS // warps) * warps
+
+
+def times(
+    instructions: float, operations: float, rate: Callable[[Gpu], float], cache: float, memory: float
+) -> tuple[dict, dict]:
+    milliseconds, bound = {}, {}
+    for gpu in GPUS:
+        clocks = gpu.processors * gpu.clock * 1e9
+        terms = {
+            "issue": instructions / (4 * clocks),
+            "product": operations / (rate(gpu) * clocks),
+            "cache": cache / (gpu.cache * 1e12),
+            "memory": memory / (gpu.memory * 1e12),
+        }
+        bound[gpu.name] = max(terms, key=terms.__getitem__)
+        milliseconds[gpu.name] = 1e3 * terms[bound[gpu.name]]
+    return milliseconds, bound
+
+
+def row_of(case: Case, kernel: Kernel) -> Row:
+    per_warp = issued(kernel.loops, case)
+    total = per_warp * case.warps * case.blocks
+    loop = main_loop(kernel)
+    milliseconds, bound = times(
+        total,
+        case.operations,
+        lambda gpu: gpu.legacy if case.halves else gpu.multiply_add,
+        case.cache_bytes,
+        case.memory_bytes,
+    )
+    return Row(
+        case.label, kernel.registers, kernel.stack, case.shared,
+        resident(kernel.registers, case.shared, case.warps, GPUS[1]), loop.always.total(),
+        loop.always.total() + loop.sometimes.total(), total / case.units, case.unit, total, case.operations,
+        case.cache_bytes, case.memory_bytes, milliseconds, bound,
+    )  # fmt: skip
+
+
+# ---- selection
+
+
+def streamed(budget: int, keys: int, room: int, slack: int) -> tuple[float, float, float]:
+    """(cuts, appended candidates, keys whose group of 128 has a candidate) of a row with keys in random order.
+
+    A row of `room` slots is full: it keeps the budget and up to `slack` more, and from then on a key passes with the
+    chance that it is among the best `budget` of those seen so far.
+    """
+    seen = appended = grouped = float(min(keys, room))
+    cuts = 0.0
+    while seen < keys:
+        cuts += 1
+        chance = budget / seen
+        part = min(keys - seen, (room - budget - slack / 2) / chance)
+        appended += part * chance
+        grouped += part * (1 - (1 - chance) ** 128)
+        seen += part
+    return cuts, appended, grouped
+
+
+def _streams(loop: Loop) -> bool:
+    """Whether it goes over tiles of keys: products, and candidates are appended."""
+    return loop.count("STG.E.64") > 0 and any(inner.count("HMMA") or inner.count("FFMA") for inner in loop)
+
+
+def selection(
+    dtype: str,
+    dim: int,
+    budget: int,
+    length: int = 16384,
+    heads: int = 16,
+    queries: int | None = None,
+    share: int = 1,
+) -> Case:
+    """A selection per head, or for `share` of them: causal, or of a few queries (decoding)."""
+    halves, element = dtype != "float", 2 if dtype != "float" else 4
+    causal, resident_queries = queries is None, halves and share == 1
+    tile, rows = 64, queries or length
+    capacity = budget + min(max(min(2 * budget, 1024), budget, 128), 4096) + tile
+    block_tiles = heads // share * math.ceil(rows / tile)
+    splits = 1 if causal else min(3 * 132 // heads, length // max(4 * budget, 512), max(1, 8192 // budget))
+    key_tiles = (length / tile + 1) / 2 if causal else length / tile / splits
+    # Rows of all lengths, as causal ones are.
+    lengths = [length * (i + 0.5) / 32 for i in range(32)] if causal else [length / splits]
+    found = [streamed(budget, int(n), capacity - tile, budget // 8) for n in lengths]
+    cuts, appended, grouped = (sum(f[i] for f in found) / len(found) for i in range(3))
+    # Four keys of each of eight queries (float32: of two, on 16 lanes each) are a branch.
+    group = grouped / (sum(lengths) / len(lengths))
+    chunks = math.ceil(capacity / 256)
+    real = 1.0 if causal else queries / tile  # of a tile's rows, all but a few are empty when decoding
+
+    def turns(loop: Loop, around: tuple[Loop, ...]) -> float:
+        if not around:
+            return 1.0  # over tiles of queries
+        within = any(_streams(each) for each in around)
+        if _streams(loop):
+            return key_tiles
+        if (loop.count("LDG.E.U16") and (resident_queries or not loop.count("LDGSTS"))) or loop.count(
+            "LDG.E.U8"
+        ):
+            return 0.0  # rows that are not of whole vectors, and masks
+        if loop.count("STS") and loop.count("LDG") and not loop.count("LDGSTS"):
+            return 0.0
+        if loop.count("FFMA"):
+            return 8.0  # of 32 steps four are unrolled
+        if loop.count("HMMA") or any(inner.count("FFMA") for inner in loop.inner):
+            return dim / 32
+        if any(inner.count("HMMA") or inner.count("FFMA") for inner in loop):
+            return share
+        if loop.count("LDGSTS"):
+            return 64 * 32 * element / 16 / 128
+        if loop.count("REDUX"):
+            return 16 * real * cuts / key_tiles if within else 16 * real
+        if loop.count("SHFL.UP"):
+            return 1.5 if within else 2.5  # rounds of five bits
+        if loop.count("VOTE") and loop.count("POPC"):
+            # At the end candidates are written as indices, or as a part for the merge.
+            return chunks if within or (loop.count("STG.E.64") > 0) == (splits > 1) else 0.0
+        if loop.count("ATOMS") or loop.count("LDG.E.64"):
+            return chunks
+        if loop.count("STG") and not loop.count("REDUX"):
+            return 0.0  # empty slots
+        return 1.0
+
+    def weight(loop: Loop, branch: Counter) -> float:
+        if count(branch, "LDG.E.U8"):
+            return 0.0  # a mask
+        if count(branch, "LDS.128"):
+            return 2 / key_tiles if causal else 0.0  # the diagonal
+        if count(branch, "LDG.E.64"):
+            return float(chunks > 1)  # a row that is read again
+        if count(branch, "LDG.E.U16") or (
+            not resident_queries and loop.count("LDGSTS") and count(branch, "STS")
+        ):
+            return 0.0
+        if loop.count("LDG.E.64"):  # what stands apart there: ties, and keys that are kept always
+            return float(count(branch, "STG") > 0)
+        return group if count(branch, "STG.E.64") else 1.0
+
+    scores = block_tiles * splits * key_tiles * tile * tile * share
+    bytes_of_tile = tile * dim * element
+    kernel = (
+        f"select_halves_kernel<{dtype}, {dim}>"
+        if resident_queries
+        else f"select_gathered_kernel<{dtype}, false>"
+    )
+    shared = 2048 + 64 + (2 * tile * (2 * dim + 16) if resident_queries else 4 * tile * (32 * element + 16))
+    tiles_read = 1 if resident_queries else 2 * share  # else queries are read again for every tile of keys
+    name = {"BFloat": "bf16", "Half": "fp16", "float": "fp32"}[dtype]
+    size = f"T{length // 1024}k causal" if causal else f"Tq{queries} Tk{length // 1024}k, {splits} pieces"
+    sharing = f", {share} heads share" if share > 1 else ""
+    read = tiles_read * block_tiles * splits * key_tiles * bytes_of_tile
+    return Case(
+        f"topk_select {name} H{heads} D{dim} K{budget} {size}{sharing}",
+        f"topk_select{'' if resident_queries else '_gathered'}", kernel, "4,096 scores", scores / 4096, 4,
+        block_tiles * splits, shared, turns, 2.0 * scores * dim, halves,
+        read + 32.0 * real * appended * block_tiles * splits * tile,
+        heads * (length + rows) * dim * element + 4.0 * heads // share * rows * budget, weight,
+    )  # fmt: skip
+
+
+def normalisers(dim: int, length: int = 16384, heads: int = 16) -> Case:
+    """The log-sum-exp of every head, which heads that share a selection need first; causal."""
+    tile, key_tiles = 64, (length / 64 + 1) / 2
+
+    def turns(loop: Loop, around: tuple[Loop, ...]) -> float:
+        if loop.count("MUFU.EX2") and loop.inner:
+            return key_tiles
+        if loop.count("HMMA"):
+            return dim / 32
+        return 0.0 if around else 1.0  # rows that are not of whole vectors, and masks
+
+    def weight(loop: Loop, branch: Counter) -> float:
+        if any(count(branch, op) for op in ("LDG.E.U16", "LDG.E.U8", "STS")):
+            return 0.0
+        return 2 / key_tiles if count(branch, "LDS.128") else 1.0
+
+    blocks = heads * length / tile
+    scores = blocks * key_tiles * tile * tile
+    return Case(
+        f"topk_select bf16 H{heads} D{dim} T{length // 1024}k causal, log-sum-exp", "topk_select_gathered",
+        "score_lse_kernel<BFloat, false>", "4,096 scores", scores / 4096, 4, blocks, 2048 + 64 + 4 * tile * 80, turns,
+        2.0 * scores * dim, True, 2 * blocks * key_tiles * tile * dim * 2, 4.0 * heads * length * dim, weight,
+    )  # fmt: skip
+
+
+# ---- gathered attention
+
+
+def _plain(loop: Loop, branch: Counter) -> float:
+    """Rows are whole vectors, and sums are not made by atomics."""
+    return float(not any(count(branch, op) for op in ("LDG.E.U16", "RED", "ATOMG")))
+
+
+def tiles(backward: bool, heads: int = 64, budget: int = 2048, dim: int = 128, length: int = 16384) -> Case:
+    """Heads that share their keys, on tensor cores: a block is one query and 64 heads."""
+    slots = 32 if backward else 64
+
+    def turns(loop: Loop, around: tuple[Loop, ...]) -> float:
+        if not around:
+            return budget / slots if loop.count("BAR") and loop.inner else 1.0
+        if loop.count("LDGSTS"):
+            return slots / 8
+        if loop.count("HMMA"):
+            return heads / 16 if backward else slots / 32
+        return 2.0  # two tasks of a warp: 16 slots and 64 columns each
+
+    pitch = 2 * dim + 16
+    stage = 2 * (2 * slots * pitch + 4 * slots)
+    shared = stage + heads * (pitch * (2 if backward else 1) + (2 * 80 + 8 if backward else 0))
+    pairs, places = length * heads * budget, 4.0 * length * budget * 2 * dim if backward else 0.0
+    return Case(
+        f"gathered_attention {'backward, queries' if backward else 'forward'} bf16 H{heads}/1 D{dim} K{budget}",
+        f"gathered_attention{'_backward' if backward else ''}_tiles",
+        "attend_backward_tiles_kernel<BFloat, false>" if backward else f"attend_tiles_kernel<BFloat, {dim}, false>",
+        "query and key", length * budget, 4, length, shared, turns,
+        (10.0 if backward else 4.0) * pairs * dim, True, 4.0 * length * budget * dim,
+        4.0 * length * (1 + heads) * dim + places, _plain,
+    )  # fmt: skip
+
+
+def vectors(which: str, heads: int = 16, budget: int = 512, dim: int = 128, length: int = 16384) -> Case:
+    """Heads alone: a warp has one query or, of the pass over keys, a block one key."""
+    ahead = 4 if which == "forward" else 2
+    names = {
+        "forward": ("gathered_attention", "attend_kernel<BFloat, 1, false>"),
+        "backward, queries": (
+            "gathered_attention_backward",
+            "attend_backward_query_kernel<BFloat, 1, false>",
+        ),
+        "backward, keys": ("gathered_attention_backward", "attend_backward_key_kernel<BFloat, false>"),
+    }
+    keys = which == "backward, keys"
+    lanes = dim // 8
+
+    def turns(loop: Loop, around: tuple[Loop, ...]) -> float:
+        if loop.count("SHFL.BFLY") and not loop.count("LDG"):
+            return math.log2(lanes) if around else 1.0
+        if not around:
+            return (1.0 if keys else budget / 32) if loop.inner else 1.0
+        return budget / (ahead * 256 / lanes) if keys else lanes / ahead
+
+    pairs = length * heads * budget
+    return Case(
+        f"gathered_attention {which} bf16 H{heads} D{dim} K{budget}", *names[which], "query and key", pairs,
+        8 if keys else 4, length * heads / (1 if keys else 4), 8 * 8 * lanes * 8 if keys else 0, turns,
+        (4.0 if which == "forward" else 8.0) * pairs * dim, False, 4.0 * pairs * dim,
+        8.0 * length * heads * dim, _plain,
+    )  # fmt: skip
+
+
+def cuda_cases() -> list[Case]:
+    return [
+        selection("BFloat", 128, 64), selection("BFloat", 128, 128),
+        selection("BFloat", 128, 512), selection("BFloat", 64, 64),
+        selection("BFloat", 256, 64), selection("float", 128, 64), selection("BFloat", 128, 64, share=4),
+        normalisers(128),
+        selection("BFloat", 128, 64, 131072, queries=1), selection("BFloat", 128, 512, 131072, queries=1),
+        tiles(False), tiles(True), vectors("forward"), vectors("backward, queries"), vectors("backward, keys"),
+    ]  # fmt: skip
+
+
+def cuda_rows(only: str = "") -> list[Row]:
+    found = []
+    kernels: dict[str, dict[str, Kernel]] = {}
+    for case in cuda_cases():
+        if only not in f"cuda {case.label}":
+            continue
+        if case.source not in kernels:
+            read = sass.kernels_of(sass.compiled(sass.KERNELS / f"{case.source}.cu"))
+            kernels[case.source] = {kernel.name: kernel for kernel in read}
+        row = row_of(case, kernels[case.source][case.kernel])
+        row.label = f"cuda {row.label}"
+        found.append(row)
+    return found
+
+
+# ---- Triton: the main loop alone, whose products say what a turn does
+
+
+@dataclass(frozen=True)
+class TritonCase:
+    op: str  # of tests/triton_wing/aot_<op>.py
+    name: str  # of the case there
+    unit: str
+    products: float  # multiply-adds of a unit
+    units: float
+    cache_bytes: float
+    memory_bytes: float
+
+
+def triton_cases() -> list[TritonCase]:
+    length, heads, dim = 16384, 16, 128
+    scores = heads * length * (length + 1) / 2
+    whole = 4.0 * heads * length * dim
+    pairs = length * 512
+    selected = ("4,096 scores", 4096 * dim, scores / 4096, scores * dim * 2 / 128, whole)
+    gathered = (pairs, 4.0 * pairs * dim, whole)
+    return [
+        TritonCase("topk_select", "bf16 D128 K64 scores", *selected),
+        TritonCase("topk_select", "bf16 D128 K256 scores", *selected),
+        TritonCase(
+            "gathered_attention", "forward, tile bf16 D128", "query and key", heads * 2 * dim, *gathered
+        ),
+        TritonCase(
+            "gathered_attention", "queries, tile bf16 D128", "query and key", heads * 5 * dim, *gathered
+        ),
+    ]
+
+
+def triton_rows(only: str = "") -> list[Row]:
+    for folder in (sass.ROOT, sass.ROOT / "tests"):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton_wing import aot
+
+    found = []
+    for wanted in triton_cases():
+        label = f"triton {wanted.op} {wanted.name}"
+        if only not in label:
+            continue
+        case = next(c for c in aot.cases(wanted.op) if c.name == wanted.name)
+        options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+        built = triton.compile(case.source(), target=GPUTarget("cuda", 90, 32), options=options)
+        kernel = sass.kernels_of(built.asm["cubin"])[0]
+        loop = main_loop(kernel)
+        most = loop.always.total() + loop.sometimes.total()
+        turns = wanted.units * wanted.products / (tensor_macs(loop) * case.num_warps)
+        total = turns * most * case.num_warps
+        milliseconds, bound = times(
+            total,
+            2 * wanted.units * wanted.products,
+            lambda gpu: gpu.tensor,
+            wanted.cache_bytes,
+            wanted.memory_bytes,
+        )
+        found.append(
+            Row(label, kernel.registers, kernel.stack, built.metadata.shared,
+                resident(kernel.registers, built.metadata.shared, case.num_warps, GPUS[1]), loop.always.total(), most,
+                total / wanted.units, wanted.unit, total, 2 * wanted.units * wanted.products, wanted.cache_bytes,
+                wanted.memory_bytes, milliseconds, bound)
+        )  # fmt: skip
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    width = max(len(r.label) for r in rows)
+    lines = [
+        f"{'':{width}}  regs stack  shared warps    loop    most   warp instructions    TFLOP   L2 GB  HBM GB"
+        + "".join(f"{g.name + ' ms':>16}" for g in GPUS)
+    ]
+    for r in rows:
+        times_ = "".join(f"{f'{r.milliseconds[g.name]:.3g} {r.bound[g.name]}':>16}" for g in GPUS)
+        lines.append(
+            f"{r.label:{width}} {r.registers:5} {r.stack:5} {r.shared:7} {r.warps:5} {r.loop:7} {r.loop_most:7} "
+            f"{r.per_unit:7.4g} / {r.unit:13} {r.operations / 1e12:5.3g} {r.cache_bytes / 1e9:7.3g} "
+            f"{r.memory_bytes / 1e9:7.3g}{times_}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.roofline", description=__doc__)
+    parser.add_argument("--only", default="", help="cases whose label has this text, such as topk_select")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    args = parser.parse_args()
+    rows = []
+    for name, of in (("cuda", cuda_rows), ("triton", triton_rows)):
+        try:
+            rows += of(args.only)
+        except (FileNotFoundError, ImportError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    if not rows:
+        print(f"no case has {args.only!r} in its label")
+        return 1
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

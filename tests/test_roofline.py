@@ -1,0 +1,113 @@
+"""Speed by count (benchmarks/gpu/roofline.py): the reader of machine code, the model, and ceilings on what it finds."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+try:
+    from benchmarks.gpu import roofline, sass
+finally:
+    sys.path.remove(str(ROOT))
+
+
+def code(*texts: str) -> list[tuple[int, str]]:
+    return [(16 * n, text) for n, text in enumerate(texts)]
+
+
+NESTED = code(
+    "MOV R1, 0x0",
+    "LDG.E R2, [R4]",  # 0x10: the outer loop
+    "@P0 BRA 0x40",  # past the branch
+    "FADD R2, R2, R3",
+    "IADD3 R1, R1, 0x1, RZ",  # 0x40: the inner loop
+    "@!P1 BRA 0x40",
+    "BRA.DIV UR4, 0xb0",
+    "NOP",
+    "@P2 BRA P3, 0x10",
+    "EXIT",
+    "BRA 0xa0",
+    "WARPSYNC.COLLECTIVE R1, 0x80",  # 0xb0: where threads that diverge would go
+    "BRA 0x70",
+)
+
+
+def test_loops_are_found_by_their_back_edges():
+    (outer,) = sass.loops(NESTED)
+    assert outer.header == 0x10
+    assert [inner.header for inner in outer.inner] == [0x40]
+    assert dict(outer.always) == {"LDG.E": 1, "BRA": 2, "BRA.DIV": 1}
+    assert [dict(b) for b in outer.branches] == [{"FADD": 1}]
+    assert dict(outer.inner[0].always) == {"IADD3": 1, "BRA": 1}
+    assert outer.inner[0].branches == []
+    assert [loop.header for loop in outer] == [0x10, 0x40]
+
+
+def test_a_kernel_without_loops():
+    assert sass.loops(code("MOV R1, 0x0", "@P0 EXIT", "STG.E [R2], R1", "EXIT")) == []
+    assert sass.loops([]) == []
+
+
+def test_what_a_row_appends_is_what_it_appends_on_random_keys():
+    """The model of cuts and candidates against the thing itself, over 200 rows of 4,096 keys in random order."""
+    budget, room, slack = 32, 160, 4
+    cuts = appended = 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        scores = torch.rand(4096, generator=generator).tolist()
+        bar, row = -1.0, []
+        for score in scores:
+            if score > bar:
+                if len(row) == room:
+                    cuts += 1
+                    row = sorted(row)[-(budget + slack // 2) :]
+                    bar = sorted(row)[-budget]
+                    if score <= bar:
+                        continue
+                row.append(score)
+                appended += 1
+    expected = roofline.streamed(budget, 4096, room, slack)
+    assert cuts / 200 == pytest.approx(expected[0], abs=0.6)
+    assert appended / 200 == pytest.approx(expected[1], rel=0.05)
+
+
+def test_registers_and_shared_memory_bound_the_warps():
+    h100 = roofline.GPUS[1]
+    assert roofline.resident(32, 0, 4, h100) == 64
+    assert roofline.resident(128, 0, 4, h100) == 16
+    assert roofline.resident(129, 0, 4, h100) == 12  # registers are given out by eights
+    assert roofline.resident(32, 100 * 1024, 4, h100) == 8
+
+
+# (warp instructions for 4,096 scores, warps of a multiprocessor): what was counted when each was last made faster, and
+# a tenth more, as a compiler may differ; and no fewer warps.
+BOUNDS = {
+    "topk_select bf16 H16 D128 K64 T16k causal": (4700, 12),
+    "topk_select bf16 H16 D128 K128 T16k causal": (6800, 12),
+    "topk_select bf16 H16 D128 K512 T16k causal": (11300, 12),
+    "topk_select bf16 H16 D64 K64 T16k causal": (4400, 12),
+    "topk_select bf16 H16 D128 K64 Tq1 Tk128k, 24 pieces": (3050, 12),
+    "topk_select bf16 H16 D128 K64 T16k causal, 4 heads share": (6000, 8),
+    "topk_select bf16 H16 D128 T16k causal, log-sum-exp": (5300, 12),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+@pytest.mark.skipif(
+    sass.tool("cuobjdump") is None, reason="cuobjdump is neither beside Triton nor on the PATH"
+)
+def test_selection_stays_as_fast_as_counted():
+    rows = {row.label.removeprefix("cuda "): row for row in roofline.cuda_rows("cuda topk_select bf16")}
+    for label, (most, warps) in BOUNDS.items():
+        row = rows[label]
+        assert row.per_unit <= most, f"{label}: {row.per_unit:.0f} warp instructions, at most {most}"
+        assert row.stack == 0, f"{label} spills {row.stack} bytes"
+        assert row.warps >= warps, f"{label}: only {row.warps} warps fit a multiprocessor of an H100"
+    assert "topk_select bf16" in roofline.table(list(rows.values()))
