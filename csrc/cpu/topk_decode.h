@@ -59,8 +59,8 @@ inline DecodeParams decode_params(const SelectParams& p, const KeyIndexParams& i
     return d;
 }
 
-// How many key heads a task scans together: all of them where a token's heads lie side by side, so that memory
-// is read from end to end once.
+// How many key heads a task scans together: all of them where a token's heads lie side by side, so that
+// memory is read from end to end once.
 inline int64_t heads_together(const DecodeParams& d) {
     const SelectParams& p = d.select;
     const int64_t step = d.pages.size == 1 ? p.key_strides.b : p.key_strides.t;

@@ -1,5 +1,6 @@
-// The keys of a few queries, panel by panel: where their rows lie, in pages or without, and the scores of each
-// panel. Heads that lie side by side in a token are met together, so that memory is read in its own order.
+// The keys of a few queries, panel by panel: where their rows lie, in pages or without, and the scores of
+// each panel. Heads that lie side by side in a token are met together, so that memory is read in its own
+// order.
 #pragma once
 
 #include "cpu/kernels/topk_decode.h"
@@ -56,6 +57,21 @@ struct KeyRows {
     }
 };
 
+// Has the machine look up where the memory of NR rows lies, by one line of each of its pages: such searches
+// go on side by side, but each that comes amid a page's lines holds these up.
+template <class T>
+SPARSE_ATTN_INLINE void translate(const T* const* rows, int64_t row_bytes) {
+    constexpr uintptr_t kPage = 4096;
+    uintptr_t last = 0;
+    for (int j = 0; j < NR; ++j) {
+        const uintptr_t begin = reinterpret_cast<uintptr_t>(rows[j]);
+        for (uintptr_t at = begin; at < begin + static_cast<uintptr_t>(row_bytes); at += kPage) {
+            if (at / kPage != last) __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+            last = at / kPage;
+        }
+    }
+}
+
 // Queries of a key head in tiles of up to MR rows, [words][R] each.
 template <class T, class Tile>
 void pack_rows(const SelectParams& p, int64_t b, int64_t kv_head, float* to) {
@@ -102,20 +118,24 @@ SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range pa
     alignas(64) float tile[MR * NR];
     uint32_t beats[MR];
 
-    // The rows of this panel and of those behind it, the last of which is asked for meanwhile.
+    // The rows of this panel and of those behind it: one of them is asked for meanwhile, and where the last
+    // lies in memory is looked up in good time.
     constexpr int64_t kAheadBytes = 16384, kMost = 8;
     const int64_t row_bytes = d.heads * p.head_dim * static_cast<int64_t>(sizeof(T));
     const int64_t distance = clamp<int64_t>(kAheadBytes / (NR * row_bytes), 1, kMost);
-    const T* found[kMost + 1][NR];
+    const int64_t ring = distance + 2;
+    const T* found[kMost + 2][NR];
     const KeyRows<T> find(d, t.b, t.kv_head);
     int64_t known = panels.begin;
     for (int64_t n = panels.begin; n < panels.end; ++n) {
-        for (; known < minimum(panels.end, n + distance + 1); ++known)
-            find.panel(known * NR, p.key_length, found[known % (distance + 1)]);
-        const T* const* next = found[(known - 1) % (distance + 1)];
-        Ahead<T> ahead{next, next + (known - 1 == n + distance ? NR : 0), row_bytes};
+        for (; known < minimum(panels.end, n + ring); ++known) {
+            find.panel(known * NR, p.key_length, found[known % ring]);
+            if (d.heads > 1 || find.table) translate(found[known % ring], row_bytes);
+        }
+        const T* const* next = found[(n + distance) % ring];
+        Ahead<T> ahead{next, next + (n + distance < panels.end ? NR : 0), row_bytes};
         for (int64_t h = 0; h < d.heads; ++h) {
-            const KeyPanel<T, Tile> keys{found[n % (distance + 1)], h * p.key_strides.h, p.head_dim, ahead};
+            const KeyPanel<T, Tile> keys{found[n % ring], h * p.key_strides.h, p.head_dim, ahead};
             const bool streamed = rows <= kStreamedRows;
             if (!streamed) store_panel(keys, panel);
             for (int64_t first = h * padded; first < h * padded + rows; first += MR) {
@@ -124,8 +144,8 @@ SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range pa
                     const float* own = threshold + (kCompare ? first : 0);
                     if constexpr (R <= kStreamedRows)
                         if (streamed)
-                            return streamed_tile<T, Tile, R, kCompare>(keys, tile, queries + first * column, own,
-                                                                       beats);
+                            return streamed_tile<T, Tile, R, kCompare>(keys, tile, queries + first * column,
+                                                                       own, beats);
                     return stored_tile<Tile, R, kCompare>(tile, queries + first * column, panel, column, own,
                                                           beats);
                 });

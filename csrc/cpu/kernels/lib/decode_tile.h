@@ -91,7 +91,8 @@ SPARSE_ATTN_INLINE Vec load_words_n(const T* key, int64_t w, int64_t n, int64_t 
 }
 
 // Asks for the lines of rows to come, one row after the other: rows are too short, or too far apart, for the
-// machine to foresee them well.
+// machine to foresee them well. They go to the second-level cache: rows a power of two apart would push each
+// other, and the panel at hand, out of the first.
 template <class T>
 struct Ahead {
     const T* const* row;
@@ -99,7 +100,7 @@ struct Ahead {
     int64_t row_bytes, at = 0;
     SPARSE_ATTN_INLINE void ask(int64_t bytes) {
         for (int64_t i = 0; i < bytes && row != end; i += 64) {
-            __builtin_prefetch(reinterpret_cast<const char*>(*row) + at);
+            __builtin_prefetch(reinterpret_cast<const char*>(*row) + at, 0, 2);
             at += 64;
             if (at < row_bytes) continue;
             at = 0;
