@@ -59,6 +59,21 @@ inline DecodeParams decode_params(const SelectParams& p, const KeyIndexParams& i
     return d;
 }
 
+// How many key heads a task scans together: all of them where a token's heads lie side by side, so that
+// memory is read from end to end once.
+inline int64_t heads_together(const DecodeParams& d) {
+    const SelectParams& p = d.select;
+    const int64_t step = d.pages.size == 1 ? p.key_strides.b : p.key_strides.t;
+    if (d.index.codes || p.key_strides.h != p.head_dim || step < p.kv_heads * p.head_dim) return 1;
+    // What is kept of all their queries stays in cache.
+    constexpr int64_t kBytes = int64_t{1} << 20;
+    const int64_t of_head = p.heads / p.kv_heads * p.query_length * (2 * p.top_k + 256) * 8;
+    int64_t together = p.kv_heads;
+    while (together > 1 && p.rule.groups == p.heads && together * of_head > kBytes)
+        together = together % 2 ? 1 : together / 2;
+    return together;
+}
+
 // Fills the indices of all calls, which differ in their sequences and in nothing else. Threads share the keys
 // of all of them. As soon as the row of a group and query is there, row_done(call, b, group, query, scratch)
 // is called by some thread, with row_bytes of scratch.
@@ -66,16 +81,17 @@ template <class F>
 void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_done) {
     const cpu::DecodeKernels& k = cpu::topk_decode_kernels();
     if (count == 0) return;
-    const int64_t kv_heads = calls[0].select.kv_heads, heads = calls[0].select.heads;
-    const int64_t groups = calls[0].select.rule.groups, sharing = heads / kv_heads;
+    const int64_t heads = calls[0].select.heads, groups = calls[0].select.rule.groups;
     const bool shared = groups != heads;
+    const int64_t together = heads_together(calls[0]);  // of key heads
+    const int64_t units = calls[0].select.kv_heads / together, sharing = heads / units;
     double products = 0.0;
-    int64_t scans = 0, panels = 0;  // of all key heads
+    int64_t scans = 0, panels = 0;  // of all such units of key heads
     for (int64_t c = 0; c < count; ++c) {
         const SelectParams& p = calls[c].select;
         products += static_cast<double>(p.batch * heads * p.query_length) * p.key_length * p.head_dim;
-        scans += p.batch * kv_heads;
-        panels += p.batch * kv_heads * k.panels(p);
+        scans += p.batch * units;
+        panels += p.batch * units * k.panels(p);
     }
     const bool parallel = worth_threads(products);
     // Enough tasks that no thread waits long for the last, none so short that its first keys, which all pass,
@@ -84,27 +100,27 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
     const bool even = count == 1 && scans % threads == 0;
     const int64_t longest = even ? panels : std::max<int64_t>(1, blocks(panels, 4 * threads));
 
-    // Where heads lie beside each other in a token, those of a chunk follow each other while the machine
-    // still knows its pages of memory.
+    // Where heads that lie side by side in a token are scanned one after the other, those of a chunk follow
+    // each other while the machine still knows its pages of memory.
     constexpr int64_t kChunkBytes = int64_t{4} << 20;
     const SelectParams& any = calls[0].select;
     const int64_t token_bytes = any.key_strides.t * (any.dtype == DType::kFloat32 ? 4 : 2);
-    const bool beside = any.key_strides.t > 2 * any.head_dim;
-    // Many heads: the rows of each are finished by whoever scans its last chunk, while some of it is in
+    const bool beside = together < any.kv_heads && any.key_strides.t > 2 * any.head_dim;
+    // Many units: the rows of each are finished by whoever scans its last chunk, while some of it is in
     // cache.
     const bool at_once = !shared && scans >= 2 * threads;
 
     struct Task {
-        int64_t call, head, chunk, panels;
+        int64_t call, unit, chunk, panels;
     };
-    std::vector<Task> scan, finish;  // of those that finish, the chunk is a query
+    std::vector<Task> scan, finish;  // of those that finish, the unit is a group, the chunk a query
     int64_t scan_bytes = 0, choose_bytes = row_bytes, memory = 0;
     const auto place = [&](int64_t bytes) {
         const int64_t at = memory;
         memory += blocks(bytes, 64) * 64;
         return at;
     };
-    std::vector<int64_t> places, firsts;  // of each call: its memory, its first head among those of all
+    std::vector<int64_t> places, firsts;  // of each call: its memory, its first unit among those of all
     int64_t counted = 0;
     for (int64_t c = 0; c < count; ++c) {
         DecodeParams& d = calls[c];
@@ -117,6 +133,7 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
         const int64_t parts = std::max<int64_t>(1, blocks(own, std::max(most, least)));
         d.chunk = std::max<int64_t>(1, blocks(blocks(own, parts), 2)) * 2;  // whole blocks of an index, too
         d.chunks = std::max<int64_t>(1, blocks(own, d.chunk));
+        d.heads = together;
         d.kept = std::min(p.top_k, d.chunk * k.panel_keys());
         d.length = own * k.panel_keys();
         const int64_t lists = rows * d.chunks;
@@ -125,7 +142,7 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
         places.push_back(
             place(shared ? (rows * d.length + rows) * 4 : lists * (d.room * (bounds ? 12 : 8) + 4)));
         const bool whole = at_once || (d.chunks == 1 && !shared);  // one task does it all
-        const int64_t all = p.batch * kv_heads;
+        const int64_t all = p.batch * units;
         for (int64_t i = 0; i < all * d.chunks; ++i) scan.push_back({c, i % all, i / all, own});
         firsts.push_back(counted);
         counted += all;
@@ -141,7 +158,7 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
     for (int64_t c = 0; c < count; ++c) {
         DecodeParams& d = calls[c];
         const int64_t rows = d.select.batch * heads * d.select.query_length, lists = rows * d.chunks;
-        for (int64_t h = 0; h < d.select.batch * kv_heads; ++h)
+        for (int64_t h = 0; h < d.select.batch * units; ++h)
             chunks_left[static_cast<size_t>(firsts[static_cast<size_t>(c)] + h)] = d.chunks;
         float* at = reinterpret_cast<float*>(stored.get() + places[static_cast<size_t>(c)]);
         if (shared) {
@@ -165,22 +182,22 @@ void decode(DecodeParams* calls, int64_t count, int64_t row_bytes, const F& row_
     for_each_task(static_cast<int64_t>(scan.size()), scan_bytes, parallel, [&](int64_t i, char* scratch) {
         const Task& t = scan[static_cast<size_t>(i)];
         const DecodeParams& d = calls[t.call];
-        const int64_t b = t.head / kv_heads, kv = t.head % kv_heads;
-        k.scan.run(d, {b, kv, t.chunk}, scratch);
-        const size_t counter = static_cast<size_t>(firsts[static_cast<size_t>(t.call)] + t.head);
+        const int64_t b = t.unit / units, unit = t.unit % units;
+        k.scan.run(d, {b, unit * together, t.chunk}, scratch);
+        const size_t counter = static_cast<size_t>(firsts[static_cast<size_t>(t.call)] + t.unit);
         const bool whole = !shared && (at_once || d.chunks == 1) && --chunks_left[counter] == 0;
-        for (int64_t h = kv * sharing; whole && h < (kv + 1) * sharing; ++h)
+        for (int64_t h = unit * sharing; whole && h < (unit + 1) * sharing; ++h)
             for (int64_t q = 0; q < d.select.query_length; ++q) choose(t.call, b, h, q, scratch);
     });
     const int64_t left = static_cast<int64_t>(finish.size()), each = heads / groups;
     if (shared)
         for_each_task(left * each, choose_bytes, parallel, [&](int64_t i, char* scratch) {
             const Task& t = finish[static_cast<size_t>(i / each)];
-            k.weigh(calls[t.call], {t.head / groups, t.head % groups * each + i % each, t.chunk}, scratch);
+            k.weigh(calls[t.call], {t.unit / groups, t.unit % groups * each + i % each, t.chunk}, scratch);
         });
     for_each_task(left, choose_bytes, parallel, [&](int64_t i, char* scratch) {
         const Task& t = finish[static_cast<size_t>(i)];
-        choose(t.call, t.head / groups, t.head % groups, t.chunk, scratch);
+        choose(t.call, t.unit / groups, t.unit % groups, t.chunk, scratch);
     });
 }
 

@@ -28,7 +28,7 @@ from sparse_attn.checks.rule import (
     starts_of,
     top_k_of,
 )
-from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
+from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, few_numbers, integer, token_batch
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -38,6 +38,7 @@ __all__ = [
     "budget",
     "causal_offset_of",
     "describe",
+    "few_numbers",
     "groups_of",
     "indexer_weights",
     "indices_of",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn.checks.attention import query_key, value_of
-from sparse_attn.checks.values import bare, boolean, describe, has_values, integer
+from sparse_attn.checks.values import bare, boolean, describe, few_numbers, has_values, integer
 
 
 def packed_tensor(name: str, value: object, axes: str) -> None:
@@ -34,11 +35,19 @@ def offsets(
         raise ValueError(f"{name} must have at least one entry, the 0 where sequences begin, got none")
     longest = integer(longest_name, longest, 0)
     if cu_seq.device.type == "cpu" and has_values(cu_seq):
-        bounds = bare(cu_seq)
-        first, last = int(bounds[..., 0].max()), int(bounds[..., -1].max())
-        lengths = bounds.diff()
-        shortest, most = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
-        if bool(bounds[..., 0].any()) or shortest < 0 or (last > tokens.shape[0] and not paged):
+        few = few_numbers(cu_seq)
+        if few is not None:
+            (numbers,) = few
+            first, last = numbers[0], numbers[-1]
+            gaps = [b - a for a, b in itertools.pairwise(numbers)]
+            from_zero, shortest, most = first == 0, min(gaps, default=0), max(gaps, default=0)
+        else:
+            bounds = bare(cu_seq)
+            first, last = int(bounds[..., 0].max()), int(bounds[..., -1].max())
+            lengths = bounds.diff()
+            shortest, most = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
+            from_zero = not bool(bounds[..., 0].any())
+        if not from_zero or shortest < 0 or (last > tokens.shape[0] and not paged):
             most_tokens = "" if paged else f" to at most {tokens.shape[0]}, the number of tokens"
             raise ValueError(
                 f"{name} must rise from 0{most_tokens}, "
@@ -79,6 +88,11 @@ def used(seqused_k: object, cu_seq_k: Tensor, key: Tensor) -> None:
         raise ValueError(
             f"seqused_k must have one entry per sequence, {cu_seq_k.shape[0] - 1}, got {describe(seqused_k)}"
         )
+    few = few_numbers(seqused_k, cu_seq_k)
+    if few is not None and all(
+        0 <= n <= b - a for n, (a, b) in zip(few[0], itertools.pairwise(few[1]), strict=True)
+    ):
+        return
     if seqused_k.device.type == "cpu" and has_values(seqused_k) and seqused_k.numel():
         room = cu_seq_k.diff()
         if bool((seqused_k < 0).any()) or bool((seqused_k > room).any()):
@@ -199,7 +213,7 @@ def used_of_pages(
     key: Tensor,  # [P, page size, Hkv, D]
     longest: int,
 ) -> Tensor:
-    """How many keys of each sequence exist, int64 [S]; of those the pages have to be there."""
+    """How many keys of each sequence exist, int [S]; of those the pages have to be there."""
     if seqused_k is None and cu_seq_k is None:
         raise ValueError("block_table needs seqused_k [S], how many keys of each sequence exist, got None")
     size = key.shape[1]
@@ -217,6 +231,14 @@ def used_of_pages(
             raise ValueError(
                 f"seqused_k must have one entry per sequence, {block_table.shape[0]}, got {describe(found)}"
             )
+    few = few_numbers(found, lengths)
+    if few is not None and block_table.numel() and has_values(block_table) and key.shape[0]:
+        limits = few[1] if lengths is not None else [room] * len(few[0])
+        low, high = (int(n) for n in block_table.aminmax())
+        if low >= 0 and high < key.shape[0]:  # every page that the table names is there
+            within = (0 <= n <= min(limit, room, longest) for n, limit in zip(few[0], limits, strict=True))
+            if all(within):
+                return found
     if found.device.type == "cpu" and has_values(found) and has_values(block_table) and found.numel():
         most = torch.full_like(found, room) if lengths is None else lengths.clamp(max=room)
         wrong = (found < 0) | (found > most)
@@ -239,7 +261,7 @@ def used_of_pages(
                 f"block_table must name pages 0 … {key.shape[0] - 1} where a sequence has keys, "
                 f"got {int(given[at, page])} for page {page} of sequence {at}"
             )
-    return found.to(torch.int64).clamp(0, room)
+    return found
 
 
 def packed_value(value: object, key: Tensor) -> None:

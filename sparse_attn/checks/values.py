@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Positions up to here can be added to each other and to a tensor's size within int64, in every wing.
@@ -55,6 +56,27 @@ def dense(name: str, value: Tensor) -> None:
 def has_values(tensor: Tensor) -> bool:
     """Whether its elements can be read: a compiler, a fake tensor and the meta device have none."""
     return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
+
+
+def few_numbers(*tensors: Tensor | None) -> list[list[int]] | None:
+    """The elements of short integer tensors [N] on the CPU, of None none: a call of torch costs more than all of them.
+
+    None where there are many, where they cannot be read, and where somebody records the call: what is made of these
+    numbers would be a constant in the record.
+    """
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.device.type != "cpu"
+            or tensor.dim() != 1
+            or tensor.shape[0] > 256
+            or not has_values(tensor)
+        ):
+            return None
+    if is_in_torch_dispatch_mode() or torch._C._get_tracing_state() is not None:
+        return None
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        return None
+    return [[] if tensor is None else tensor.tolist() for tensor in tensors]
 
 
 def bare(tensor: Tensor) -> Tensor:

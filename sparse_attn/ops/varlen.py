@@ -7,6 +7,7 @@ found through `block_table`, as if all pages that it names lay end to end.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -69,10 +70,6 @@ def sequences(
         check.same_sequences(cu_seq_q, cu_seq_k)
         if seqused_k is not None:
             check.used(seqused_k, cu_seq_k, key)
-        bounds_k = cu_seq_k.to(torch.int64).clamp(0, total)
-        begins, keys = bounds_k[:-1], bounds_k.diff().clamp(min=0)
-        if seqused_k is not None:
-            keys = torch.minimum(seqused_k.to(torch.int64).clamp(min=0), keys)
     else:
         check.pages("key", key, "[P, page size, Hkv, D]")
         table = check.block_table_of(block_table, key, count)
@@ -81,14 +78,33 @@ def sequences(
         else:
             longest = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k, paged=True)
             check.same_sequences(cu_seq_q, cu_seq_k)
-        keys = check.used_of_pages(seqused_k, cu_seq_k, table, block_table, key, longest)
+        used = check.used_of_pages(seqused_k, cu_seq_k, table, block_table, key, longest)
         room = table.shape[1] * key.shape[1]
         total = count * room
-        begins = torch.arange(count, device=query.device) * room
     is_causal = checks.boolean("is_causal", is_causal)
     if window and not is_causal:
         checks.kept(window, 0, is_causal)
 
+    few = checks.few_numbers(cu_seq_q, cu_seq_k if table is None else used, seqused_k) if count else None
+    if few is not None and query.shape[0] <= _FEW_QUERIES:
+        bounds_q, lengths, given = few
+        if table is None:
+            starts, lengths = lengths[:-1], [b - a for a, b in itertools.pairwise(lengths)]
+            lengths = lengths if seqused_k is None else given
+        else:
+            starts = [s * room for s in range(count)]
+        each = _each_query(bounds_q, starts, lengths, total, query.shape[0], is_causal)
+        first, seen, offset = torch.tensor(each, dtype=torch.int64, device=query.device).unbind()
+        return Sequences(first, seen, offset, longest, table)
+
+    if table is None:
+        assert cu_seq_k is not None
+        bounds_k = cu_seq_k.to(torch.int64).clamp(0, total)
+        begins, keys = bounds_k[:-1], bounds_k.diff().clamp(min=0)
+        if seqused_k is not None:
+            keys = torch.minimum(seqused_k.to(torch.int64).clamp(min=0), keys)
+    else:
+        begins, keys = torch.arange(count, device=query.device) * room, used.to(torch.int64).clamp(0, room)
     position = torch.arange(query.shape[0], device=query.device)
     if count == 0:
         nothing = torch.zeros_like(position)
@@ -104,6 +120,26 @@ def sequences(
     else:
         offset = first + seen - 1 - position
     return Sequences(first, seen, offset, longest, table)
+
+
+_FEW_QUERIES = 256  # whose numbers are not worth a call of torch each
+
+
+def _each_query(
+    bounds_q: list[int], starts: list[int], keys: list[int], total: int, tokens: int, is_causal: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """(first, keys, offset) of :class:`Sequences`, of sequences whose numbers are checked."""
+    first, seen, offset = [], [], []
+    for start, own, begin, end in zip(starts, keys, bounds_q, bounds_q[1:], strict=False):
+        for i in range(begin, end):
+            first.append(start)
+            seen.append(own)
+            offset.append(start + own - end if is_causal else start + own - 1 - i)
+    for i in range(bounds_q[-1], tokens):
+        first.append(total)
+        seen.append(0)
+        offset.append(total - bounds_q[-1] if is_causal else total - 1 - i)
+    return first, seen, offset
 
 
 def _batched(*tensors: Tensor) -> tuple[Tensor, ...]:

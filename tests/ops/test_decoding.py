@@ -103,6 +103,29 @@ def test_special_values(wing, dtype, share):
 
 @pytest.mark.torch_defaults
 @pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    "sizes",
+    # All heads of a token together; two of eight, so much is kept of each; rows that end amid a vector.
+    [(2, 4, 4, 1, 3000, 64), (1, 16, 8, 16, 1500, 16), (3, 3, 3, 2, 700, 33)],
+    ids=["all", "some", "odd width"],
+)
+def test_heads_side_by_side(wing, dtype, sizes, share):
+    """Keys token after token: the heads of a token are scanned together, or in parts."""
+    query, *rows = qkv(*sizes, dtype=dtype, make=with_ties)
+    tokens = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in rows]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for top_k, options in (
+            (500, {}),
+            (40, {"is_causal": True, "causal_offset": sizes[4] - 20, "window": 3}),
+        ):
+            found = wing.topk_attention(query, *tokens, top_k, return_indices=True, **options, share=share)[1]
+            assert torch.equal(found, assert_same(wing, (query, *rows), top_k, share=share, **options)[2])
+            assert_same(wing, (query, *tokens), top_k, share=share, **options)
+
+
+@pytest.mark.torch_defaults
+@pytest.mark.parametrize("share", SHARES)
 def test_number_of_threads(wing, dtype, share):
     """Heads that no number of threads divides: their keys are split, and what ties stands in several parts."""
     inputs = qkv(1, 3, 1, 2, 9000, 16, dtype=dtype, make=with_ties)

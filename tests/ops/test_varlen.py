@@ -8,8 +8,11 @@ from helpers.inputs import integers, normal
 from helpers.pairwise import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_attn
+from sparse_attn import checks
+from sparse_attn.ops import varlen
 
 FLAGS = {"return_lse": True, "return_indices": True}
 
@@ -240,6 +243,49 @@ def test_indices_of_other_sequences_are_empty_slots():
         sparse_attn.varlen_gathered_attention(query, key, value, indices[:3], *where)
     with pytest.raises(ValueError, match="G one of 1, Hkv, Hq; here Hkv=2, Hq=4"):
         sparse_attn.varlen_gathered_attention(query, key, value, indices.expand(4, 3, 4), *where)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
+def test_few_queries_lie_where_many_do(is_causal, paged, monkeypatch):
+    """Of few, Python counts the places; of many, torch does."""
+    query, key, _, cu_seq_q, cu_seq_k, *_ = pack([3, 0, 1, 4], [5, 2, 0, 9])
+    used = torch.tensor([4, 2, 0, 9], dtype=torch.int32)
+    given = (query, key, cu_seq_q, cu_seq_k, 4, 9, is_causal, 0, used)
+    if paged:
+        pages = normal(3, 16, 2, 9)
+        given = (query, pages, cu_seq_q, None, 4, 32, is_causal, 0, used, torch.ones(4, 2, dtype=torch.int32))
+    few = varlen.sequences(*given)
+    for module in (checks, checks.packed):
+        monkeypatch.setattr(module, "few_numbers", lambda *_: None)
+    many = varlen.sequences(*given)
+    for name, a, b in zip(few._fields, few, many, strict=True):
+        assert type(a) is type(b)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+        assert not isinstance(a, torch.Tensor) or a.dtype == b.dtype
+    starts, ends = ([0, 32, 64, 96], [3, 3, 4, 8]) if paged else ([0, 5, 7, 7], [3, 3, 4, 8])
+    for i in range(query.shape[0]):
+        s = next((s for s in range(4) if i < ends[s]), None)
+        if s is None:  # behind the last sequence
+            assert few.first[i] == (128 if paged else key.shape[0])
+            assert few.keys[i] == 0
+            continue
+        last = starts[s] + int(used[s]) - 1
+        assert few.first[i] == starts[s]
+        assert few.keys[i] == used[s]
+        assert i + few.offset[i] == (last - (ends[s] - 1 - i) if is_causal else last)
+
+
+def test_recorded_calls_have_no_numbers_in_them():
+    offsets = torch.tensor([0, 3, 5])
+    assert checks.few_numbers(offsets, None) == [[0, 3, 5], []]
+    assert checks.few_numbers(torch.arange(257)) is None
+    assert checks.few_numbers(offsets.to("meta")) is None
+    with FlopCounterMode(display=False):
+        assert checks.few_numbers(offsets) is None
+    seen = []
+    torch.func.vmap(lambda t: seen.append(checks.few_numbers(t)) or t)(offsets[None])
+    assert seen == [None]
 
 
 def test_vmap_over_where_sequences_lie():

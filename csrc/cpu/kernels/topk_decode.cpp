@@ -3,6 +3,7 @@
 #include "topk_decode.h"
 
 #include "lib/decode_index.h"
+#include "lib/decode_panels.h"
 #include "lib/select_shared.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -14,10 +15,6 @@ int64_t decode_panel_keys() {
     return NR;
 }
 
-// Rows of one key head: its query heads, and for each all queries.
-SPARSE_ATTN_INLINE int64_t rows_of(const SelectParams& p) {
-    return p.heads / p.kv_heads * p.query_length;
-}
 SPARSE_ATTN_INLINE int64_t row_of(const SelectParams& p, int64_t b, int64_t head, int64_t query) {
     return (b * p.heads + head) * p.query_length + query;
 }
@@ -39,148 +36,13 @@ int64_t scan_scratch_bytes(const DecodeParams& d) {
     const int64_t rows = round_up(rows_of(p), MR), buffer = candidate_capacity(d.kept) + kSlack;
     int64_t column = 0;
     with_exact_tile(p.dtype, [&]<class T, class Tile>() { column = words<Tile>(p); });
-    const int64_t candidates = shared_heads(p) > 1 ? 0 : rows * (buffer * 8 + 128) + buffer * 4;
-    const int64_t paged = d.pages.table ? NR * p.head_dim * 4 + 64 : 0;
-    const int64_t plain =
-        paged + column * NR * 4 + rows * (column * 4 + static_cast<int64_t>(sizeof(ScanRow)) + 4);
+    const int64_t of_scan = buffer * 8 + 128 + static_cast<int64_t>(sizeof(ScanRow)) + 4;
+    const int64_t candidates = shared_heads(p) > 1 ? 0 : d.heads * rows * of_scan + buffer * 4;
     const int64_t listed = survivor_room(d.kept) + kSlack, four = (p.head_dim + 3) / 4;
     const int64_t of_row = static_cast<int64_t>(sizeof(RoundedQuery) + sizeof(Visible) + sizeof(Survivors));
     const int64_t index =
         (rows + kIndexRows) * (of_row + four * 4 + listed * 12 + 192) + listed * 4 + p.head_dim * 4;
-    return maximum(plain + candidates, d.index.codes ? index : 0) + 1024;
-}
-
-// Queries of a key head in tiles of up to MR rows, [words][R] each.
-template <class T, class Tile>
-void pack_rows(const SelectParams& p, int64_t b, int64_t kv_head, float* to) {
-    const int64_t rows = rows_of(p), per_kv = p.heads / p.kv_heads, column = words<Tile>(p);
-    const Strides& s = p.query_strides;
-    for (int64_t first = 0; first < rows; first += MR) {
-        const int64_t width = tile_rows(minimum<int64_t>(MR, rows - first));
-        float* tile = to + first * column;
-        for (int64_t r = 0; r < width; ++r) {
-            const int64_t row = first + r, h = kv_head * per_kv + row / p.query_length,
-                          i = row % p.query_length;
-            if (row < rows)
-                Tile::template pack_column<true>(tile + r, width,
-                                                 static_cast<const T*>(p.query) + b * s.b + h * s.h + i * s.t,
-                                                 s.d, p.head_dim, words<Tile>(p), sign_of(p.rule.scale));
-            else
-                for (int64_t w = 0; w < column; ++w) tile[w * width + r] = 0.0f;
-        }
-    }
-}
-
-// The panels of a chunk that hold a key of [begin, end).
-SPARSE_ATTN_INLINE Range panels_between(const DecodeParams& d, int64_t chunk, int64_t begin, int64_t end) {
-    return {maximum(chunk * d.chunk, begin / NR), minimum((chunk + 1) * d.chunk, (end + NR - 1) / NR)};
-}
-
-// Division by the size of pages, most of which are a power of two: a division costs more than a key's scores.
-struct PageOf {
-    int64_t size;
-    int shift;  // -1: no power of two
-    explicit SPARSE_ATTN_INLINE PageOf(int64_t n)
-        : size(n), shift(n > 0 && (n & (n - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(n)) : -1) {}
-    SPARSE_ATTN_INLINE int64_t page(int64_t at) const { return shift >= 0 ? at >> shift : at / size; }
-    SPARSE_ATTN_INLINE int64_t place(int64_t at) const { return shift >= 0 ? at & (size - 1) : at % size; }
-};
-
-// The panels of one key head whose keys lie in pages.
-template <class T, class Tile>
-struct PagedPanels {
-    const SelectParams& p;
-    KeyPages pages;
-    const T* head;  // of page 0
-    T* copy;        // [NR, D], for pages in which not even a vector of keys lies side by side
-    PageOf of{pages.size};
-
-    SPARSE_ATTN_INLINE const T* row(int64_t key) const {
-        const int64_t at = pages.first + key;
-        return head + pages.table[of.page(at)] * p.key_strides.b + of.place(at) * p.key_strides.t;
-    }
-    // The first keys of a panel's vectors; behind the last key the first again.
-    SPARSE_ATTN_INLINE void rows_of(int64_t key, const T* (&rows)[NV]) const {
-        rows[0] = row(key);
-        for (int v = 1; v < NV; ++v) rows[v] = key + v * W < p.key_length ? row(key + v * W) : rows[0];
-    }
-    SPARSE_ATTN_INLINE KeyPanel<T, Tile> panel(int64_t n) const {
-        const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(T)), key = n * NR;
-        const int64_t ahead =
-            minimum(key + round_up(ahead_keys(row_bytes), NR), (p.key_length - 1) / NR * NR);
-        KeyPanel<T, Tile> keys{{}, {}, minimum<int64_t>(NR, p.key_length - key), p.key_strides.t, p.head_dim};
-        if (pages.size % W == 0 && pages.first % W == 0) {
-            rows_of(key, keys.rows);
-            rows_of(ahead, keys.ahead);
-            return keys;
-        }
-        for (int64_t j = 0; j < keys.count; ++j) {
-            const char* next = reinterpret_cast<const char*>(row(minimum(ahead + j, p.key_length - 1)));
-            for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(next + at);
-            memcpy(copy + j * p.head_dim, row(key + j), static_cast<size_t>(row_bytes));
-        }
-        keys.stride = p.head_dim;
-        for (int v = 0; v < NV; ++v) keys.rows[v] = keys.ahead[v] = copy + v * W * p.head_dim;
-        return keys;
-    }
-};
-
-// Calls use(row) with what finds the row of a key of one head: row(key).
-template <class T, class F>
-SPARSE_ATTN_INLINE void with_rows_of_keys(const DecodeParams& d, int64_t b, int64_t kv_head, const F& use) {
-    const SelectParams& p = d.select;
-    const T* keys = static_cast<const T*>(p.key) + kv_head * p.key_strides.h;
-    if (d.pages.table) {
-        const PagedPanels<T, FloatTile> paged{p, d.pages, keys, nullptr};
-        return use([=](int64_t key) { return paged.row(key); });
-    }
-    keys += b * p.key_strides.b;
-    use([=, step = p.key_strides.t](int64_t key) { return keys + key * step; });
-}
-
-// Where block n of a head's keys stands in the index, in blocks; `of`: d.index.blocks.
-SPARSE_ATTN_INLINE int64_t place_of_block(const DecodeParams& d, PageOf of, int64_t b, int64_t kv_head,
-                                          int64_t n) {
-    const int64_t heads = d.select.kv_heads;
-    if (!d.pages.table) return (b * heads + kv_head) * of.size + n;
-    n += d.pages.first / kIndexKeys;
-    return (d.pages.table[of.page(n)] * heads + kv_head) * of.size + of.place(n);
-}
-
-// Calls use(base, first, rows, tile, beaten, beats) for each panel and each of its tiles of up to MR rows.
-template <class T, class Tile, bool kCompare, class F>
-SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range panels, Scratch& scratch,
-                                  const float* threshold, const F& use) {
-    const SelectParams& p = d.select;
-    if (panels.begin >= panels.end) return;
-    const int64_t rows = rows_of(p), column = words<Tile>(p);
-    float* panel = scratch.take<float>(column * NR);
-    float* queries = scratch.take<float>(round_up(rows, MR) * column);
-    alignas(64) float tile[MR * NR];
-    uint32_t beats[MR];
-    pack_rows<T, Tile>(p, t.b, t.kv_head, queries);
-    const T* head_keys = static_cast<const T*>(p.key) + t.kv_head * p.key_strides.h;
-    const PagedPanels<T, Tile> paged{p, d.pages, head_keys,
-                                     d.pages.table ? scratch.take<T>(NR * p.head_dim) : nullptr};
-    if (!d.pages.table) head_keys += t.b * p.key_strides.b;
-    for (int64_t n = panels.begin; n < panels.end; ++n) {
-        const KeyPanel<T, Tile> keys = d.pages.table ? paged.panel(n)
-                                                     : side_by_side<T, Tile>(head_keys, n * NR, p.key_length,
-                                                                             p.key_strides.t, p.head_dim);
-        const bool streamed = rows <= kStreamedRows;
-        if (!streamed) store_panel(keys, panel);
-        for (int64_t first = 0; first < rows; first += MR) {
-            const int64_t count = minimum<int64_t>(MR, rows - first);
-            const uint32_t beaten = with_rows(count, [&]<int R>() {
-                const float* own = threshold + (kCompare ? first : 0);
-                if constexpr (R <= kStreamedRows)
-                    if (streamed) return streamed_tile<T, Tile, R, kCompare>(keys, tile, queries, own, beats);
-                return stored_tile<Tile, R, kCompare>(tile, queries + first * column, panel, column, own,
-                                                      beats);
-            });
-            use(n * NR, first, count, tile, beaten & low_bits(count), beats);
-        }
-    }
+    return maximum(each_tile_bytes(d, column) + candidates, d.index.codes ? index : 0) + 1024;
 }
 
 // Hands over the best of a chunk for row r of its head.
@@ -206,24 +68,25 @@ inline void keep_bounds(const DecodeParams& d, DecodeChunk t, int64_t r, const S
     memcpy(d.best_indices + slot * d.room, own.indices, bytes);
 }
 
-// A selection per head: the best of the chunk for each row.
+// A selection per head: the best of the chunk for each row. Rows are those of each_tile.
 template <class T, class Tile>
 void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
     const SelectParams& p = d.select;
     Scratch scratch{static_cast<char*>(memory)};
     const int64_t rows = rows_of(p), padded = round_up(rows, MR), per_kv = p.heads / p.kv_heads;
     const int64_t capacity = candidate_capacity(d.kept), buffer = capacity + kSlack;
-    float* threshold = scratch.take<float>(padded);
-    ScanRow* row = scratch.take<ScanRow>(padded);
+    float* threshold = scratch.take<float>(d.heads * padded);
+    ScanRow* row = scratch.take<ScanRow>(d.heads * padded);
     int32_t* keys = scratch.take<int32_t>(buffer);
 
     int64_t begin = INT64_MAX, end = 0;
-    for (int64_t r = 0; r < padded; ++r) {
+    for (int64_t r = 0; r < d.heads * padded; ++r) {
         threshold[r] = closed_threshold();
-        if (r >= rows) continue;
-        const int64_t h = t.kv_head * per_kv + r / p.query_length;
+        const int64_t of_head = r % padded;
+        if (of_head >= rows) continue;
+        const int64_t h = (t.kv_head + r / padded) * per_kv + of_head / p.query_length;
         Visible& v = row[r].v;
-        v = visible_to(p, t.b, h, r % p.query_length);
+        v = visible_to(p, t.b, h, of_head % p.query_length);
         const int64_t keep = p.top_k - forced_count(v);
         row[r].c = {scratch.take<float>(buffer), scratch.take<int32_t>(buffer), 0,
                     static_cast<int32_t>(keep)};
@@ -252,7 +115,18 @@ void scan_best(const DecodeParams& d, DecodeChunk t, void* memory) {
                 if (c.count > capacity) threshold[first + r] = keep_best<true>(c, keys);
             }
         });
-    for (int64_t r = 0; r < rows; ++r) keep_of_chunk(d, t, r, row[r].c, keys);
+    for (int64_t h = 0; h < d.heads; ++h)
+        for (int64_t r = 0; r < rows; ++r)
+            keep_of_chunk(d, {t.b, t.kv_head + h, t.chunk}, r, row[h * padded + r].c, keys);
+}
+
+// Where block n of a head's keys stands in the index, in blocks; `of`: d.index.blocks.
+SPARSE_ATTN_INLINE int64_t place_of_block(const DecodeParams& d, PageOf of, int64_t b, int64_t kv_head,
+                                          int64_t n) {
+    const int64_t heads = d.select.kv_heads;
+    if (!d.pages.table) return (b * heads + kv_head) * of.size + n;
+    n += d.pages.first / kIndexKeys;
+    return (d.pages.table[of.page(n)] * heads + kv_head) * of.size + of.place(n);
 }
 
 // The same through the key index; false where its bounds are of no use here.
@@ -358,9 +232,8 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
                                              static_cast<const T*>(p.query) + t.b * s.b + h * s.h + i * s.t,
                                              s.d, p.head_dim, column, sign_of(p.rule.scale));
             c.count = own.count;
-            with_rows_of_keys<T>(d, t.b, t.kv_head, [&](const auto& row) {
-                listed_scores<T, Tile>(row, p.head_dim, query, c.indices, c.count, c.scores);
-            });
+            listed_scores<T, Tile>(KeyRows<T>(d, t.b, t.kv_head), p.head_dim, query, c.indices, c.count,
+                                   c.scores);
         }
         keep_of_chunk(d, t, r, c, order);
     }
@@ -372,20 +245,25 @@ template <class T, class Tile>
 void scan_all(const DecodeParams& d, DecodeChunk t, void* memory) {
     const SelectParams& p = d.select;
     Scratch scratch{static_cast<char*>(memory)};
-    const int64_t per_kv = p.heads / p.kv_heads, group = t.kv_head * per_kv / shared_heads(p);
+    const int64_t rows = rows_of(p), padded = round_up(rows, MR), per_kv = p.heads / p.kv_heads;
+    const int64_t sharing = shared_heads(p);
     int64_t begin = INT64_MAX, end = 0;  // the probabilities of all visible keys are needed
-    for (int64_t i = 0; i < p.query_length; ++i) {
-        const Visible v = visible_to(p, t.b, group, i);
-        if (!chooses(v, p.top_k - forced_count(v))) continue;
-        begin = minimum(begin, v.begin);
-        end = maximum(end, v.limit);
-    }
+    for (int64_t group = t.kv_head * per_kv / sharing; group * sharing < (t.kv_head + d.heads) * per_kv;
+         ++group)
+        for (int64_t i = 0; i < p.query_length; ++i) {
+            const Visible v = visible_to(p, t.b, group, i);
+            if (!chooses(v, p.top_k - forced_count(v))) continue;
+            begin = minimum(begin, v.begin);
+            end = maximum(end, v.limit);
+        }
+    const Range panels = begin < end ? panels_between(d, t.chunk, begin, end) : Range{0, 0};
     each_tile<T, Tile, false>(
-        d, t, panels_between(d, t.chunk, begin, end), scratch, nullptr,
+        d, t, panels, scratch, nullptr,
         [&](int64_t base, int64_t first, int64_t count, const float* tile, uint32_t, const uint32_t*) {
             for (int64_t r = 0; r < count; ++r) {
-                const int64_t h = t.kv_head * per_kv + (first + r) / p.query_length;
-                const int64_t to = row_of(p, t.b, h, (first + r) % p.query_length) * d.length + base;
+                const int64_t of_head = first % padded + r;
+                const int64_t h = (t.kv_head + first / padded) * per_kv + of_head / p.query_length;
+                const int64_t to = row_of(p, t.b, h, of_head % p.query_length) * d.length + base;
                 memcpy(d.scores + to, tile + r * NR, NR * 4);
             }
         });
@@ -455,9 +333,8 @@ void score_and_merge(const DecodeParams& d, DecodeRow t, Candidates& c, int32_t*
         query, 1, static_cast<const T*>(p.query) + t.b * s.b + t.head * s.h + t.query * s.t, s.d, p.head_dim,
         column, sign_of(p.rule.scale));
     if (left.count > 0)
-        with_rows_of_keys<T>(d, t.b, t.head / (p.heads / p.kv_heads), [&](const auto& row) {
-            listed_scores<T, Tile>(row, p.head_dim, query, left.indices, left.count, left.low);
-        });
+        listed_scores<T, Tile>(KeyRows<T>(d, t.b, t.head / (p.heads / p.kv_heads)), p.head_dim, query,
+                               left.indices, left.count, left.low);
     int32_t next = 0;
     for (int64_t chunk = 0; chunk < d.chunks; ++chunk) {  // in the order of keys
         const int64_t slot = row * d.chunks + chunk, end = (chunk + 1) * d.chunk * NR;

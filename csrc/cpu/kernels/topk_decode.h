@@ -28,6 +28,8 @@ struct DecodeParams {
     int64_t
         group_rows;  // rows of `indices` from one group to the next: Tq, or more where it is a part of them
     int64_t chunk, chunks;  // a head's keys are scanned in chunks of so many panels
+    // Key heads of a task, which lie side by side where they are several; 1 with an index.
+    int64_t heads;
     // A selection per head: the best of each chunk, ascending.
     int64_t kept;           // so many of each at most
     float* best_scores;     // [B, Hq, Tq, chunks, room]
@@ -48,7 +50,8 @@ namespace cpu {
 
 constexpr int kIndexKeys = 16;  // of a block
 
-// A chunk of the keys of one key head, for all queries of all heads that use it.
+// A chunk of the keys of DecodeParams::heads key heads, of which this is the first, for all queries of all
+// heads that use them.
 struct DecodeChunk {
     int64_t b, kv_head, chunk;
 };

@@ -91,36 +91,32 @@ SPARSE_ATTN_INLINE Vec load_words_n(const T* key, int64_t w, int64_t n, int64_t 
 }
 
 // Asks for the lines of rows to come, one row after the other: rows are too short, or too far apart, for the
-// machine to foresee them well. After W rows it goes on at `rest`.
+// machine to foresee them well. They go to the second-level cache: rows a power of two apart would push each
+// other, and the panel at hand, out of the first.
+template <class T>
 struct Ahead {
-    const char* row;
-    const char* rest;
-    int64_t row_bytes, stride_bytes, at = 0, left = W;
+    const T* const* row;
+    const T* const* end;
+    int64_t row_bytes, at = 0;
     SPARSE_ATTN_INLINE void ask(int64_t bytes) {
-        for (int64_t i = 0; i < bytes; i += 64) {
-            __builtin_prefetch(row + at);
+        for (int64_t i = 0; i < bytes && row != end; i += 64) {
+            __builtin_prefetch(reinterpret_cast<const char*>(*row) + at, 0, 2);
             at += 64;
             if (at < row_bytes) continue;
             at = 0;
-            row = --left ? row + stride_bytes : rest;
+            ++row;
         }
     }
 };
 
-// How many keys ahead lines are asked for.
-SPARSE_ATTN_INLINE int64_t ahead_keys(int64_t row_bytes) {
-    constexpr int64_t kAhead = 16384;  // bytes
-    return maximum<int64_t>(NR, kAhead / row_bytes);
-}
-
-// NR keys of a head, as columns of words; those past the end repeat the last one.
+// NR keys of a head, as columns of words.
 template <class T, class Tile>
 struct KeyPanel {
     static_assert(NV == 2);
-    const T* rows[NV];   // the first key of each vector: the others lie `stride` apart
-    const T* ahead[NV];  // likewise of the panel that is asked for meanwhile
-    int64_t count;       // keys that there are, at least 1
-    int64_t stride, head_dim;
+    const T* const* rows;  // [NR]
+    int64_t offset;        // of the head in a row
+    int64_t head_dim;
+    Ahead<T>& ahead;
 
     SPARSE_ATTN_INLINE int64_t words() const { return (head_dim + Tile::kDepth - 1) / Tile::kDepth; }
 
@@ -128,48 +124,28 @@ struct KeyPanel {
     // on; each key's words come in ascending order.
     template <class F>
     SPARSE_ATTN_INLINE void each_block(const F& use) const {
-        const int64_t row_bytes = head_dim * static_cast<int64_t>(sizeof(T)),
-                      full = head_dim / (W * Tile::kDepth);
-        Ahead next{reinterpret_cast<const char*>(ahead[0]), reinterpret_cast<const char*>(ahead[1]),
-                   row_bytes, stride * static_cast<int64_t>(sizeof(T))};
-        const bool whole = count == NR;
-        for (int64_t b = 0; whole && b < full; ++b)
+        const int64_t full = head_dim / (W * Tile::kDepth);
+        for (int64_t b = 0; b < full; ++b)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; ++v) {
-                next.ask(W * W * Tile::kDepth * static_cast<int64_t>(sizeof(T)));
+                ahead.ask(W * W * Tile::kDepth * static_cast<int64_t>(sizeof(T)));
                 Vec block[W];
 #pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) block[j] = load_words<Tile>(rows[v] + j * stride, b * W);
+                for (int j = 0; j < W; ++j) block[j] = load_words<Tile>(rows[v * W + j] + offset, b * W);
                 transpose(block);
                 use(b * W, W, v, block);
             }
-        for (int64_t w = whole ? full * W : 0; w < words(); w += W)
+        for (int64_t w = full * W; w < words(); w += W)
             for (int v = 0; v < NV; ++v) {
                 const int64_t n = minimum<int64_t>(W, words() - w);
                 Vec block[W];
-                for (int64_t j = 0; j < W; ++j) {
-                    const int64_t key = minimum(v * W + j, count - 1);
-                    block[j] = load_words_n<Tile>(rows[key / W] + key % W * stride, w, n, head_dim);
-                }
+                for (int64_t j = 0; j < W; ++j)
+                    block[j] = load_words_n<Tile>(rows[v * W + j] + offset, w, n, head_dim);
                 transpose(block);
                 use(w, n, v, block);
             }
     }
 };
-
-// The panel that begins with key `first` of keys [0, end) whose rows are `stride` apart.
-template <class T, class Tile>
-SPARSE_ATTN_INLINE KeyPanel<T, Tile> side_by_side(const T* keys, int64_t first, int64_t end, int64_t stride,
-                                                  int64_t head_dim) {
-    const int64_t distance = ahead_keys(head_dim * static_cast<int64_t>(sizeof(T)));
-    const T *row = keys + first * stride,
-            *ahead = keys + clamp<int64_t>(end - NR, first, first + distance) * stride;
-    return {{row, row + W * stride},
-            {ahead, ahead + W * stride},
-            minimum<int64_t>(NR, end - first),
-            stride,
-            head_dim};
-}
 
 // The panel as score_tile takes it, [words][NR].
 template <class T, class Tile>
