@@ -109,10 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> tail_attention_backward_cpu(Tensor grad_out,
     check_gradients(op, f, grad_out, grad_lse, lse);
     STD_TORCH_CHECK(outside.numel() == lse.numel() && outside.scalar_type() == ScalarType::Float, op,
                     ": outside must be float32 [B, Hq, Tq]; got ", shape_of(outside));
-    const bool has_out = out.dim() == 4 && out.scalar_type() == query.scalar_type() &&
-                         out.size(0) == f.batch && out.size(1) == f.heads && out.size(2) == f.query_length &&
-                         out.size(3) == f.value_dim;
-    STD_TORCH_CHECK(has_out, op, ": out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(out));
+    check_out(op, f, query, out);
     Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
     Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
     Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_attn.checks.values import FLOAT_DTYPES, bare, dense, describe, has_values, integer
 
 SHARES = ("none", "kv", "all")
-TAILS = ("none", "mean")
+TAILS = ("none", "mean", "blocks")
 
 
 def groups_of(share: object, heads: int, kv_heads: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from sparse_attn.ops.declare import Backward, Forward, Op
 from sparse_attn.ops.shards import shardable
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import forced_wing
+from sparse_attn.wings.reference.block_tail import along as along_blocks
 from sparse_attn.wings.reference.tail_attention import along
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor indices"
@@ -103,3 +106,90 @@ def attend(
         backend = "reference"
     wing = OP.choose(query, backend, rule=visible, function=function, sizes=sizes_of(query, value))
     return OP.on(wing)(query, key, value, indices, *packed.parts())[:2]
+
+
+# ---- tail="blocks"
+
+BLOCK = 64  # keys; larger ones cost less and say less
+_BLOCK_SIZES = "SymInt key_length, SymInt block_size"
+
+
+def _fake_blocks(query, key, value, *others) -> tuple[Tensor, Tensor]:
+    return gathered_attention.fake(query, key, value)
+
+
+BLOCKS_BACKWARD = Op(
+    "block_tail_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_BLOCK_SIZES}, {rules.SCHEMA}) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    gathered_attention.fake_gradients,
+    gradient_of="attention",
+    batch="grad_out grad_lse query key value indices out lse grad_query grad_key grad_value",
+)
+
+
+def _backward_of_blocks(call: Backward) -> dict[str, Tensor]:
+    s = call.saved
+    grad_out = torch.zeros_like(s.out) if call.grads.out is None else call.grads.out
+    found = BLOCKS_BACKWARD.on(call.wing)(
+        grad_out, call.grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.key_length, s.block_size,
+        s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale, s.softcap, s.sink_logits,
+    )  # fmt: skip
+    return dict(zip(("query", "key", "value"), found, strict=True))
+
+
+def _tangent_of_blocks(
+    call: Forward, query, key, value, indices, key_length, block_size, rule: PackedRule
+) -> dict[str, Tensor]:
+    out, lse = along_blocks(query, key, value, indices, key_length, block_size, rule, call.tangents)
+    return {"out": out, "lse": lse}
+
+
+# key and value are the means of whole blocks; sink_logits count with the selection, not here.
+BLOCKS = Op(
+    "block_tail",
+    f"({_INPUTS}, {_BLOCK_SIZES}, {rules.SCHEMA}) -> (Tensor out, Tensor lse)",
+    _fake_blocks,
+    saved="query key value indices out lse key_length block_size attn_mask key_lengths key_starts causal_offsets "
+    "rule scale softcap sink_logits",
+    backward=_backward_of_blocks,
+    tangent=_tangent_of_blocks,
+    batch="query key value indices out lse",
+)
+
+
+@shardable("query:BHTD key:BHSD value:BHSD out:BHTD lse:BHT indices:BGTK rule", "BHTD BHT")
+def with_blocks(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    out: Tensor,  # [B, Hq, Tq, Dv]: attention to the selection
+    lse: Tensor,  # [B, Hq, Tq]: of the selection
+    indices: Tensor,  # int32 [B, G, Tq, K]: the selection
+    rule: Rule,
+    *,
+    backend: str | None = None,
+    function: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the selection and the means of whole blocks, each with the weight of its keys that are left out."""
+    query, key, value = autocast(query, key, value)
+    visible = replace(check_rule(rule), sink_logits=None)
+    packed = visible.packed(query, key)._replace(groups=indices.shape[1])
+    forced = forced_wing(backend)
+    if forced is not None and not BLOCKS.has(forced):
+        backend = "reference"
+    wing = BLOCKS.choose(query, backend, rule=visible, function=function, sizes=sizes_of(query, value))
+    length = key.shape[2]
+    keys, values = _means(key), _means(value)
+    rest, rest_lse = BLOCKS.on(wing)(query, keys, values, indices, length, BLOCK, *packed.parts())
+    some = rest_lse != -torch.inf  # of NaN, too
+    rest_lse = torch.where(some, rest_lse, lse.detach())
+    # Where nothing is left out no gradient may come from it.
+    share = torch.where(some, torch.sigmoid(rest_lse - lse), 0.0).unsqueeze(-1).to(out.dtype)
+    return torch.lerp(out, rest, share), torch.where(some, torch.logaddexp(lse, rest_lse), lse)
+
+
+def _means(rows: Tensor) -> Tensor:
+    """Of whole blocks: [B, H, T, C] → [B, H, T // BLOCK, C]."""
+    count = rows.shape[2] // BLOCK
+    return rows[:, :, : count * BLOCK].unflatten(2, (count, BLOCK)).mean(3)

@@ -101,12 +101,13 @@ def attend_all(
     value: Tensor,  # [B, Hkv, Tk, Dv]
     top_k: int,
     rule: Rule,
+    tail: str,
     *,
     key_index: KeyIndex | None = None,
     backend: str | None = None,
     function: str = "topk_attention",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend_best` with tail="mean": what is left out counts, too, with the mean of its values."""
+    """`attend_best` with a tail: what is left out counts, too."""
     tails.check_rule(rule)
     checks.query_key(query, key)
     top_k = checks.top_k_of(top_k)
@@ -114,6 +115,14 @@ def attend_all(
         return attend_best(
             query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
         )
+    if tail == "blocks":
+        out, lse, indices = attend_best(
+            query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
+        )
+        found = tails.with_blocks(
+            query, key, value, out, lse, indices, rule, backend=backend, function=function
+        )
+        return *found, indices
     indices = topk_select.select(
         query, key, top_k, rule, key_index=key_index, backend=backend, function=function
     )
@@ -203,7 +212,9 @@ def topk_attention(
     scoring = scale, softcap, sink_logits
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     if checks.tail_of(tail) != "none":
-        out, lse, indices = attend_all(query, key, value, top_k, rule, key_index=key_index, backend=backend)
+        out, lse, indices = attend_all(
+            query, key, value, top_k, rule, tail, key_index=key_index, backend=backend
+        )
         return _asked_for(out, lse, indices, return_lse, return_indices)
     # Only where it says something: over several processes nobody knows this option.
     wants: dict[str, Any] = {} if return_indices or not on_one_process(query) else {"wants_indices": False}
@@ -267,7 +278,7 @@ def topk_attention_with_residual(
     """
     scoring = scale, softcap, sink_logits
     rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, *scoring, key_starts)
-    return attend_all(query, key, value, top_k, rule, backend=backend)[0]
+    return attend_all(query, key, value, top_k, rule, "mean", backend=backend)[0]
 
 
 def explain(

@@ -288,16 +288,15 @@ def varlen_topk_attention(
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
     if where.table is None:
         q, k, v = _batched(query, key, value)
-        attend = topk_attention.attend_best if tail == "none" else topk_attention.attend_all
-        out, lse, indices = attend(q, k, v, top_k, rule, backend=backend, function="varlen_topk_attention")
+        own: dict[str, Any] = {"backend": backend, "function": "varlen_topk_attention"}
+        if tail == "none":
+            out, lse, indices = topk_attention.attend_best(q, k, v, top_k, rule, **own)
+        else:
+            out, lse, indices = topk_attention.attend_all(q, k, v, top_k, rule, tail, **own)
         out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
     else:
         check.no_gradient(query, key, value, sink_logits)
-        own: dict[str, Any] = {
-            "key_index": key_index,
-            "backend": backend,
-            "function": "varlen_topk_attention",
-        }
+        own = {"key_index": key_index, "backend": backend, "function": "varlen_topk_attention"}
         out, lse, indices = paged_attention.attend_best(query, key, value, where.table, top_k, rule, **own)
     found: tuple[Tensor, ...] = (out,)
     if return_lse:

@@ -75,15 +75,18 @@ def attend(
         out, lse = _to_blocks(query, key, value, selection, rule, scale, tail, backend)
     else:
         if tail != "none":
-            visible = replace(_rule_of_tail(rule), scale=scale)
+            rule = replace(_rule_of_tail(rule, tail), scale=scale)
             indices = checks.indices_of(selection.indices, query, key)
-            out, lse = tails.attend(query, key, value, indices, visible, backend=backend)
+        if rule is not None and tail == "mean":
+            out, lse = tails.attend(query, key, value, indices, rule, backend=backend)
             return (out, lse) if return_lse else out
         softcap, sink_logits = (None, None) if rule is None else (rule.softcap, rule.sink_logits)
         out, lse = gathered_attention.attend(
             query, key, value, selection.indices, scale=scale, softcap=softcap, sink_logits=sink_logits,
             backend=backend,
         )  # fmt: skip
+        if rule is not None and tail == "blocks":
+            out, lse = tails.with_blocks(query, key, value, out, lse, indices, rule, backend=backend)
     return (out, lse) if return_lse else out
 
 
@@ -108,10 +111,11 @@ def _to_blocks(
     return block_attention.attend(query, key, value, selection.indices, *sizes, visible, backend=backend)
 
 
-def _rule_of_tail(rule: Rule | None) -> Rule:
+def _rule_of_tail(rule: Rule | None, tail: str) -> Rule:
     """The rule, where a tail can be had."""
     if rule is None:
-        raise ValueError("tail='mean' needs the rule: which keys are left out depends on who sees whom")
+        raise ValueError(f"tail={tail!r} needs the rule: which keys are left out depends on who sees whom")
+    tails.check_rule(rule)
     return rule
 
 

@@ -46,6 +46,9 @@ struct MaskedBackwardParams {
     float* tail;    // [B, Hq, rows]: dO · that value
     float* share;   // [B, Hq, rows]: the weight of each such key
     int32_t* seen;  // [B, Hq, rows, 2]: the first key that is seen, and the one behind the last
+    // Of block_tail, else null: how often each key counts, in place of bits; and `seen`.
+    uint16_t* counts;  // bfloat16 [B, G, Tq, count_stride]
+    int64_t count_stride;
 };
 
 namespace cpu {

@@ -130,6 +130,7 @@ struct Tile {
     int64_t first;  // key
     const float *tail, *share;
     const int32_t* seen;
+    const bfloat16* counts;  // rows at `bit_stride`, where they are there
 };
 
 // The bits of all rows of the tile together.
@@ -147,15 +148,18 @@ SPARSE_ATTN_INLINE bool any_seen(const Tile& t) {
     return false;
 }
 
-template <bool kCapped, bool kTail>
+// What counts in a row: chosen keys; all that are seen; each as often as a number says.
+enum class Counts { kChosen, kSeen, kTimes };
+
+template <bool kCapped, Counts kCounts>
 SPARSE_ATTN_INLINE void weigh(const Tile& t, float cap) {
     const Vec nothing = broadcast(-__builtin_inff());
     for (int64_t r = 0; r < kQueries; ++r) {
         const Vec lse = broadcast(t.lse[r]), centre = broadcast(t.centre[r]);
         for (int64_t w = 0; w < kKeys / 32; ++w) {
-            const uint32_t word = r < t.rows && w < t.words ? t.bits[r * t.bit_stride + w] : 0u;
+            const uint32_t word = t.bits && r < t.rows && w < t.words ? t.bits[r * t.bit_stride + w] : 0u;
             uint32_t seen = 0;
-            if (kTail && r < t.rows) {
+            if (kCounts == Counts::kSeen && r < t.rows) {
                 const int64_t key = t.first + w * 32;
                 seen = low_bits(clamp<int64_t>(t.seen[2 * r + 1] - key, 0, 32)) &
                        ~low_bits(clamp<int64_t>(t.seen[2 * r] - key, 0, 32));
@@ -165,7 +169,17 @@ SPARSE_ATTN_INLINE void weigh(const Tile& t, float cap) {
                 const uint32_t bits = word >> j & low_bits(Vec::W);
                 Vec score = load(s);
                 if (kCapped) score = tanh(score / broadcast(cap)) * broadcast(cap);
-                if (kTail) {
+                if (kCounts == Counts::kTimes) {
+                    const Vec times = r < t.rows ? load(t.counts + r * t.bit_stride + w * 32 + j) : zero();
+                    const uint32_t some = not_le(times, zero());
+                    const Vec p = exp(where(some, score - lse, nothing)) * times;
+                    Vec d = p * (load(g) - centre);
+                    if (kCapped) d = d * cap_slope(score, 1.0f / cap);
+                    store(s, p);
+                    store(g, where(some, d, zero()));
+                    continue;
+                }
+                if (kCounts == Counts::kSeen) {
                     // dP is that of the value which the left out have, and they weigh what one of them does.
                     const uint32_t lanes = seen >> j & low_bits(Vec::W), kept = bits & lanes;
                     const Vec p = exp(where(lanes, score - lse, nothing));
@@ -183,6 +197,14 @@ SPARSE_ATTN_INLINE void weigh(const Tile& t, float cap) {
             }
         }
     }
+}
+
+template <Counts kCounts>
+SPARSE_ATTN_INLINE void weigh_as(const Tile& t, float cap) {
+    if (cap > 0)
+        weigh<true, kCounts>(t, cap);
+    else
+        weigh<false, kCounts>(t, 0.0f);
 }
 
 SPARSE_ATTN_INLINE Range part_of(const MaskedBackwardParams& p, int64_t part) {
@@ -232,15 +254,14 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
 
         for (int64_t h = kv_head * sharing; h < (kv_head + 1) * sharing; ++h) {
             const int64_t words = bit_words(f.key_length), head = b * f.heads + h;
-            const uint32_t* bits =
-                p.bits + (b * f.groups + h / per_group) * f.query_length * words + first / 32;
+            const int64_t list = (b * f.groups + h / per_group) * f.query_length;
             float* sums = p.sums + ((part * f.batch + b) * f.heads + h) * all * wide;
             for (int64_t i = 0; i < f.query_length; i += kQueries) {
                 const int64_t row = head * all + i;
                 const Tile t{probability,
                              grad,
-                             bits + i * words,
-                             words,
+                             p.bits ? p.bits + (list + i) * words + first / 32 : nullptr,
+                             p.counts ? p.count_stride : words,
                              minimum<int64_t>(kKeys / 32, words - first / 32),
                              minimum(kQueries, f.query_length - i),
                              p.lse + row,
@@ -248,17 +269,22 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
                              first,
                              p.tail ? p.tail + row : nullptr,
                              p.tail ? p.share + row : nullptr,
-                             p.tail ? p.seen + 2 * row : nullptr};
-                if (p.tail ? !any_seen(t) : !any_bits(t)) continue;
+                             p.seen ? p.seen + 2 * row : nullptr,
+                             p.counts ? reinterpret_cast<const bfloat16*>(p.counts) +
+                                            (list + i) * p.count_stride + first
+                                      : nullptr};
+                if (p.seen ? !any_seen(t) : !any_bits(t)) continue;
                 bool special = false;
                 for (int64_t r = 0; r < kQueries; ++r) special |= p.special[row + r] != 0;
                 const float *queries = p.queries + row * wide, *grads = p.grads + row * wide_v;
                 score(probability, queries, wide, key_columns, f.head_dim);
                 score(grad, grads, wide_v, value_columns, f.value_dim);
-                if (p.tail)
-                    f.softcap > 0 ? weigh<true, true>(t, f.softcap) : weigh<false, true>(t, 0.0f);
+                if (p.counts)
+                    weigh_as<Counts::kTimes>(t, f.softcap);
+                else if (p.tail)
+                    weigh_as<Counts::kSeen>(t, f.softcap);
                 else
-                    f.softcap > 0 ? weigh<true, false>(t, f.softcap) : weigh<false, false>(t, 0.0f);
+                    weigh_as<Counts::kChosen>(t, f.softcap);
                 add_weighted(grad_value, wide_v, kKeys, probability, 1, kKeys, grads, kQueries, special);
                 add_weighted(grad_key, wide, kKeys, grad, 1, kKeys, queries, kQueries, special);
                 add_weighted(sums + i * wide, wide, kQueries, grad, kKeys, 1, key_rows, kKeys, special_keys);

@@ -88,7 +88,7 @@ def weighted(weights: Tensor, counted: Tensor, rows: Tensor, look: bool = True) 
     return total
 
 
-def _times_transposed(weights: Tensor, rows: Tensor, kv_heads: int) -> Tensor:
+def times_transposed(weights: Tensor, rows: Tensor, kv_heads: int) -> Tensor:
     """Σ_i weights · rows over queries and the heads of a key head: [B, Hq, t, Tk], [B, Hq, t, C] → [B, Hkv, Tk, C]."""
     left, right = (t.unflatten(1, (kv_heads, -1)).flatten(2, 3) for t in (weights, rows))
     return left.mT @ right
@@ -163,9 +163,9 @@ def tail_attention_backward(
             ~chunk.visible, 0.0
         )
         grad_query[:, :, chunk.rows] = weighted(grad_scores, chunk.visible, chunk.keys).to(query.dtype)
-        grad_key += _times_transposed(grad_scores, chunk.query, kv_heads)
+        grad_key += times_transposed(grad_scores, chunk.query, kv_heads)
         weights = chunk.kept + chunk.outside * chunk.mean
-        grad_value += _times_transposed(weights, grads, kv_heads)
+        grad_value += times_transposed(weights, grads, kv_heads)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
