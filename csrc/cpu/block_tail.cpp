@@ -18,11 +18,11 @@ struct BlockTail {
 
 void fill(BlockTail& t, const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
           const Tensor& indices, int64_t key_length, int64_t block_size, const RuleArguments& given) {
-    STD_TORCH_CHECK(block_size >= 32 && block_size <= 256 && block_size % 32 == 0 && key_length >= 0 &&
-                        key_length / block_size == key.size(2),
-                    op,
-                    ": key must hold the means of key_length / block_size blocks, of 32 to 256 keys; got ",
-                    shape_of(key), " for ", key_length, " keys in blocks of ", block_size);
+    STD_TORCH_CHECK(
+        block_size >= 32 && block_size <= 256 && (block_size & (block_size - 1)) == 0 && key_length >= 0 &&
+            key_length <= std::numeric_limits<int32_t>::max() - 64 && key_length / block_size == key.size(2),
+        op, ": key must hold the means of key_length / block_size blocks, of 32, 64, 128 or 256 keys; got ",
+        shape_of(key), " for ", key_length, " keys in blocks of ", block_size);
     Selection& s = t.selection;
     s.params = select_params(op, query, key, 1, given);
     STD_TORCH_CHECK(s.params.rule.mask == nullptr, op, ": takes no attn_mask");

@@ -177,15 +177,17 @@ def topk_attention(
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable); with
-            tail="mean" of all visible keys.
+            tail="mean" of all visible keys, with "blocks" of the chosen and the blocks.
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
         softcap, sink_logits: as in :func:`gathered_attention`: scores bounded by softcap · tanh(· / softcap), and one
             more logit per query head, float [Hq], in the denominator (differentiable).
-        tail: "none", or "mean": the softmax is over all visible keys, and those that are not chosen have the mean of
-            their values, each query its own. Needs every score again, and for the gradient once more
-            (docs/topk_attention.md has the cost). There is no attn_mask then.
+        tail: what becomes of the visible keys that are not chosen. "none": they do not count. "mean": the softmax is
+            over all visible keys, and those have the mean of their values, each query its own; needs every score
+            again, and for the gradient once more. "blocks": they count by blocks of 64 keys, each with the score of
+            its mean key and its mean value, as often as it has keys that are not chosen; cheap. Of blocks those count
+            that a query sees whole. With a tail there is no attn_mask (docs/topk_attention.md has formulas and cost).
         key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 

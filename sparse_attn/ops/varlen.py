@@ -243,14 +243,16 @@ def varlen_topk_attention(
         cu_seq_q, cu_seq_k, max_q, max_k, top_k, seqused_k, is_causal, window, sinks, scale, share, softcap,
             sink_logits, block_table, physical_indices, key_index, backend: as in :func:`varlen_topk_select`. With
             block_table nothing is differentiated.
-        tail: "none" or "mean", as in :func:`topk_attention`; with block_table "none" alone.
-        return_lse: also return the log-sum-exp of the attended scores, float32 [T, Hq] (differentiable); with
-            tail="mean" of all visible keys.
+        tail: as in :func:`topk_attention`, blocks of 64 counted from the first key of the pack; with block_table "none"
+            alone.
+        return_lse: also return the log-sum-exp of the attended scores, float32 [T, Hq] (differentiable); with a
+            tail of what it adds, too.
         return_indices: also return the selection, as :func:`varlen_topk_select` gives it.
 
     Returns:
         out [T, Hq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for. Bit for
-        bit what `topk_attention` gives for each sequence alone (with tail="mean" up to rounding).
+        bit what `topk_attention` gives for each sequence alone (with tail="mean" up to rounding, with
+        "blocks" where a sequence begins on a multiple of 64).
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.

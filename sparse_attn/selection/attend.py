@@ -39,11 +39,11 @@ def attend(
         rule: who sees whom; needed for blocks (a block's keys are not all visible) and for a tail. Selected tokens
             are attended to as they are; of its parts the scale, the soft cap and the sink logits count for them.
         scale: factor of q·k; None takes the rule's, and without one 1/√D.
-        tail: "none", or "mean": the softmax is over all visible keys, and those that were not selected have the mean
-            of their values, as in :func:`sparse_attn.topk_attention` (tokens only). Of the selection count keys that
-            the rule lets the query see then, each once.
+        tail: "none", "mean" or "blocks", as in :func:`sparse_attn.topk_attention`: what becomes of the visible keys
+            that were not selected (tokens only). With "mean" of the selection count keys that the rule lets the query
+            see, each once.
         return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable); with
-            tail="mean" of all visible keys.
+            a tail of what it adds, too.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:

@@ -16,26 +16,36 @@ SPARSE_ATTN_INLINE Range whole_blocks(const BlockTailParams& p, int64_t b, int64
     return {begin, maximum(begin, keys.end / p.block)};
 }
 
-// counts[m] = how many keys of block m are left out, 0 where it is not seen whole. `bits`: of all keys, 0
-// before and after.
+// counts[m] = how many keys of block m are left out, 0 or less where it is not seen whole. `bits`: of all
+// keys, 0 before and after.
 inline void count_left(const BlockTailParams& p, float* counts, uint32_t* bits, const int32_t* indices,
                        Range blocks) {
     const AttendParams& a = p.attend;
-    const int64_t words = p.block / 32;
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(p.block));
+    const int32_t length = static_cast<int32_t>(a.key_length << shift);  // of whole blocks
     memset(counts, 0, static_cast<size_t>(a.key_length) * 4);
+    for (int64_t m = blocks.begin; m < blocks.end; ++m) counts[m] = static_cast<float>(p.block);
+    int32_t last = -1;
+    bool ascending = true;
     for (int64_t n = 0; n < a.slots; ++n) {
-        const int64_t key = indices[n];
-        if (key >= 0 && key < p.keys) bits[key / 32] |= 1u << (key % 32);
+        const int32_t key = indices[n];
+        if (key < 0 || key >= length) continue;
+        ascending &= key > last;
+        last = key;
+        counts[key >> shift] -= 1.0f;
     }
+    if (ascending) return;
+    // A key may have been named twice.
+    for (int64_t n = 0; n < a.slots; ++n)
+        if (indices[n] >= 0 && indices[n] < length) bits[indices[n] / 32] |= 1u << (indices[n] % 32);
     for (int64_t m = blocks.begin; m < blocks.end; ++m) {
         int64_t chosen = 0;
-        for (int64_t w = 0; w < words; ++w) chosen += __builtin_popcount(bits[m * words + w]);
+        for (int64_t w = m << shift; w < (m + 1) << shift; w += 32)
+            chosen += __builtin_popcount(bits[w / 32]);
         counts[m] = static_cast<float>(p.block - chosen);
     }
-    for (int64_t n = 0; n < a.slots; ++n) {
-        const int64_t key = indices[n];
-        if (key >= 0 && key < p.keys) bits[key / 32] = 0;
-    }
+    for (int64_t n = 0; n < a.slots; ++n)
+        if (indices[n] >= 0 && indices[n] < length) bits[indices[n] / 32] = 0;
 }
 
 SPARSE_ATTN_INLINE const int32_t* index_row(const AttendParams& a, int64_t b, int64_t head, int64_t query) {
@@ -169,7 +179,7 @@ struct Work {
             float* to = out + (g * MR + r) * stride;
             for (int64_t m = maximum(first, row.blocks.begin); m < minimum(first + kChunk, row.blocks.end);
                  ++m) {
-                if (row.counts[m] == 0.0f) continue;
+                if (row.counts[m] <= 0.0f) continue;
                 const Vec weight = broadcast(weights[r * kChunk + m - first]);
                 for (int64_t d = 0; d < stride; d += W)
                     store(to + d,
@@ -199,7 +209,8 @@ struct Work {
             for (int64_t r = 0; r < count; ++r)
                 a.lse[at + r] = a.softcap > 0 ? exponentials<true>(rows[r]) : exponentials<false>(rows[r]);
             bool special = false;
-            for (int64_t m = 0; m < end; ++m) special |= p.special[kv * a.key_length + m] != 0;
+            // Tiles hold blocks behind the last that is seen.
+            for (int64_t m = 0; m < a.key_length; ++m) special |= p.special[kv * a.key_length + m] != 0;
             multiply(kv, groups, end, special);
             for (int64_t r = 0; r < count; ++r) {
                 const float total = rows[r].total, inverse = total == 0.0f ? 0.0f : 1.0f / total;

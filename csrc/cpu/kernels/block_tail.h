@@ -10,7 +10,7 @@ namespace sparse_attn {
 struct BlockTailParams {
     SelectParams select;        // query, key
     AttendParams attend;        // likewise, and the chosen keys
-    int64_t keys, block;        // how many there are, and of a block: a multiple of 32
+    int64_t keys, block;        // how many there are, and of a block: a power of two from 32 on
     const void* packed_key;     // as topk_select packs them
     const float* packed_value;  // as masked_attention packs them
     const uint8_t* special;     // [B, Hkv, M], likewise
