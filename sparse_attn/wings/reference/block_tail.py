@@ -25,7 +25,7 @@ def visible_ranges(query: Tensor, key_length: int, rule: PackedRule) -> tuple[Te
     if rule.key_lengths is not None:
         end = torch.minimum(end, rule.key_lengths.to(torch.int64).unsqueeze(-1))
     if rule.is_causal:
-        offset = rule.causal_offset
+        offset: int | Tensor = rule.causal_offset
         if rule.causal_offsets is not None:
             offset = rule.causal_offsets.to(torch.int64).clamp(-FAR, FAR)
         end = torch.minimum(end, torch.arange(1, shape[1] + 1, device=query.device) + offset)
