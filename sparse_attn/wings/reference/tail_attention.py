@@ -100,7 +100,7 @@ def _chunks(
     batch, heads, query_length = query.shape[:3]
     compute = torch.promote_types(query.dtype, torch.float32)
     keys, values = key.to(compute), value.to(compute)
-    seen_by = VisibleKeys(key, rule._replace(window=0, sinks=0, groups=1))
+    seen_by = VisibleKeys(key, rule._replace(groups=1))
     # A dozen of matrices stand side by side.
     for rows in query_chunks(query_length, 8 * batch * heads * key.shape[2]):
         yield _Chunk(rows, query, keys, values, indices, rule, seen_by.of(rows)[0], look)
