@@ -3,9 +3,9 @@
     SPARSE_ATTN_REAL_INPUTS=… python -m benchmarks.experiments.residual_error [--length 2048] [--top-k 64 128 256]
         [--json FILE]
 
-`mean` is `sparse_attn.topk_attention_with_residual`. The other tails are tried here alone, from a stored [T, T] matrix:
-values weighted by exp(β · score of the block's mean key), and by the true mass of each block, which no cheap guess of a
-block's mass can beat.
+`mean` and `tail='blocks'` are those of `sparse_attn.topk_attention`. The other tails are tried here alone, from a
+stored [T, T] matrix: the values left out, weighted by exp(β · score of the block's mean key), and by the true mass of
+each block.
 """
 
 from __future__ import annotations
@@ -49,10 +49,14 @@ def errors(query: Tensor, key: Tensor, value: Tensor, top_k: int, block: int = 1
     coarse = query @ means.mT / math.sqrt(query.shape[3])
     pieces = outside.unflatten(-1, (-1, block))
     true_mass = (mass.masked_fill(~outside, 0.0).unflatten(-1, (-1, block)).sum(-1) / pieces.sum(-1)).log()
-    residual = sparse_attn.topk_attention_with_residual(query, key, value, top_k, is_causal=True)
+    mean, blocks = (
+        sparse_attn.topk_attention(query, key, value, top_k, is_causal=True, tail=tail)
+        for tail in ("mean", "blocks")
+    )
     return {
         "plain": error(sparse_attn.topk_attention(query, key, value, top_k, is_causal=True)),
-        "mean": error(residual),
+        "mean": error(mean),
+        "tail='blocks'": error(blocks),
         f"blocks of {block}": with_tail(coarse),
         f"blocks of {block}, β=0.25": with_tail(0.25 * coarse),
         f"true mass of blocks of {block}": with_tail(true_mass.repeat_interleave(block, dim=-1)),

@@ -98,6 +98,13 @@ inline void check_gradients(const char* op, const AttendParams& f, const Tensor&
                     grad_lse ? shape_of(*grad_lse) : std::string());
 }
 
+inline void check_out(const char* op, const AttendParams& f, const Tensor& query, const Tensor& out) {
+    const bool has_out = out.dim() == 4 && out.scalar_type() == query.scalar_type() &&
+                         out.size(0) == f.batch && out.size(1) == f.heads && out.size(2) == f.query_length &&
+                         out.size(3) == f.value_dim;
+    STD_TORCH_CHECK(has_out, op, ": out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(out));
+}
+
 inline void check_key_lengths(const char* op, const Tensor& n, int64_t batch) {
     STD_TORCH_CHECK(n.dim() == 1 && n.size(0) == batch &&
                         (n.scalar_type() == ScalarType::Int || n.scalar_type() == ScalarType::Long),

@@ -65,10 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     p.grad_query = grad_query.mutable_data_ptr();
     p.grad_key = grad_key.mutable_data_ptr();
     p.grad_value = grad_value.mutable_data_ptr();
-    const bool has_out = out.dim() == 4 && out.scalar_type() == query.scalar_type() &&
-                         out.size(0) == f.batch && out.size(1) == f.heads && out.size(2) == f.query_length &&
-                         out.size(3) == f.value_dim;
-    STD_TORCH_CHECK(has_out, op, ": out must be [B, Hq, Tq, Dv] in the query's dtype; got ", shape_of(out));
+    check_out(op, f, query, out);
     MaskedBackwardParams m{};
     m.forward = f;
     m.out = out.const_data_ptr(), m.out_strides = strides_of(out);

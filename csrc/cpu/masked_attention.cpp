@@ -187,7 +187,8 @@ void some_rows(const AttendParams& a, const Use& use) {
         }
 }
 
-// [B, G, Tq, words] bits of the indices; false where a row names a key twice.
+}  // namespace
+
 bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel) {
     const int64_t words = bit_words(a.key_length), rows = a.batch * a.groups * a.query_length, chunk = 64;
     std::atomic<bool> once{true};
@@ -220,8 +221,6 @@ bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel) {
     });
     return once;
 }
-
-}  // namespace
 
 void attend_to_indices(const AttendParams& a) {
     const cpu::AttendKernel& gather = cpu::gathered_attention_kernels();
@@ -287,12 +286,18 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
     const bool pays = long_enough && by_tiles <= by_gathering && cpu::isa() != cpu::Isa::generic;
     if (by_gathering == 0.0 || !(which == Ways::kAuto ? pays : which == Ways::kTiles)) return false;
     const bool parallel = worth_threads_for(f);
-    const cpu::MaskedBackwardKernels& k = cpu::masked_attention_backward_kernels();
-    const int64_t rows = f.batch * f.heads * k.padded_rows(f.query_length), key_heads = f.batch * f.kv_heads;
-    const int64_t wide = k.padded_width(f.head_dim), wide_v = k.padded_width(f.value_dim);
     Memory bits = allocate(f.batch * f.groups * f.query_length * bit_words(f.key_length) * 4);
     if (!bits_of_indices(f, reinterpret_cast<uint32_t*>(bits.get()), parallel)) return false;
     p.bits = reinterpret_cast<const uint32_t*>(bits.get());
+    walk_tiles(p, parallel);
+    return true;
+}
+
+void walk_tiles(MaskedBackwardParams& p, bool parallel, const TilesPrepared& then) {
+    AttendParams& f = p.forward;
+    const cpu::MaskedBackwardKernels& k = cpu::masked_attention_backward_kernels();
+    const int64_t rows = f.batch * f.heads * k.padded_rows(f.query_length), key_heads = f.batch * f.kv_heads;
+    const int64_t wide = k.padded_width(f.head_dim), wide_v = k.padded_width(f.value_dim);
     // Tasks for many threads, without a dQ for each of them; a function of the shapes alone.
     p.parts = std::clamp<int64_t>(blocks(32, key_heads), 1, std::clamp<int64_t>(f.key_length / 512, 1, 8));
     Memory floats = allocate(rows * (wide * (p.parts + 1) + wide_v + 2) * 4 + 64), special = allocate(rows);
@@ -303,6 +308,7 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
     p.lse = p.centre + rows;
     p.special = reinterpret_cast<uint8_t*>(special.get());
     const int64_t chunk = 256, all = k.padded_rows(f.query_length);
+    p.rows = all;
     const auto for_rows = [&](int64_t length, const auto& run) {
         const int64_t chunks = blocks(length, chunk);
         for_each_task(f.batch * f.heads * chunks, 64, parallel, [&](int64_t i, char*) {
@@ -311,12 +317,12 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
         });
     };
     for_rows(all, k.prepare);
+    if (then) then(p);
     // The first keys of all heads first: most queries see them.
     for_each_task(key_heads * p.parts, k.scratch_bytes(p), parallel, [&](int64_t i, char* scratch) {
         k.part(p, i % key_heads / f.kv_heads, i % key_heads % f.kv_heads, i / key_heads, scratch);
     });
     for_rows(f.query_length, k.finish);
-    return true;
 }
 
 // ---- the rest of topk_attention

@@ -49,6 +49,13 @@ void attend_to_indices(const AttendParams& a);
 // the gradients' pointers and strides of p, and makes what stands behind them.
 bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices);
 
+// [B, G, Tq, bit_words(Tk)] bits of the indices; false where a row names a key twice.
+bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel);
+
+// The tiles of that backward, whose p.bits are there. `then` is called when the rows are prepared.
+using TilesPrepared = std::function<void(MaskedBackwardParams&)>;
+void walk_tiles(MaskedBackwardParams& p, bool parallel, const TilesPrepared& then = nullptr);
+
 // select_rows for the queries that are not done, [B, Tq].
 void select_rest(Selection& s, int64_t scratch_bytes, const std::vector<uint8_t>* done, const RowsDone& then);
 

@@ -25,6 +25,7 @@ class AttentionCase:
     sinks: int = 0
     share: str = "none"
     key_index: bool = False  # ours selects through 8-bit keys
+    tail: str = "none"  # what becomes of the keys that are left out
 
     @property
     def queries(self) -> int:
@@ -58,6 +59,7 @@ class AttentionCase:
             f"sinks={self.sinks}" if self.sinks else "",
             "" if self.share == "none" else f"share={self.share}",
             "key index" if self.key_index else "",
+            "" if self.tail == "none" else f"tail={self.tail}",
         ]
         return " ".join(part for part in parts if part)
 

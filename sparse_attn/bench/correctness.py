@@ -7,11 +7,14 @@ since which of two equal scores is chosen may differ.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparse_attn.bench.attention_case import AttentionCase
 from sparse_attn.bench.registry import Work, WrongResult
+from sparse_attn.ops.tail import BLOCK
 
 SAMPLED = 24
 # Relative to the largest magnitude of what is compared. Half types round products and outputs.
@@ -79,6 +82,8 @@ def attention(
     """Softmax attention of the sampled queries to their indices (None: to all visible keys): [B, Hq, R, Dv]."""
     query, key, value = wide
     scores = _scores(case, query, key, rows)
+    if indices is not None and case.tail != "none":
+        return _with_tail(case, wide, rows, scores, _chosen(case, indices, rows, key.shape[2]))
     if indices is not None:
         scores = scores.masked_fill(~_chosen(case, indices, rows, key.shape[2]), -torch.inf)
     if first is not None:
@@ -86,6 +91,30 @@ def attention(
         scores = scores.masked_fill(unseen, -torch.inf)
     weights = scores.softmax(-1).unflatten(1, (case.kv_heads, -1))
     return (weights @ value.unsqueeze(2)).flatten(1, 2)
+
+
+def _with_tail(
+    case: AttentionCase, wide: tuple[Tensor, ...], rows: Tensor, scores: Tensor, chosen: Tensor
+) -> Tensor:
+    """The same where what is left out counts, too; scores and chosen [B, Hq, R, T]."""
+    _, key, value = wide
+    value = value.repeat_interleave(case.heads // case.kv_heads, dim=1)
+    left = (scores > -torch.inf) & ~chosen
+    if case.tail == "mean":
+        mass = scores.softmax(-1)
+        mean = left.double() @ value / left.sum(-1, keepdim=True).clamp(min=1)
+        outside = mass.masked_fill(~left, 0.0).sum(-1, keepdim=True)
+        return mass.masked_fill(~chosen, 0.0) @ value + outside * mean
+    count = key.shape[2] // BLOCK
+    keys, values = (
+        t[:, :, : count * BLOCK].unflatten(2, (count, BLOCK)).mean(3) for t in (key, value)
+    )  # [B, H, M, D]
+    seen, left = (t[..., : count * BLOCK].unflatten(-1, (count, BLOCK)) for t in (scores > -torch.inf, left))
+    times = left.sum(-1) * seen.all(-1)
+    coarse = _scores(replace(case, causal=False), wide[0], keys, rows)
+    coarse = torch.where(times > 0, coarse + times.clamp(min=1).double().log(), -torch.inf)
+    weights = torch.cat((scores.masked_fill(~chosen, -torch.inf), coarse), dim=-1).softmax(-1)
+    return weights @ torch.cat((value, values), dim=2)
 
 
 def check_selection(

@@ -26,6 +26,7 @@ from sparse_attn.checks.rule import (
     soft_cap,
     softmax_scale,
     starts_of,
+    tail_of,
     top_k_of,
 )
 from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, few_numbers, integer, token_batch
@@ -54,6 +55,7 @@ __all__ = [
     "soft_cap",
     "softmax_scale",
     "starts_of",
+    "tail_of",
     "token_batch",
     "top_k_of",
     "value_of",

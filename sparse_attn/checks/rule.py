@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_attn.checks.values import FLOAT_DTYPES, bare, dense, describe, has_values, integer
 
 SHARES = ("none", "kv", "all")
+TAILS = ("none", "mean", "blocks")
 
 
 def groups_of(share: object, heads: int, kv_heads: int) -> int:
@@ -210,3 +211,10 @@ def _whole_numbers(name: str, tensor: object, shape: str, beside: Tensor) -> Ten
     if tensor.device != beside.device:
         raise ValueError(f"{name} must be on the key's device {beside.device}, got {tensor.device}")
     return tensor
+
+
+def tail_of(tail: object) -> str:
+    """What becomes of the attention mass of the keys that are left out."""
+    if isinstance(tail, str) and tail in TAILS:
+        return tail
+    raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {describe(tail)}")

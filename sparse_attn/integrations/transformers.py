@@ -119,7 +119,7 @@ def configure(
             both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence. Or any object
             that has the `select` of a :class:`sparse_attn.selection.Selector`; it is not saved with the model.
         residual: the attention mass of the keys that are left out goes to the mean of their values
-            (:func:`sparse_attn.topk_attention_with_residual`): nearer to dense attention, slower than it. With
+            (``tail="mean"`` of :func:`sparse_attn.topk_attention`): nearer to dense attention, at about its cost. With
             selector="exact" alone, padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.

@@ -1,26 +1,165 @@
-"""What a selection leaves out, put back as the mean of its values."""
+"""Attention to a selection in which what the selection leaves out counts too, with the mean of its values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.functional import pad
 
-from sparse_attn.ops.arguments import autocast
-from sparse_attn.ops.gathered_attention import attend
+from sparse_attn import checks
+from sparse_attn import rule as rules
+from sparse_attn.ops import gathered_attention
+from sparse_attn.ops.arguments import autocast, sizes_of
+from sparse_attn.ops.declare import Backward, Forward, Op
 from sparse_attn.ops.shards import shardable
-from sparse_attn.rule import Rule
-from sparse_attn.wings.reference.chunks import query_chunks
-from sparse_attn.wings.reference.rule import capped
-from sparse_attn.wings.reference.topk_select import products
+from sparse_attn.rule import PackedRule, Rule
+from sparse_attn.wings.base import forced_wing
+from sparse_attn.wings.reference.block_tail import along as along_blocks
+from sparse_attn.wings.reference.tail_attention import along
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor indices"
 
 
-@shardable("query:BHTD key:BHSD value:BHSD out:BHTD lse:BHT indices:BGTK rule", "BHTD")
-def with_tail(
+def fake(query, key, value, indices, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = gathered_attention.fake(query, key, value)
+    return out, lse, torch.empty_like(lse)
+
+
+BACKWARD = Op(
+    "tail_attention_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, Tensor outside, {rules.SCHEMA}) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    gathered_attention.fake_gradients,
+    gradient_of="attention",
+    batch="grad_out grad_lse query key value indices out lse outside grad_query grad_key grad_value",
+)
+
+
+def backward(call: Backward) -> dict[str, Tensor]:
+    s, grad_out = call.saved, call.grads.out
+    if grad_out is None:
+        grad_out = torch.zeros_like(s.out)
+    found = BACKWARD.on(call.wing)(
+        grad_out, call.grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.outside,
+        s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale, s.softcap, s.sink_logits,
+    )  # fmt: skip
+    of_sinks = {}
+    if call.needs["sink_logits"]:
+        of_sinks["sink_logits"] = gathered_attention.sink_gradient(
+            s.sink_logits, s.out, s.lse, grad_out, call.grads.lse
+        )
+    return dict(zip(("query", "key", "value"), found, strict=True)) | of_sinks
+
+
+def tangent(call: Forward, query, key, value, indices, rule: PackedRule) -> dict[str, Tensor]:
+    out, lse = along(query, key, value, indices, rule, call.tangents)
+    return {"out": out, "lse": lse}
+
+
+# outside: the probability of the keys that are left out.
+OP = Op(
+    "tail_attention",
+    f"({_INPUTS}, {rules.SCHEMA}) -> (Tensor out, Tensor lse, Tensor outside)",
+    fake,
+    saved="query key value indices out lse outside attn_mask key_lengths key_starts causal_offsets rule scale "
+    "softcap sink_logits",
+    constant="outside",
+    backward=backward,
+    tangent=tangent,
+    batch="query key value indices out lse outside",
+)
+
+
+def check_rule(rule: Rule) -> Rule:
+    """What the rule says of visibility; refused where it is more than keys in a row, whose values have prefix sums."""
+    known = "is_causal", "causal_offset", "key_lengths", "key_starts", "scale", "softcap", "sink_logits"
+    visible = rule.visibility()
+    visible.only("means of what is left out", *known, rules.OFFSETS)
+    return visible
+
+
+@shardable("query:BHTD key:BHSD value:BHSD indices:BGTK rule", "BHTD BHT")
+def attend(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    indices: Tensor,  # int32 [B, G, Tq, K]: the selection
+    rule: Rule,
+    *,
+    backend: str | None = None,
+    function: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]) of all keys that a query sees, the left out with their mean value.
+
+    Of the selection count keys that the query sees, each once.
+    """
+    query, key, value = autocast(query, key, value)
+    checks.query_key(query, key)
+    checks.value_of(key, value)
+    indices = checks.indices_of(indices, query, key)
+    visible = check_rule(rule)
+    packed = visible.packed(query, key)._replace(groups=indices.shape[1])
+    # A wing without the op has it in plain PyTorch: selection and all else stay where the call wants them.
+    forced = forced_wing(backend)
+    if forced is not None and not OP.has(forced):
+        backend = "reference"
+    wing = OP.choose(query, backend, rule=visible, function=function, sizes=sizes_of(query, value))
+    return OP.on(wing)(query, key, value, indices, *packed.parts())[:2]
+
+
+# ---- tail="blocks"
+
+BLOCK = 64  # keys; larger ones cost less and say less
+_BLOCK_SIZES = "SymInt key_length, SymInt block_size"
+
+
+def _fake_blocks(query, key, value, *others) -> tuple[Tensor, Tensor]:
+    return gathered_attention.fake(query, key, value)
+
+
+BLOCKS_BACKWARD = Op(
+    "block_tail_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_BLOCK_SIZES}, {rules.SCHEMA}) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    gathered_attention.fake_gradients,
+    gradient_of="attention",
+    batch="grad_out grad_lse query key value indices out lse grad_query grad_key grad_value",
+)
+
+
+def _backward_of_blocks(call: Backward) -> dict[str, Tensor]:
+    s = call.saved
+    grad_out = torch.zeros_like(s.out) if call.grads.out is None else call.grads.out
+    found = BLOCKS_BACKWARD.on(call.wing)(
+        grad_out, call.grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.key_length, s.block_size,
+        s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale, s.softcap, s.sink_logits,
+    )  # fmt: skip
+    return dict(zip(("query", "key", "value"), found, strict=True))
+
+
+def _tangent_of_blocks(
+    call: Forward, query, key, value, indices, key_length, block_size, rule: PackedRule
+) -> dict[str, Tensor]:
+    out, lse = along_blocks(query, key, value, indices, key_length, block_size, rule, call.tangents)
+    return {"out": out, "lse": lse}
+
+
+# key and value are the means of whole blocks; sink_logits count with the selection, not here.
+BLOCKS = Op(
+    "block_tail",
+    f"({_INPUTS}, {_BLOCK_SIZES}, {rules.SCHEMA}) -> (Tensor out, Tensor lse)",
+    _fake_blocks,
+    saved="query key value indices out lse key_length block_size attn_mask key_lengths key_starts causal_offsets "
+    "rule scale softcap sink_logits",
+    backward=_backward_of_blocks,
+    tangent=_tangent_of_blocks,
+    batch="query key value indices out lse",
+)
+
+
+@shardable("query:BHTD key:BHSD value:BHSD out:BHTD lse:BHT indices:BGTK rule", "BHTD BHT")
+def with_blocks(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
     value: Tensor,  # [B, Hkv, Tk, Dv]
@@ -30,142 +169,27 @@ def with_tail(
     rule: Rule,
     *,
     backend: str | None = None,
-) -> Tensor:
-    """`out` with the mass of what the selection leaves out given to the mean of its values, differentiable in all."""
+    function: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the selection and the means of whole blocks, each with the weight of its keys that are left out."""
     query, key, value = autocast(query, key, value)
-    if out.numel() == 0 or key.shape[2] == 0:
-        return out
-    seen_by = rule.packed(query, key)
-    # What a query sees must be keys in a row.
-    known = "is_causal", "causal_offset", "key_lengths", "key_starts", "scale", "softcap", "sink_logits"
-    rule.visibility().only("means of what is left out", *known)
-    heads, query_length = query.shape[1:3]
-    compute = torch.promote_types(query.dtype, torch.float32)
-    seen = torch.full(
-        (query.shape[0], query_length), key.shape[2], device=query.device
-    )  # [B, Tq]: up to there
-    if seen_by.key_lengths is not None:
-        seen = torch.minimum(seen, seen_by.key_lengths.to(torch.int64).unsqueeze(-1))
-    if seen_by.is_causal:
-        last = torch.arange(1, query_length + 1, device=query.device) + seen_by.causal_offset
-        seen = torch.minimum(seen, last)
-    seen = seen.clamp(min=0)
-    first = None  # [B, Tq]: from there on
-    if seen_by.key_starts is not None:
-        first = torch.minimum(seen_by.key_starts.to(torch.int64).clamp(min=0), seen)
-
-    # The mean of what is left out, from the sum of what is seen and of what is selected.
-    total = _sums(value, first, seen)
-    values, chosen = value.to(compute), (indices >= 0).sum(-1)  # chosen [B, G, Tq]
-    nothing = values.new_zeros((1, 1, 1, 1)).expand(*query.shape[:3], value.shape[3])
-    mean, _ = attend(nothing, values.detach(), values, indices, scale=1.0, backend=backend)
-    chosen = chosen.repeat_interleave(heads // chosen.shape[1], dim=1).unsqueeze(-1)
-    total = total.repeat_interleave(heads // value.shape[1], dim=1) - mean.double() * chosen
-    left = (seen if first is None else seen - first)[:, None, :, None] - chosen  # [B, Hq, Tq, 1]
-    tail = (total / left.clamp(min=1)).to(compute)
-
-    # Forward mode goes through what it is made of.
-    normalise = _Normaliser.apply if forward_ad._current_level < 0 else _in_chunks
-    every = normalise(query, key, first, seen, seen_by.scale, seen_by.softcap)
-    if seen_by.sink_logits is not None:
-        # Two of −inf would have no gradient.
-        extra = seen_by.sink_logits.clamp(min=torch.finfo(compute).min)
-        every = torch.logaddexp(every, extra.unsqueeze(-1))
-    gap = lse - every
-    # Where nothing is left out the gap may be −inf − −inf, which has no gradient.
-    gap = torch.where(left.squeeze(-1) > 0, gap, 0.0).clamp(max=0.0)
-    outside = -torch.expm1(gap).unsqueeze(-1).to(compute)
-    part = out.to(compute)
-    mixed = part + outside * (tail - part)
-    return torch.where(left > 0, mixed, part).to(out.dtype)
+    visible = replace(check_rule(rule), sink_logits=None)
+    packed = visible.packed(query, key)._replace(groups=indices.shape[1])
+    forced = forced_wing(backend)
+    if forced is not None and not BLOCKS.has(forced):
+        backend = "reference"
+    wing = BLOCKS.choose(query, backend, rule=visible, function=function, sizes=sizes_of(query, value))
+    length = key.shape[2]
+    keys, values = _means(key), _means(value)
+    rest, rest_lse = BLOCKS.on(wing)(query, keys, values, indices, length, BLOCK, *packed.parts())
+    some = rest_lse != -torch.inf  # of NaN, too
+    rest_lse = torch.where(some, rest_lse, lse.detach())
+    # Where nothing is left out no gradient may come from it.
+    share = torch.where(some, torch.sigmoid(rest_lse - lse), 0.0).unsqueeze(-1).to(out.dtype)
+    return torch.lerp(out, rest, share), torch.where(some, torch.logaddexp(lse, rest_lse), lse)
 
 
-class _Normaliser(torch.autograd.Function):
-    """log-sum-exp of a query's scores over the keys that it sees: [B, Hq, Tq].
-
-    In chunks of queries, whose scores are made again for the gradient: no [Tq, Tk] matrix is stored.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, first: Tensor | None, end: Tensor, scale: float, softcap: float
-    ) -> Tensor:
-        return _in_chunks(query, key, first, end, scale, softcap)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        query, key, first, end, *ctx.scoring = inputs
-        ctx.save_for_backward(query, key, first, end)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, first, end = ctx.saved_tensors
-        keys = key.to(torch.promote_types(key.dtype, torch.float32))
-        of_query, of_key = [], torch.zeros_like(keys)
-        for rows in _chunks(query, key):
-            seen = {"first": _at(rows, first), "end": end[:, rows]}
-            chunk = partial(_normaliser, **seen, scale=ctx.scoring[0], softcap=ctx.scoring[1])
-            gradient = torch.func.vjp(chunk, query[:, :, rows], keys)[1]
-            of_rows, of_keys = gradient(grad[:, :, rows])
-            of_query.append(of_rows)
-            of_key = of_key + of_keys
-        return torch.cat(of_query, dim=2), of_key.to(key.dtype), None, None, None, None
-
-
-def _in_chunks(
-    query: Tensor,  # [B, Hq, Tq, D]
-    key: Tensor,  # [B, Hkv, Tk, D]
-    first: Tensor | None,  # int64 [B, Tq]: the keys from there on
-    end: Tensor,  # int64 [B, Tq]: and before there
-    scale: float,
-    softcap: float,  # 0: none
-) -> Tensor:  # [B, Hq, Tq]
-    keys = key.to(torch.promote_types(key.dtype, torch.float32))
-    found = [
-        _normaliser(query[:, :, rows], keys, _at(rows, first), end[:, rows], scale, softcap)
-        for rows in _chunks(query, key)
-    ]
-    return torch.cat(found, dim=2)
-
-
-def _normaliser(
-    query: Tensor, keys: Tensor, first: Tensor | None, end: Tensor, scale: float, softcap: float
-) -> Tensor:
-    """query [B, Hq, t, D], keys [B, Hkv, Tk, D] as they are computed with, int64 [B, t] twice → [B, Hq, t]."""
-    scores = capped(products(query.to(keys.dtype), keys) * scale, softcap)
-    position = torch.arange(keys.shape[2], device=keys.device)
-    scores = scores.masked_fill_(position >= end[:, None, :, None], -torch.inf)
-    if first is not None:
-        scores = scores.masked_fill_(position < first[:, None, :, None], -torch.inf)
-    return scores.logsumexp(-1)
-
-
-def _at(rows: slice, places: Tensor | None) -> Tensor | None:
-    return None if places is None else places[:, rows]
-
-
-def _chunks(query: Tensor, key: Tensor) -> Iterator[slice]:
-    return query_chunks(query.shape[2], 2 * query.shape[0] * query.shape[1] * key.shape[2])
-
-
-def _sums(value: Tensor, first: Tensor | None, end: Tensor) -> Tensor:
-    """Σ value[first … end − 1] of each query: [B, Hkv, Tk, Dv], int64 [B, Tq] twice → float64 [B, Hkv, Tq, Dv]."""
-
-    def up_to(places: Tensor, rows: Tensor) -> Tensor:
-        prefix = pad(rows.double().cumsum(2), (0, 0, 1, 0))  # float32 would round late values away
-        return prefix.gather(2, places[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
-
-    if first is None:
-        return up_to(end, value)
-    # Apart from the sum: what is no number would stay in it for all queries behind, whether they see it or not.
-    total = up_to(end, value.nan_to_num(0.0, 0.0, 0.0))
-    total = total - up_to(first, value.nan_to_num(0.0, 0.0, 0.0))
-    for special, there in (
-        (torch.inf, value == torch.inf),
-        (-torch.inf, value == -torch.inf),
-        (torch.nan, value.isnan()),
-    ):
-        total = total + torch.where(up_to(end, there) > up_to(first, there), special, 0.0)
-    return total
+def _means(rows: Tensor) -> Tensor:
+    """Of whole blocks: [B, H, T, C] → [B, H, T // BLOCK, C]."""
+    count = rows.shape[2] // BLOCK
+    return rows[:, :, : count * BLOCK].unflatten(2, (count, BLOCK)).mean(3)

@@ -11,12 +11,12 @@ from sparse_attn import checks
 from sparse_attn import rule as rules
 from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops import key_index as key_indices
+from sparse_attn.ops import tail as tails
 from sparse_attn.ops.arguments import autocast, sizes_of
 from sparse_attn.ops.declare import Forward, Op
 from sparse_attn.ops.derivatives import derivatives_wanted
 from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.shards import on_one_process, shardable
-from sparse_attn.ops.tail import with_tail
 from sparse_attn.rule import PackedRule, Rule
 from sparse_attn.wings.base import Explanation, explain_call
 
@@ -95,6 +95,40 @@ def attend_best(
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
 
 
+def attend_all(
+    query: Tensor,  # [B, Hq, Tq, D]
+    key: Tensor,  # [B, Hkv, Tk, D]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    top_k: int,
+    rule: Rule,
+    tail: str,
+    *,
+    key_index: KeyIndex | None = None,
+    backend: str | None = None,
+    function: str = "topk_attention",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_best` with a tail: what is left out counts, too."""
+    tails.check_rule(rule)
+    checks.query_key(query, key)
+    top_k = checks.top_k_of(top_k)
+    if on_one_process(query) and top_k >= key.shape[2]:  # nothing is left out
+        return attend_best(
+            query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
+        )
+    if tail == "blocks":
+        out, lse, indices = attend_best(
+            query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
+        )
+        found = tails.with_blocks(
+            query, key, value, out, lse, indices, rule, backend=backend, function=function
+        )
+        return *found, indices
+    indices = topk_select.select(
+        query, key, top_k, rule, key_index=key_index, backend=backend, function=function
+    )
+    return *tails.attend(query, key, value, indices, rule, backend=backend, function=function), indices
+
+
 def topk_attention(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -114,6 +148,7 @@ def topk_attention(
     key_starts: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
+    tail: str = "none",
     key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -141,12 +176,18 @@ def topk_attention(
         window: always keep the last `window` visible positions up to the query's own; needs is_causal.
         sinks: always keep the first `sinks` keys.
         share: "none" (a selection per query head), "kv" (per key head), "all" (one for all heads).
-        return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
+        return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable); with
+            tail="mean" of all visible keys, with "blocks" of the chosen and the blocks.
         return_indices: also return the selection, int32 [B, G, Tq, min(top_k, Tk)].
         key_starts: int32 or int64 [B] or [B, Tq]; keys before it do not exist for that sequence, or that query, and
             `sinks` counts from there. Indices stay what they are. Values below 0 count as 0; Tk hides every key.
         softcap, sink_logits: as in :func:`gathered_attention`: scores bounded by softcap · tanh(· / softcap), and one
             more logit per query head, float [Hq], in the denominator (differentiable).
+        tail: what becomes of the visible keys that are not chosen. "none": they do not count. "mean": the softmax is
+            over all visible keys, and those have the mean of their values, each query its own; needs every score
+            again, and for the gradient once more. "blocks": they count by blocks of 64 keys, each with the score of
+            its mean key and its mean value, as often as it has keys that are not chosen; cheap. Of blocks those count
+            that a query sees whole. With a tail there is no attn_mask (docs/topk_attention.md has formulas and cost).
         key_index: the :class:`sparse_attn.KeyIndex` of these keys: the same result, in decoding for fewer bytes.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses. See :func:`explain`.
 
@@ -172,11 +213,22 @@ def topk_attention(
     return_indices = checks.boolean("return_indices", return_indices)
     scoring = scale, softcap, sink_logits
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
+    if checks.tail_of(tail) != "none":
+        out, lse, indices = attend_all(
+            query, key, value, top_k, rule, tail, key_index=key_index, backend=backend
+        )
+        return _asked_for(out, lse, indices, return_lse, return_indices)
     # Only where it says something: over several processes nobody knows this option.
     wants: dict[str, Any] = {} if return_indices or not on_one_process(query) else {"wants_indices": False}
     out, lse, indices = attend_best(
         query, key, value, top_k, rule, key_index=key_index, backend=backend, **wants
     )
+    return _asked_for(out, lse, indices, return_lse, return_indices)
+
+
+def _asked_for(
+    out: Tensor, lse: Tensor, indices: Tensor, return_lse: bool, return_indices: bool
+) -> Tensor | tuple[Tensor, ...]:
     if not return_lse and not return_indices:
         return out
     return (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
@@ -207,9 +259,7 @@ def topk_attention_with_residual(
     .. math:: \mathrm{out}_i = \sum_{j \in S_i} p_{ij} v_j + \Bigl(1 - \sum_{j \in S_i} p_{ij}\Bigr)
               \mathop{\mathrm{mean}}_{j \in V_i \setminus S_i} v_j
 
-    The mean comes from prefix sums. The normaliser of p needs every score, so this is for the quality of a given
-    selection, not for speed: it is plain PyTorch around :func:`topk_attention`, and stores no [Tq, Tk] matrix, in the
-    backward neither. Differentiable in query, key and value; the choice itself is not differentiated.
+    The same as ``topk_attention(…, tail="mean")``.
 
     Args:
         query, key, value, top_k, is_causal, causal_offset, key_lengths, scale, window, sinks, share, key_starts,
@@ -230,8 +280,7 @@ def topk_attention_with_residual(
     """
     scoring = scale, softcap, sink_logits
     rule = Rule(is_causal, causal_offset, None, key_lengths, window, sinks, share, *scoring, key_starts)
-    out, lse, indices = attend_best(query, key, value, top_k, rule, backend=backend)
-    return with_tail(query, key, value, out, lse, indices, rule, backend=backend)
+    return attend_all(query, key, value, top_k, rule, "mean", backend=backend)[0]
 
 
 def explain(
@@ -253,6 +302,7 @@ def explain(
     key_starts: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
+    tail: str = "none",
     key_index: KeyIndex | None = None,
     backend: str | None = None,
 ) -> Explanation:
@@ -270,5 +320,5 @@ def explain(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
         return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, softcap=softcap,
-        sink_logits=sink_logits, key_index=key_index, backend=backend,
+        sink_logits=sink_logits, tail=tail, key_index=key_index, backend=backend,
     )  # fmt: skip

@@ -258,6 +258,7 @@ def varlen_topk_attention(
     share: str = "none",
     softcap: float | None = None,
     sink_logits: Tensor | None = None,  # float [Hq]
+    tail: str = "none",
     return_lse: bool = False,
     return_indices: bool = False,
     block_table: Tensor | None = None,  # int [S, pages]
@@ -278,12 +279,16 @@ def varlen_topk_attention(
         cu_seq_q, cu_seq_k, max_q, max_k, top_k, seqused_k, is_causal, window, sinks, scale, share, softcap,
             sink_logits, block_table, physical_indices, key_index, backend: as in :func:`varlen_topk_select`. With
             block_table nothing is differentiated.
-        return_lse: also return the log-sum-exp of the attended scores, float32 [T, Hq] (differentiable).
+        tail: as in :func:`topk_attention`, blocks of 64 counted from the first key of the pack; with block_table "none"
+            alone.
+        return_lse: also return the log-sum-exp of the attended scores, float32 [T, Hq] (differentiable); with a
+            tail of what it adds, too.
         return_indices: also return the selection, as :func:`varlen_topk_select` gives it.
 
     Returns:
         out [T, Hq, Dv] in the query's dtype; with flags the tuple (out, lse, indices) of what was asked for. Bit for
-        bit what `topk_attention` gives for each sequence alone.
+        bit what `topk_attention` gives for each sequence alone (with tail="mean" up to rounding, with
+        "blocks" where a sequence begins on a multiple of 64).
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -309,6 +314,10 @@ def varlen_topk_attention(
     return_indices = checks.boolean("return_indices", return_indices)
     physical_indices = check.kind_of_indices(physical_indices, block_table)
     check.index_of_pages(key_index, block_table)
+    if checks.tail_of(tail) != "none" and block_table is not None:
+        raise ValueError(
+            f"tail={tail!r} needs keys and values that lie in one tensor, got block_table: pages take 'none'"
+        )
     given = cu_seq_q, cu_seq_k, max_q, max_k, is_causal, window, seqused_k, block_table
     where = sequences(query, key, *given)
     (check.packed_value if where.table is None else check.paged_value)(value, key)
@@ -317,17 +326,15 @@ def varlen_topk_attention(
     rule = where.rule(window=window, sinks=sinks, share=share, **scoring)
     if where.table is None:
         q, k, v = _batched(query, key, value)
-        out, lse, indices = topk_attention.attend_best(
-            q, k, v, top_k, rule, backend=backend, function="varlen_topk_attention"
-        )
+        own: dict[str, Any] = {"backend": backend, "function": "varlen_topk_attention"}
+        if tail == "none":
+            out, lse, indices = topk_attention.attend_best(q, k, v, top_k, rule, **own)
+        else:
+            out, lse, indices = topk_attention.attend_all(q, k, v, top_k, rule, tail, **own)
         out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
     else:
         check.no_gradient(query, key, value, sink_logits)
-        own: dict[str, Any] = {
-            "key_index": key_index,
-            "backend": backend,
-            "function": "varlen_topk_attention",
-        }
+        own = {"key_index": key_index, "backend": backend, "function": "varlen_topk_attention"}
         out, lse, indices = paged_attention.attend_best(query, key, value, where.table, top_k, rule, **own)
     found: tuple[Tensor, ...] = (out,)
     if return_lse:

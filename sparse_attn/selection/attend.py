@@ -8,11 +8,9 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.ops import block_attention, gathered_attention
-from sparse_attn.ops.tail import with_tail
+from sparse_attn.ops import tail as tails
 from sparse_attn.rule import Rule
 from sparse_attn.selection.selection import Selection, Selector, check_rule, check_selector
-
-TAILS = ("none", "mean")
 
 
 def attend(
@@ -41,9 +39,11 @@ def attend(
         rule: who sees whom; needed for blocks (a block's keys are not all visible) and for a tail. Selected tokens
             are attended to as they are; of its parts the scale, the soft cap and the sink logits count for them.
         scale: factor of q·k; None takes the rule's, and without one 1/√D.
-        tail: "none", or "mean": the mass of the visible keys that were not selected goes to the mean of their values
-            (tokens only).
-        return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable).
+        tail: "none", "mean" or "blocks", as in :func:`sparse_attn.topk_attention`: what becomes of the visible keys
+            that were not selected (tokens only). With "mean" of the selection count keys that the rule lets the query
+            see, each once.
+        return_lse: also return the log-sum-exp of the attended scores, float32 [B, Hq, Tq] (differentiable); with
+            a tail of what it adds, too.
         backend: force one wing ("cpu", "cuda", "triton", "reference"); None chooses.
 
     Returns:
@@ -65,8 +65,7 @@ def attend(
         raise TypeError(
             f"selection must be a sparse_attn.selection.Selection, got {checks.describe(selection)}"
         )
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {checks.describe(tail)}")
+    tail = checks.tail_of(tail)
     return_lse = checks.boolean("return_lse", return_lse)
     if rule is not None and not isinstance(rule, Rule):
         raise TypeError(f"rule must be a sparse_attn.selection.Rule or None, got {checks.describe(rule)}")
@@ -76,15 +75,18 @@ def attend(
         out, lse = _to_blocks(query, key, value, selection, rule, scale, tail, backend)
     else:
         if tail != "none":
-            rule = _rule_of_tail(rule, return_lse)
+            rule = replace(_rule_of_tail(rule, tail), scale=scale)
+            indices = checks.indices_of(selection.indices, query, key)
+        if rule is not None and tail == "mean":
+            out, lse = tails.attend(query, key, value, indices, rule, backend=backend)
+            return (out, lse) if return_lse else out
         softcap, sink_logits = (None, None) if rule is None else (rule.softcap, rule.sink_logits)
         out, lse = gathered_attention.attend(
             query, key, value, selection.indices, scale=scale, softcap=softcap, sink_logits=sink_logits,
             backend=backend,
         )  # fmt: skip
-        if rule is not None and tail != "none":
-            indices = checks.indices_of(selection.indices, query, key)
-            out = with_tail(query, key, value, out, lse, indices, rule, backend=backend)
+        if rule is not None and tail == "blocks":
+            out, lse = tails.with_blocks(query, key, value, out, lse, indices, rule, backend=backend)
     return (out, lse) if return_lse else out
 
 
@@ -109,12 +111,11 @@ def _to_blocks(
     return block_attention.attend(query, key, value, selection.indices, *sizes, visible, backend=backend)
 
 
-def _rule_of_tail(rule: Rule | None, return_lse: bool) -> Rule:
+def _rule_of_tail(rule: Rule | None, tail: str) -> Rule:
     """The rule, where a tail can be had."""
     if rule is None:
-        raise ValueError("tail='mean' needs the rule: which keys are left out depends on who sees whom")
-    if return_lse:
-        raise ValueError("tail='mean' has no lse of its own: return_lse goes with tail='none'")
+        raise ValueError(f"tail={tail!r} needs the rule: which keys are left out depends on who sees whom")
+    tails.check_rule(rule)
     return rule
 
 

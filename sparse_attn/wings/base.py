@@ -208,6 +208,15 @@ def _forced() -> str | None:
     return block.name
 
 
+def forced_wing(backend: str | None) -> str | None:
+    """The wing that a call with this `backend` must run on, if any."""
+    if backend is not None:
+        return check_name(backend)
+    if _here.thread.plain and (is_dynamo_compiling() or not _state.blocks):
+        return None
+    return _forced()
+
+
 def reasons(
     op: str, device: torch.device, dtype: torch.dtype, rule: Rule | None = None, **sizes: int
 ) -> dict[str, str | None]:

@@ -83,6 +83,37 @@ def gathered_backward(draw: Draw) -> list:
     ]
 
 
+def tail(draw: Draw) -> list:
+    query, key, value = attention(draw)
+    groups = draw.choice((1, 2, 4))
+    numbers = [draw.choice((0, 1)), 4, 0, 0, groups]
+    indices = index_rows((2, groups, 5, 3), 9, garbage=draw.random() < 0.5)
+    return [query, key, value, indices, *rule(draw, numbers=numbers, masked=False)]
+
+
+def tail_backward(draw: Draw) -> list:
+    *inputs, indices = tail(draw)[:4]
+    grad_out, grad_lse, lse = gradients(inputs[0])
+    options = rule(draw, numbers=[1, 4, 0, 0, indices.shape[1]], masked=False)
+    results = torch.zeros_like(grad_out), lse, torch.rand(2, 4, 5)
+    return [grad_out, draw.choice((grad_lse, None)), *inputs, indices, *results, *options]
+
+
+def block_tail(draw: Draw) -> list:
+    """9 means of 32 keys each."""
+    *inputs, indices = tail(draw)[:4]
+    options = rule(draw, numbers=[draw.choice((0, 1)), 290, 0, 0, indices.shape[1]], masked=False)
+    return [*inputs, indices * 32, 300, 32, *options]
+
+
+def block_tail_backward(draw: Draw) -> list:
+    *inputs, indices, length, size = block_tail(draw)[:6]
+    grad_out, grad_lse, lse = gradients(inputs[0])
+    options = rule(draw, numbers=[1, 290, 0, 0, indices.shape[1]], masked=False)
+    results = torch.zeros_like(grad_out), lse
+    return [grad_out, draw.choice((grad_lse, None)), *inputs, indices, *results, length, size, *options]
+
+
 def blocks(draw: Draw) -> list:
     groups = draw.choice((1, 2, 4))
     numbers = [draw.choice((0, 1)), 4, 0, 0, groups]
@@ -204,6 +235,10 @@ RIGHT = {
     "topk_attention_output": attend,
     "gathered_attention": gathered,
     "gathered_attention_backward": gathered_backward,
+    "tail_attention": tail,
+    "tail_attention_backward": tail_backward,
+    "block_tail": block_tail,
+    "block_tail_backward": block_tail_backward,
     "block_attention": blocks,
     "block_attention_backward": blocks_backward,
     "indexer_select": indexer,

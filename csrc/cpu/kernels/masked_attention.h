@@ -41,6 +41,14 @@ struct MaskedBackwardParams {
     float* lse;        // [B, Hq, rows]: +inf where nothing was attended to
     uint8_t* special;  // [B, Hq, rows]: whether q or dO holds NaN or an infinity
     float* sums;       // [parts, B, Hq, rows, D']: dQ of each part
+    int64_t rows;      // of a head, padded
+    // Of tail_attention, else null: keys that are seen but not chosen count, too, with one value.
+    float* tail;    // [B, Hq, rows]: dO · that value
+    float* share;   // [B, Hq, rows]: the weight of each such key
+    int32_t* seen;  // [B, Hq, rows, 2]: the first key that is seen, and the one behind the last
+    // Of block_tail, else null: how often each key counts, in place of bits; and `seen`.
+    uint16_t* counts;  // bfloat16 [B, G, Tq, count_stride]
+    int64_t count_stride;
 };
 
 namespace cpu {

@@ -127,6 +127,10 @@ struct Tile {
     const uint32_t* bits;       // of the first query and key; rows at `bit_stride`
     int64_t bit_stride, words, rows;
     const float *lse, *centre;
+    int64_t first;  // key
+    const float *tail, *share;
+    const int32_t* seen;
+    const bfloat16* counts;  // rows at `bit_stride`, where they are there
 };
 
 // The bits of all rows of the tile together.
@@ -137,18 +141,54 @@ SPARSE_ATTN_INLINE uint32_t any_bits(const Tile& t) {
     return any;
 }
 
-template <bool kCapped>
+// Whether a row of the tile sees a key of it.
+SPARSE_ATTN_INLINE bool any_seen(const Tile& t) {
+    for (int64_t r = 0; r < t.rows; ++r)
+        if (t.seen[2 * r] < t.first + kKeys && t.seen[2 * r + 1] > t.first) return true;
+    return false;
+}
+
+// What counts in a row: chosen keys; all that are seen; each as often as a number says.
+enum class Counts { kChosen, kSeen, kTimes };
+
+template <bool kCapped, Counts kCounts>
 SPARSE_ATTN_INLINE void weigh(const Tile& t, float cap) {
     const Vec nothing = broadcast(-__builtin_inff());
     for (int64_t r = 0; r < kQueries; ++r) {
         const Vec lse = broadcast(t.lse[r]), centre = broadcast(t.centre[r]);
         for (int64_t w = 0; w < kKeys / 32; ++w) {
-            const uint32_t word = r < t.rows && w < t.words ? t.bits[r * t.bit_stride + w] : 0u;
+            const uint32_t word = t.bits && r < t.rows && w < t.words ? t.bits[r * t.bit_stride + w] : 0u;
+            uint32_t seen = 0;
+            if (kCounts == Counts::kSeen && r < t.rows) {
+                const int64_t key = t.first + w * 32;
+                seen = low_bits(clamp<int64_t>(t.seen[2 * r + 1] - key, 0, 32)) &
+                       ~low_bits(clamp<int64_t>(t.seen[2 * r] - key, 0, 32));
+            }
             for (int64_t j = 0; j < 32; j += Vec::W) {
                 float *s = t.probability + r * kKeys + w * 32 + j, *g = t.grad + r * kKeys + w * 32 + j;
                 const uint32_t bits = word >> j & low_bits(Vec::W);
                 Vec score = load(s);
                 if (kCapped) score = tanh(score / broadcast(cap)) * broadcast(cap);
+                if (kCounts == Counts::kTimes) {
+                    const Vec times = r < t.rows ? load(t.counts + r * t.bit_stride + w * 32 + j) : zero();
+                    const uint32_t some = not_le(times, zero());
+                    const Vec p = exp(where(some, score - lse, nothing)) * times;
+                    Vec d = p * (load(g) - centre);
+                    if (kCapped) d = d * cap_slope(score, 1.0f / cap);
+                    store(s, p);
+                    store(g, where(some, d, zero()));
+                    continue;
+                }
+                if (kCounts == Counts::kSeen) {
+                    // dP is that of the value which the left out have, and they weigh what one of them does.
+                    const uint32_t lanes = seen >> j & low_bits(Vec::W), kept = bits & lanes;
+                    const Vec p = exp(where(lanes, score - lse, nothing));
+                    Vec d = p * (where(kept, load(g), broadcast(t.tail[r])) - centre);
+                    if (kCapped) d = d * cap_slope(score, 1.0f / cap);
+                    store(s, where(kept, p, where(lanes, broadcast(t.share[r]), zero())));
+                    store(g, where(lanes, d, zero()));
+                    continue;
+                }
                 const Vec p = exp(where(bits, score - lse, nothing));
                 Vec d = p * (load(g) - centre);
                 if (kCapped) d = d * cap_slope(score, 1.0f / cap);
@@ -157,6 +197,14 @@ SPARSE_ATTN_INLINE void weigh(const Tile& t, float cap) {
             }
         }
     }
+}
+
+template <Counts kCounts>
+SPARSE_ATTN_INLINE void weigh_as(const Tile& t, float cap) {
+    if (cap > 0)
+        weigh<true, kCounts>(t, cap);
+    else
+        weigh<false, kCounts>(t, 0.0f);
 }
 
 SPARSE_ATTN_INLINE Range part_of(const MaskedBackwardParams& p, int64_t part) {
@@ -206,29 +254,37 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
 
         for (int64_t h = kv_head * sharing; h < (kv_head + 1) * sharing; ++h) {
             const int64_t words = bit_words(f.key_length), head = b * f.heads + h;
-            const uint32_t* bits =
-                p.bits + (b * f.groups + h / per_group) * f.query_length * words + first / 32;
+            const int64_t list = (b * f.groups + h / per_group) * f.query_length;
             float* sums = p.sums + ((part * f.batch + b) * f.heads + h) * all * wide;
             for (int64_t i = 0; i < f.query_length; i += kQueries) {
                 const int64_t row = head * all + i;
                 const Tile t{probability,
                              grad,
-                             bits + i * words,
-                             words,
+                             p.bits ? p.bits + (list + i) * words + first / 32 : nullptr,
+                             p.counts ? p.count_stride : words,
                              minimum<int64_t>(kKeys / 32, words - first / 32),
                              minimum(kQueries, f.query_length - i),
                              p.lse + row,
-                             p.centre + row};
-                if (!any_bits(t)) continue;
+                             p.centre + row,
+                             first,
+                             p.tail ? p.tail + row : nullptr,
+                             p.tail ? p.share + row : nullptr,
+                             p.seen ? p.seen + 2 * row : nullptr,
+                             p.counts ? reinterpret_cast<const bfloat16*>(p.counts) +
+                                            (list + i) * p.count_stride + first
+                                      : nullptr};
+                if (p.seen ? !any_seen(t) : !any_bits(t)) continue;
                 bool special = false;
                 for (int64_t r = 0; r < kQueries; ++r) special |= p.special[row + r] != 0;
                 const float *queries = p.queries + row * wide, *grads = p.grads + row * wide_v;
                 score(probability, queries, wide, key_columns, f.head_dim);
                 score(grad, grads, wide_v, value_columns, f.value_dim);
-                if (f.softcap > 0)
-                    weigh<true>(t, f.softcap);
+                if (p.counts)
+                    weigh_as<Counts::kTimes>(t, f.softcap);
+                else if (p.tail)
+                    weigh_as<Counts::kSeen>(t, f.softcap);
                 else
-                    weigh<false>(t, 0.0f);
+                    weigh_as<Counts::kChosen>(t, f.softcap);
                 add_weighted(grad_value, wide_v, kKeys, probability, 1, kKeys, grads, kQueries, special);
                 add_weighted(grad_key, wide, kKeys, grad, 1, kKeys, queries, kQueries, special);
                 add_weighted(sums + i * wide, wide, kQueries, grad, kKeys, 1, key_rows, kKeys, special_keys);

@@ -35,7 +35,10 @@ DECODING = 16  # queries; more of them go another way
 
 class TopkAttention(AttentionOp):
     name = "topk_attention"
-    labels: ClassVar = LABELS | {"full_product": "topk_attention, every score exact"}
+    labels: ClassVar = LABELS | {
+        "full_product": "topk_attention, every score exact",
+        "no_tail": "topk_attention without a tail",
+    }
 
     def __init__(self) -> None:
         self.remarks: dict[AttentionCase, str] = {}
@@ -44,6 +47,8 @@ class TopkAttention(AttentionOp):
         options = rule(case)
         if case.key_index:
             options["key_index"] = sparse_attn.KeyIndex.of(tensors[1].detach())
+        if case.tail != "none":
+            options["tail"] = case.tail
         return lambda q, k, v: sparse_attn.topk_attention(q, k, v, case.top_k, **options)
 
     def plain(self, contender: str, case: AttentionCase, tensors: Triple) -> contenders.Forward:
@@ -55,6 +60,8 @@ class TopkAttention(AttentionOp):
                     return ours(*leaves)
 
             return without_bounds
+        if contender == "no_tail":
+            return self.ours(replace(case, tail="none"), tensors)
         return contenders.plain_topk(contender, case)
 
     def problem(self, contender: str, case: AttentionCase) -> str | None:
@@ -73,6 +80,8 @@ class TopkAttention(AttentionOp):
         if contender == "full_product":
             self.check_same_bits(case, inputs)
             return
+        if contender == "no_tail":
+            case = replace(case, tail="none")
         indices = self.used(contender, case, inputs)
         if indices is not None:
             correctness.check_selection(contender, case, indices, inputs)
@@ -125,7 +134,7 @@ class TopkAttention(AttentionOp):
             Comparison(replace(BASE, **both, **HALF), ("sdpa",)),
         ]
         rows = with_targets_alone(rows) if quick else rows
-        return [*rows, *_decoding(quick), *on_real_inputs(rows), *_know_before_use()]
+        return [*rows, *_decoding(quick), *on_real_inputs(rows), *_know_before_use(), *_tails(quick)]
 
     def scaling(self) -> dict[str, list[AttentionCase]]:
         lengths = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -166,6 +175,25 @@ def _decoding(quick: bool) -> list[Comparison]:
                 Comparison(replace(case, key_index=index), ("sdpa", *grouped), {"sdpa": target}, note=note)
             )
     return rows
+
+
+def _tails(quick: bool) -> list[Comparison]:
+    """What the keys that are left out cost where they count, too; the target is 1.3 of the call without them."""
+    cases = [replace(BASE, tail=tail) for tail in ("mean", "blocks")]
+    if not quick:
+        long = replace(BASE, length=8192)
+        more = (
+            replace(long, top_k=1024),
+            replace(BASE, direction="both"),
+            replace(BASE, top_k=512, direction="both"),
+        )
+        cases += [replace(case, tail=tail) for case in (long, *more) for tail in ("mean", "blocks")]
+    return [
+        Comparison(
+            case, ("no_tail", "sdpa"), {"no_tail": 1 / 1.3}, section="know_before_use", note="tail", rounds=5
+        )
+        for case in cases
+    ]
 
 
 def _know_before_use() -> list[Comparison]:
