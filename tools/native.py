@@ -31,8 +31,8 @@ EXPORTS = {
     "_C.so": "{ global: PyInit__C; local: *; };\n",
 }
 WRAPPED = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
-# -lgcc before the shared libgcc: the conversions of half numbers that gcc 12 brought come from the archive; what exceptions
-# need is not in it and stays shared.
+# -lgcc before the shared libgcc: the conversions of half numbers that gcc 12 brought come from the archive; what
+# exceptions need is not in it and stays shared.
 OLDER = [*(["-Wl,--wrap=exp,--wrap=exp2,--wrap=log,--wrap=log2,--wrap=pow"] if WRAPPED else []), "-lgcc"]
 
 NO_GPU = "no NVIDIA GPU answers on this machine (SPARSE_ATTN_CUDA_ARCHS=all compiles for every GPU)"
@@ -219,9 +219,7 @@ def _ninja_file(plan: Plan) -> str:
         f"host = {_text([f'-DTORCH_TARGET_VERSION={TARGET}', *_includes(plan)])}",
     ]
     objects = []  # of the library
-    lines.append(
-        f"build {OLD_LIBRARIES}: cxx {_path(f'{root}/csrc/common/old_libraries.cpp')}\n  flags ="
-    )
+    lines.append(f"build {OLD_LIBRARIES}: cxx {_path(f'{root}/csrc/common/old_libraries.cpp')}\n  flags =")
 
     def compile_(source: Path, out: str, rule: str, flags: str) -> None:
         objects.append(out)
@@ -252,9 +250,8 @@ def _ninja_file(plan: Plan) -> str:
     module = _path(f"{root}/csrc/module.cpp")
     python = _text(["-isystem", sysconfig.get_paths()["include"]])
     lines.append(f"build {_module()}.o: cxx {module}\n  flags = $host {python}")
-    lines.append(
-        f"build {_module()}.so: link {_module()}.o {OLD_LIBRARIES} | {LIBRARY} _C.so.map\n  flags = {_text(_module_flags(plan))}"
-    )
+    inputs = f"{_module()}.o {OLD_LIBRARIES} | {LIBRARY} _C.so.map"
+    lines.append(f"build {_module()}.so: link {inputs}\n  flags = {_text(_module_flags(plan))}")
     return "\n".join(lines) + "\n"
 
 

@@ -49,8 +49,11 @@ def run(*command: str | Path, **env: str) -> str:
 
 def usable(python: str) -> str | None:
     """The interpreter itself, or None where it is not here or has no headers to compile against."""
-    ask = "import sys, sysconfig, pathlib, pip; print(sys.executable); h = pathlib.Path(sysconfig.get_paths()['include']);"
-    ask += "raise SystemExit(not (h / 'Python.h').exists())"
+    ask = """
+import pathlib, pip, sys, sysconfig
+print(sys.executable)
+raise SystemExit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())
+"""
     path = shutil.which(python)
     if not path:
         return find_with_pyenv(python, ask)
@@ -110,7 +113,9 @@ def main() -> int:
     out.mkdir(parents=True)
     torch = find_torch()
     if not torch:
-        raise SystemExit("wheels: no torch in this environment; its headers are what the kernels are built with")
+        raise SystemExit(
+            "wheels: no torch in this environment; its headers are what the kernels are built with"
+        )
     env = {"SPARSE_ATTN_TORCH": str(torch.root), "SPARSE_ATTN_REQUIRE_EXT": "1"}
     archive = source_distribution(out)
     source = unpack(archive)
