@@ -3,8 +3,8 @@
 python tools/check_site.py              the site in build/site (`make docs`)
 python tools/check_site.py --pictures DIR     also a picture of each page
 
-Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium. Links to other sites are not followed; that a
-page asks another site for anything while it is shown is an error.
+Needs Chromium and its driver (Debian: chromium, chromium-driver) and selenium. Links to other sites are not
+followed; that a page asks another site for anything while it is shown is an error.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def browser() -> webdriver.Chrome:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = shutil.which("chromedriver")
     if not options.binary_location or not driver:
-        raise SystemExit("check_site: chromium and chromedriver were not found (Debian: chromium, chromium-driver)")
+        raise SystemExit(
+            "check_site: chromium and chromedriver were not found (Debian: chromium, chromium-driver)"
+        )
     return webdriver.Chrome(options=options, service=Service(driver))
 
 
@@ -76,7 +78,9 @@ def requests_of(chrome: webdriver.Chrome) -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=Path, help="folder for a picture of each page")
     arguments = parser.parse_args()
     pages = sorted(SITE.rglob("*.html"))
@@ -128,7 +132,9 @@ def main() -> int:
             problems.append(f"{', '.join(sorted(sources))}: {link} leads nowhere")
         elif anchor and target in places and unquote(anchor) not in places[target]:
             problems.append(f"{', '.join(sorted(sources))}: {link}: no such place")
-    print("\n".join(dict.fromkeys(problems)) or f"site: {len(pages)} pages, {len(links)} links, nothing broken")
+    print(
+        "\n".join(dict.fromkeys(problems)) or f"site: {len(pages)} pages, {len(links)} links, nothing broken"
+    )
     return bool(problems)
 
 

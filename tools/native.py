@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,16 +25,18 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 TARGET = "0x020a000000000000"  # torch 2.10: the oldest torch that the extension must load into
 LIBRARY = "libsparse_attn.dylib" if sys.platform == "darwin" else "libsparse_attn.so"
 
-OLD_LIBRARIES = "host/old_libraries.o"
-# Of a shared object for Linux: all but what is named stays inside (csrc/common/old_libraries.cpp says what, and why).
+# What stands in for newer system libraries (csrc/common/old_libraries.cpp says what, and why).
+OLD_LIBRARIES, OLD_THREADS = "old_libraries", "old_threads"
+OLD_NAMES = ("libpthread.so.0", "libdl.so.2", "librt.so.1")
+# Of a shared object for Linux: all but what is named stays inside.
 EXPORTS = {
     LIBRARY: '{ global: extern "C++" { sparse_attn::*; }; local: *; };\n',
     "_C.so": "{ global: PyInit__C; local: *; };\n",
 }
-WRAPPED = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
-# -lgcc before the shared libgcc: the conversions of half numbers that gcc 12 brought come from the archive; what
-# exceptions need is not in it and stays shared.
-OLDER = [*(["-Wl,--wrap=exp,--wrap=exp2,--wrap=log,--wrap=log2,--wrap=pow"] if WRAPPED else []), "-lgcc"]
+GLIBC = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
+# Before the shared libgcc: the conversions of half numbers that gcc 12 brought come from the archive; what exceptions
+# need is not in it and stays shared.
+LIBGCC = "-lgcc"
 
 NO_GPU = "no NVIDIA GPU answers on this machine (SPARSE_ATTN_CUDA_ARCHS=all compiles for every GPU)"
 
@@ -219,7 +222,9 @@ def _ninja_file(plan: Plan) -> str:
         f"host = {_text([f'-DTORCH_TARGET_VERSION={TARGET}', *_includes(plan)])}",
     ]
     objects = []  # of the library
-    lines.append(f"build {OLD_LIBRARIES}: cxx {_path(f'{root}/csrc/common/old_libraries.cpp')}\n  flags =")
+    for name in (OLD_LIBRARIES, OLD_THREADS):
+        source = _path(f"{root}/csrc/common/{name}.cpp")
+        lines.append(f"build host/{name}.o: cxx {source}\n  flags =")
 
     def compile_(source: Path, out: str, rule: str, flags: str) -> None:
         objects.append(out)
@@ -245,12 +250,12 @@ def _ninja_file(plan: Plan) -> str:
             compile_(source, f"cuda/{source.stem}.cu.o", "nvcc", _text(_gencode(plan.archs)))
     link = _text([*plan.cxx, *plan.sanitize])
     lines.append(f"rule link\n  command = {link} $in -o $out $flags\n  description = link $out")
-    inputs = " ".join(_path(o) for o in [*objects, OLD_LIBRARIES])
+    inputs = " ".join(_path(o) for o in [*objects, *(f"host/{name}.o" for name in _old(plan))])
     lines.append(f"build {LIBRARY}: link {inputs} | {LIBRARY}.map\n  flags = {_text(_library_flags(plan))}")
     module = _path(f"{root}/csrc/module.cpp")
     python = _text(["-isystem", sysconfig.get_paths()["include"]])
     lines.append(f"build {_module()}.o: cxx {module}\n  flags = $host {python}")
-    inputs = f"{_module()}.o {OLD_LIBRARIES} | {LIBRARY} _C.so.map"
+    inputs = f"{_module()}.o host/{OLD_LIBRARIES}.o | {LIBRARY} _C.so.map"
     lines.append(f"build {_module()}.so: link {inputs}\n  flags = {_text(_module_flags(plan))}")
     return "\n".join(lines) + "\n"
 
@@ -285,15 +290,38 @@ def _library_flags(plan: Plan) -> list[str]:
         "-lrt",
         "-ldl",
         "-lpthread",
-        *OLDER,
+        # Where libc is older than 2.34 it is these that have what old_threads asks for.
+        *(["-Wl,--no-as-needed", *(f"-l:{name}" for name in OLD_NAMES)] if plan.nvcc and GLIBC else []),
+        *_wrapped(_old(plan)),
+        LIBGCC,
     ]
+
+
+def _old(plan: Plan) -> list[str]:
+    """Only what is called: what is linked in is asked for when the library loads."""
+    return [OLD_LIBRARIES, OLD_THREADS] if plan.nvcc else [OLD_LIBRARIES]
+
+
+def _wrapped(files: list[str]) -> list[str]:
+    if not GLIBC:
+        return []
+    listed = [(ROOT / f"csrc/common/{name}.cpp").read_text() for name in files]
+    names = re.findall(r"^SPARSE_ATTN_OLD(?:_VERSION)?\((\w+)", "".join(listed), re.MULTILINE)
+    return [f"-Wl,--wrap={name}" for name in dict.fromkeys(names)]
 
 
 def _module_flags(plan: Plan) -> list[str]:
     library = ["-L.", "-lsparse_attn"]
     if sys.platform == "darwin":
         return ["-bundle", "-undefined", "dynamic_lookup", *library, "-Wl,-rpath,@loader_path"]
-    return ["-shared", *library, "-Wl,-rpath,$ORIGIN", "-Wl,--version-script=_C.so.map", *OLDER]
+    return [
+        "-shared",
+        *library,
+        "-Wl,-rpath,$ORIGIN",
+        "-Wl,--version-script=_C.so.map",
+        *_wrapped([OLD_LIBRARIES]),
+        LIBGCC,
+    ]
 
 
 def _module() -> str:

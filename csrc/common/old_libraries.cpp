@@ -5,40 +5,16 @@
 // for exceptions that cross to torch. tests/test_build.py holds the files to the versions.
 #include <cstddef>  // defines __GLIBC__, __GLIBCXX__
 
+#include "common/old_symbols.h"
+
+// glibc 2.29 gave these a version that leaves errno to the caller: the same numbers.
+SPARSE_ATTN_OLD(exp);
+SPARSE_ATTN_OLD(exp2);
+SPARSE_ATTN_OLD(log);
+SPARSE_ATTN_OLD(log2);
+SPARSE_ATTN_OLD(pow);
+
 #if defined(__GLIBC__)
-#include <cmath>
-
-#if defined(__x86_64__) || defined(__aarch64__)
-#if defined(__x86_64__)
-#define SPARSE_ATTN_GLIBC "GLIBC_2.2.5"
-#else
-#define SPARSE_ATTN_GLIBC "GLIBC_2.17"
-#endif
-#define SPARSE_ATTN_FIRST(NAME) asm(".symver sparse_attn_first_" #NAME ", " #NAME "@" SPARSE_ATTN_GLIBC)
-
-// glibc 2.29 gave these a second version, which leaves errno to the caller. The link sends every call of NAME
-// to __wrap_NAME (--wrap), which calls the first version: the same numbers.
-extern "C" {
-#define SPARSE_ATTN_WRAP(NAME)               \
-    double sparse_attn_first_##NAME(double); \
-    SPARSE_ATTN_FIRST(NAME);                 \
-    double __wrap_##NAME(double x) {         \
-        return sparse_attn_first_##NAME(x);  \
-    }
-
-SPARSE_ATTN_WRAP(exp)
-SPARSE_ATTN_WRAP(exp2)
-SPARSE_ATTN_WRAP(log)
-SPARSE_ATTN_WRAP(log2)
-
-double sparse_attn_first_pow(double, double);
-SPARSE_ATTN_FIRST(pow);
-double __wrap_pow(double x, double y) {
-    return sparse_attn_first_pow(x, y);
-}
-}
-#endif
-
 // glibc 2.32: whether the process has one thread, where libstdc++ counts references without atomics. 0 means
 // "perhaps not", and is always right.
 extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded;
