@@ -1,4 +1,4 @@
-"""The layout for Hugging Face's `kernels`: loads under another name beside the installed package, and computes the same."""
+"""The layout for Hugging Face's `kernels`: it loads beside the installed package and computes the same."""
 
 from __future__ import annotations
 

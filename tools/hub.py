@@ -2,9 +2,9 @@
 
 python tools/hub.py [FOLDER]        into FOLDER instead
 
-A kernel of the hub is loaded from any path, beside other versions of itself and an installed package. So here imports are
-relative, and the ops are registered in a namespace of their own, named by what the sources hold. Compiled kernels are in the
-wheels; this has those of Triton and the definitions in plain PyTorch. `build/torch-<backend>` is what
+A kernel of the hub is loaded from any path, beside other versions of itself and an installed package. So here imports
+are relative, and the ops are registered in a namespace of their own, named by what the sources hold. Compiled kernels
+are in the wheels; this has those of Triton and the definitions in plain PyTorch. `build/torch-<backend>` is what
 kernel-builder makes of it, so that `kernels.get_local_kernel` loads the folder as it is.
 """
 
