@@ -34,9 +34,6 @@ EXPORTS = {
     "_C.so": "{ global: PyInit__C; local: *; };\n",
 }
 GLIBC = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
-# Before the shared libgcc: the conversions of half numbers that gcc 12 brought come from the archive; what exceptions
-# need is not in it and stays shared.
-LIBGCC = "-lgcc"
 
 NO_GPU = "no NVIDIA GPU answers on this machine (SPARSE_ATTN_CUDA_ARCHS=all compiles for every GPU)"
 
@@ -293,7 +290,6 @@ def _library_flags(plan: Plan) -> list[str]:
         # Where libc is older than 2.34 it is these that have what old_threads asks for.
         *(["-Wl,--no-as-needed", *(f"-l:{name}" for name in OLD_NAMES)] if plan.nvcc and GLIBC else []),
         *_wrapped(_old(plan)),
-        LIBGCC,
     ]
 
 
@@ -320,7 +316,6 @@ def _module_flags(plan: Plan) -> list[str]:
         "-Wl,-rpath,$ORIGIN",
         "-Wl,--version-script=_C.so.map",
         *_wrapped([OLD_LIBRARIES]),
-        LIBGCC,
     ]
 
 
