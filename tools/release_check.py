@@ -128,7 +128,7 @@ def walk(bin_: Path, scratch: Path, path: str) -> None:
     env = {"PATH": path, "MPLBACKEND": "Agg", "CXX": "", "CC": ""}
     run(bin_ / "python", "-m", "pip", "check", cwd=here, **env)
     run(bin_ / "sparse-attn", "doctor", cwd=here, **env)
-    run(bin_ / "sparse-attn", "demo", "--seconds", "15", "--lengths", "512", "--out", "demo", cwd=here, **env)
+    run(bin_ / "sparse-attn", "demo", "--steps", "20", "--lengths", "512", "--out", "demo", cwd=here, **env)
     run(bin_ / "sparse-attn", "bench", *SHAPE, cwd=here, **env)
     example = re.search(r"## Use\s+```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     (here / "example.py").write_text(example[1])
