@@ -13,7 +13,7 @@ VENV ?= .venv
 export VENV
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py tools/*.sh triton_kernels/__init__.py) $(shell find csrc)
-FORMAT_CPP := $(wildcard tests/*.cpp) $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMAT_CPP := $(wildcard tests/*.cpp) $(shell find csrc tests/simt tests/simd -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 FORMAT_PY := .
 
 # Processes that share the tests, each with two threads of torch; 0 runs them in one, as --pdb needs.
