@@ -4,13 +4,16 @@
 #   make bench                     the benchmarks, their tables and pictures
 #   make fuzz CASES=100000         random calls of all ops against float64 oracles (or SECONDS=60; SEED, OPS)
 #   make sanitize | soak           the ops under ASan, UBSan and TSan; an hour of calls from four threads (SECONDS)
+#   make docs | docs-check | docs-serve   the site in build/site; each page of it in a browser; while pages are written
+#   make notebooks                 executes examples/notebooks on small settings
+#   make wheels | release-check    the files of a release, in dist/; all that has to be true of them (CHECK="files wheel")
 #   make lint | format | clean
 
 VENV ?= .venv
 export VENV
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py tools/*.sh triton_kernels/__init__.py) $(shell find csrc)
-FORMAT_CPP := $(wildcard tests/*.cpp) $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMAT_CPP := $(wildcard tests/*.cpp) $(shell find csrc tests/simt tests/simd -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 FORMAT_PY := .
 
 # Processes that share the tests, each with two threads of torch; 0 runs them in one, as --pdb needs.
@@ -24,7 +27,7 @@ OPS ?=
 FUZZ_OPTIONS = --seed $(SEED) $(if $(CASES),--cases $(CASES)) $(if $(SECONDS),--seconds $(SECONDS))
 
 .NOTPARALLEL:
-.PHONY: demo test test-fast fuzz sanitize soak bench lint format clean
+.PHONY: demo test test-fast fuzz sanitize soak bench docs docs-check docs-serve notebooks wheels release-check lint format clean
 
 demo: $(VENV)/.installed-cli
 	@$(BIN)/sparse-attn demo $(ARGS)
@@ -47,6 +50,24 @@ sanitize: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/sparse-attn bench $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-check: $(VENV)/.installed-docs
+	@$(BIN)/python tools/check_site.py $(ARGS)
+
+docs-serve: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --no-strict
+
+notebooks: $(VENV)/.installed-notebooks
+	@$(BIN)/python tools/run_notebooks.py $(ARGS)
+
+wheels: $(VENV)/.installed-release
+	@$(BIN)/python tools/wheels.py $(ARGS)
+
+release-check: $(VENV)/.installed-release
+	@$(BIN)/python tools/release_check.py $(CHECK)
 
 lint: $(VENV)/.installed-dev
 	@status=0; \

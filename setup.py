@@ -11,6 +11,8 @@ Environment variables:
   SPARSE_ATTN_SANITIZE=address  build for ASan and UBSan ("thread": for TSan) in a folder of its own, without CUDA, as
                               `make sanitize` does: it loads only where the sanitizer's runtime was loaded first
   SPARSE_ATTN_PROGRESS=file   append a line to it for each thing that was compiled
+  SPARSE_ATTN_TORCH=dir       build with the headers of the torch in that folder (`…/site-packages/torch`), not with the
+                              environment's own: they are the same for every Python
   MAX_JOBS=4                  parallel compile jobs (default: the number of usable cores)
   CXX, CUDA_HOME              which compiler, which CUDA toolkit
 """

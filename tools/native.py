@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 TARGET = "0x020a000000000000"  # torch 2.10: the oldest torch that the extension must load into
 LIBRARY = "libsparse_attn.dylib" if sys.platform == "darwin" else "libsparse_attn.so"
+
+# What stands in for newer system libraries (csrc/common/old_libraries.cpp says what, and why).
+OLD_LIBRARIES, OLD_THREADS = "old_libraries", "old_threads"
+OLD_NAMES = ("libpthread.so.0", "libdl.so.2", "librt.so.1")
+# Of a shared object for Linux: all but what is named stays inside.
+EXPORTS = {
+    LIBRARY: '{ global: extern "C++" { sparse_attn::*; }; local: *; };\n',
+    "_C.so": "{ global: PyInit__C; local: *; };\n",
+}
+GLIBC = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
 
 NO_GPU = "no NVIDIA GPU answers on this machine (SPARSE_ATTN_CUDA_ARCHS=all compiles for every GPU)"
 
@@ -75,7 +86,8 @@ def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
     no_cuda = (
         no_cuda if wanted else "SPARSE_ATTN_SANITIZE was set" if sanitizer else "SPARSE_ATTN_CUDA=0 was set"
     )
-    name = "-".join(filter(None, ("native", sanitizer, sys.implementation.cache_tag, platform.machine())))
+    # One folder for every Python: of all objects only the module's is of one.
+    name = "-".join(filter(None, ("native", sanitizer, platform.machine())))
     build_dir = ROOT / "build" / name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = int(os.environ.get("MAX_JOBS") or cores)
@@ -99,6 +111,8 @@ def build(plan: Plan, target: Path) -> None:
     with _only_one(plan.build_dir / ".lock"):
         _write_if_changed(plan.build_dir / "build_config.h", _config_header(plan))
         _write_if_changed(plan.build_dir / "compiled_isas.h", _isas_header(plan))
+        for name, names in EXPORTS.items():
+            _write_if_changed(plan.build_dir / f"{name}.map", names)
         (plan.build_dir / "build.ninja").write_text(_ninja_file(plan))
         command = [_ninja(), "-C", str(plan.build_dir), "-j", str(plan.jobs)]
         status, output = _run_and_report(command)
@@ -108,7 +122,7 @@ def build(plan: Plan, target: Path) -> None:
         # Objects of sources that are gone go too.
         subprocess.run([*command[:3], "-t", "cleandead"], stdout=subprocess.DEVNULL)
         replace(plan.build_dir / LIBRARY, target.with_name(LIBRARY))
-        replace(plan.build_dir / "_C.so", target)
+        replace(plan.build_dir / f"{_module()}.so", target)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -159,7 +173,7 @@ def _includes(plan: Plan) -> list[str]:
         shutil.copytree(pybind11.get_include(), kept)
     torch = plan.torch.root / "include"
     # pybind11 first: torch carries a copy too, which refuses to be used beside the stable ABI.
-    folders = [kept.name, torch, torch / "torch/csrc/api/include", sysconfig.get_paths()["include"]]
+    folders = [kept.name, torch, torch / "torch/csrc/api/include"]
     return ["-I.", *(flag for folder in folders for flag in ("-isystem", str(folder)))]
 
 
@@ -205,6 +219,9 @@ def _ninja_file(plan: Plan) -> str:
         f"host = {_text([f'-DTORCH_TARGET_VERSION={TARGET}', *_includes(plan)])}",
     ]
     objects = []  # of the library
+    for name in (OLD_LIBRARIES, OLD_THREADS):
+        source = _path(f"{root}/csrc/common/{name}.cpp")
+        lines.append(f"build host/{name}.o: cxx {source}\n  flags =")
 
     def compile_(source: Path, out: str, rule: str, flags: str) -> None:
         objects.append(out)
@@ -230,11 +247,13 @@ def _ninja_file(plan: Plan) -> str:
             compile_(source, f"cuda/{source.stem}.cu.o", "nvcc", _text(_gencode(plan.archs)))
     link = _text([*plan.cxx, *plan.sanitize])
     lines.append(f"rule link\n  command = {link} $in -o $out $flags\n  description = link $out")
-    inputs = " ".join(_path(o) for o in objects)
-    lines.append(f"build {LIBRARY}: link {inputs}\n  flags = {_text(_library_flags(plan))}")
+    inputs = " ".join(_path(o) for o in [*objects, *(f"host/{name}.o" for name in _old(plan))])
+    lines.append(f"build {LIBRARY}: link {inputs} | {LIBRARY}.map\n  flags = {_text(_library_flags(plan))}")
     module = _path(f"{root}/csrc/module.cpp")
-    lines.append(f"build host/module.o: cxx {module}\n  flags = $host")
-    lines.append(f"build _C.so: link host/module.o | {LIBRARY}\n  flags = {_text(_module_flags(plan))}")
+    python = _text(["-isystem", sysconfig.get_paths()["include"]])
+    lines.append(f"build {_module()}.o: cxx {module}\n  flags = $host {python}")
+    inputs = f"{_module()}.o host/{OLD_LIBRARIES}.o | {LIBRARY} _C.so.map"
+    lines.append(f"build {_module()}.so: link {inputs}\n  flags = {_text(_module_flags(plan))}")
     return "\n".join(lines) + "\n"
 
 
@@ -262,19 +281,46 @@ def _library_flags(plan: Plan) -> list[str]:
         "-Wl,-z,defs",  # a kernel table that no kernel file fills is an error here, not when it is loaded
         "-Wl,--as-needed",
         "-Wl,--exclude-libs,ALL",
+        f"-Wl,--version-script={LIBRARY}.map",
         *torch,
         *cuda,
         "-lrt",
         "-ldl",
         "-lpthread",
+        # Where libc is older than 2.34 it is these that have what old_threads asks for.
+        *(["-Wl,--no-as-needed", *(f"-l:{name}" for name in OLD_NAMES)] if plan.nvcc and GLIBC else []),
+        *_wrapped(_old(plan)),
     ]
+
+
+def _old(plan: Plan) -> list[str]:
+    """Only what is called: what is linked in is asked for when the library loads."""
+    return [OLD_LIBRARIES, OLD_THREADS] if plan.nvcc else [OLD_LIBRARIES]
+
+
+def _wrapped(files: list[str]) -> list[str]:
+    if not GLIBC:
+        return []
+    listed = [(ROOT / f"csrc/common/{name}.cpp").read_text() for name in files]
+    names = re.findall(r"^SPARSE_ATTN_OLD(?:_VERSION)?\((\w+)", "".join(listed), re.MULTILINE)
+    return [f"-Wl,--wrap={name}" for name in dict.fromkeys(names)]
 
 
 def _module_flags(plan: Plan) -> list[str]:
     library = ["-L.", "-lsparse_attn"]
     if sys.platform == "darwin":
         return ["-bundle", "-undefined", "dynamic_lookup", *library, "-Wl,-rpath,@loader_path"]
-    return ["-shared", *library, "-Wl,-rpath,$ORIGIN"]
+    return [
+        "-shared",
+        *library,
+        "-Wl,-rpath,$ORIGIN",
+        "-Wl,--version-script=_C.so.map",
+        *_wrapped([OLD_LIBRARIES]),
+    ]
+
+
+def _module() -> str:
+    return f"_C-{sys.implementation.cache_tag}"
 
 
 def _sources(pattern: str) -> list[Path]:

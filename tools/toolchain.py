@@ -45,10 +45,13 @@ def find_torch() -> Torch | None:
 
     pip builds in an overlay that hides the environment's own packages from this process. A fresh interpreter
     without the PYTHON* variables (-E) does not see the overlay: it answers for the environment that the
-    package goes into.
+    package goes into. SPARSE_ATTN_TORCH names another: its headers and libtorch_cpu serve every Python.
     """
+    named = os.environ.get("SPARSE_ATTN_TORCH", "")
     spec = importlib.util.find_spec("torch")
-    if spec and spec.submodule_search_locations:
+    if named:
+        here = named
+    elif spec and spec.submodule_search_locations:
         here = spec.submodule_search_locations[0]
     else:
         answer = subprocess.run([sys.executable, "-E", "-c", _WHERE_IS_TORCH], capture_output=True, text=True)

@@ -84,7 +84,7 @@ def _outside_context_parallel() -> None:
         raise NotImplementedError(
             "sparse_attn does not work inside torch's context_parallel, which splits the sequence over ranks for "
             "scaled_dot_product_attention alone: each rank would select among its own keys; "
-            "sparse_attn.distributed.context_parallel inside it does"
+            "sparse_attn.distributed.context_parallel inside it does (docs/distributed.md#context-parallel)"
         )
 
 

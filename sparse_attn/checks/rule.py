@@ -63,7 +63,8 @@ def causal_offset_of(is_causal: bool, causal_offset: object, query_length: int, 
     if query_length != key_length:
         raise ValueError(
             f"is_causal with {query_length} queries and {key_length} keys needs causal_offset (query i sees keys "
-            f"0 … i + causal_offset): {key_length - query_length} if the queries are the last ones, 0 if the first"
+            f"0 … i + causal_offset): {key_length - query_length} if the queries are the last ones, 0 if the first "
+            "(docs/troubleshooting.md#queries-and-keys-of-different-lengths)"
         )
     return 0
 

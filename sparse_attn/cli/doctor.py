@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import sparse_attn
+from sparse_attn.cli import report as bug_report
 from sparse_attn.cli.console import available_devices, table
 from sparse_attn.cli.selfcheck import self_check
 from sparse_attn.wings import base, extension
@@ -30,7 +31,8 @@ exit code: 0 if every wing that is there computes right, 1 if one does not.
 
 examples:
   sparse-attn doctor
-  sparse-attn doctor --json > doctor.json     for a bug report or a script
+  sparse-attn doctor --report > report.md     a bug report to fill in, with all that one needs
+  sparse-attn doctor --json > doctor.json     for a script
 """
 
 # What the CPU kernels may use, as /proc/cpuinfo spells it.
@@ -49,12 +51,21 @@ FEATURES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    form.add_argument(
+        "--report",
+        action="store_true",
+        help="print a bug report in Markdown: this, packages, settings of threads",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     report = examine()
-    print(json.dumps(report, indent=2) if arguments.json else render(report))
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(bug_report.render(render(report)) if arguments.report else render(report))
     return 0 if report["ok"] else 1
 
 
@@ -200,7 +211,7 @@ def render(report: dict) -> str:
         "Every wing that is there computes right."
         if report["ok"]
         else "A SELF-CHECK FAILED: do not trust that wing's results; please report this with the output of "
-        "`sparse-attn doctor --json`."
+        "`sparse-attn doctor --report`."
     )
     return "\n\n".join(parts)
 

@@ -270,7 +270,9 @@ def _functionalized(overload: Any, interpreter: Any, arguments: Sequence[Any]) -
 
 
 def _refuse(what: str, asked: str) -> NoReturn:
-    raise NotImplementedError(f"sparse_attn: {what} has first-order gradients only; {asked}")
+    raise NotImplementedError(
+        f"sparse_attn: {what} has first-order gradients only; {asked} (docs/torch_func.md)"
+    )
 
 
 def _over_batch(

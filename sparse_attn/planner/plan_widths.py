@@ -62,6 +62,7 @@ def plan_widths(
 
     Example::
 
+        >>> import torch
         >>> counts = 1e6 / torch.arange(1, 10001)  # Zipf's law
         >>> plan = plan_widths(counts, 256, budget=640_000)
         >>> plan.num_parameters() <= 640_000

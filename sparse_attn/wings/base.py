@@ -24,6 +24,8 @@ from sparse_attn.rule import EVERY_PART, Rule
 
 NAMESPACE = "sparse_attn"
 NO_SIZES: dict[str, int] = {}
+CANNOT = "docs/troubleshooting.md#a-backend-cannot-run-here"
+SLOW = "docs/troubleshooting.md#plain-pytorch-on-an-accelerator"
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def choose(
     if forced is not None:
         reason = _state.wings[check_name(forced)].refusal(op, device, dtype, sizes, rule)
         if reason is not None:
-            raise ValueError(f"backend={forced!r} cannot run {function or op} here: {reason}")
+            raise ValueError(f"backend={forced!r} cannot run {function or op} here: {reason} ({CANNOT})")
         chosen = forced
     else:
         for wing in _state.wings.values():
@@ -258,7 +260,7 @@ def choose(
                 break
     if chosen is None:
         why = reasons(op, device, dtype, rule, **sizes)
-        raise ValueError(f"no backend runs {function or op} on {device.type} with {dtype}: {why}")
+        raise ValueError(f"no backend runs {function or op} on {device.type} with {dtype}: {why} ({CANNOT})")
     if not plain and _here.thread.explaining:
         way = _state.wings[chosen].way(op, sizes)
         raise _Explained(Explanation(function or op, chosen, reasons(op, device, dtype, rule, **sizes), way))
@@ -329,5 +331,5 @@ def _warn_reference(
         return
     refusals = reasons(op, device, dtype, rule, **sizes)
     why = "; ".join(f"{n}: {r}" for n, r in refusals.items() if r is not None)
-    warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why})", stacklevel=5)
+    warnings.warn(f"sparse_attn runs {label} in plain PyTorch ({why}); {SLOW}", stacklevel=5)
     _state.warned.add(label)  # not before: where warnings are errors, the next call is one too

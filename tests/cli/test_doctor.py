@@ -1,6 +1,7 @@
 """`sparse-attn doctor`: what it reports, and that it notices a wing that computes wrongly."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -85,3 +86,28 @@ def test_a_wing_that_raises_is_a_failed_check(monkeypatch, capsys):
     report = json_of(capsys, expected_code=1)
     assert "no such kernel" in report["wings"][0]["check"]["error"]
     assert "FAILED: RuntimeError: no such kernel" in doctor.render(report)
+
+
+def test_report_is_an_issue_to_fill_in(monkeypatch, capsys):
+    """All that a bug report needs, and nothing that is nobody's business."""
+    monkeypatch.setenv("SPARSE_ATTN_CPU_ISA_NOTE", "~here")
+    monkeypatch.setenv("OMP_WAIT_POLICY", os.path.expanduser("~/policy"))
+    monkeypatch.setenv("TORCH_HUB_TOKEN", "hush-hush")
+    monkeypatch.setenv("UNRELATED", "of no interest")
+    assert cli.main(["doctor", "--report"]) == 0
+    text = capsys.readouterr().out
+    for there in (
+        "### What happened",
+        torch.__version__,
+        "self-check",
+        "numpy",
+        "SPARSE_ATTN_CPU_ISA_NOTE",
+        "ATen",
+    ):
+        assert there in text
+    assert "OMP_WAIT_POLICY" in text
+    assert "~/policy" in text
+    for absent in ("hush-hush", "of no interest", os.path.expanduser("~/")):
+        assert absent not in text
+    assert text.count("```") == 4
+    assert cli.main(["doctor", "--report", "--json"]) == 2

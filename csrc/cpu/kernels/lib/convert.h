@@ -17,13 +17,7 @@ SPARSE_ATTN_INLINE void convert(float x, bfloat16* to) {
     to->bits = round_to_bfloat16(x);
 }
 SPARSE_ATTN_INLINE void convert(float x, float16* to) {
-#if defined(__F16C__)
-    to->bits =
-        static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
-#else
-    _Float16 half = static_cast<_Float16>(x);
-    memcpy(&to->bits, &half, 2);
-#endif
+    to->bits = half_of(x);
 }
 SPARSE_ATTN_INLINE float to_float(float x) {
     return x;
@@ -32,13 +26,7 @@ SPARSE_ATTN_INLINE float to_float(bfloat16 x) {
     return float_of(static_cast<uint32_t>(x.bits) << 16);
 }
 SPARSE_ATTN_INLINE float to_float(float16 x) {
-#if defined(__F16C__)
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits)));
-#else
-    _Float16 half;
-    memcpy(&half, &x.bits, 2);
-    return static_cast<float>(half);
-#endif
+    return float_of_half(x.bits);
 }
 
 // The first n < W elements, zeros behind; nothing past them is read.

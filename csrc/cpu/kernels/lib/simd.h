@@ -6,6 +6,8 @@
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
+#elif defined(__aarch64__) && !defined(SPARSE_ATTN_PLAIN)  // the latter in a test, to compare
+#include "simd_neon.h"
 #else
 #include "simd_generic.h"
 #endif

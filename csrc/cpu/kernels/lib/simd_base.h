@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own AVX-512 headers read "uninitialised" registers on purpose and warn about it.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -54,6 +54,52 @@ SPARSE_ATTN_INLINE float float_of(uint32_t u) {
     memcpy(&x, &u, 4);
     return x;
 }
+
+// A half number's bits as a float and back, rounded to even. Compilers' own _Float16 is not in C++ before gcc
+// 12 and clang 15, on ARM not before gcc 13, and calls functions that old systems do not have.
+#if defined(__F16C__)
+SPARSE_ATTN_INLINE float float_of_half(uint16_t half) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+}
+SPARSE_ATTN_INLINE uint16_t half_of(float x) {
+    return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
+}
+#elif defined(__aarch64__) && !defined(SPARSE_ATTN_PLAIN)
+SPARSE_ATTN_INLINE float float_of_half(uint16_t half) {
+    __fp16 number;
+    memcpy(&number, &half, 2);
+    return static_cast<float>(number);
+}
+SPARSE_ATTN_INLINE uint16_t half_of(float x) {
+    const __fp16 number = static_cast<__fp16>(x);
+    uint16_t half;
+    memcpy(&half, &number, 2);
+    return half;
+}
+#else
+SPARSE_ATTN_INLINE float float_of_half(uint16_t half) {
+    const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, digits = half & 0x3ffu;
+    if (exponent == 0) return float_of(bits_of(static_cast<float>(digits) * 0x1p-24f) | sign);
+    if (exponent == 31) return float_of(sign | 0x7f800000u | digits << 13 | (digits ? 0x400000u : 0));
+    return float_of(sign | (exponent + 112) << 23 | digits << 13);
+}
+SPARSE_ATTN_INLINE uint16_t half_of(float x) {
+    const uint32_t sign = bits_of(x) >> 16 & 0x8000u;
+    uint32_t size = bits_of(x) & 0x7fffffffu;
+    if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | (size >> 13 & 0x3ffu));
+    if (size >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65,536 on
+    if (size >= 0x38800000u) {  // from 2^-14 on; what is rounded up past 65,504 becomes infinite by the carry
+        size += 0xfffu + (size >> 13 & 1);
+        return static_cast<uint16_t>(sign | (size - 0x38000000u) >> 13);
+    }
+    if (size <= 0x33000000u) return static_cast<uint16_t>(sign);  // up to 2^-25, half of the smallest
+    const uint32_t digits = (size & 0x7fffffu) | 0x800000u, shift = 126 - (size >> 23);
+    const uint32_t rest = digits & ((1u << shift) - 1), middle = 1u << (shift - 1);
+    uint32_t half = digits >> shift;
+    half += rest > middle || (rest == middle && (half & 1));
+    return static_cast<uint16_t>(sign | half);
+}
+#endif
 
 // The low n bits, 0 <= n <= 32.
 SPARSE_ATTN_INLINE uint32_t low_bits(int64_t n) {

@@ -1,5 +1,4 @@
-// Vec and its operations without any: four plain floats, of which the compiler's own vectoriser makes SSE2 or
-// NEON.
+// Vec and its operations without any: four plain floats, of which the compiler's own vectoriser makes SSE2.
 #pragma once
 
 #include "simd_base.h"
@@ -47,13 +46,7 @@ SPARSE_ATTN_INLINE Vec load(const bfloat16* p) {
     SPARSE_ATTN_LANES(float_of(static_cast<uint32_t>(p[i].bits) << 16));
 }
 SPARSE_ATTN_INLINE Vec load(const float16* p) {
-    Vec r;
-    for (int i = 0; i < 4; ++i) {
-        _Float16 half;
-        memcpy(&half, &p[i].bits, 2);
-        r.v[i] = static_cast<float>(half);
-    }
-    return r;
+    SPARSE_ATTN_LANES(float_of_half(p[i].bits));
 }
 SPARSE_ATTN_INLINE void store(float* p, Vec a) {
     memcpy(p, a.v, sizeof a.v);
