@@ -166,6 +166,11 @@ def _split(rows: Tensor, size: int, exists: tuple | None) -> tuple[Tensor, Tenso
     return rows.unflatten(2, (-1, size)), there.unflatten(2, (-1, size))
 
 
+def piece_means(rows: Tensor, size: int) -> Tensor:
+    """rows [B, H, T, D] → [B, H, ⌈T / size⌉, D] in the same dtype: means of neighbours, the last of what is left."""
+    return _mean(rows, size, None).to(rows.dtype)
+
+
 def _mean(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
     """[B, H, pieces, D]: the mean of what exists."""
     if exists is None and rows.shape[2] % size == 0:
