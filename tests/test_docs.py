@@ -35,7 +35,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page):
     text = page.read_text("utf-8")
-    for name in re.findall(r"\bsparse-attn ([a-z]+)\b", text):
+    for name in re.findall(r"\bsparse-attn ([a-z]+(?:-[a-z]+)*)\b", text):
         assert name in COMMANDS, f"{page.name}: sparse-attn {name}"
     for module in re.findall(r"python3? -m ([\w.]+)", text):
         if module in ("venv", "pip", "pytest"):
