@@ -61,6 +61,14 @@ def test_the_code_about_selectors_runs():
     assert names["out"].shape == names["q"].shape
 
 
+def test_the_code_about_quality_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(tmp_path)
+    names = run_the_code_of("quality.md")
+    assert len(names["store"].find(task="text")) == 12  # three documents: dense, exact, exact/kv, window
+    assert (tmp_path / "evaluation.json").exists()
+
+
 def test_the_code_about_torch_func_runs():
     names = run_the_code_of("torch_func.md")
     assert names["per_sample"][0].shape == names["q"].shape

@@ -5,10 +5,11 @@
     sparse-attn study length --quick                               short sequences alone
 
 A method is run whole where its work allows that, and beyond on blocks of queries at evenly spread places, each with the
-keys that it sees (marked ~); dense attention likewise. Before a method is timed, its output at sampled rows is held
-against float64: the exact ones for the keys too, all for the attention to the keys that they chose. What the
-selections that do not score every pair find is counted on two kinds of inputs: independent numbers, where nobody can
-know where the best keys are without looking at all, and grouped ones, where neighbours look alike, as they suppose.
+keys that it sees (marked ~); dense attention likewise. With --threads 1 the seconds are processor time. Before a method
+is timed, its output at sampled rows is held against float64: the exact ones for the keys too, all for the attention to
+the keys that they chose. What the selections that do not score every pair find is counted on two kinds of inputs:
+independent numbers, where nobody can know where the best keys are without looking at all, and grouped ones, where
+neighbours look alike, as they suppose.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.studies import results
-from benchmarks.studies.cost import continued, pretty
+from benchmarks.studies.cost import clock, continued, pretty
 from sparse_attn.bench.memory import peak_of
 from sparse_attn.cli.console import count
 from sparse_attn.selection import Blocks, Exact, FromIndexer, Hierarchical, Refined, Rule, attend
@@ -192,9 +192,9 @@ def by_samples(call: Call, length: int) -> float:
 
 
 def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def check(method: str, query: Tensor, key: Tensor, value: Tensor, call: Call) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from sparse_attn.bench import machine
 from sparse_attn.cli import language_model
-from sparse_attn.cli.console import count, device_of, refusals, require
+from sparse_attn.cli.console import UsageError, count, device_of, refusals, require
 from sparse_attn.evaluation import Plan, Store, draw, evaluate_model, tables
 from sparse_attn.evaluation.arms import NAMES
 from sparse_attn.evaluation.harness import TASKS
@@ -98,8 +98,13 @@ def prepare(model, tokenizer, arguments: argparse.Namespace) -> None:
     import sparse_attn.integrations.transformers as sparse_transformers
 
     if arguments.indexers:
-        with refusals("--indexers "):
-            sparse_transformers.load_indexers(model, arguments.indexers)
+        try:
+            with refusals("--indexers "):
+                sparse_transformers.load_indexers(model, arguments.indexers)
+        except OSError as error:
+            raise UsageError(
+                f"--indexers {arguments.indexers} cannot be read: {error.strerror or error}"
+            ) from None
     if arguments.calibrate:
         texts = language_model.documents(tokenizer, arguments.calibrate[:CALIBRATED], "--calibrate")
         batches = [d.tokens[None, : max(arguments.lengths)] for d in texts]

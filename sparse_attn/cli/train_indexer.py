@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"got {len(long)}"
         )
     learned, held_out = long[: len(long) - arguments.held_out], long[len(long) - arguments.held_out :]
+    torch.manual_seed(arguments.seed)  # of the weights that training starts from
     sparse_transformers.add_indexers(
         model, num_heads=arguments.heads, head_dim=arguments.head_dim, share=arguments.share
     )
