@@ -12,9 +12,12 @@ from sparse_attn.evaluation.arms import Arm
 from sparse_attn.integrations.indexers import ATTRIBUTE, attention_layers
 from sparse_attn.integrations.options import DEFAULTS
 from sparse_attn.integrations.selectors import selector_of
+from sparse_attn.integrations.visibility import scores_of
 from sparse_attn.integrations.watching import Given, watching
 from sparse_attn.rule import Rule
 from sparse_attn.selection import Exact, FromIndexer, Selection, Selector, attend
+from sparse_attn.wings.reference.rule import VisibleKeys, capped
+from sparse_attn.wings.reference.topk_select import products
 
 QUERIES = 256  # the last of a document, whose selections are looked at
 REUSED = "exact, of the layer before"
@@ -46,7 +49,9 @@ def recalls(model: torch.nn.Module, tokens: Tensor, arms: Sequence[tuple[Arm, in
         query = given.query[:, :, rows].contiguous()
         last, seen = given.seen.of_rows(rows, query.shape[0])
         key, value = given.key[:, :, :last], given.value[:, :, :last]
-        rule = Rule(**seen, scale=given.scale)
+        scoring = scores_of(given.scale, given.others["softcap"], given.others["s_aux"])
+        plain = {name: value for name, value in scoring.items() if name != "sink_logits"}
+        rule = Rule(**seen, **plain)  # of the keys alone: what a sink takes is nobody's to find
 
         def held(chosen: Selection) -> Tensor:
             return attend(query, key, value, chosen, rule=rule, return_lse=True)[1]
@@ -55,9 +60,12 @@ def recalls(model: torch.nn.Module, tokens: Tensor, arms: Sequence[tuple[Arm, in
         found = {(REUSED, keys): chosen for keys, chosen in before.items()}
         for arm, keys in arms:
             selector, kept = _selector(arm, keys, given, rows)
-            own = Rule(**seen, **kept, scale=given.scale, share=arm.share)
+            own = Rule(**seen, **kept, **scoring, share=arm.share)
             found[arm.text, keys] = selector.select(query, key, keys, own)
-        every = held(Exact().select(query, key, last, rule))
+        packed = rule.packed(query, key)
+        visible = VisibleKeys(key, packed).of(slice(0, query.shape[2]))[0]
+        scores = capped(products(query.float(), key.float()) * packed.scale, packed.softcap)
+        every = scores.masked_fill_(~visible, -torch.inf).logsumexp(-1)
         for name, chosen in found.items():
             share = found_share(chosen, best[name[1]].indices, last)
             sums.setdefault(name, []).append((share, float((held(chosen) - every).exp().mean())))
