@@ -200,6 +200,11 @@ def pooled(rows: Tensor, there: Tensor, size: int, pool: str) -> Tensor:
     return _mean_of(rows, there) if pool == "mean" else _extremes_of(rows, there)
 
 
+def first_and_last(rule: Rule, last: int) -> Rule:
+    """The rule, with the first block that is seen always kept, and the last `last`."""
+    return replace(rule, sinks=1, window=last)
+
+
 def keeping_the_first(**parts: Any) -> Rule:
     """A rule of blocks: the first that is seen is always kept."""
     return Rule(sinks=1, **parts)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.ops import topk_select
-from sparse_attn.ops.block_select import block_select, piece_means
+from sparse_attn.ops.block_select import block_select, first_and_last, piece_means
 from sparse_attn.rule import Rule
 from sparse_attn.selection.selection import Selection, check_rule
 
@@ -33,8 +33,8 @@ class Hierarchical:
         group: blocks of a group.
         factor: how many times more keys each level leaves than the one below may take.
 
-    `select` takes of a rule causality, scale, share, soft cap and sinks' logits, and at the last choice window and
-    sinks, which must fit into top_k; it refuses masks, lengths and starts (ValueError).
+    `select` takes of a rule causality, scale, share, soft cap and the logits beside the softmax; it refuses masks,
+    lengths, starts and other keys that are always kept (ValueError).
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class Hierarchical:
         checks.integer("factor", self.factor, 1)
 
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
-        known = "is_causal", "causal_offset", "scale", "share", "softcap", "sink_logits", "window", "sinks"
+        known = "is_causal", "causal_offset", "scale", "share", "softcap", "sink_logits"
         check_rule(rule).only("blocks of blocks", *known)
         checks.query_key(query, key)
         packed = rule.packed(query, key, top_k)
@@ -75,22 +75,20 @@ class Hierarchical:
         # Tile n sees the blocks up to that of its last query; its own queries lie in the last or the last two.
         last = (tile - 1 + offset) // self.block_size
         own = last - offset // self.block_size + 1
-        place = {"is_causal": rule.is_causal, "causal_offset": last if rule.is_causal else None}
-        scores = {"scale": rule.scale, "share": rule.share, "softcap": rule.softcap}
-        scores["sink_logits"] = rule.sink_logits
-        kept = {"window": own if rule.is_causal else 0, "sinks": 1}
-        wanted = self.factor * -(-top_k // self.block_size) + own + 1
-        wanted = min(wanted, count)
-        groups = self.factor * -(-wanted // self.group) + 2
+        wanted = min(self.factor * -(-top_k // self.block_size) + own + 1, count)
+        groups = max(self.factor * -(-wanted // self.group) + 2, 3)
+        causal = rule.is_causal
+        afar = replace(rule, causal_offset=last if causal else None)
         chosen = block_select(
-            queries, keys, max(groups, 3), block_size=self.group, query_tile=1, backend=self.backend,
-            **place, **scores,
+            queries, keys, groups, block_size=self.group, query_tile=1, is_causal=causal,
+            causal_offset=last if causal else None, scale=rule.scale, share=rule.share, softcap=rule.softcap,
+            sink_logits=rule.sink_logits, backend=self.backend,
         )  # fmt: skip
         blocks = topk_select.select(
             queries,
             keys,
             max(wanted, own + 1),
-            Rule(**place, **scores, **kept),
+            first_and_last(afar, own if causal else 0),
             among=topk_select.Among(chosen, self.group, 1),
             backend=self.backend,
             function="Hierarchical",
