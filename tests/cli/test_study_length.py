@@ -32,7 +32,7 @@ def test_quick(tmp_path, capsys):
         assert 0 < row["recall"] <= 1
         assert row["mass"] <= row["exact_mass"] + 1e-6
     # Neighbours that look alike are what these selections suppose.
-    assert found["hierarchical", "grouped"]["recall"] > found["hierarchical", "independent"]["recall"]
+    assert found["blocks", "grouped"]["recall"] > found["blocks", "independent"]["recall"]
     (decoding,) = (r for r in rows if "decoding" in r)
     assert decoding["dense_ms"] > 0
     assert decoding["sparse_ms"] > 0
