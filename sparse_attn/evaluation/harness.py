@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from sparse_attn.evaluation.recall import recalls
 from sparse_attn.evaluation.store import Store
 from sparse_attn.integrations.indexers import require_indexers
 from sparse_attn.integrations.low_rank import require_low_rank
-from sparse_attn.integrations.options import configs_of
+from sparse_attn.integrations.options import NAME, configs_of
 
 TASKS = ("text", "recall", "needles")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
@@ -113,7 +114,7 @@ def evaluate_model(
         require_low_rank(model, None)
     if "needles" in plan.tasks and encode is None:
         raise ValueError("encode must turn text into token ids for the task 'needles', got None")
-    before = [(config, config._attn_implementation) for config in configs_of(model)]
+    before = [(config, _attention_of(config)) for config in configs_of(model)]
     run = _Run(model, plan, store, encode)
     try:
         with evaluating(model):
@@ -123,13 +124,23 @@ def evaluate_model(
                     for step in steps:
                         advance(step())
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        for config, fields in before:
+            for field in _attention_of(config):
+                del config.__dict__[field]
+            config.__dict__.update(fields)
+
+
+def _attention_of(config: Any) -> dict[str, Any]:
+    """The fields of a config that say which attention its model uses, and with what options."""
+    internal = "_attn_implementation_internal"
+    return {k: v for k, v in config.__dict__.items() if k.startswith(f"{NAME}_") or k == internal}
 
 
 class _Run:
     def __init__(self, model, plan: Plan, store: Store, encode) -> None:
         self.model, self.plan, self.store, self.encode = model, plan, store, encode
+        own = model.config._attn_implementation
+        self.dense_attention = "sdpa" if own == NAME else own  # what the model came with
         self.dense: tuple[Document, Predictions] | None = None  # of the document that is being looked at
 
     def steps(self, documents: Sequence[Document], length: int) -> Iterable[Callable[[], str]]:
@@ -159,6 +170,9 @@ class _Run:
                             n, d, f, length, a, k
                         )
 
+    def use(self, arm: Arm | None, keys: int | None) -> None:
+        use(self.model, arm, keys, self.dense_attention)
+
     def cases(self) -> list[tuple[float, ...]]:
         """The depths of each text's needles: one needle, at each depth, then several."""
         return [(depth,) for depth in DEPTHS] + [SEVERAL] * self.plan.cases
@@ -175,11 +189,11 @@ class _Run:
         last = document.length // 2
         if self.dense is None or self.dense[0] is not document:
             self.dense = None  # two at once may be more than there is memory for
-            use(self.model, None, None)
+            self.use(None, None)
             self.dense = document, predictions(self.model, document.tokens, last)
         said = self.dense[1]
         if arm is not None:
-            use(self.model, arm, keys)
+            self.use(arm, keys)
             said = predictions(self.model, document.tokens, last)
         row = {"document": document.name, "nats": said.nats()}
         if arm is not None:
@@ -188,7 +202,7 @@ class _Run:
         return f"{document.name}, {DENSE if arm is None else arm.text}: {row['nats']:.4f} nats"
 
     def recall(self, document: Document, pairs: list[tuple[Arm, int]]) -> str:
-        use(self.model, None, None)
+        self.use(None, None)
         for found in recalls(self.model, document.tokens[:-1], pairs):
             if self.store.find(task="recall", length=document.length, arm=found.arm, keys=found.keys):
                 continue  # the layer before is looked at whatever else is
@@ -198,7 +212,7 @@ class _Run:
         return "recall"
 
     def needle(self, number, depths, filler: Document, length, arm, keys) -> str:
-        use(self.model, arm, keys)
+        self.use(arm, keys)
         case = needles.case(self.encode, filler.tokens.tolist(), length, depths, seed=number)
         right = needles.answered(self.model, case)
         self.add(

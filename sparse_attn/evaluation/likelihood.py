@@ -47,10 +47,10 @@ class Predictions(NamedTuple):
         return total / len(self.targets), same / len(self.targets)
 
 
-def use(model: torch.nn.Module, arm: Arm | None, keys: int | None) -> None:
-    """Gives the model the attention of an arm; None: dense attention, without this package."""
+def use(model: torch.nn.Module, arm: Arm | None, keys: int | None, dense: str = "sdpa") -> None:
+    """Gives the model the attention of an arm; None: dense attention, without this package, by its name."""
     if arm is None or keys is None:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(dense)
     else:
         sparse_transformers.configure(model, self_test=False, **arm.options(keys))
 
