@@ -416,9 +416,9 @@ def cell(row: dict | None, ratio: float | None, method: str) -> str:
     if row is None:
         return ""
     mark = "~" if row["sampled"] else ""
-    return f"{mark}{pretty(row['seconds'])}" + (
-        "" if ratio is None or method == "dense" else f" ({ratio:.1f}×)"
-    )
+    seconds = row["seconds"]
+    shown = f"{seconds:,.0f} s" if seconds >= 100 else pretty(seconds)
+    return f"{mark}{shown}" + ("" if ratio is None or method == "dense" else f" ({ratio:.1f}×)")
 
 
 def number(value: int | None) -> str:
