@@ -452,7 +452,8 @@ def draw(found: results.Results) -> None:
         axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     figure.suptitle(f"Up to a million tokens ({found.about['setting']})")
     figure.savefig(found.picture, dpi=110)
     plt.close(figure)

@@ -155,7 +155,8 @@ def draw(store: Store, file: Any, title: str) -> None:
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
