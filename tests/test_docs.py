@@ -54,7 +54,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page):
     text = page.read_text("utf-8")
-    for name in re.findall(r"\bsparse-attn ([a-z]+)\b", text):
+    for name in re.findall(r"\bsparse-attn ([a-z]+(?:-[a-z]+)*)\b", text):
         assert name in COMMANDS, f"{page.name}: sparse-attn {name}"
     for module in re.findall(r"python3? -m ([\w.]+)", text):
         if module in ("venv", "pip", "pytest", "build", "twine"):
@@ -78,6 +78,14 @@ def run_the_code_of(page: str) -> dict:
 def test_the_code_about_selectors_runs():
     names = run_the_code_of("choosing_a_selector.md")
     assert names["out"].shape == names["q"].shape
+
+
+def test_the_code_about_quality_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(tmp_path)
+    names = run_the_code_of("quality.md")
+    assert len(names["store"].find(task="text")) == 12  # three documents: dense, exact, exact/kv, window
+    assert (tmp_path / "evaluation.json").exists()
 
 
 def test_the_code_about_torch_func_runs():

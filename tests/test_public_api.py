@@ -21,6 +21,7 @@ MODULES = (
     "sparse_attn.planner",
     "sparse_attn.analysis",
     "sparse_attn.distillation",
+    "sparse_attn.evaluation",
     "sparse_attn.distributed",
     "sparse_attn.integrations.transformers",
 )

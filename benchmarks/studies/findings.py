@@ -4,7 +4,8 @@
     python -m benchmarks.studies.findings --write    writes it
 
 What stands between `<!-- study NAME: begin -->` and `<!-- study NAME: end -->` is made from
-`benchmarks/results/study_NAME.json`; the rest of the page is written by hand.
+`benchmarks/results/study_NAME.json`, what stands between such lines with `evaluation` from the results of `sparse-attn
+evaluate` in `evaluation_NAME.json`; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -15,26 +16,30 @@ import sys
 from pathlib import Path
 
 from sparse_attn.bench.machine import in_words
+from sparse_attn.evaluation import Store, tables
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, RESULTS = ROOT / "docs" / "findings.md", ROOT / "benchmarks" / "results"
-PART = re.compile(r"<!-- study (\w+): begin -->\n.*?<!-- study \1: end -->", re.DOTALL)
+PART = re.compile(r"<!-- (study|evaluation) (\w+): begin -->\n.*?<!-- \1 \2: end -->", re.DOTALL)
 
 
 def page() -> str:
     """The page as the results files give it."""
-    return PART.sub(lambda part: _part(part[1]), PAGE.read_text("utf-8"))
+    return PART.sub(lambda part: _part(part[1], part[2]), PAGE.read_text("utf-8"))
 
 
-def _part(name: str) -> str:
-    result = json.loads((RESULTS / f"study_{name}.json").read_text("utf-8"))
-    lines = [f"<!-- study {name}: begin -->", ""]
+def _part(kind: str, name: str) -> str:
+    file = RESULTS / f"{kind}_{name}.json"
+    result = json.loads(file.read_text("utf-8"))
+    if kind == "evaluation":
+        result["tables"] = [table._asdict() for table in tables(Store(file, result["about"]))]
+    lines = [f"<!-- {kind} {name}: begin -->", ""]
     for table in result["tables"]:
         lines += [f"**{table['title']}**", "", _row(table["columns"])]
         lines += [_row([" --- ", *[" ---: "] * (len(table["columns"]) - 1)]), *map(_row, table["rows"]), ""]
     machine = result["machine"]
-    lines += [f"![{name}](../benchmarks/results/study_{name}.png)", ""]
-    lines += [f"`{machine['command']}`, {in_words(machine)}.", f"<!-- study {name}: end -->"]
+    lines += [f"![{name}](../benchmarks/results/{kind}_{name}.png)", ""]
+    lines += [f"`{machine['command']}`, {in_words(machine)}.", f"<!-- {kind} {name}: end -->"]
     return "\n".join(lines)
 
 

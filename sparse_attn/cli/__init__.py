@@ -1,8 +1,8 @@
 """The command line: `sparse-attn <command>`, also `python -m sparse_attn <command>`.
 
 A command is a module of this package with `HELP` (one line), `configure(parser)` and `run(arguments) -> exit code`;
-it becomes part of the program by its name in COMMANDS. Exit codes: 0 done, 1 something was found wrong, 2 a bad
-option or a missing package, 130 interrupted by Ctrl-C.
+it becomes part of the program by its name in COMMANDS, where "-" is "_" in the module's. Exit codes: 0 done, 1
+something was found wrong, 2 a bad option or a missing package, 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import sparse_attn
 from sparse_attn.cli.console import UsageError
 
-COMMANDS = ("demo", "doctor", "bench", "plan", "study")
+COMMANDS = ("demo", "doctor", "bench", "plan", "evaluate", "train-indexer", "study")
 
 DESCRIPTION = """\
 Top-k gathered sparse attention for PyTorch: each query attends to its top_k best keys alone, and no
@@ -32,6 +32,10 @@ examples:
                                what is faster at your own shape: top-k or dense attention
   sparse-attn plan --tokens train.bin --dim 768 --budget 10M
                                how wide each token's embedding row should be
+  sparse-attn evaluate --model DIR --text a.txt b.txt
+                               what your language model loses by attending sparsely
+  sparse-attn train-indexer --model DIR --text *.txt --length 8192
+                               indexers that learn its attention
   sparse-attn study --help     the studies on real text (in a checkout)
 
 in Python:
@@ -54,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     for name in COMMANDS:
-        module = import_module(f"{__name__}.{name}")
+        module = import_module(f"{__name__}.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.HELP, formatter_class=Formatter)
         module.configure(command)
         command.set_defaults(run=module.run)

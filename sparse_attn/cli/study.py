@@ -22,6 +22,7 @@ HELPS = {
     "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",
     "hybrid": "heads approximated by small networks beside indexers and exact selection, on real text",
     "leak": "two published tests of token widths run again, then with their faults removed",
+    "length": "up to a million tokens: time, memory and recall of each selection beside dense attention",
     "retrofit": "a trained language model made sparse without retraining: loss by selection and budget",
     "widths": "variable embedding widths against uniform ones of the same size: small GPTs on real text",
 }

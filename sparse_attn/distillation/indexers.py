@@ -30,6 +30,7 @@ def distill_indexers(
     top_k: int = 256,
     dense_steps: int | None = None,
     queries: int | None = None,
+    updates: int = 1,
     learning_rate: float = 2e-3,
     checkpoint: str | os.PathLike | None = None,
     save_every: int = 50,
@@ -41,7 +42,7 @@ def distill_indexers(
     Each layer's indexer learns to minimise the KL divergence from the attention mass of its layer, the mean of the
     heads' softmax, to the softmax of its scores (:func:`sparse_attn.indexer_loss`): first over all visible keys, then
     over the keys that it selects itself. A layer's gradients are made while the frozen model passes through it, so at
-    most one layer's training tensors live at a time, and nothing of size [T, T] does.
+    most one layer's training tensors and gradients live at a time, and nothing of size [T, T] does.
 
     Args:
         model: a transformers decoder with indexers (`sparse_attn.integrations.transformers.add_indexers`).
@@ -50,7 +51,9 @@ def distill_indexers(
         steps: how many steps in all.
         top_k: keys that the selecting phase trains on.
         dense_steps: steps over all visible keys before that; None is three quarters of `steps`.
-        queries: queries per sequence and step that are trained on, a random run of neighbours; None is all.
+        queries: queries per sequence and update that are trained on, a random run of neighbours; None is all.
+        updates: of each layer's indexer per step, each on other queries: at long lengths the frozen model's forward
+            costs far more than what is learned from a few of its queries.
         learning_rate: of AdamW, at its height: it rises over the first 20 steps and falls as a cosine.
         checkpoint: a file that the state is kept in, every `save_every` steps and at the end; training goes on
             from it when it is there. Only tensors and plain data are read from it (`weights_only`).
@@ -81,6 +84,7 @@ def distill_indexers(
     top_k = checks.integer("top_k", top_k, 1)
     dense_steps = -(-3 * steps // 4) if dense_steps is None else checks.integer("dense_steps", dense_steps, 0)
     queries = queries if queries is None else checks.integer("queries", queries, 1)
+    updates = checks.integer("updates", updates, 1)
     save_every = checks.integer("save_every", save_every, 1)
     found = indexers(model)
     if not found:
@@ -92,7 +96,7 @@ def distill_indexers(
     if file is not None and file.exists():
         history = _resume(file, found, optimizer)
     stream = iter(batches)
-    lessons, layers = _Lessons(found, queries), attention_layers(model)
+    lessons, layers = _Lessons(found, optimizer, queries, updates), attention_layers(model)
     with (
         keeping_gradients(parameters),
         watching(model, lessons.look, [layers[n] for n in found]) as run,
@@ -113,8 +117,6 @@ def distill_indexers(
             lessons.begin(None if step < dense_steps else top_k, generator)
             run(tokens)
             loss = sum(lessons.losses.values()) / len(lessons.losses)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0 * len(found))
-            optimizer.step()
             history.append(loss)
             if progress is not None:
                 progress(step + 1, steps, loss)
@@ -175,8 +177,10 @@ def _resume(file: Path, found: dict, optimizer: torch.optim.Optimizer) -> list[f
 class _Lessons:
     """Trains the indexer of each layer that the frozen model passes through."""
 
-    def __init__(self, found: dict, queries: int | None) -> None:
-        self.found, self.queries = found, queries
+    def __init__(
+        self, found: dict, optimizer: torch.optim.Optimizer, queries: int | None, updates: int
+    ) -> None:
+        self.found, self.optimizer, self.queries, self.updates = found, optimizer, queries, updates
         self.losses: dict[int, float] = {}
         self.top_k: int | None = None
         self.generator: torch.Generator | None = None
@@ -187,7 +191,14 @@ class _Lessons:
 
     def look(self, given: Given) -> None:
         layer = given.module.layer_idx
-        self.losses[layer] = self._teach(self.found[layer], given)
+        losses = []
+        for _ in range(self.updates):
+            losses.append(self._teach(self.found[layer], given))
+            # Of this layer alone: the others have no gradients, and the optimizer passes them by.
+            torch.nn.utils.clip_grad_norm_(self.found[layer].parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.losses[layer] = sum(losses) / len(losses)
 
     def _teach(self, indexer, given: Given) -> float:
         """One layer."""

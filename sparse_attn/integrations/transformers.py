@@ -120,7 +120,7 @@ def configure(
             that has the `select` of a :class:`sparse_attn.selection.Selector`; it is not saved with the model.
         residual: the attention mass of the keys that are left out goes to the mean of their values
             (``tail="mean"`` of :func:`sparse_attn.topk_attention`): nearer to dense attention, at about its cost. With
-            selector="exact" alone, padding at the ends of a sequence.
+            selections of tokens (all but "blocks"), padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
         key_index: keep a :class:`sparse_attn.KeyIndex` beside each layer of a key/value cache, where decoding on a CPU
@@ -153,8 +153,10 @@ def configure(
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             raise TypeError(f"layers must be numbers of layers or None, got {checks.describe(layers)}")
         layers = [checks.integer("layers", layer, 0) for layer in layers]
-    if checks.boolean("residual", residual) and selector != "exact":
-        raise ValueError(f"residual=True needs selector='exact', got {checks.describe(selector)}")
+    if checks.boolean("residual", residual) and selector == "blocks":
+        raise ValueError(
+            "residual=True needs a selection of tokens, got selector='blocks', which takes whole blocks"
+        )
     if backend is not None:
         check_name(backend)
     if not isinstance(self_test, Mapping):

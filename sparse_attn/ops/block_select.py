@@ -166,6 +166,11 @@ def _split(rows: Tensor, size: int, exists: tuple | None) -> tuple[Tensor, Tenso
     return rows.unflatten(2, (-1, size)), there.unflatten(2, (-1, size))
 
 
+def piece_means(rows: Tensor, size: int) -> Tensor:
+    """rows [B, H, T, D] → [B, H, ⌈T / size⌉, D] in the same dtype: means of neighbours, the last of what is left."""
+    return _mean(rows, size, None).to(rows.dtype)
+
+
 def _mean(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
     """[B, H, pieces, D]: the mean of what exists."""
     if exists is None and rows.shape[2] % size == 0:
@@ -193,6 +198,11 @@ def pooled(rows: Tensor, there: Tensor, size: int, pool: str) -> Tensor:
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(2, (-1, size))
     there = there.view(1, 1, -1, size, 1)
     return _mean_of(rows, there) if pool == "mean" else _extremes_of(rows, there)
+
+
+def first_and_last(rule: Rule, last: int) -> Rule:
+    """The rule, with the first block that is seen always kept, and the last `last`."""
+    return replace(rule, sinks=1, window=last)
 
 
 def keeping_the_first(**parts: Any) -> Rule:

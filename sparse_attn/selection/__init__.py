@@ -9,6 +9,7 @@ user's own class goes wherever they go.
 
 from sparse_attn.rule import Rule
 from sparse_attn.selection.attend import attend, select_and_attend
+from sparse_attn.selection.hierarchical import Hierarchical
 from sparse_attn.selection.selection import Selection, Selector
 from sparse_attn.selection.selectors import Blocks, Exact, FromIndexer, LowRank, Refined, Rounded
 
@@ -16,6 +17,7 @@ __all__ = [
     "Blocks",
     "Exact",
     "FromIndexer",
+    "Hierarchical",
     "LowRank",
     "Refined",
     "Rounded",

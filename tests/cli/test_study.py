@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
+from helpers.studies import small_model
 
 from sparse_attn.cli import main
 
@@ -14,26 +14,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 @pytest.fixture
 def model(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"[UNK]": 0, **{f"w{i}": i + 1 for i in range(40)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=41,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    folder = tmp_path / "model"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(
-        folder
-    )
-    return folder
+    return small_model(tmp_path / "model")
 
 
 def test_retrofit(tmp_path, model, capsys):

@@ -39,3 +39,27 @@ def words(folder: Path, documents: int = 1) -> list[str]:
     for i, file in enumerate(files):
         file.write_text(" ".join(f"word{(7 * i + j * j) % 97}" for j in range(3000)))
     return list(map(str, files))
+
+
+def small_model(folder: Path) -> Path:
+    """A Llama of random weights and a tokenizer of 40 words, as `from_pretrained` finds them."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[UNK]": 0, **{f"w{i}": i + 1 for i in range(40)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=41,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    return folder

@@ -273,7 +273,7 @@ class TestDistillation:
     def test_a_resumed_training_equals_an_uninterrupted_one(self, tmp_path):
         whole, parts = self.model(), self.model()
         parts.load_state_dict(whole.state_dict())
-        options = {"top_k": 8, "dense_steps": 4, "queries": 10, "save_every": 2}
+        options = {"top_k": 8, "dense_steps": 4, "queries": 10, "updates": 2, "save_every": 2}
         expected = distill_indexers(whole, self.stream(8), 8, **options)
         file = tmp_path / "training.pt"
 
@@ -287,6 +287,19 @@ class TestDistillation:
         assert history == expected
         for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+    def test_more_updates_a_step_learn_more_from_as_many_sequences(self):
+        losses = []
+        for updates in (1, 6):
+            model = self.model()
+            history = distill_indexers(
+                model, self.stream(20), 20, dense_steps=20, queries=8, updates=updates, learning_rate=5e-3
+            )
+            assert len(history) == 20
+            losses.append(sum(history[-4:]))
+        assert losses[1] < losses[0]
+        with pytest.raises(ValueError, match="updates must be at least 1, got 0"):
+            distill_indexers(self.model(), self.stream(1), 1, updates=0)
 
     def test_a_checkpoint_that_does_not_fit_changes_nothing(self, tmp_path):
         model, file = self.model(), tmp_path / "training.pt"

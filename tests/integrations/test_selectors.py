@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from sparse_attn.integrations import transformers as sparse_transformers  # noqa: E402
-from sparse_attn.selection import Selection  # noqa: E402
+from sparse_attn.selection import Exact, Selection  # noqa: E402
 from tests.integrations.models import (  # noqa: E402
     LENGTH,
     cached,
@@ -153,6 +153,27 @@ class TestResidual:
         nearer = (logits(residual, ids()) - target).norm()
         assert 0 < nearer < (logits(plain, ids()) - target).norm()
 
+    @pytest.mark.parametrize("selector", ["int8", "low_rank", "indexer", "own"])
+    def test_the_tail_of_other_selections(self, selector):
+        """All that is left out goes to its mean: with every key but the own left out, a mean of values."""
+        dense, sparse = pair(top_k=6)
+        sparse_transformers.add_indexers(sparse, num_heads=2, head_dim=8)
+        sparse_transformers.fit_low_rank(sparse, [ids()], rank=4)
+        chosen = Exact() if selector == "own" else selector
+        found = {}
+        for residual in (False, True):
+            sparse_transformers.configure(sparse, top_k=6, selector=chosen, residual=residual)
+            found[residual] = logits(sparse, ids())
+        target = logits(dense, ids())
+        assert (found[True] - found[False]).norm() > 0
+        # An untrained indexer leaves out what matters; the others leave out little.
+        if selector != "indexer":
+            assert (found[True] - target).norm() < (found[False] - target).norm()
+        past, parts = transformers.DynamicCache(), []
+        for t in range(LENGTH):
+            parts.append(logits(sparse, ids()[:, t : t + 1], **cached(past)))
+        close(torch.cat(parts, 1), found[True])
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding_at_the_ends_changes_nothing(self, side):
         _, sparse = pair(top_k=6, residual=True)
@@ -171,7 +192,9 @@ class TestResidual:
         close(torch.cat(parts, 1), logits(sparse, ids()))
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="residual=True needs selector='exact', got 'int8'"):
-            sparse_transformers.configure(llama(), top_k=6, selector="int8", residual=True)
+        with pytest.raises(
+            ValueError, match="residual=True needs a selection of tokens, got selector='blocks'"
+        ):
+            sparse_transformers.configure(llama(), top_k=192, selector="blocks", residual=True)
         with pytest.raises(TypeError, match="residual"):
             sparse_transformers.configure(llama(), top_k=6, residual=1)

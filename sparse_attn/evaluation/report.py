@@ -1,0 +1,162 @@
+"""Tables and a picture of what a store holds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sparse_attn.evaluation.arms import DENSE, ORACLE
+from sparse_attn.evaluation.intervals import Interval, interval
+from sparse_attn.evaluation.store import Row, Store
+
+ORACLES = (ORACLE, f"{ORACLE}+tail")
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Compared(NamedTuple):
+    """A selection beside dense attention, over the documents that both have; intervals over documents."""
+
+    arm: str
+    keys: int
+    over: Interval  # nats over dense
+    kl: Interval
+    same: Interval  # how often the likeliest token is dense attention's
+
+
+def compared(store: Store, length: int) -> list[Compared]:
+    """Each selection and budget at a length, in the order of the store."""
+    dense = {r["document"]: r["nats"] for r in store.find(task="text", arm=DENSE, length=length)}
+    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in store.find(task="text", length=length):
+        if row["arm"] != DENSE and row["document"] in dense:
+            groups[row["arm"], row["keys"]].append(row)
+    return [
+        Compared(
+            arm,
+            keys,
+            interval([r["nats"] - dense[r["document"]] for r in rows]),
+            interval([r["kl"] for r in rows]),
+            interval([r["same"] for r in rows]),
+        )
+        for (arm, keys), rows in groups.items()
+    ]
+
+
+def tables(store: Store) -> list[Table]:
+    """Those of all tasks and lengths that the store has rows of."""
+    found = []
+    for length in sorted({row["length"] for row in store.rows}):
+        for make in (_text, _recall, _needles):
+            table = make(store, length)
+            if table is not None:
+                found.append(table)
+    return found
+
+
+def _name(arm: str) -> str:
+    return f"{arm} (oracle)" if arm in ORACLES else arm
+
+
+def _share(keys: int, length: int) -> str:
+    return f"{keys} ({keys / length:.1%})"
+
+
+def _half(value: Interval, scale: float, digits: int, unit: str = "") -> str:
+    mean = f"{scale * value.mean:.{digits}f}{unit}"
+    return mean if value.half is None else f"{mean} ± {scale * value.half:.{digits}f}"
+
+
+def _text(store: Store, length: int) -> Table | None:
+    dense = store.find(task="text", arm=DENSE, length=length)
+    if not dense:
+        return None
+    ceiling = interval([r["nats"] for r in dense])
+    rows = [[DENSE, "all", _half(ceiling, 1, 4), "", "", str(ceiling.count)]]
+    for c in sorted(compared(store, length), key=lambda c: c.keys):
+        nats = str(c.over)
+        cells = [nats, _half(c.kl, 1, 4), _half(c.same, 100, 1, " %"), str(c.over.count)]
+        rows.append([_name(c.arm), _share(c.keys, length), *cells])
+    title = f"Text, the last {length // 2:,} of {length:,} tokens (95 % intervals over documents)"
+    columns = ["selection", "keys", "nats, over dense", "KL to dense", "same token", "documents"]
+    return Table(title, columns, rows)
+
+
+def _recall(store: Store, length: int) -> Table | None:
+    rows = sorted(store.find(task="recall", length=length), key=lambda r: r["keys"])
+    if not rows:
+        return None
+    cells = [
+        [
+            _name(r["arm"]),
+            _share(r["keys"], length),
+            *(f"{r[n]:.1%}" for n in ("recall", "mass", "least_mass")),
+        ]
+        for r in rows
+    ]
+    title = f"Which of each head's best keys are found, {length:,} tokens (the last queries of one document)"
+    return Table(title, ["selection", "keys", "recall", "attention mass", "of the worst layer"], cells)
+
+
+def _needles(store: Store, length: int) -> Table | None:
+    groups: dict[tuple[str, int | None], list[Row]] = defaultdict(list)
+    for row in store.find(task="needles", length=length):
+        groups[row["arm"], row["keys"]].append(row)
+    if not groups:
+        return None
+    depths = sorted({d for rows in groups.values() for r in rows if r["needles"] == 1 for d in r["depths"]})
+    table = []
+    for (arm, keys), rows in sorted(groups.items(), key=lambda g: g[0][1] or 0):
+        single = {
+            d: [r["right"][0] for r in rows if r["needles"] == 1 and r["depths"] == [d]] for d in depths
+        }
+        several = [sum(r["right"]) / r["needles"] for r in rows if r["needles"] > 1]
+        cells = [_of(single[d]) for d in depths]
+        of_several = _half(interval(several), 100, 0, " %") if several else ""
+        table.append([_name(arm), "all" if keys is None else _share(keys, length), *cells, of_several])
+    title = f"Needles found, {length:,} tokens: one at a depth, and several in one text"
+    return Table(title, ["selection", "keys", *(f"at {d:.0%}" for d in depths), "several"], table)
+
+
+def _of(found: Sequence[bool]) -> str:
+    return f"{sum(found)} of {len(found)}" if found else ""
+
+
+def draw(store: Store, file: Any, title: str) -> None:
+    """Nats over dense attention by keys, an axis per length, with intervals. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths = sorted({r["length"] for r in store.find(task="text")})
+    figure, axes = plt.subplots(
+        1, max(1, len(lengths)), figsize=(8 * max(1, len(lengths)), 6), squeeze=False, layout="constrained"
+    )
+    for axis, length in zip(axes[0], lengths, strict=False):
+        arms: dict[str, list[Compared]] = defaultdict(list)
+        for c in compared(store, length):
+            arms[c.arm].append(c)
+        for i, (arm, points) in enumerate(arms.items()):
+            points.sort(key=lambda c: c.keys)
+            halves = [c.over.half or 0.0 for c in points]
+            x, y = [c.keys for c in points], [c.over.mean for c in points]
+            style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": "o", "capsize": 3}
+            axis.errorbar(x, y, halves, label=_name(arm), **style)
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(xscale="log", xlabel="keys per query", title=f"documents of {length:,} tokens")
+        axis.set_ylabel("nats over dense attention (0: none)")
+        ticks = sorted({c.keys for points in arms.values() for c in points})
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

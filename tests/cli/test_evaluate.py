@@ -1,0 +1,125 @@
+"""`sparse-attn evaluate` and `sparse-attn train-indexer`: from the command line to the files, with a small model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.studies import small_model
+
+from sparse_attn.cli import main
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return str(small_model(tmp_path / "model"))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    files = [tmp_path / f"{i}.txt" for i in range(4)]
+    for i, file in enumerate(files):
+        file.write_text(" ".join(f"w{(j * j + i) * (i + 3) % 40}" for j in range(300)))
+    return list(map(str, files))
+
+
+def test_training_then_evaluation(tmp_path, model, texts, capsys):
+    indexers, out = str(tmp_path / "indexers.safetensors"), tmp_path / "out" / "evaluation.json"
+    sizes = ["--length", "200", "--steps", "3", "--updates", "2", "--queries", "32", "--heads", "2"]
+    train = [
+        "train-indexer",
+        "--model",
+        model,
+        "--text",
+        *texts,
+        *sizes,
+        "--head-dim",
+        "8",
+        "--out",
+        indexers,
+    ]
+    assert main([*train, "--budget", "24", "--held-out", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "nats from the attention at first" in told
+    assert "indexer+tail" in told
+    assert "3.txt" in (tmp_path / "indexers.evaluation.json").read_text()  # the last text was held out
+
+    more = [
+        "--indexers",
+        indexers,
+        "--calibrate",
+        texts[3],
+        "--rank",
+        "4",
+        "--lengths",
+        "200",
+        "--cases",
+        "1",
+    ]
+    what = ["--selector", "indexer+tail", "low_rank", "window", "--budget", "10%", "--documents", "2"]
+    command = ["evaluate", "--model", model, "--text", *texts[:3], *what, *more, "--out", str(out)]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "exact+tail (oracle)" in told
+    result = json.loads(out.read_text())
+    arms = {(r["task"], r["arm"]) for r in result["rows"]}
+    for arm in ("exact", "exact+tail", "indexer+tail", "low_rank", "window"):
+        assert ("text", arm) in arms
+        assert ("needles", arm) in arms
+    assert ("recall", "indexer") in arms
+    assert "model" not in result["machine"]["command"]  # no folders
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert main([*command, "--json"]) == 0  # nothing is run again
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == result["rows"]
+    assert printed["tables"][0]["columns"][0] == "selection"
+
+
+def test_a_training_that_was_interrupted_goes_on(tmp_path, model, texts, monkeypatch, capsys):
+    from sparse_attn.distillation import indexers as training
+
+    files = [tmp_path / name for name in ("whole.safetensors", "parts.safetensors")]
+    options = ["--length", "100", "--steps", "6", "--queries", "16", "--heads", "1", "--head-dim", "8"]
+    command = ["train-indexer", "--model", model, "--text", *texts, *options, "--held-out", "0", "--out"]
+    assert main([*command, str(files[0])]) == 0
+    real, calls = training._save, []
+
+    def stop(*arguments):
+        real(*arguments)
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_save", stop)
+    assert main([*command, str(files[1])]) == 130
+    assert not files[1].exists()
+    assert main([*command, str(files[1])]) == 0
+    assert len(calls) == 6
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--selector", "astrology"], "selector must be one of exact"),
+        (["--budget", "much"], "budget must be a number of keys"),
+        (["--lengths", "1000"], "no document has more than 1000 tokens"),
+        (["--selector", "indexer"], "selector='indexer' needs an indexer in layer 0"),
+        (["--indexers", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
+        (["--model", "nowhere/at all"], "--model nowhere/at all cannot be loaded"),
+    ],
+)
+def test_wrong_options_are_one_sentence(more, match, tmp_path, model, texts, capsys):
+    command = ["evaluate", "--model", model, "--text", *texts, "--lengths", "200", "--tasks", "text"]
+    assert main([*command, "--out", str(tmp_path / "e.json"), *more]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert match in error
+
+
+def test_training_needs_texts_that_are_long_enough(model, texts, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "i.safetensors")]
+    assert main(["train-indexer", "--model", model, "--text", *texts, "--length", "300", *out]) == 2
+    assert "texts of more than 300 tokens, got 0" in capsys.readouterr().err

@@ -1,0 +1,258 @@
+"""The harness on a small random model: what it reports, against plain PyTorch; what it does not run twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+import sparse_attn.integrations.transformers as sparse_transformers  # noqa: E402
+from sparse_attn.evaluation import Document, Plan, Store, compared, draw, evaluate_model, tables  # noqa: E402
+from sparse_attn.evaluation import needles as needle_task  # noqa: E402
+from sparse_attn.evaluation.harness import DEPTHS, SEVERAL  # noqa: E402
+from sparse_attn.evaluation.recall import QUERIES, REUSED, found_share, recalls  # noqa: E402
+from sparse_attn.integrations.indexers import attention_layers  # noqa: E402
+from sparse_attn.integrations.watching import watching  # noqa: E402
+from sparse_attn.selection import Selection  # noqa: E402
+
+VOCABULARY, LENGTH = 97, 240
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def documents(count: int = 3) -> list[Document]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Document(f"{i}.txt", torch.randint(VOCABULARY, (LENGTH + 1,), generator=generator))
+        for i in range(count)
+    ]
+
+
+def letters(text: str) -> list[int]:
+    return [ord(c) % VOCABULARY for c in text]
+
+
+def encode(text: str) -> list[int]:
+    return [sum(letters(word)) % VOCABULARY for word in text.split()]
+
+
+def test_text_is_what_plain_pytorch_says(model, tmp_path):
+    plan = Plan(["exact/kv+tail", "window"], ["10%"], [LENGTH], ["text"])
+    store = Store(tmp_path / "results.json", {"model": "m"})
+    sparse_transformers.configure(
+        model, top_k=7, sinks=2
+    )  # dense attention is meant to be dense all the same
+    before = dict(vars(model.config))
+    evaluate_model(model, documents(), plan, store)
+    assert vars(model.config) == before
+    model.set_attn_implementation("sdpa")
+    tokens = documents()[1].tokens
+    half, targets = LENGTH // 2, tokens[LENGTH // 2 + 1 :]
+
+    def log_probabilities():
+        with torch.no_grad():
+            return model(tokens[None, :-1]).logits[0, half:].double().log_softmax(-1)
+
+    dense = log_probabilities()
+    (row,) = store.find(task="text", arm="dense", document="1.txt")
+    assert row["nats"] == pytest.approx(float(F.nll_loss(dense, targets)), abs=1e-5)
+    for name, options in (
+        ("exact/kv+tail", {"share": "kv", "residual": True}),
+        ("exact+tail", {"residual": True}),
+        ("window", {"window": 20, "sinks": 4}),
+        ("exact", {}),
+    ):
+        sparse_transformers.configure(model, top_k=24, **options)
+        sparse = log_probabilities()
+        (row,) = store.find(task="text", arm=name, document="1.txt")
+        assert row["keys"] == 24
+        assert row["nats"] == pytest.approx(float(F.nll_loss(sparse, targets)), abs=1e-5)
+        assert row["kl"] == pytest.approx(float((dense.exp() * (dense - sparse)).sum(-1).mean()), rel=1e-3)
+        assert row["kl"] > 1e-4
+        assert row["same"] == pytest.approx(float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()))
+
+
+def test_all_keys_lose_nothing(model, tmp_path):
+    plan = Plan(["hierarchical", "blocks", "exact/all"], ["239"], [LENGTH], ["text", "recall"])
+    store = Store(tmp_path / "results.json", {})
+    evaluate_model(model, documents(1), plan, store)
+    for c in compared(store, LENGTH):
+        assert abs(c.over.mean) < 1e-4
+        assert c.kl.mean < 1e-5
+    for row in store.find(task="recall"):
+        # The blocks of 239 keys are 4 of 64: all there are of 240. Only the very last query sees more than 239.
+        assert row["recall"] > 0.999
+        assert row["mass"] > 0.999
+
+
+def test_what_is_there_is_not_run_again(model, tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    plan = Plan(["exact"], ["5%"], [LENGTH], documents=2, cases=1)
+    steps = []
+    evaluate_model(
+        model, documents(), plan, Store(file, {}), encode=encode, progress=lambda *s: steps.append(s)
+    )
+    cases = len(DEPTHS) + 1
+    assert len(steps) == 2 * 2 + 1 + 2 * cases
+    before = json.loads(file.read_text())
+    again = Store(file, {})
+    evaluate_model(model, documents(), plan, again, encode=encode, progress=lambda *s: steps.append(s))
+    assert len(steps) == 2 * 2 + 1 + 2 * cases
+    assert again.rows == before["rows"]
+    # One row is lost: it alone is made again, the same.
+    lost = next(r for r in again.rows if r["task"] == "text" and r["arm"] == "exact")
+    again.rows.remove(lost)
+    evaluate_model(model, documents(), plan, again, encode=encode, progress=lambda *s: steps.append(s))
+    assert len(steps) == 2 * 2 + 1 + 2 * cases + 1
+    assert again.rows[-1] == lost
+    with pytest.raises(ValueError, match="choose another file"):
+        Store(file, {"model": "another"})
+
+
+def test_tables_and_picture(model, tmp_path):
+    store = Store(tmp_path / "results.json", {})
+    plan = Plan(["window"], ["5%", "20%"], [LENGTH], documents=3, cases=1)
+    evaluate_model(model, documents(), plan, store, encode=encode)
+    text, recall, needles = tables(store)
+    assert text.rows[0][:2] == ["dense", "all"]
+    assert [row[:2] for row in text.rows[1:]] == [
+        ["exact (oracle)", "12 (5.0%)"],
+        ["window", "12 (5.0%)"],
+        ["exact (oracle)", "48 (20.0%)"],
+        ["window", "48 (20.0%)"],
+    ]
+    assert all("±" in row[2] for row in text.rows)
+    exact = next(row for row in recall.rows if row[0] == "exact (oracle)")
+    assert exact[2] == "100.0%"
+    assert len(needles.columns) == 2 + len(DEPTHS) + 1
+    draw(store, tmp_path / "picture.png", "title")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_recall_counts(model):
+    """Against a matrix of all scores."""
+    tokens = documents(1)[0].tokens[:-1]
+    arms = Plan(["window", "exact/all"], ["24"], [LENGTH], ["recall"]).pairs(LENGTH)
+    found = {f.arm: f for f in recalls(model, tokens, arms)}
+    assert found["exact"].recall == 1.0
+    layers = []
+
+    def look(given):
+        scores = given.query @ given.key.repeat_interleave(2, 1).mT * given.scale
+        seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        mass = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        places = torch.arange(LENGTH)
+        window = seen & ((places > places[:, None] - 20) | (places < 4))
+        best = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, mass.topk(24).indices, True) & seen
+        hit = float((best & window).sum()) / float(best.sum())
+        layers.append((hit, float((mass * window).sum(-1).mean()), best))
+
+    assert QUERIES >= LENGTH
+    with watching(model, look, attention_layers(model).values()) as run:
+        run(tokens[None])
+    hits, masses, bests = zip(*layers, strict=True)
+    assert found["window"].recall == pytest.approx(sum(hits) / 3, abs=1e-3)
+    assert found["window"].mass == pytest.approx(sum(masses) / 3, abs=1e-5)
+    assert found["window"].least_mass == pytest.approx(min(masses), abs=1e-5)
+    reused = [float((a & b).sum()) / float(b.sum()) for a, b in itertools.pairwise(bests)]
+    assert found[REUSED].recall == pytest.approx(sum(reused) / 2, abs=1e-3)
+    assert found["window"].recall < found["exact/all"].recall < 1
+
+
+def test_blocks_are_counted_by_their_tokens():
+    chosen = Selection(
+        torch.tensor([[[[0, 2], [0, -1]]]], dtype=torch.int32), 4, 2
+    )  # two tiles of two queries
+    exact = torch.tensor([[[[0, 5], [8, 9], [1, 8], [3, -1]]]], dtype=torch.int32)
+    assert found_share(chosen, exact, 12) == 5 / 7
+
+
+class TestNeedles:
+    def test_a_case_holds_what_it_asks_for(self):
+        filler = list(range(40, 90)) * 20
+        case = needle_task.case(letters, filler, 600, SEVERAL, seed=3)
+        assert len(case.tokens) == 601
+        text = case.tokens.tolist()
+        for answer, depth in zip(case.answers, case.depths, strict=True):
+            number = text[answer]
+            assert len(number) == 6  # a space and five digits
+            told = next(i for i in range(len(text)) if text[i : i + 6] == number)
+            assert told < answer.start
+            assert abs(told / 600 - depth) < 0.35
+        assert len(case.answers) == len(SEVERAL)
+        assert case.tokens.tolist() == needle_task.case(letters, filler, 600, SEVERAL, seed=3).tokens.tolist()
+
+    def test_answers_are_read_off(self):
+        """A model that knows the text to the last token, and one that errs in one answer."""
+        filler = [random.Random(i).randint(0, 96) for i in range(600)]
+        case = needle_task.case(letters, filler, 500, (0.2, 0.6), seed=0)
+
+        class Knows(torch.nn.Module):
+            wrong: int | None = None
+
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.zeros(1))
+
+            def forward(self, input_ids, use_cache):
+                logits = F.one_hot(case.tokens[1:], VOCABULARY).float()[None]
+                if self.wrong is not None:
+                    logits[0, self.wrong - 1] = 0
+                    logits[0, self.wrong - 1, (case.tokens[self.wrong] + 1) % VOCABULARY] = 1
+                return type("Output", (), {"logits": logits})
+
+        knows = Knows()
+        assert needle_task.answered(knows, case) == [True, True]
+        knows.wrong = case.answers[1].start
+        assert needle_task.answered(knows, case) == [True, False]
+        knows.wrong = case.answers[0].stop - 1
+        assert needle_task.answered(knows, case) == [False, True]
+
+    def test_no_room(self):
+        with pytest.raises(ValueError, match="leave room for 6 needles"):
+            needle_task.case(letters, [1] * 100, 100, SEVERAL, seed=0)
+
+
+def test_errors(model, tmp_path):
+    store = Store(tmp_path / "results.json", {})
+    for wrong, match in (
+        ({"selectors": ["astrology"]}, "selector must be one of exact, int8"),
+        ({"selectors": ["exact/none"]}, "got 'exact/none'"),
+        ({"selectors": ["indexer/kv"]}, "own groups say who shares"),
+        ({"selectors": ["blocks+tail"]}, r"\+tail goes with selections of tokens"),
+        ({"selectors": []}, "selectors must hold at least one"),
+        ({"budgets": ["many"]}, "budget must be a number of keys or a share"),
+        ({"budgets": ["120%"]}, "got '120%'"),
+        ({"tasks": ["dance"]}, "tasks must be among text, recall, needles"),
+        ({"documents": 0}, "documents must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Plan(**wrong)
+    with pytest.raises(ValueError, match="no document has more than 2048 tokens"):
+        evaluate_model(model, documents(), Plan(tasks=["text"]), store)
+    with pytest.raises(ValueError, match="needs an indexer in layer 0"):
+        evaluate_model(model, documents(), Plan(["indexer"], tasks=["text"]), store)
+    with pytest.raises(ValueError, match="encode must turn text into token ids"):
+        evaluate_model(model, documents(), Plan(tasks=["needles"], lengths=[LENGTH]), store)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"other\.json holds no results"):
+        Store(tmp_path / "other.json", {})
