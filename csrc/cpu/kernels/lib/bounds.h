@@ -28,19 +28,25 @@ SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
     return round_up((Kind::kBits == 16 ? 2 : 6) * keep + maximum<int64_t>(keep, 128), 64);
 }
 constexpr int32_t kMany = 16;     // open candidates
+constexpr float kSpreads = 2.5f;  // standard deviations below the mean of the rows before
 constexpr int64_t kBehind = 192;  // room that compression writes to
 // Groups of keys whose maxima bound the K-th best.
 SPARSE_ATTN_INLINE int64_t maxima_groups(int64_t keep) {
     return round_up(4 * keep, 8 * Shorts::N);
 }
-// Keys whose scores are kept at a time: those of a block of queries fit the second-level cache.
+// Keys whose scores are kept at a time: those of a row group fit the second-level cache.
 SPARSE_ATTN_INLINE int64_t chunk_keys(const SelectParams& p) {
-    const int64_t most = maximum<int64_t>(4096, round_up(maxima_groups(p.top_k), 1024));
+    const int64_t most = maximum<int64_t>(16384, round_up(maxima_groups(p.top_k), 1024));
     return minimum(most, round_up(p.key_length, 64));
 }
 // An odd number of cache lines: rows side by side must not fall into one set.
 SPARSE_ATTN_INLINE int64_t score_stride(const SelectParams& p) {
     return round_up(chunk_keys(p), 64) + 32;
+}
+
+// Of marks, a bit a key, and a word more than its keys need.
+SPARSE_ATTN_INLINE int64_t mark_stride(const SelectParams& p) {
+    return round_up(chunk_keys(p), 64) / NR + 64 / NR;
 }
 
 // A row group, a lane per row.
@@ -51,22 +57,31 @@ struct alignas(64) RowFacts {
     float slack[W];           // what the sum of a score is off by, at most
 };
 
-// What the rows of a task have come to.
+// What the rows of a group have come to.
 struct BoundedRow {
     int32_t* places;  // [capacity + slack]: candidates, ascending
     int16_t* scores;  // [capacity + slack]
-    int16_t* maxima;  // [groups]
     int32_t count;
     int32_t keep;
     int32_t reached;  // at least `keep` keys reach it, or kClosed
+    int32_t bound;    // what tiles mark is above it
+};
+
+// Where the K-th best of the next rows is to be expected: as far from 0, in norms of the query, as it was for
+// the rows before, which have seen about the same keys. A bound that most of them would have passed spares
+// the search of the next ones, whose scores are marked as they are made; a wrong guess costs time alone.
+struct Expected {
+    float mean = 0.0f, spread = 0.0f;
+    bool usable = false;
 };
 
 template <class Kind>
 SPARSE_ATTN_INLINE int64_t bounds_scratch_bytes(const SelectParams& p, int64_t column) {
     const int64_t buffer = bounded_capacity<Kind>(p.top_k) + kBehind;
-    const int64_t row = buffer * 6 + maxima_groups(p.top_k) * 2 + score_stride(p) * 2 + 256;
-    return kBlockRows * row + buffer * 24 + rounded_words<Kind>(p.head_dim) * (kBlockRows + W) * 4 +
-           p.head_dim * W * 4 + column * 4 + round_up(p.head_dim, W) * 4 + 2048;
+    const int64_t row = buffer * 6 + score_stride(p) * 2 + mark_stride(p) * sizeof(Marks) + NR * 2 + 512;
+    return MR * row + buffer * 24 + maxima_groups(p.top_k) * 2 +
+           rounded_words<Kind>(p.head_dim) * (kBlockRows + W) * 4 + p.head_dim * W * 4 + column * 4 +
+           round_up(p.head_dim, W) * 4 + 2048;
 }
 
 template <class T, class Tile, class Kind>
@@ -83,7 +98,10 @@ struct BoundedRows {
     float* columns;     // [D][W]
     float* exact_query;
     float* plain_query;  // [D], zeros up to whole vectors
-    int16_t* rows;       // [kBlockRows][stride]: scores of a chunk
+    int16_t* maxima;     // [groups]
+    int16_t* rows;       // [MR][stride]: scores of a chunk
+    Marks* marks;        // [MR][mark_stride]
+    int16_t* bounds;     // [MR][NR]
     Survivors& survivors;
 
     BoundedRows(const SelectParams& p_, const T* query_, const T* key_, Scratch& s, Survivors& survivors_)
@@ -107,16 +125,15 @@ struct BoundedRows {
           columns(s.take<float>(p.head_dim * W)),
           exact_query(s.take<float>(words<Tile>(p))),
           plain_query(s.take<float>(round_up(p.head_dim, W))),
-          rows(s.take<int16_t>(kBlockRows * stride)),
+          maxima(s.take<int16_t>(groups)),
+          rows(s.take<int16_t>(MR * stride)),
+          marks(s.take<Marks>(MR * mark_stride(p))),
+          bounds(s.take<int16_t>(MR * NR)),
           survivors(survivors_) {}
 
     void start(BoundedRow& row) {
-        row = {scratch.take<int32_t>(buffer),
-               scratch.take<int16_t>(buffer),
-               scratch.take<int16_t>(groups),
-               0,
-               0,
-               kClosed};
+        row.places = scratch.take<int32_t>(buffer);
+        row.scores = scratch.take<int16_t>(buffer);
     }
 
     // Rounds the rows [first, first + rows); false if one of `wanted` has no bounds.
@@ -148,6 +165,8 @@ struct BoundedRows {
         return true;
     }
 
+    static SPARSE_ATTN_INLINE int32_t near_of(int32_t width) { return 8 + width / 16; }
+
     // w of each row, by the largest norms of the keys that it may see.
     void set_width(RowFacts& facts, float key_norm, float key_error, float plain_norm, float unit) {
         for (int r = 0; r < MR; ++r) {
@@ -174,15 +193,43 @@ struct BoundedRows {
         row.count = n;
     }
 
-    // Takes the keys [first, first + n) with these scores, n a multiple of 64; false where too many are left.
-    // `only`: the row has no others.
+    // Takes of the keys [begin, end) of a chunk those that the tiles marked. False, and nothing taken, where
+    // these need not be all that come near the K-th best.
+    bool take_marked(BoundedRow& row, const int16_t* scores, const Marks* marked, int64_t begin, int64_t end,
+                     int32_t first, int32_t width, int32_t guess) {
+        if (row.bound >= 32767) return false;
+        const int32_t before = row.count;
+        row.count = places_marked(row.places, before, full, marked, begin, end, first);
+        if (row.count <= full) {
+            for (int32_t i = before; i < row.count; ++i) row.scores[i] = scores[row.places[i] - first];
+            if (row.reached > kClosed) return true;  // the bound comes from what reaches it
+            if (row.count >= row.keep) {
+                const int64_t padded = close_tail(row.scores, row.count);
+                const int32_t reached = reached_by(row.scores, padded, row.keep, row.keep, near_of(width),
+                                                   row.bound + 1, guess)
+                                            .low;
+                if (reached - width >= row.bound) {
+                    row.reached = reached;
+                    return true;
+                }
+            }
+        }
+        row.count = before;
+        return false;
+    }
+
+    // The same of all keys [first, first + n) with these scores, n a multiple of 64; false where too many are
+    // left. `only`: the row has no others.
     bool take(BoundedRow& row, const int16_t* scores, int64_t n, int32_t first, int32_t width, int32_t guess,
               bool only) {
         const int32_t most = row.keep + row.keep / 8;
         const int32_t near = 1 + width / 16;  // a threshold so much too low leaves few keys more
         const bool small = only && n <= groups;
-        if (!small) fold_maxima(row.maxima, groups, scores, n);
-        row.reached = reached_by(small ? scores : row.maxima, small ? n : groups, row.keep, most, near,
+        if (!small) {
+            for (int64_t i = 0; i < groups; ++i) maxima[i] = kClosed;
+            fold_maxima(maxima, groups, scores, n);
+        }
+        row.reached = reached_by(small ? scores : maxima, small ? n : groups, row.keep, most, near,
                                  row.reached, guess)
                           .low;
         const int32_t before = row.count;
@@ -195,7 +242,13 @@ struct BoundedRows {
             row.reached = reached_by(scores, n, row.keep, most, near, row.reached, row.reached + 64).low;
         }
         for (int32_t i = before; i < row.count; ++i) row.scores[i] = scores[row.places[i] - first];
-        if (only || row.count <= full / 2) return true;
+        return true;
+    }
+
+    // Cuts what a row has gathered where it is much; false where it stays much.
+    bool trim(BoundedRow& row, int32_t width) {
+        if (row.count <= full / 2) return true;
+        const int32_t most = row.keep + row.keep / 8, near = 1 + width / 16;
         const int64_t padded = close_tail(row.scores, row.count);
         row.reached = reached_by(row.scores, padded, row.keep, most, near, row.reached, row.reached + 64).low;
         keep_above(row, row.reached - width);
@@ -268,8 +321,9 @@ struct BoundedRows {
             return row.places;
         }
         const int64_t padded = close_tail(row.scores, row.count);
-        const Reached cut =
-            reached_by(row.scores, padded, row.keep, row.keep, 8 + width / 16, row.reached, row.reached + 64);
+        const Reached cut = reached_by(row.scores, padded, row.keep, row.keep, near_of(width), row.reached,
+                                       row.reached + 64);
+        row.reached = cut.low;
         // What no more than `keep` reach, and so what is chosen and what is out.
         const int32_t few = cut.count <= row.keep ? cut.low : cut.high + 1;
         const Shorts sure = all_shorts(to_short(few + width - 2)),
@@ -311,7 +365,23 @@ inline void close_masked(int16_t* scores, const Visible& v, int64_t first, int64
         if (!allowed(v, j)) scores[j - first] = kClosed;
 }
 
-// select_rows by bounds; false, and nothing written, where they leave too many candidates.
+// Of the last rows, as far as they have a threshold.
+inline Expected expected_of(const BoundedRow* rows, const RowFacts& facts, uint32_t scored) {
+    float least = 3e38f, sum = 0.0f, squares = 0.0f;
+    int n = 0;
+    for (int r = 0; r < MR; ++r) {
+        if (!(scored >> r & 1) || rows[r].reached == kClosed) continue;
+        const float x = static_cast<float>(rows[r].reached) * facts.scale[r] / facts.norm[r];
+        least = minimum(least, x);
+        sum += x, squares += x * x, ++n;
+    }
+    if (n < MR / 2) return {};
+    const float mean = sum / static_cast<float>(n);
+    const float variance = maximum(squares / static_cast<float>(n) - mean * mean, 0.0f);
+    return {mean, __builtin_sqrtf(variance), true};
+}
+
+// select_rows by bounds; false where they leave too many candidates of some row.
 template <class T, class Tile, class Kind>
 bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range queries,
                            const uint32_t* panels_of_head, void* memory, Survivors& survivors) {
@@ -320,8 +390,10 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
     BoundedRows<T, Tile, Kind> work{
         p, static_cast<const T*>(p.query) + b * p.query_strides.b + head * p.query_strides.h,
         static_cast<const T*>(p.key) + b * p.key_strides.b + kv_head * p.key_strides.h, scratch, survivors};
-    BoundedRow rows[kBlockRows];
+    BoundedRow rows[MR];
+    for (BoundedRow& row : rows) work.start(row);
     Visible visible[kBlockRows];
+    int32_t budgets[kBlockRows];
     RowFacts facts[kRowGroups];
     uint32_t scored_rows[kRowGroups] = {};
     Range needed[kRowGroups], span{INT64_MAX, 0};  // of keys
@@ -331,11 +403,9 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         for (int r = 0; r < MR; ++r) {
             const int64_t i = g * MR + r;
             if (i >= count) continue;
-            BoundedRow& row = rows[i];
-            work.start(row);
             const Visible v = visible[i] = visible_to(p, b, head, queries.begin + i);
-            row.keep = static_cast<int32_t>(p.top_k - forced_count(v));
-            if (row.keep <= 0 || v.end <= v.sink_end || (!v.mask && v.end - v.sink_end <= row.keep)) continue;
+            const int32_t keep = budgets[i] = static_cast<int32_t>(p.top_k - forced_count(v));
+            if (keep <= 0 || v.end <= v.sink_end || (!v.mask && v.end - v.sink_end <= keep)) continue;
             scored_rows[g] |= 1u << r;
             needed[g] = {minimum(needed[g].begin, v.sink_end), maximum(needed[g].end, v.end)};
         }
@@ -364,51 +434,85 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         if (needed[g].end > 0)
             work.set_width(facts[g], key_norm, key_error, plain_norm, power_of_two(exponent + least));
 
-    const int64_t chunk = chunk_keys(p);
+    const int64_t chunk = chunk_keys(p), marks_of_row = mark_stride(p);
+    Expected expected;
     int32_t guess = 0;
-    for (int64_t first = span.begin / 64 * 64, last; first < span.end; first = last) {
-        last = minimum(first + chunk, span.end);
-        for (int64_t base = first / NR * NR; base < last; base += NR) {
-            uint32_t* panel = panel_at(base / NR);
-            const int shift =
-                minimum(31, least + exponent - facts_of<Kind>(panel, work.word_count)->exponent);
-            for (int g = 0; g < kRowGroups; ++g) {
-                if (base >= needed[g].end || base + NR <= needed[g].begin) continue;
-                rounded_tile<Kind>(work.rows + g * MR * work.stride + (base - first), work.stride,
-                                   work.queries + g * work.word_count * MR, panel, work.word_count, shift);
+    for (int g = 0; g * MR < count; ++g) {
+        const int rows_here = static_cast<int>(minimum<int64_t>(MR, count - g * MR));
+        const Visible* seen = visible + g * MR;
+        const int32_t* width = facts[g].width;
+        for (int r = 0; r < rows_here; ++r) {
+            BoundedRow& row = rows[r];
+            row.count = 0;
+            row.keep = budgets[g * MR + r];
+            row.reached = kClosed;
+        }
+        int failed = 0;
+        for (int64_t first = needed[g].begin / 64 * 64, last; first < needed[g].end; first = last) {
+            last = minimum(first + chunk, needed[g].end);
+            for (int r = 0; r < MR; ++r) {
+                BoundedRow& row = rows[r];
+                row.bound = 32767;
+                if (scored_rows[g] >> r & 1 && !seen[r].mask) {
+                    if (row.reached > kClosed)
+                        row.bound = maximum<int32_t>(row.reached - width[r], kClosed);
+                    else if (expected.usable) {
+                        const float norms = facts[g].norm[r] / facts[g].scale[r];
+                        const float at = (expected.mean - kSpreads * expected.spread) * norms;
+                        row.bound = static_cast<int32_t>(clamp(at, -32000.0f, 32000.0f)) - width[r];
+                        row.bound = maximum<int32_t>(row.bound, kClosed);
+                    }
+                }
+                for (int j = 0; j < NR; ++j) work.bounds[r * NR + j] = static_cast<int16_t>(row.bound);
+            }
+            for (int64_t base = first / NR * NR; base < last; base += NR) {
+                uint32_t* panel = panel_at(base / NR);
+                const int shift =
+                    minimum(31, least + exponent - facts_of<Kind>(panel, work.word_count)->exponent);
+                rounded_tile<Kind>(work.rows + (base - first), work.stride,
+                                   work.queries + g * work.word_count * MR, panel, work.word_count, shift,
+                                   work.bounds, work.marks + (base - first) / NR, marks_of_row);
+            }
+            for (int r = 0; r < rows_here; ++r) {
+                const Visible& v = seen[r];
+                const int64_t begin = maximum(v.sink_end, first), end = minimum(v.end, last);
+                if (!(scored_rows[g] >> r & 1) || begin >= end) continue;
+                BoundedRow& row = rows[r];
+                int16_t* scores = work.rows + r * work.stride;
+                const bool only = v.sink_end >= first && v.end <= last;
+                if (!work.take_marked(row, scores, work.marks + r * marks_of_row, begin - first, end - first,
+                                      static_cast<int32_t>(first), width[r], guess)) {
+                    ++failed;
+                    const int64_t from = (begin - first) / 64 * 64, to = round_up(end - first, 64);
+                    close(scores, from, begin - first);
+                    close(scores, end - first, to);
+                    if (v.mask) close_masked(scores, v, first, begin, end);
+                    if (!work.take(row, scores + from, to - from, static_cast<int32_t>(first + from),
+                                   width[r], guess, only))
+                        return false;
+                }
+                if (!only && !work.trim(row, width[r])) return false;
+                guess = row.reached;
             }
         }
-        for (int64_t i = 0; i < count; ++i) {
-            const Visible& v = visible[i];
-            const int64_t begin = maximum(v.sink_end, first), end = minimum(v.end, last);
-            if (!(scored_rows[i / MR] >> (i % MR) & 1) || begin >= end) continue;
-            int16_t* scores = work.rows + i * work.stride;
-            const int64_t from = (begin - first) / 64 * 64, to = round_up(end - first, 64);
-            close(scores, from, begin - first);
-            close(scores, end - first, to);
-            if (v.mask) close_masked(scores, v, first, begin, end);
-            const bool only = v.sink_end >= first && v.end <= last;
-            BoundedRow& row = rows[i];
-            if (v.sink_end >= first && !(only && to - from <= work.groups)) close(row.maxima, 0, work.groups);
-            if (!work.take(row, scores + from, to - from, static_cast<int32_t>(first + from),
-                           facts[i / MR].width[i % MR], guess, only))
-                return false;
-            guess = row.reached;
-        }
-    }
 
-    int32_t* out = p.indices + ((b * p.rule.groups + head) * p.query_length + queries.begin) * p.top_k;
-    for (int64_t i = 0; i < count; ++i, out += p.top_k) {
-        BoundedRow& row = rows[i];
-        const Visible& v = visible[i];
-        const int32_t* best = row.places;
-        if (scored_rows[i / MR] >> (i % MR) & 1) {
-            best =
-                work.finish(row, facts[i / MR].width[i % MR], facts[i / MR].slack[i % MR], queries.begin + i);
-        } else if (row.keep > 0) {
-            for (int64_t j = v.sink_end; j < v.end; ++j) row.places[row.count++] = static_cast<int32_t>(j);
+        int32_t* out = p.indices +
+                       ((b * p.rule.groups + head) * p.query_length + queries.begin + g * MR) * p.top_k;
+        for (int r = 0; r < rows_here; ++r, out += p.top_k) {
+            BoundedRow& row = rows[r];
+            const Visible& v = seen[r];
+            const int32_t* best = row.places;
+            if (scored_rows[g] >> r & 1) {
+                best = work.finish(row, width[r], facts[g].slack[r], queries.begin + g * MR + r);
+            } else if (row.keep > 0) {
+                for (int64_t j = v.sink_end; j < v.end; ++j) row.places[row.count++] = static_cast<int32_t>(j);
+            }
+            emit(out, p.top_k, v, best, row.count);
         }
-        emit(out, p.top_k, v, best, row.count);
+        // Where guesses fail they cost more than they spare.
+        const bool tried = expected.usable;
+        expected = expected_of(rows, facts[g], scored_rows[g]);
+        if (tried && 2 * failed > MR) expected.usable = false;
     }
     return true;
 }
