@@ -65,6 +65,7 @@ struct BoundedRow {
     int32_t keep;
     int32_t reached;  // at least `keep` keys reach it, or kClosed
     int32_t bound;    // what tiles mark is above it
+    Reached cut;      // of all its scores, where somebody looked for it; a count of 0: nobody did
 };
 
 // Where the K-th best of the next rows is to be expected: as far from 0, in norms of the query, as it was for
@@ -205,16 +206,16 @@ struct BoundedRows {
             if (row.reached > kClosed) return true;  // the bound comes from what reaches it
             if (row.count >= row.keep) {
                 const int64_t padded = close_tail(row.scores, row.count);
-                const int32_t reached = reached_by(row.scores, padded, row.keep, row.keep, near_of(width),
-                                                   row.bound + 1, guess)
-                                            .low;
-                if (reached - width >= row.bound) {
-                    row.reached = reached;
+                row.cut =
+                    reached_by(row.scores, padded, row.keep, row.keep, near_of(width), row.bound + 1, guess);
+                if (row.cut.low - width >= row.bound) {
+                    row.reached = row.cut.low;
                     return true;
                 }
             }
         }
         row.count = before;
+        row.cut.count = 0;
         return false;
     }
 
@@ -229,9 +230,9 @@ struct BoundedRows {
             for (int64_t i = 0; i < groups; ++i) maxima[i] = kClosed;
             fold_maxima(maxima, groups, scores, n);
         }
-        row.reached = reached_by(small ? scores : maxima, small ? n : groups, row.keep, most, near,
-                                 row.reached, guess)
-                          .low;
+        row.reached =
+            reached_by(small ? scores : maxima, small ? n : groups, row.keep, most, near, row.reached, guess)
+                .low;
         const int32_t before = row.count;
         for (bool searched = small;; searched = true) {
             row.count =
@@ -271,14 +272,12 @@ struct BoundedRows {
         return c.count;
     }
 
-    // The same where many are open: by sums in the order in which a row is read, whose error is known, and
-    // only of what these leave open by those in the order of the full product, which costs more.
-    int32_t rank_many(int32_t open, int32_t keep, int64_t at, float slack) {
+    void dot_products(const int32_t* rows_of, int32_t n, int64_t at, float* to) {
         const Strides& s = p.query_strides;
         load_padded(plain_query, query + at * s.t, p.head_dim, s.d);
         const auto dots = [&]<int D>() {
-            Rows<T, D>{key, p.key_strides.t, p.head_dim}.dots(plain_query, keys, open, sign_of(p.rule.scale),
-                                                              exact);
+            Rows<T, D>{key, p.key_strides.t, p.head_dim}.dots(plain_query, rows_of, n, sign_of(p.rule.scale),
+                                                              to);
         };
         if (p.head_dim == 64)
             dots.template operator()<64>();
@@ -286,6 +285,12 @@ struct BoundedRows {
             dots.template operator()<128>();
         else
             dots.template operator()<0>();
+    }
+
+    // The same where many are open: by sums in the order in which a row is read, whose error is known, and
+    // only of what these leave open by those in the order of the full product, which costs more.
+    int32_t rank_many(int32_t open, int32_t keep, int64_t at, float slack) {
+        dot_products(keys, open, at, exact);
         const int32_t padded = order_all(exact, open, chosen);
         const float cut = float_of_order(find_cut(chosen, open, padded, keep, keep).low);
         const Vec sure = broadcast(cut + 2 * slack), least = broadcast(cut - 2 * slack);
@@ -312,8 +317,52 @@ struct BoundedRows {
         return c.count;
     }
 
-    // The exact best of a row's candidates, in order; returns them.
-    const int32_t* finish(BoundedRow& row, int32_t width, float slack, int64_t at) {
+    // The best of the keys row.places[0, n), of whom `keep` or more there are, in order, and what attention
+    // makes of them first: their sums in the order in which a row is read.
+    const int32_t* rank_with_logits(BoundedRow& row, int32_t n, int64_t at, float slack, float* logits) {
+        dot_products(row.places, n, at, exact);
+        if (n == row.keep) {
+            memcpy(logits, exact, static_cast<size_t>(n) * 4);
+            return row.places;
+        }
+        const int32_t padded = order_all(exact, n, chosen);
+        const float cut = float_of_order(find_cut(chosen, n, padded, row.keep, row.keep).low);
+        const Vec sure = broadcast(cut + 2 * slack), least = broadcast(cut - 2 * slack);
+        int32_t kept = 0, between = 0;
+        for (int32_t i = 0; i < n; i += W) {
+            const Vec score = load(exact + i);
+            const uint32_t may = not_le(score, least) & low_bits(n - i), above = not_le(score, sure);
+            for (uint32_t bits = may & ~above; bits; bits &= bits - 1)
+                unsure[between++] = kept + __builtin_popcount(may & low_bits(__builtin_ctz(bits)));
+            kept += compress_to(exact + kept, keys + kept, may, exact + i, row.places + i);
+        }
+        if (kept > row.keep) {
+            survivors.scored += between;
+            for (int32_t i = 0; i < between; ++i) few[i] = keys[unsure[i]];
+            pack_exact(at);
+            exact_scores<T, Tile>(p, exact_query, key, few, between, scores_of_few);
+            Candidates c{scores_of_few, unsure, between, row.keep - (kept - between)};
+            for (int32_t i = 0; i < between; ++i) few[i] = unsure[i];
+            keep_best<false>(c, chosen);
+            // `few` are the places of all that were unsure, `unsure` of those that stay.
+            int32_t left = 0, seen = 0, stays = 0;
+            for (int32_t i = 0; i < kept; ++i) {
+                if (seen < between && few[seen] == i) {
+                    ++seen;
+                    if (stays == c.count || unsure[stays] != i) continue;
+                    ++stays;
+                }
+                keys[left] = keys[i];
+                exact[left++] = exact[i];
+            }
+        }
+        memcpy(logits, exact, static_cast<size_t>(row.keep) * 4);
+        return keys;
+    }
+
+    // The exact best of a row's candidates, in order; returns them. Where `logits` are wanted and the row's
+    // keys have any, they are written.
+    const int32_t* finish(BoundedRow& row, int32_t width, float slack, int64_t at, float* logits) {
         ++survivors.rows;
         survivors.budget += row.keep;
         if (row.count <= row.keep) {
@@ -321,9 +370,21 @@ struct BoundedRows {
             return row.places;
         }
         const int64_t padded = close_tail(row.scores, row.count);
-        const Reached cut = reached_by(row.scores, padded, row.keep, row.keep, near_of(width), row.reached,
-                                       row.reached + 64);
+        Reached cut = row.cut;
+        if (cut.count == 0)
+            cut = reached_by(row.scores, padded, row.keep, row.keep, near_of(width), row.reached,
+                             row.reached + 64);
         row.reached = cut.low;
+        if (logits) {
+            const Shorts out = all_shorts(to_short(cut.low - width));
+            int32_t n = 0;
+            for (int32_t i = 0; i < row.count; i += 64)
+                n += append_marked(row.places + n, bits_above(row.scores + i, out), row.places + i,
+                                   minimum<int32_t>(64, row.count - i));
+            survivors.kept += n;
+            row.count = row.keep;
+            return rank_with_logits(row, n, at, slack, logits);
+        }
         // What no more than `keep` reach, and so what is chosen and what is out.
         const int32_t few = cut.count <= row.keep ? cut.low : cut.high + 1;
         const Shorts sure = all_shorts(to_short(few + width - 2)),
@@ -384,7 +445,8 @@ inline Expected expected_of(const BoundedRow* rows, const RowFacts& facts, uint3
 // select_rows by bounds; false where they leave too many candidates of some row.
 template <class T, class Tile, class Kind>
 bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range queries,
-                           const uint32_t* panels_of_head, void* memory, Survivors& survivors) {
+                           const uint32_t* panels_of_head, void* memory, float* logits,
+                           Survivors& survivors) {
     Scratch scratch{static_cast<char*>(memory)};
     const int64_t kv_head = head / (p.heads / p.kv_heads), count = queries.end - queries.begin;
     BoundedRows<T, Tile, Kind> work{
@@ -446,6 +508,7 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
             row.count = 0;
             row.keep = budgets[g * MR + r];
             row.reached = kClosed;
+            row.cut.count = 0;
         }
         int failed = 0;
         for (int64_t first = needed[g].begin / 64 * 64, last; first < needed[g].end; first = last) {
@@ -491,21 +554,28 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
                                    width[r], guess, only))
                         return false;
                 }
-                if (!only && !work.trim(row, width[r])) return false;
+                if (!only) {
+                    row.cut.count = 0;
+                    if (!work.trim(row, width[r])) return false;
+                }
                 guess = row.reached;
             }
         }
 
-        int32_t* out = p.indices +
-                       ((b * p.rule.groups + head) * p.query_length + queries.begin + g * MR) * p.top_k;
+        int32_t* out =
+            p.indices + ((b * p.rule.groups + head) * p.query_length + queries.begin + g * MR) * p.top_k;
         for (int r = 0; r < rows_here; ++r, out += p.top_k) {
             BoundedRow& row = rows[r];
             const Visible& v = seen[r];
             const int32_t* best = row.places;
+            float* to = logits ? logits + (g * MR + r) * p.top_k : nullptr;
+            if (to) *to = __builtin_nanf("");  // none
+            if (row.keep != p.top_k) to = nullptr;
             if (scored_rows[g] >> r & 1) {
-                best = work.finish(row, width[r], facts[g].slack[r], queries.begin + g * MR + r);
+                best = work.finish(row, width[r], facts[g].slack[r], queries.begin + g * MR + r, to);
             } else if (row.keep > 0) {
-                for (int64_t j = v.sink_end; j < v.end; ++j) row.places[row.count++] = static_cast<int32_t>(j);
+                for (int64_t j = v.sink_end; j < v.end; ++j)
+                    row.places[row.count++] = static_cast<int32_t>(j);
             }
             emit(out, p.top_k, v, best, row.count);
         }

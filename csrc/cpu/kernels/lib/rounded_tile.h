@@ -160,8 +160,8 @@ SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums
 #endif
 
 // to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the
-// key's scale, rounded. Bit j of marks[r · mark_stride]: it is above the row's bound, all of whose numbers are
-// alike.
+// key's scale, rounded. Bit j of marks[r · mark_stride]: it is above the row's bound, all of whose numbers
+// are alike.
 template <class Kind>
 __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, const uint32_t* queries,
                                                    const uint32_t* panel, int64_t word_count, int shift,
