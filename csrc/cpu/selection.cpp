@@ -143,9 +143,12 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
             const Memory packed = rounded_keys(s);
             std::vector<uint8_t> done(left.size());
             std::atomic<int64_t> tried{0}, given_up{0};
-            const int64_t bytes = std::max(k.scratch_bytes(p), scratch_bytes);
+            const int64_t bytes = (std::max(k.scratch_bytes(p), scratch_bytes) + 63) / 64 * 64;
+            const int64_t logit_bytes = s.wants_logits ? 4 * step * p.top_k : 0;
+            s.logits_at = s.wants_logits ? bytes : 0;
             for_each_task(
-                static_cast<int64_t>(left.size()), bytes, s.parallel, [&](int64_t n, char* scratch) {
+                static_cast<int64_t>(left.size()), bytes + logit_bytes, s.parallel,
+                [&](int64_t n, char* scratch) {
                     if (given_up * 4 > tried + 16) return;  // inputs that bounds do not suit
                     const Block t = block(left[static_cast<size_t>(n)]);
                     uint8_t& is_done = done[static_cast<size_t>(n)];
@@ -155,7 +158,8 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
                     }
                     cpu::Survivors found{};
                     ++tried;
-                    if (!k.select(p, {t.b, t.group, t.queries, packed.get()}, scratch, &found)) {
+                    float* logits = logit_bytes ? reinterpret_cast<float*>(scratch + s.logits_at) : nullptr;
+                    if (!k.select(p, {t.b, t.group, t.queries, packed.get(), logits}, scratch, &found)) {
                         ++given_up;
                         return;
                     }
@@ -168,6 +172,7 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
             for (size_t n = 0; n < left.size(); ++n)
                 if (!done[n]) rest.push_back(left[n]);
             left.swap(rest);
+            s.logits_at = 0;
         }
         counts[1] += static_cast<int64_t>(left.size());
         if (left.empty()) return;

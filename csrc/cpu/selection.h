@@ -37,6 +37,13 @@ struct Selection {
     Memory packed;
     int64_t block, per_head;
     bool parallel;
+    // Whether logits are wanted of tasks (SelectTask); where in a thread's scratch they are, 0: nowhere.
+    bool wants_logits = false;
+    int64_t logits_at = 0;
+
+    const float* logits(const char* scratch) const {
+        return logits_at ? reinterpret_cast<const float*>(scratch + logits_at) : nullptr;
+    }
 };
 
 // Fills s.params, all but the result's pointer and what blocks need.

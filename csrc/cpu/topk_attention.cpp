@@ -37,10 +37,13 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
     }
     std::vector<uint8_t> done;  // by tiles
     const bool some = attend_by_tiles(s, a, nullptr, done);
-    // One task selects and attends: the block's indices and keys are still in cache.
+    // One task selects and attends: the block's indices and keys are still in cache, and scores that ranked
+    // the keys are those that weigh them.
+    s.wants_logits = sharing == 1;
     select_rest(s, attend.scratch_bytes(a), some ? &done : nullptr,
                 [&](int64_t b, int64_t group, cpu::Range queries, char* scratch) {
-                    attend.run(a, {b, {group * sharing, (group + 1) * sharing}, queries}, scratch);
+                    attend.run(a, {b, {group * sharing, (group + 1) * sharing}, queries, s.logits(scratch)},
+                               scratch);
                 });
     return {out, lse, indices};
 }

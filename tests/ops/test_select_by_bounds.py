@@ -137,7 +137,7 @@ def _sorted_by_score(query, key, descending):
     return key.gather(-2, order.expand_as(key))
 
 
-# Scores are kept for 4,096 keys at a time: what comes before and behind is another part.
+# Scores are kept for 16,384 keys at a time: what comes before and behind is another part.
 @compiled
 @pytest.mark.parametrize(
     "order", ["random", "ascending", "descending", "alike 128 keys apart", "in one place"]
@@ -145,26 +145,42 @@ def _sorted_by_score(query, key, descending):
 @pytest.mark.parametrize(
     "rule",
     [
-        {"causal_offset": 4090},
-        {"causal_offset": 8200, "window": 5, "sinks": 3},
-        {"causal_offset": 12500},
-        {"causal_offset": 12500, "key_starts": torch.arange(40).mul(207)[None]},
-        {"causal_offset": 9000, "mask": True},
+        {"causal_offset": 16370},
+        {"causal_offset": 32800, "window": 5, "sinks": 3},
+        {"causal_offset": 50000},
+        {"causal_offset": 50000, "key_starts": torch.arange(40).mul(828)[None]},
+        {"causal_offset": 36000, "mask": True},
     ],
 )
 def test_rows_of_several_parts(rule, order):
-    query, key = normal(1, 2, 40, 32), normal(1, 2, 12600, 32, seed=1)
+    query, key = normal(1, 2, 40, 32), normal(1, 2, 50400, 32, seed=1)
     if order in ("ascending", "descending"):
         key = _sorted_by_score(query, key, order == "descending")
     if order == "alike 128 keys apart":  # the best keys of a query fall into few groups
-        key = key[:, :, :128].repeat(1, 1, 99, 1)[:, :, : key.shape[2]] + 0.05 * key
+        key = key[:, :, :128].repeat(1, 1, 394, 1)[:, :, : key.shape[2]] + 0.05 * key
     if order == "in one place":
-        key[:, :, 5000:5100] += query.mean(-2, keepdim=True) + query[:, :, :1]
+        key[:, :, 20000:20100] += query.mean(-2, keepdim=True) + query[:, :, :1]
     rule = dict(rule)
     if rule.pop("mask", False):
-        rule["attn_mask"] = torch.rand(40, 12600, generator=torch.Generator().manual_seed(2)) < 0.3
+        rule["attn_mask"] = torch.rand(40, 50400, generator=torch.Generator().manual_seed(2)) < 0.3
     counts = same_bits(query, key, key, 20, is_causal=True, **rule)
     assert counts["given_up"] == 0
+
+
+# What rows may keep is guessed from the group of 4, 6 or 12 rows before: groups that are not alike, either way.
+@compiled
+@pytest.mark.parametrize("rows", [1, 4, 6, 12])
+@pytest.mark.parametrize("near", [0.0, 0.02, 0.5, 3.0])
+def test_rows_unlike_those_before(rows, near):
+    query, key = normal(1, 2, 100, 32), normal(1, 2, 3000, 32, seed=1)
+    # Every other group has as many good keys as it keeps, some, or none that others lack.
+    for group in range(rows, 100, 2 * rows):
+        there = slice(20 * group, 20 * group + 13)
+        key[:, :, there] += near * query[:, :, group : group + 1]
+    query[:, :, 50:] *= torch.exp2(4 * normal(1, 2, 50, 1, seed=2))
+    for top_k in (13, 40):
+        assert same_bits(query, key, key, top_k)["given_up"] == 0
+        same_bits(query, key, key, top_k, is_causal=True, causal_offset=2900)
 
 
 @compiled

@@ -39,7 +39,8 @@ SPARSE_ATTN_INLINE void ask_for_rows(const R& rows, const int32_t* keys, int64_t
 }
 
 template <class T, int D, int Dv>
-void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, void* memory) {
+void attend_rows(const AttendParams& p, const AttendTask& task, void* memory) {
+    const auto [b, heads, queries, logits] = task;
     Scratch scratch{static_cast<char*>(memory)};
     float* query = scratch.take<float>(p.head_dim + 16);
     float* result = scratch.take<float>(p.value_dim + 16);
@@ -66,13 +67,21 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
             if (h == heads.begin || h % per_group == 0)
                 filled = filled_slots(p.indices + b * si.b + h / per_group * si.h + i * si.t, p.slots, 0,
                                       p.key_length, keys, slot_of);
-            if (far) {
-                ask_for_rows(key_rows, keys, filled);
-                ask_for_rows(value_rows, keys, filled);
+            const float* known = logits ? logits + (i - queries.begin) * p.slots : nullptr;
+            if (known && known[0] == known[0] && filled == p.slots) {
+                const Vec scale = broadcast(__builtin_fabsf(p.scale));
+                for (int64_t n = 0; n < filled; n += Vec::W)
+                    store(scores + n,
+                          (n + Vec::W <= filled ? load(known + n) : load_n(known + n, filled - n)) * scale);
+            } else {
+                if (far) {
+                    ask_for_rows(key_rows, keys, filled);
+                    ask_for_rows(value_rows, keys, filled);
+                }
+                load_padded(query, static_cast<const T*>(p.query) + b * sq.b + h * sq.h + i * sq.t,
+                            p.head_dim, sq.d);
+                key_rows.dots(query, keys, filled, p.scale, scores);
             }
-            load_padded(query, static_cast<const T*>(p.query) + b * sq.b + h * sq.h + i * sq.t, p.head_dim,
-                        sq.d);
-            key_rows.dots(query, keys, filled, p.scale, scores);
             if (p.softcap > 0) soft_cap(scores, filled, 1.0f, p.softcap);
             float total = 0.0f;
             const float peak = softmax_terms(scores, filled, sink_of(p.sink_logits, h), &total);
@@ -87,9 +96,8 @@ void attend_rows(const AttendParams& p, int64_t b, Range heads, Range queries, v
 }
 
 void attend(const AttendParams& p, AttendTask task, void* scratch) {
-    dispatch(p.dtype, p.head_dim, p.value_dim, [&]<class T, int D, int Dv>() {
-        attend_rows<T, D, Dv>(p, task.b, task.heads, task.queries, scratch);
-    });
+    dispatch(p.dtype, p.head_dim, p.value_dim,
+             [&]<class T, int D, int Dv>() { attend_rows<T, D, Dv>(p, task, scratch); });
 }
 
 SPARSE_ATTN_KERNELS(gathered_attention, AttendKernel) = {.scratch_bytes = attend_scratch_bytes,

@@ -23,6 +23,7 @@ namespace cpu {
 struct AttendTask {
     int64_t b;
     Range heads, queries;
+    const float* logits = nullptr;  // of these queries of one head, as SelectTask has them, or null
 };
 using AttendKernel = Kernel<AttendParams, AttendTask>;
 

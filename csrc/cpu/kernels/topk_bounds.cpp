@@ -216,7 +216,7 @@ bool select_by_bounds(const SelectParams& p, SelectTask task, void* scratch, Sur
     with_kind(p, [&]<class Kind>() {
         with_tile(p, [&]<class T, class Tile>() {
             done = select_rows_by_bounds<T, Tile, Kind>(p, task.b, task.group, task.queries, panels, scratch,
-                                                        *survivors);
+                                                        task.logits, *survivors);
         });
     });
     return done;

@@ -27,7 +27,7 @@ struct BoundsKernels {
     void (*pack_keys)(const SelectParams&, int64_t b, int64_t kv_head, Range panels, void* packed_head);
 
     // Selects for a task of SelectKernels::block_queries; `packed` are the rounded keys of all heads. False
-    // where the bounds prune too little for some row: nothing is written then.
+    // where the bounds prune too little for some row: what is written then is of no use.
     int64_t (*scratch_bytes)(const SelectParams&);
     bool (*select)(const SelectParams&, SelectTask, void* scratch, Survivors*);
 };

@@ -12,6 +12,9 @@ struct SelectTask {
     int64_t b, group;
     Range queries;
     const void* packed;
+    // [block_queries, K] for the sums q·k of the chosen keys, where somebody wants them and bounds make them
+    // in the order in which attention does; rows without have NaN first.
+    float* logits = nullptr;
 };
 
 struct SelectKernels {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "rounded_rows.h"
+#include "score_rows.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -53,15 +54,12 @@ SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
 SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
     return _mm512_set1_epi32(static_cast<int>(*p));
 }
-SPARSE_ATTN_INLINE __m512i upper_halves(Sums a, Sums b, int shift) {
+SPARSE_ATTN_INLINE Shorts upper_halves(Sums a, Sums b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
     const __m512i pairs = _mm512_packs_epi32(_mm512_maskz_sra_epi32(0xffff, a, count),
                                              _mm512_maskz_sra_epi32(0xffff, b, count));
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    return _mm512_maskz_permutexvar_epi64(0xff, order, pairs);
-}
-SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
-    _mm512_storeu_si512(p, upper_halves(a, b, shift));
+    return {_mm512_maskz_permutexvar_epi64(0xff, order, pairs)};
 }
 #if defined(__AVX512VNNI__)
 #define SPARSE_ATTN_BYTE_TILES
@@ -70,8 +68,8 @@ SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
     return c;
 }
 // The same times factors in 2⁻¹⁵, rounded.
-SPARSE_ATTN_INLINE void store_scaled_upper(int16_t* p, Sums a, Sums b, int shift, const int16_t* factors) {
-    _mm512_storeu_si512(p, _mm512_mulhrs_epi16(upper_halves(a, b, shift), _mm512_loadu_si512(factors)));
+SPARSE_ATTN_INLINE Shorts scaled(Shorts a, Shorts factors) {
+    return {_mm512_mulhrs_epi16(a.v, factors.v)};
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     // Not the intrinsic: GCC 12 copies its accumulator around each use, and then runs out of registers.
@@ -93,10 +91,10 @@ SPARSE_ATTN_INLINE Sums no_sums() {
 SPARSE_ATTN_INLINE Sums load_sums(const uint32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+SPARSE_ATTN_INLINE Shorts upper_halves(Sums a, Sums b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
     const __m256i pairs = _mm256_packs_epi32(_mm256_sra_epi32(a, count), _mm256_sra_epi32(b, count));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(pairs, 0xd8));
+    return {_mm256_permute4x64_epi64(pairs, 0xd8)};
 }
 SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums& to_a, Sums& to_b) {
     // Not the intrinsics: GCC 12 multiplies everything first, and then runs out of registers. Additions take
@@ -123,11 +121,13 @@ SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
     const int32_t word = static_cast<int32_t>(*p);
     return {{word, word, word, word}};
 }
-SPARSE_ATTN_INLINE void store_upper(int16_t* p, Sums a, Sums b, int shift) {
+SPARSE_ATTN_INLINE Shorts upper_halves(Sums a, Sums b, int shift) {
+    Shorts s;
     for (int i = 0; i < 4; ++i) {
-        p[i] = static_cast<int16_t>(a.v[i] >> shift);
-        p[4 + i] = static_cast<int16_t>(b.v[i] >> shift);
+        s.v[i] = static_cast<int16_t>(a.v[i] >> shift);
+        s.v[4 + i] = static_cast<int16_t>(b.v[i] >> shift);
     }
+    return s;
 }
 #define SPARSE_ATTN_BYTE_TILES
 SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
@@ -137,9 +137,9 @@ SPARSE_ATTN_INLINE Sums add_byte_products(Sums queries, Sums keys, Sums c) {
                       static_cast<int8_t>(static_cast<uint32_t>(keys.v[i]) >> bit);
     return c;
 }
-SPARSE_ATTN_INLINE void store_scaled_upper(int16_t* p, Sums a, Sums b, int shift, const int16_t* factors) {
-    store_upper(p, a, b, shift);
-    for (int i = 0; i < NR; ++i) p[i] = static_cast<int16_t>((p[i] * factors[i] + 0x4000) >> 15);
+SPARSE_ATTN_INLINE Shorts scaled(Shorts a, Shorts factors) {
+    for (int i = 0; i < NR; ++i) a.v[i] = static_cast<int16_t>((a.v[i] * factors.v[i] + 0x4000) >> 15);
+    return a;
 }
 SPARSE_ATTN_INLINE Sums add_products(Sums queries, Sums keys, Sums c) {
     for (int i = 0; i < 4; ++i) {
@@ -160,11 +160,13 @@ SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums
 #endif
 
 // to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the
-// key's scale, rounded.
+// key's scale, rounded. Bit j of marks[r · mark_stride]: it is above the row's bound, all of whose numbers
+// are alike.
 template <class Kind>
 __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, const uint32_t* queries,
-                                                   const uint32_t* panel, int64_t word_count, int shift) {
-    static_assert(NV == 2);
+                                                   const uint32_t* panel, int64_t word_count, int shift,
+                                                   const int16_t* bounds, Marks* marks, int64_t mark_stride) {
+    static_assert(NV == 2 && NR == Shorts::N);
     Sums acc[MR][NV];
     if constexpr (Kind::kBits == 16) {
 #pragma GCC unroll 16
@@ -194,16 +196,15 @@ __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, 
         }
 #endif
     }
-    if constexpr (Kind::kBits == 16) {
+    [[maybe_unused]] const int16_t* factors = reinterpret_cast<const int16_t*>(panel + word_count * NR + NR);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) store_upper(to + r * stride, acc[r][0], acc[r][1], shift);
-    } else {
+    for (int r = 0; r < MR; ++r) {
+        Shorts score = upper_halves(acc[r][0], acc[r][1], shift);
 #if defined(SPARSE_ATTN_BYTE_TILES)
-        const int16_t* factors = reinterpret_cast<const int16_t*>(panel + word_count * NR + NR);
-#pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r)
-            store_scaled_upper(to + r * stride, acc[r][0], acc[r][1], shift, factors);
+        if constexpr (Kind::kBits == 8) score = scaled(score, load_shorts(factors));
 #endif
+        store(to + r * stride, score);
+        marks[r * mark_stride] = marks_above(score, load_shorts(bounds + r * NR));
     }
 }
 

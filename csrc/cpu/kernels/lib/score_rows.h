@@ -29,6 +29,11 @@ SPARSE_ATTN_INLINE Shorts all_shorts(int16_t x) {
 SPARSE_ATTN_INLINE Shorts max(Shorts a, Shorts b) {
     return {_mm512_max_epi16(a.v, b.v)};
 }
+// Bit i: a_i is above the bound.
+using Marks = uint32_t;
+SPARSE_ATTN_INLINE Marks marks_above(Shorts a, Shorts bound) {
+    return _mm512_cmpgt_epi16_mask(a.v, bound.v);
+}
 // How many of x[0, n) are above the bound; n in whole vectors.
 SPARSE_ATTN_INLINE int32_t count_above(const int16_t* x, int64_t n, int16_t bound) {
     const __m512i least = _mm512_set1_epi16(bound);
@@ -59,6 +64,12 @@ SPARSE_ATTN_INLINE Shorts all_shorts(int16_t x) {
 }
 SPARSE_ATTN_INLINE Shorts max(Shorts a, Shorts b) {
     return {_mm256_max_epi16(a.v, b.v)};
+}
+using Marks = uint16_t;
+SPARSE_ATTN_INLINE Marks marks_above(Shorts a, Shorts bound) {
+    const __m256i above = _mm256_cmpgt_epi16(a.v, bound.v);
+    return static_cast<Marks>(_mm_movemask_epi8(
+        _mm_packs_epi16(_mm256_castsi256_si128(above), _mm256_extracti128_si256(above, 1))));
 }
 SPARSE_ATTN_INLINE int32_t count_above(const int16_t* x, int64_t n, int16_t bound) {
     const __m256i least = _mm256_set1_epi16(bound);
@@ -103,6 +114,12 @@ SPARSE_ATTN_INLINE Shorts all_shorts(int16_t x) {
 SPARSE_ATTN_INLINE Shorts max(Shorts a, Shorts b) {
     for (int i = 0; i < 8; ++i) a.v[i] = maximum(a.v[i], b.v[i]);
     return a;
+}
+using Marks = uint8_t;
+SPARSE_ATTN_INLINE Marks marks_above(Shorts a, Shorts bound) {
+    int bits = 0;
+    for (int i = 0; i < 8; ++i) bits |= (a.v[i] > bound.v[i]) << i;
+    return static_cast<Marks>(bits);
 }
 SPARSE_ATTN_INLINE int32_t count_above(const int16_t* x, int64_t n, int16_t bound) {
     int32_t count = 0;
@@ -228,6 +245,21 @@ inline int32_t places_above(int32_t* places, int32_t count, int32_t full, const 
     const Shorts least = all_shorts(bound);
     for (int64_t i = 0; i < n; i += 64) {
         count += append_places(places + count, bits_above(x + i, least), base + static_cast<int32_t>(i));
+        if (count > full) break;
+    }
+    return count;
+}
+
+// The same where bit i of `marks` is set, begin <= i < end.
+inline int32_t places_marked(int32_t* places, int32_t count, int32_t full, const Marks* marks, int64_t begin,
+                             int64_t end, int32_t base) {
+    const char* words = reinterpret_cast<const char*>(marks);
+    for (int64_t i = begin / 64 * 64; i < end; i += 64) {
+        uint64_t bits;
+        memcpy(&bits, words + i / 8, 8);
+        if (i < begin) bits &= ~uint64_t{0} << (begin - i);
+        if (end - i < 64) bits &= ~(~uint64_t{0} << (end - i));
+        count += append_places(places + count, bits, base + static_cast<int32_t>(i));
         if (count > full) break;
     }
     return count;
