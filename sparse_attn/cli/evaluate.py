@@ -32,7 +32,7 @@ Results are kept in --out after each step, and what is there is not run again: a
 
 EPILOG = f"""\
 selectors: {", ".join(NAMES)};
-  with /kv or /all where heads share a selection, with +tail where the mean of what is left out is added
+  with /kv or /all where heads share a selection, with +tail or +blocks where means of what is left out are added
 
 examples:
   sparse-attn evaluate --model DIR --text a.txt b.txt --selector exact exact/kv exact+tail --budget 5% 12.5%

@@ -13,6 +13,7 @@ SINKS = 4  # that a window keeps beside it
 NAMES = (*SELECTORS, "hierarchical", "window")
 ORACLE = "exact"  # each head's own best keys: what the others stand in for
 DENSE = "dense"
+TAILS: dict[str, bool | str] = {"tail": True, "blocks": "blocks"}  # the `residual` of `configure`
 _BLOCKS = ("blocks", "refined_blocks", "hierarchical")  # choose whole blocks, at least on the way
 
 
@@ -21,10 +22,11 @@ class Arm:
     """One way of choosing keys.
 
     Args:
-        text: as it is written: NAME, NAME/SHARE, NAME+tail or NAME/SHARE+tail. NAME is one of NAMES: a selector of
+        text: as it is written: NAME, NAME/SHARE, NAME+TAIL or NAME/SHARE+TAIL. NAME is one of NAMES: a selector of
             `sparse_attn.integrations.transformers.configure`, "hierarchical"
             (:class:`sparse_attn.selection.Hierarchical`), or "window" (the last keys, and four sinks); SHARE is "kv" or
-            "all"; "+tail" gives the mass of the keys left out to the mean of their values.
+            "all"; TAIL is one of TAILS: "tail" gives the mass of the keys left out to the mean of their values, "blocks"
+            counts them by means of whole blocks.
 
     Raises:
         TypeError, ValueError: the text is none of these.
@@ -33,36 +35,36 @@ class Arm:
     text: str
     name: str = field(init=False)
     share: str = field(init=False)
-    tail: bool = field(init=False)
+    tail: str = field(init=False)  # "": none
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise TypeError(f"a selector must be a name, got {checks.describe(self.text)}")
         body, plus, tail = self.text.partition("+")
         name, slash, share = body.partition("/")
-        if name not in NAMES or (plus and tail != "tail") or (slash and share not in ("kv", "all")):
+        if name not in NAMES or (plus and tail not in TAILS) or (slash and share not in ("kv", "all")):
             raise ValueError(
-                f"a selector must be one of {', '.join(NAMES)}, with /kv or /all where heads share it and +tail where "
-                f"the mean of what is left out is added, got {self.text!r}"
+                f"a selector must be one of {', '.join(NAMES)}, with /kv or /all where heads share it and +tail or +blocks "
+                f"where means of what is left out are added, got {self.text!r}"
             )
         if share and name == "indexer":
             raise ValueError(
                 f"an indexer's own groups say who shares: /{share} goes without, got {self.text!r}"
             )
         if tail and name in ("blocks", "window"):
-            raise ValueError(f"+tail goes with selections of tokens by score, got {self.text!r}")
-        for attribute, value in (("name", name), ("share", share or "none"), ("tail", bool(tail))):
+            raise ValueError(f"+{tail} goes with selections of tokens by score, got {self.text!r}")
+        for attribute, value in (("name", name), ("share", share or "none"), ("tail", tail)):
             object.__setattr__(self, attribute, value)
 
     @property
     def plain(self) -> str:
         """Without the tail."""
-        return self.text.removesuffix("+tail")
+        return self.text.partition("+")[0]
 
     @property
     def oracle(self) -> str:
         """The exact selection that this one is beside."""
-        return ORACLE + ("+tail" if self.tail else "")
+        return ORACLE + (f"+{self.tail}" if self.tail else "")
 
     def keys(self, budget: str, length: int) -> int | None:
         """How many keys a budget is at a length; None where this selection cannot have it."""
@@ -78,7 +80,7 @@ class Arm:
         """Arguments of `configure`."""
         options: dict[str, Any] = {"top_k": keys, "share": self.share, "selector": self.name}
         if self.tail:
-            options["residual"] = True
+            options["residual"] = TAILS[self.tail]
         if self.name == "hierarchical":
             options["selector"] = Hierarchical(BLOCK)
         if self.name == "window":

@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sparse_attn.evaluation.arms import DENSE, ORACLE
+from sparse_attn.evaluation.arms import DENSE, ORACLE, TAILS
 from sparse_attn.evaluation.intervals import Interval, interval
 from sparse_attn.evaluation.store import Row, Store
 
-ORACLES = (ORACLE, f"{ORACLE}+tail")
+ORACLES = (ORACLE, *(f"{ORACLE}+{tail}" for tail in TAILS))
 
 
 class Table(NamedTuple):

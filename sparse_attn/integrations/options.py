@@ -46,9 +46,15 @@ def needs_order(options: dict[str, Any]) -> bool:
     return options["window"] > 0 or maskless(options["selector"], options["residual"])
 
 
-def maskless(selector: object, residual: bool) -> bool:
+def maskless(selector: object, residual: bool | str) -> bool:
     """Whether a selection takes no mask: what a query sees must be a range of keys."""
-    return residual or selector in ("blocks", "refined_blocks")
+    return bool(residual) or selector in ("blocks", "refined_blocks")
+
+
+def tail_of(options: dict[str, Any]) -> str:
+    """What becomes of the keys that are left out, in the word of `attend`."""
+    residual = options["residual"]
+    return ("mean" if residual else "none") if isinstance(residual, bool) else str(residual)
 
 
 def kept(options: dict[str, Any]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.integrations.options import kept
+from sparse_attn.integrations.options import kept, tail_of
 from sparse_attn.integrations.visibility import Visibility
 from sparse_attn.ops.shards import state
 from sparse_attn.rule import Rule
@@ -94,6 +94,5 @@ def attend_part(
 ) -> Tensor:  # [B, Hq, T_r, Dv]
     """What the whole sequence's attention is at this rank's queries."""
     rule = Rule(is_causal=True, share=options["share"], **kept(options), **scores)
-    tail = "mean" if options["residual"] else "none"
-    backend = options["backend"]
+    tail, backend = tail_of(options), options["backend"]
     return select_and_attend(query, key, value, options["top_k"], selector, rule, tail=tail, backend=backend)

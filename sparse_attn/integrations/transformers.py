@@ -42,6 +42,7 @@ from sparse_attn.integrations.options import (
     options_of,
     say_when_saved,
     set_options,
+    tail_of,
     unchanged_if_refused,
 )
 from sparse_attn.integrations.packed import within_documents
@@ -94,7 +95,7 @@ def configure(
     sinks: int = 0,
     share: str = "none",
     selector: str | Selector = "exact",
-    residual: bool = False,
+    residual: bool | str = False,
     layers: Iterable[int] | None = None,
     backend: str | None = None,
     key_index: bool = True,
@@ -119,8 +120,10 @@ def configure(
             both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence. Or any object
             that has the `select` of a :class:`sparse_attn.selection.Selector`; it is not saved with the model.
         residual: the attention mass of the keys that are left out goes to the mean of their values
-            (``tail="mean"`` of :func:`sparse_attn.topk_attention`): nearer to dense attention, at about its cost. With
-            selections of tokens (all but "blocks"), padding at the ends of a sequence.
+            (``tail="mean"`` of :func:`sparse_attn.topk_attention`): nearer to dense attention, at about its cost. "blocks"
+            takes the means of blocks of 64 keys instead (``tail="blocks"``): nearer still with few keys, and cheaper;
+            blocks are counted from a row's first position, padding or not. With selections of tokens (all but "blocks"),
+            padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
         key_index: keep a :class:`sparse_attn.KeyIndex` beside each layer of a key/value cache, where decoding on a CPU
@@ -153,9 +156,11 @@ def configure(
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             raise TypeError(f"layers must be numbers of layers or None, got {checks.describe(layers)}")
         layers = [checks.integer("layers", layer, 0) for layer in layers]
-    if checks.boolean("residual", residual) and selector == "blocks":
+    if not isinstance(residual, bool) and residual != "blocks":
+        raise TypeError(f"residual must be True, False or 'blocks', got {checks.describe(residual)}")
+    if residual and selector == "blocks":
         raise ValueError(
-            "residual=True needs a selection of tokens, got selector='blocks', which takes whole blocks"
+            f"residual={residual!r} needs a selection of tokens, got selector='blocks', which takes whole blocks"
         )
     if backend is not None:
         check_name(backend)
@@ -323,7 +328,6 @@ def _sparse(
         key, value = key[:, :, : index.length], value[:, :, : index.length]
         selector = Exact(options["backend"], index)
     rule = seen.rule(share=options["share"], window=options["window"], sinks=sinks, **scores)
-    tail = "mean" if options["residual"] else "none"
     return select_and_attend(
-        query, key, value, options["top_k"], selector, rule, tail=tail, backend=options["backend"]
+        query, key, value, options["top_k"], selector, rule, tail=tail_of(options), backend=options["backend"]
     )

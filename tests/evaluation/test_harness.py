@@ -56,7 +56,7 @@ def encode(text: str) -> list[int]:
 
 
 def test_text_is_what_plain_pytorch_says(model, tmp_path):
-    plan = Plan(["exact/kv+tail", "window"], ["10%"], [LENGTH], ["text"])
+    plan = Plan(["exact/kv+tail", "exact+blocks", "window"], ["10%"], [LENGTH], ["text"])
     store = Store(tmp_path / "results.json", {"model": "m"})
     sparse_transformers.configure(
         model, top_k=7, sinks=2
@@ -78,6 +78,7 @@ def test_text_is_what_plain_pytorch_says(model, tmp_path):
     for name, options in (
         ("exact/kv+tail", {"share": "kv", "residual": True}),
         ("exact+tail", {"residual": True}),
+        ("exact+blocks", {"residual": "blocks"}),
         ("window", {"window": 20, "sinks": 4}),
         ("exact", {}),
     ):

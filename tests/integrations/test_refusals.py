@@ -57,7 +57,7 @@ def test_additive_mask():
         ({"top_k": "6"}, r"top_k must be an int, got '6' \(str\)"),
         ({"top_k": 4, "selector": 3}, "selector"),
         ({"top_k": 4, "layers": "0"}, "layers must be numbers of layers or None, got '0'"),
-        ({"top_k": 4, "residual": "yes"}, "residual must be True or False, got 'yes'"),
+        ({"top_k": 4, "residual": "yes"}, "residual must be True, False or 'blocks', got 'yes'"),
     ],
 )
 def test_configure(options, error):

@@ -191,6 +191,21 @@ class TestResidual:
             parts.append(logits(sparse, ids()[:, t : t + 1], **cached(past)))
         close(torch.cat(parts, 1), logits(sparse, ids()))
 
+    def test_means_of_blocks(self):
+        """Over several blocks: another result than the mean's, nearer than none's, and the same in decoding."""
+        found = {}
+        for residual in (False, True, "blocks"):
+            dense, sparse = pair(top_k=6, residual=residual)
+            found[residual] = logits(sparse, ids(1, 150))
+        target = logits(dense, ids(1, 150))
+        assert 0 < (found["blocks"] - target).norm() < (found[False] - target).norm()
+        assert (found["blocks"] - found[True]).norm() > 0
+        past = transformers.DynamicCache()
+        parts = [logits(sparse, ids(1, 150)[:, :126], **cached(past))]
+        for t in range(126, 150):
+            parts.append(logits(sparse, ids(1, 150)[:, t : t + 1], **cached(past)))
+        close(torch.cat(parts, 1), found["blocks"])
+
     def test_errors(self):
         with pytest.raises(
             ValueError, match="residual=True needs a selection of tokens, got selector='blocks'"
