@@ -25,8 +25,8 @@ class Arm:
         text: as it is written: NAME, NAME/SHARE, NAME+TAIL or NAME/SHARE+TAIL. NAME is one of NAMES: a selector of
             `sparse_attn.integrations.transformers.configure`, "hierarchical"
             (:class:`sparse_attn.selection.Hierarchical`), or "window" (the last keys, and four sinks); SHARE is "kv" or
-            "all"; TAIL is one of TAILS: "tail" gives the mass of the keys left out to the mean of their values, "blocks"
-            counts them by means of whole blocks.
+            "all"; TAIL is one of TAILS: "tail" gives the mass of the keys left out to the mean of their values,
+            "blocks" counts them by means of whole blocks.
 
     Raises:
         TypeError, ValueError: the text is none of these.
@@ -44,8 +44,8 @@ class Arm:
         name, slash, share = body.partition("/")
         if name not in NAMES or (plus and tail not in TAILS) or (slash and share not in ("kv", "all")):
             raise ValueError(
-                f"a selector must be one of {', '.join(NAMES)}, with /kv or /all where heads share it and +tail or +blocks "
-                f"where means of what is left out are added, got {self.text!r}"
+                f"a selector must be one of {', '.join(NAMES)}, with /kv or /all where heads share it and +tail or "
+                f"+blocks where means of what is left out are added, got {self.text!r}"
             )
         if share and name == "indexer":
             raise ValueError(

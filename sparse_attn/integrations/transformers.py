@@ -120,10 +120,10 @@ def configure(
             both top_k is a multiple of 64, at least 192, and padding stands at the ends of a sequence. Or any object
             that has the `select` of a :class:`sparse_attn.selection.Selector`; it is not saved with the model.
         residual: the attention mass of the keys that are left out goes to the mean of their values
-            (``tail="mean"`` of :func:`sparse_attn.topk_attention`): nearer to dense attention, at about its cost. "blocks"
-            takes the means of blocks of 64 keys instead (``tail="blocks"``): nearer still with few keys, and cheaper;
-            blocks are counted from a row's first position, padding or not. With selections of tokens (all but "blocks"),
-            padding at the ends of a sequence.
+            (``tail="mean"`` of :func:`sparse_attn.topk_attention`): nearer to dense attention, at about its cost.
+            "blocks" takes the means of blocks of 64 keys instead (``tail="blocks"``): nearer still with few keys, and
+            cheaper; blocks are counted from a row's first position, padding or not. With selections of tokens (all but
+            "blocks"), padding at the ends of a sequence.
         layers: numbers of the layers that are sparse; None is all. The others are dense.
         backend: force one wing; None chooses.
         key_index: keep a :class:`sparse_attn.KeyIndex` beside each layer of a key/value cache, where decoding on a CPU

@@ -176,6 +176,12 @@ bool scan_index(const DecodeParams& d, DecodeChunk t, void* memory) {
     const PageOf of{d.index.blocks};
     for (int64_t n = begin; n * kIndexKeys < end; ++n) {
         const int64_t base = n * kIndexKeys;
+        // A page lies anywhere, and where the next one lies no hardware can tell.
+        if (d.pages.table && (n + kIndexAhead) * kIndexKeys < end) {
+            const int64_t later = place_of_block(d, of, t.b, t.kv_head, n + kIndexAhead);
+            for (int64_t w = 0; w < four; ++w) __builtin_prefetch(d.index.codes + (later * four + w) * 64);
+            for (int64_t j = 0; j < 3; ++j) __builtin_prefetch(d.index.bounds + (later * 3 + j) * kIndexKeys);
+        }
         const int64_t place = place_of_block(d, of, t.b, t.kv_head, n);
         const int8_t* block = d.index.codes + place * four * 64;
         const float* numbers = d.index.bounds + place * 3 * kIndexKeys;

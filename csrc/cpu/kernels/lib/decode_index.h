@@ -14,7 +14,8 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-constexpr int kIndexRows = 4;  // queries that meet a block at once
+constexpr int kIndexRows = 4;        // queries that meet a block at once
+constexpr int64_t kIndexAhead = 12;  // blocks that are on their way from a paged index
 
 // Bytes of four components of one query, for each word of a block.
 struct RoundedQuery {
