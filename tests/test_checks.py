@@ -212,6 +212,11 @@ KEY_INDEXES = [
         key_index=sparse_attn.KeyIndex.of(KEY.double()),
     ),
 ]  # fmt: skip
+TAILS = [
+    case(ValueError, ["tail", "'none'", "'mean'", "'blocks'", "'sum'"], tail="sum"),
+    case(ValueError, ["tail", "'none'", "True"], tail=True),
+    case(ValueError, ["means", "attn_mask"], tail="mean", attn_mask=torch.ones(5, 7, dtype=torch.bool)),
+]
 BACKENDS = [
     case(ValueError, ["backend", "'cpu'", "'reference'", "None", "'cuda:0'"], backend="cuda:0"),
     case(ValueError, ["backend", "'CPU'"], backend="CPU"),
@@ -251,13 +256,14 @@ CASES = {
         *SELECTION,
         *SCALES,
         *KEY_INDEXES,
+        *TAILS,
         *BACKENDS,
         *LSE_FLAG,
         *INDEX_FLAG,
     ],
     "topk_select": [*TENSORS, *SELECTION, *SCALES, *KEY_INDEXES, *BACKENDS],
     "gathered_attention": [*TENSORS, *VALUES, *SLOTS, *SCALES, *BACKENDS, *LSE_FLAG],
-    "explain": [*TENSORS, *VALUES, *SELECTION, *SCALES, *KEY_INDEXES, *BACKENDS],
+    "explain": [*TENSORS, *VALUES, *SELECTION, *SCALES, *KEY_INDEXES, *TAILS, *BACKENDS],
 }
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import sparse_attn.integrations.transformers as sparse_transformers
 from sparse_attn.evaluation.arms import Arm
+from sparse_attn.integrations import transformers as sparse_transformers
 
 _ROWS = 256  # of logits that are worked on at a time
 

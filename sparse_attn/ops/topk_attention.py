@@ -109,12 +109,13 @@ def attend_all(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_best` with a tail: what is left out counts, too."""
     tails.check_rule(rule)
-    checks.query_key(query, key)
     top_k = checks.top_k_of(top_k)
-    if on_one_process(query) and top_k >= key.shape[2]:  # nothing is left out
-        return attend_best(
-            query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
-        )
+    if on_one_process(query):  # else each of the stages below is called for the parts
+        checks.query_key(query, key)
+        if top_k >= key.shape[2]:  # nothing is left out
+            return attend_best(
+                query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
+            )
     if tail == "blocks":
         out, lse, indices = attend_best(
             query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
