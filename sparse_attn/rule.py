@@ -105,7 +105,10 @@ class Rule:
         """
         others = sorted(self.said().difference(known))
         if others:
-            raise ValueError(f"{what} know of a rule only {', '.join(known)}; got {' and '.join(others)}")
+            names = ", ".join(
+                name for name in known if name != OFFSETS
+            )  # which is a causal_offset to the caller
+            raise ValueError(f"{what} know of a rule only {names}; got {' and '.join(others)}")
 
     def visibility(self) -> Rule:
         """The same without what only a selection needs: what is always kept, and who shares."""

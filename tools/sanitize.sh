@@ -86,7 +86,7 @@ if [[ $which == address ]]; then
         "$py" -m pytest -q --capture=sys -p no:cacheprovider \
         -k "not compile and not opcheck and not graph and not reference and not triton and not cuda and not process" \
         ops/test_varlen.py ops/test_varlen_blocks.py ops/test_paged.py ops/test_decoding.py ops/test_masked_tiles.py \
-        ops/test_key_index.py ops/test_select_by_bounds.py ops/test_replay.py
+        ops/test_key_index.py ops/test_select_by_bounds.py ops/test_replay.py ops/test_tail.py ops/test_paged_index.py
 else
     step "random calls for several threads" "$py" -m fuzz --seed 1 --large 1 --seconds "$seconds" --jobs 1
     step "calls from four Python threads" "$py" -m fuzz soak --ignore-memory --seconds "$seconds"
