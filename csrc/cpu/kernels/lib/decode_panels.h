@@ -45,6 +45,16 @@ struct KeyRows {
         const int64_t at = first + key;
         return head + table[of.page(at)] * page_step + of.place(at) * step;
     }
+    // Has the machine look up where the pages of the keys [key, end) lie in memory. One line brings what is
+    // known of the 32 KiB around it. Such searches go on side by side, and more of them cost little more than
+    // one, which holds up the lines behind it.
+    SPARSE_ATTN_INLINE void look_up(int64_t key, int64_t end) const {
+        constexpr int64_t kKnown = 32768;
+        const int64_t bytes = of.size * step * static_cast<int64_t>(sizeof(T));
+        for (int64_t n = of.page(first + key); key < end && n <= of.page(first + end - 1); ++n)
+            for (int64_t at = 0; at < bytes; at += kKnown)
+                __builtin_prefetch(reinterpret_cast<const char*>(head + table[n] * page_step) + at, 0, 2);
+    }
     // The rows of the NR keys from `key` on; behind the last of [0, end) that one again.
     SPARSE_ATTN_INLINE void panel(int64_t key, int64_t end, const T** rows) const {
         const int64_t count = minimum<int64_t>(NR, end - key);
@@ -56,21 +66,6 @@ struct KeyRows {
         for (int64_t j = count; j < NR; ++j) rows[j] = rows[count - 1];
     }
 };
-
-// Has the machine look up where the memory of NR rows lies, by one line of each of its pages: such searches
-// go on side by side, but each that comes amid a page's lines holds these up.
-template <class T>
-SPARSE_ATTN_INLINE void translate(const T* const* rows, int64_t row_bytes) {
-    constexpr uintptr_t kPage = 4096;
-    uintptr_t last = 0;
-    for (int j = 0; j < NR; ++j) {
-        const uintptr_t begin = reinterpret_cast<uintptr_t>(rows[j]);
-        for (uintptr_t at = begin; at < begin + static_cast<uintptr_t>(row_bytes); at += kPage) {
-            if (at / kPage != last) __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-            last = at / kPage;
-        }
-    }
-}
 
 // Queries of a key head in tiles of up to MR rows, [words][R] each.
 template <class T, class Tile>
@@ -118,22 +113,23 @@ SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range pa
     alignas(64) float tile[MR * NR];
     uint32_t beats[MR];
 
-    // The rows of this panel and of those behind it: one of them is asked for meanwhile, and where the last
-    // lies in memory is looked up in good time.
-    constexpr int64_t kAheadBytes = 16384, kMost = 8;
+    // The rows of this panel and of those behind it, of which the last is asked for meanwhile. Where the pages
+    // of later ones lie is looked up in good time, for many panels at once.
+    constexpr int64_t kAheadBytes = 16384, kMost = 8, kTogether = 8;
     const int64_t row_bytes = d.heads * p.head_dim * static_cast<int64_t>(sizeof(T));
     const int64_t distance = clamp<int64_t>(kAheadBytes / (NR * row_bytes), 1, kMost);
-    const int64_t ring = distance + 2;
-    const T* found[kMost + 2][NR];
+    const int64_t ring = distance + 1;
+    const T* found[kMost + 1][NR];
     const KeyRows<T> find(d, t.b, t.kv_head);
+    const bool looks_up = find.table && find.of.size > 1;
     int64_t known = panels.begin;
     for (int64_t n = panels.begin; n < panels.end; ++n) {
-        for (; known < minimum(panels.end, n + ring); ++known) {
+        if (looks_up && (n - panels.begin) % kTogether == 0)
+            find.look_up((n == panels.begin ? n : n + kTogether) * NR,
+                         minimum(minimum(panels.end, n + 2 * kTogether) * NR, p.key_length));
+        for (; known < minimum(panels.end, n + ring); ++known)
             find.panel(known * NR, p.key_length, found[known % ring]);
-            if (d.heads > 1 || find.table) translate(found[known % ring], row_bytes);
-        }
-        const T* const* next = found[(n + distance) % ring];
-        Ahead<T> ahead{next, next + (n + distance < panels.end ? NR : 0), row_bytes};
+        Ahead<T> ahead(found[(n + distance) % ring], n + distance < panels.end, row_bytes);
         for (int64_t h = 0; h < d.heads; ++h) {
             const KeyPanel<T, Tile> keys{found[n % ring], h * p.key_strides.h, p.head_dim, ahead};
             const bool streamed = rows <= kStreamedRows;

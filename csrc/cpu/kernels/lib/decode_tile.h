@@ -90,17 +90,29 @@ SPARSE_ATTN_INLINE Vec load_words_n(const T* key, int64_t w, int64_t n, int64_t 
     }
 }
 
-// Asks for the lines of rows to come, one row after the other: rows are too short, or too far apart, for the
-// machine to foresee them well. They go to the second-level cache: rows a power of two apart would push each
-// other, and the panel at hand, out of the first.
+// Asks for the lines of the NR rows of a panel to come: rows are too short, or too far apart, for the machine
+// to foresee them well. They go to the second-level cache: rows a power of two apart would push each other, and
+// the panel at hand, out of the first.
 template <class T>
 struct Ahead {
+    // Where rows are long they come in parts side by side: what the machine foresees by itself begins anew in
+    // each page of memory, and where one part waits for that the others go on.
+    static constexpr int64_t kParts = 4, kLeast = 4096;
+
     const T* const* row;
     const T* const* end;
     int64_t row_bytes, at = 0;
+    bool in_parts;
+
+    SPARSE_ATTN_INLINE Ahead(const T* const* rows, bool any, int64_t bytes_of_row)
+        : row(rows), end(rows), row_bytes(bytes_of_row), in_parts(NR / kParts * row_bytes >= kLeast) {
+        if (any) end += in_parts ? NR / kParts : NR;
+    }
     SPARSE_ATTN_INLINE void ask(int64_t bytes) {
-        for (int64_t i = 0; i < bytes && row != end; i += 64) {
-            __builtin_prefetch(reinterpret_cast<const char*>(*row) + at, 0, 2);
+        const int64_t parts = in_parts ? kParts : 1;
+        for (int64_t i = 0; i < bytes && row != end; i += 64 * parts) {
+            for (int64_t part = 0; part < parts; ++part)
+                __builtin_prefetch(reinterpret_cast<const char*>(row[part * (NR / kParts)]) + at, 0, 2);
             at += 64;
             if (at < row_bytes) continue;
             at = 0;
