@@ -29,7 +29,7 @@ from sparse_attn.checks.rule import (
     tail_of,
     top_k_of,
 )
-from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, few_numbers, integer, token_batch
+from sparse_attn.checks.values import FLOAT_DTYPES, boolean, describe, integer, token_batch
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -39,7 +39,6 @@ __all__ = [
     "budget",
     "causal_offset_of",
     "describe",
-    "few_numbers",
     "groups_of",
     "indexer_weights",
     "indices_of",

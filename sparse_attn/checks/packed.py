@@ -21,9 +21,17 @@ def packed_tensor(name: str, value: object, axes: str) -> None:
 
 
 def offsets(
-    name: str, cu_seq: object, tokens: Tensor, longest_name: str, longest: Any, *, paged: bool = False
-) -> int:
-    """cu_seq [S + 1] of sequences that lie end to end in `tokens` [T, …]; returns `longest`, which none passes.
+    name: str,
+    cu_seq: object,
+    tokens: Tensor,
+    longest_name: str,
+    longest: Any,
+    *,
+    paged: bool = False,
+    numbers: list[int] | None = None,
+) -> tuple[int, list[int] | None]:
+    """cu_seq [S + 1] of sequences that lie end to end in `tokens` [T, …]; returns `longest`, which none passes, and its
+    values, where :func:`few_numbers` gives them (`numbers`: they are known already).
 
     `paged`: the tokens lie elsewhere, and only the sequences' lengths are meant.
 
@@ -34,10 +42,10 @@ def offsets(
     if cu_seq.shape[0] < 1:
         raise ValueError(f"{name} must have at least one entry, the 0 where sequences begin, got none")
     longest = integer(longest_name, longest, 0)
-    if cu_seq.device.type == "cpu" and has_values(cu_seq):
-        few = few_numbers(cu_seq)
-        if few is not None:
-            (numbers,) = few
+    if numbers is None:
+        numbers = few_numbers(cu_seq)
+    if numbers is not None or (cu_seq.device.type == "cpu" and has_values(cu_seq)):
+        if numbers is not None:
             first, last = numbers[0], numbers[-1]
             gaps = [b - a for a, b in itertools.pairwise(numbers)]
             from_zero, shortest, most = first == 0, min(gaps, default=0), max(gaps, default=0)
@@ -57,7 +65,7 @@ def offsets(
             raise ValueError(
                 f"{longest_name} must be at least the longest sequence of {name}, {most}, got {longest}"
             )
-    return longest
+    return longest, numbers
 
 
 def documents(cu_seq: object, tokens: int) -> Tensor:
@@ -80,19 +88,20 @@ def documents(cu_seq: object, tokens: int) -> Tensor:
     return cu_seq.to(torch.int64)
 
 
-def used(seqused_k: object, cu_seq_k: Tensor, key: Tensor) -> None:
-    """seqused_k [S]: how many keys of each sequence exist."""
+def used(seqused_k: object, cu_seq_k: Tensor, key: Tensor, bounds: list[int] | None) -> list[int] | None:
+    """seqused_k [S]: how many keys of each sequence exist. `bounds` are the values of cu_seq_k, returned its own, where
+    :func:`few_numbers` gives them."""
     _whole_numbers("seqused_k", seqused_k, "[S]", key)
     assert isinstance(seqused_k, Tensor)
     if seqused_k.shape[0] != cu_seq_k.shape[0] - 1:
         raise ValueError(
             f"seqused_k must have one entry per sequence, {cu_seq_k.shape[0] - 1}, got {describe(seqused_k)}"
         )
-    few = few_numbers(seqused_k, cu_seq_k)
-    if few is not None and all(
-        0 <= n <= b - a for n, (a, b) in zip(few[0], itertools.pairwise(few[1]), strict=True)
+    numbers = None if bounds is None else few_numbers(seqused_k)
+    if numbers is not None and all(
+        0 <= n <= b - a for n, (a, b) in zip(numbers, itertools.pairwise(bounds or ()), strict=True)
     ):
-        return
+        return numbers
     if seqused_k.device.type == "cpu" and has_values(seqused_k) and seqused_k.numel():
         room = cu_seq_k.diff()
         if bool((seqused_k < 0).any()) or bool((seqused_k > room).any()):
@@ -101,6 +110,7 @@ def used(seqused_k: object, cu_seq_k: Tensor, key: Tensor) -> None:
                 f"seqused_k must lie between 0 and each sequence's keys, "
                 f"got {int(seqused_k[at])} for sequence {at} of {int(room[at])} keys"
             )
+    return None
 
 
 def same_sequences(cu_seq_q: Tensor, cu_seq_k: Tensor) -> None:
@@ -212,8 +222,9 @@ def used_of_pages(
     given: Tensor,  # the same as it came
     key: Tensor,  # [P, page size, Hkv, D]
     longest: int,
-) -> Tensor:
-    """How many keys of each sequence exist, int [S]; of those the pages have to be there."""
+) -> tuple[Tensor, list[int] | None]:
+    """How many keys of each sequence exist, int [S]; of those the pages have to be there. And its values, where
+    :func:`few_numbers` gives them."""
     if seqused_k is None and cu_seq_k is None:
         raise ValueError("block_table needs seqused_k [S], how many keys of each sequence exist, got None")
     size = key.shape[1]
@@ -231,14 +242,13 @@ def used_of_pages(
             raise ValueError(
                 f"seqused_k must have one entry per sequence, {block_table.shape[0]}, got {describe(found)}"
             )
-    few = few_numbers(found, lengths)
-    if few is not None and block_table.numel() and has_values(block_table) and key.shape[0]:
-        limits = few[1] if lengths is not None else [room] * len(few[0])
-        low, high = (int(n) for n in block_table.aminmax())
-        if low >= 0 and high < key.shape[0]:  # every page that the table names is there
-            within = (0 <= n <= min(limit, room, longest) for n, limit in zip(few[0], limits, strict=True))
-            if all(within):
-                return found
+    numbers = few_numbers(found)
+    limits = [room] * len(numbers or ()) if lengths is None else few_numbers(lengths)
+    readable = has_values(block_table) and block_table.numel() > 0 and key.shape[0] > 0
+    if numbers is not None and limits is not None and readable:
+        within = (0 <= n <= min(limit, room, longest) for n, limit in zip(numbers, limits, strict=True))
+        if all(within) and _pages_are_there(block_table, numbers, size, key.shape[0]):
+            return found, numbers
     if found.device.type == "cpu" and has_values(found) and has_values(block_table) and found.numel():
         most = torch.full_like(found, room) if lengths is None else lengths.clamp(max=room)
         wrong = (found < 0) | (found > most)
@@ -261,7 +271,18 @@ def used_of_pages(
                 f"block_table must name pages 0 … {key.shape[0] - 1} where a sequence has keys, "
                 f"got {int(given[at, page])} for page {page} of sequence {at}"
             )
-    return found
+    return found, numbers
+
+
+def _pages_are_there(block_table: Tensor, used: list[int], size: int, count: int) -> bool:
+    """Whether the first pages of each sequence, as many as its keys need, are among 0 … count − 1. False where that
+    takes longer to say than the search for one that is not."""
+    if block_table.numel() > 1024:
+        low, high = (int(n) for n in block_table.aminmax())
+        return low >= 0 and high < count
+    rows = zip(block_table.tolist(), used, strict=True)
+    needed = [row[: -(-n // size)] for row, n in rows if n > 0]
+    return all(min(row) >= 0 and max(row) < count for row in needed)
 
 
 def packed_value(value: object, key: Tensor) -> None:

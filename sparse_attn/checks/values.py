@@ -58,25 +58,20 @@ def has_values(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
 
 
-def few_numbers(*tensors: Tensor | None) -> list[list[int]] | None:
-    """The elements of short integer tensors [N] on the CPU, of None none: a call of torch costs more than all of them.
+def few_numbers(tensor: Tensor) -> list[int] | None:
+    """The elements of a short integer tensor [N] on the CPU: a call of torch costs more than all of them.
 
     None where there are many, where they cannot be read, and where somebody records the call: what is made of these
     numbers would be a constant in the record.
     """
-    for tensor in tensors:
-        if tensor is not None and (
-            tensor.device.type != "cpu"
-            or tensor.dim() != 1
-            or tensor.shape[0] > 256
-            or not has_values(tensor)
-        ):
-            return None
+    if tensor.device.type != "cpu" or tensor.dim() != 1 or tensor.shape[0] > 256 or not has_values(tensor):
+        return None
     if is_in_torch_dispatch_mode() or torch._C._get_tracing_state() is not None:
         return None
-    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
-    return [[] if tensor is None else tensor.tolist() for tensor in tensors]
+    numbers: list[int] = tensor.tolist()
+    return numbers
 
 
 def bare(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ found through `block_table`, as if all pages that it names lay end to end.
 from __future__ import annotations
 
 import itertools
+from array import array
 from typing import Any, NamedTuple
 
 import torch
@@ -58,49 +59,47 @@ def sequences(
     block_table: Tensor | None = None,  # int [S, pages]; then key is [P, page size, Hkv, D]
 ) -> Sequences:
     check.packed_tensor("query", query, "[T, Hq, D]")
-    check.offsets("cu_seq_q", cu_seq_q, query, "max_q", max_q)
+    _, bounds_q = check.offsets("cu_seq_q", cu_seq_q, query, "max_q", max_q)
     count = cu_seq_q.shape[0] - 1
     table = None
     if block_table is None:
         check.packed_tensor("key", key, "[Tk, Hkv, D]")
+        known = None
         if cu_seq_k is None:
-            cu_seq_k = cu_seq_q
+            cu_seq_k, known = cu_seq_q, bounds_q
         total = key.shape[0]
-        longest = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k)
+        longest, bounds_k = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k, numbers=known)
         check.same_sequences(cu_seq_q, cu_seq_k)
         if seqused_k is not None:
-            check.used(seqused_k, cu_seq_k, key)
+            lengths = check.used(seqused_k, cu_seq_k, key, bounds_k)
+        else:
+            lengths = bounds_k and [end - begin for begin, end in itertools.pairwise(bounds_k)]
+        starts = bounds_k and bounds_k[:-1]
     else:
         check.pages("key", key, "[P, page size, Hkv, D]")
         table = check.block_table_of(block_table, key, count)
         if cu_seq_k is None:
             longest = checks.integer("max_k", max_k, 0)
         else:
-            longest = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k, paged=True)
+            longest, _ = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k, paged=True)
             check.same_sequences(cu_seq_q, cu_seq_k)
-        used = check.used_of_pages(seqused_k, cu_seq_k, table, block_table, key, longest)
+        used, lengths = check.used_of_pages(seqused_k, cu_seq_k, table, block_table, key, longest)
         room = table.shape[1] * key.shape[1]
         total = count * room
+        starts = [s * room for s in range(count)]
     is_causal = checks.boolean("is_causal", is_causal)
     if window and not is_causal:
         checks.kept(window, 0, is_causal)
 
-    few = checks.few_numbers(cu_seq_q, cu_seq_k if table is None else used, seqused_k) if count else None
-    if few is not None and query.shape[0] <= _FEW_QUERIES:
-        bounds_q, lengths, given = few
-        if table is None:
-            starts, lengths = lengths[:-1], [b - a for a, b in itertools.pairwise(lengths)]
-            lengths = lengths if seqused_k is None else given
-        else:
-            starts = [s * room for s in range(count)]
+    if count and bounds_q and starts is not None and lengths is not None and query.shape[0] <= _FEW_QUERIES:
         each = _each_query(bounds_q, starts, lengths, total, query.shape[0], is_causal)
-        first, seen, offset = torch.tensor(each, dtype=torch.int64, device=query.device).unbind()
+        first, seen, offset = each.to(query.device).unbind()
         return Sequences(first, seen, offset, longest, table)
 
     if table is None:
         assert cu_seq_k is not None
-        bounds_k = cu_seq_k.to(torch.int64).clamp(0, total)
-        begins, keys = bounds_k[:-1], bounds_k.diff().clamp(min=0)
+        bounds = cu_seq_k.to(torch.int64).clamp(0, total)
+        begins, keys = bounds[:-1], bounds.diff().clamp(min=0)
         if seqused_k is not None:
             keys = torch.minimum(seqused_k.to(torch.int64).clamp(min=0), keys)
     else:
@@ -127,19 +126,22 @@ _FEW_QUERIES = 256  # whose numbers are not worth a call of torch each
 
 def _each_query(
     bounds_q: list[int], starts: list[int], keys: list[int], total: int, tokens: int, is_causal: bool
-) -> tuple[list[int], list[int], list[int]]:
-    """(first, keys, offset) of :class:`Sequences`, of sequences whose numbers are checked."""
-    first, seen, offset = [], [], []
-    for start, own, begin, end in zip(starts, keys, bounds_q, bounds_q[1:], strict=False):
-        for i in range(begin, end):
-            first.append(start)
-            seen.append(own)
-            offset.append(start + own - end if is_causal else start + own - 1 - i)
-    for i in range(bounds_q[-1], tokens):
-        first.append(total)
-        seen.append(0)
-        offset.append(total - bounds_q[-1] if is_causal else total - 1 - i)
-    return first, seen, offset
+) -> Tensor:  # int64 [3, T]
+    """first, keys and offset of :class:`Sequences`, of sequences whose numbers are checked."""
+    first, seen, offset = array("q"), array("q"), array("q")
+    # Behind the last sequence queries see nothing.
+    parts = (*zip(starts, keys, bounds_q, bounds_q[1:], strict=False), (total, 0, bounds_q[-1], tokens))
+    for n, (start, own, begin, end) in enumerate(parts):
+        first.extend([start] * (end - begin))
+        seen.extend([own] * (end - begin))
+        if is_causal:
+            offset.extend([start + own - (begin if n == len(starts) else end)] * (end - begin))
+        else:
+            offset.extend(range(start + own - 1 - begin, start + own - 1 - end, -1))
+    if tokens == 0:
+        return torch.empty((3, 0), dtype=torch.int64)
+    # torch.tensor looks at each number of a list, for longer than all else here takes.
+    return torch.frombuffer(first + seen + offset, dtype=torch.int64).view(3, -1)
 
 
 def _batched(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -75,7 +75,7 @@ def _pieces(
     check.packed_tensor("key", key, "[Tk, Hkv, D]")
     check.offsets("cu_seq_q", cu_seq_q, query, "max_q", max_q)
     cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
-    longest = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k)
+    longest, _ = check.offsets("cu_seq_k", cu_seq_k, key, "max_k", max_k)
     check.same_sequences(cu_seq_q, cu_seq_k)
     block_size = checks.integer("block_size", block_size, 1)
     query_tile = checks.integer("query_tile", query_tile, 1)

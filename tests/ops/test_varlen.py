@@ -254,10 +254,10 @@ def test_few_queries_lie_where_many_do(is_causal, paged, monkeypatch):
     given = (query, key, cu_seq_q, cu_seq_k, 4, 9, is_causal, 0, used)
     if paged:
         pages = normal(3, 16, 2, 9)
-        given = (query, pages, cu_seq_q, None, 4, 32, is_causal, 0, used, torch.ones(4, 2, dtype=torch.int32))
+        table = torch.tensor([[1, -1], [0, 7], [-9, -1], [2, 0]], dtype=torch.int32)
+        given = (query, pages, cu_seq_q, None, 4, 32, is_causal, 0, used, table)
     few = varlen.sequences(*given)
-    for module in (checks, checks.packed):
-        monkeypatch.setattr(module, "few_numbers", lambda *_: None)
+    monkeypatch.setattr(checks.packed, "few_numbers", lambda _: None)
     many = varlen.sequences(*given)
     for name, a, b in zip(few._fields, few, many, strict=True):
         assert type(a) is type(b)
@@ -278,13 +278,13 @@ def test_few_queries_lie_where_many_do(is_causal, paged, monkeypatch):
 
 def test_recorded_calls_have_no_numbers_in_them():
     offsets = torch.tensor([0, 3, 5])
-    assert checks.few_numbers(offsets, None) == [[0, 3, 5], []]
-    assert checks.few_numbers(torch.arange(257)) is None
-    assert checks.few_numbers(offsets.to("meta")) is None
+    assert checks.packed.few_numbers(offsets) == [0, 3, 5]
+    assert checks.packed.few_numbers(torch.arange(257)) is None
+    assert checks.packed.few_numbers(offsets.to("meta")) is None
     with FlopCounterMode(display=False):
-        assert checks.few_numbers(offsets) is None
+        assert checks.packed.few_numbers(offsets) is None
     seen = []
-    torch.func.vmap(lambda t: seen.append(checks.few_numbers(t)) or t)(offsets[None])
+    torch.func.vmap(lambda t: seen.append(checks.packed.few_numbers(t)) or t)(offsets[None])
     assert seen == [None]
 
 
