@@ -113,20 +113,22 @@ SPARSE_ATTN_INLINE void each_tile(const DecodeParams& d, DecodeChunk t, Range pa
     alignas(64) float tile[MR * NR];
     uint32_t beats[MR];
 
-    // The rows of this panel and of those behind it, of which the last is asked for meanwhile. Where the pages
-    // of later ones lie is looked up in good time, for many panels at once.
-    constexpr int64_t kAheadBytes = 16384, kMost = 8, kTogether = 8;
+    // The rows of this panel and of those behind it, of which the last is asked for meanwhile. Where the
+    // pages of later ones lie is looked up in good time, for many panels at once.
+    constexpr int64_t kAheadBytes = 16384, kAheadInParts = 65536, kMost = 8, kLookedUp = 524288;
     const int64_t row_bytes = d.heads * p.head_dim * static_cast<int64_t>(sizeof(T));
-    const int64_t distance = clamp<int64_t>(kAheadBytes / (NR * row_bytes), 1, kMost);
+    const int64_t ahead_bytes = Ahead<T>::in_parts_of(row_bytes) ? kAheadInParts : kAheadBytes;
+    const int64_t distance = clamp<int64_t>(ahead_bytes / (NR * row_bytes), 1, kMost);
+    const int64_t together = clamp<int64_t>(kLookedUp / (NR * row_bytes), 1, 16);
     const int64_t ring = distance + 1;
     const T* found[kMost + 1][NR];
     const KeyRows<T> find(d, t.b, t.kv_head);
     const bool looks_up = find.table && find.of.size > 1;
     int64_t known = panels.begin;
     for (int64_t n = panels.begin; n < panels.end; ++n) {
-        if (looks_up && (n - panels.begin) % kTogether == 0)
-            find.look_up((n == panels.begin ? n : n + kTogether) * NR,
-                         minimum(minimum(panels.end, n + 2 * kTogether) * NR, p.key_length));
+        if (looks_up && (n - panels.begin) % together == 0)
+            find.look_up((n == panels.begin ? n : n + together) * NR,
+                         minimum(minimum(panels.end, n + 2 * together) * NR, p.key_length));
         for (; known < minimum(panels.end, n + ring); ++known)
             find.panel(known * NR, p.key_length, found[known % ring]);
         Ahead<T> ahead(found[(n + distance) % ring], n + distance < panels.end, row_bytes);

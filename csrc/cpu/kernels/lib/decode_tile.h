@@ -91,8 +91,8 @@ SPARSE_ATTN_INLINE Vec load_words_n(const T* key, int64_t w, int64_t n, int64_t 
 }
 
 // Asks for the lines of the NR rows of a panel to come: rows are too short, or too far apart, for the machine
-// to foresee them well. They go to the second-level cache: rows a power of two apart would push each other, and
-// the panel at hand, out of the first.
+// to foresee them well. They go to the second-level cache: rows a power of two apart would push each other,
+// and the panel at hand, out of the first.
 template <class T>
 struct Ahead {
     // Where rows are long they come in parts side by side: what the machine foresees by itself begins anew in
@@ -104,15 +104,25 @@ struct Ahead {
     int64_t row_bytes, at = 0;
     bool in_parts;
 
+    static SPARSE_ATTN_INLINE bool in_parts_of(int64_t bytes_of_row) {
+        return NR / kParts * bytes_of_row >= kLeast;
+    }
     SPARSE_ATTN_INLINE Ahead(const T* const* rows, bool any, int64_t bytes_of_row)
-        : row(rows), end(rows), row_bytes(bytes_of_row), in_parts(NR / kParts * row_bytes >= kLeast) {
+        : row(rows), end(rows), row_bytes(bytes_of_row), in_parts(in_parts_of(bytes_of_row)) {
         if (any) end += in_parts ? NR / kParts : NR;
     }
     SPARSE_ATTN_INLINE void ask(int64_t bytes) {
-        const int64_t parts = in_parts ? kParts : 1;
-        for (int64_t i = 0; i < bytes && row != end; i += 64 * parts) {
-            for (int64_t part = 0; part < parts; ++part)
-                __builtin_prefetch(reinterpret_cast<const char*>(row[part * (NR / kParts)]) + at, 0, 2);
+        if (in_parts)
+            ask_in<kParts>(bytes);
+        else
+            ask_in<1>(bytes);
+    }
+    template <int Parts>
+    SPARSE_ATTN_INLINE void ask_in(int64_t bytes) {
+        for (int64_t i = 0; i < bytes && row != end; i += 64 * Parts) {
+#pragma GCC unroll 4
+            for (int part = 0; part < Parts; ++part)
+                __builtin_prefetch(reinterpret_cast<const char*>(row[part * (NR / Parts)]) + at, 0, 2);
             at += 64;
             if (at < row_bytes) continue;
             at = 0;
