@@ -197,7 +197,9 @@ def test_what_the_makefile_says_is_within_an_extra_is():
         found = set()
         for line in extras[extra]:
             own = re.fullmatch(r"sparse-attn\[(.*)\]", line)
-            found |= set().union(*map(within, own[1].split(","))) if own else {re.split(r"[\[<>=; ]", line)[0]}
+            found |= (
+                set().union(*map(within, own[1].split(","))) if own else {re.split(r"[\[<>=; ]", line)[0]}
+            )
         return found
 
     lines = re.findall(r"^WITH_(\w+) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
