@@ -1,16 +1,16 @@
 """Context parallelism: the positions of a sequence lie on several ranks.
 
-Two ways. **Keys come to the queries** (`over_ranks`): keys and values are gathered, queries stay. **Queries go to the
+Three ways. **Keys come to the queries** (`over_ranks`): keys and values are gathered, queries stay. **Queries go to the
 keys** (merge.py): each rank chooses among its own keys, the choices are merged, and partial outputs are joined by
-their LSE.
+their LSE. **8-bit rows of the keys come to the queries** (index.py), and of keys and values what these leave.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.packed import documents
-from sparse_attn.distributed import fetch, merge
+from sparse_attn.distributed import fetch, index, merge
 from sparse_attn.distributed.collectives import Group, gather, rank_in, size_of
-from sparse_attn.distributed.layout import Layout, Span
-from sparse_attn.ops import gathered_attention, topk_attention
+from sparse_attn.distributed.layout import Layout, Span, rule_of_span
+from sparse_attn.ops import gathered_attention, topk_attention, topk_select
 from sparse_attn.ops.shards import Shardable, state
 from sparse_attn.rule import Rule
 
-WAYS = ("gather", "merge")
-WAYS_INSIDE = ("gather", "merge", "fetch")  # of context_parallel
+WAYS = ("gather", "merge", "index")
+WAYS_INSIDE = ("gather", "merge", "index", "fetch")  # of context_parallel
 WAYS_TO_INDICES = ("fetch", "gather")
 
 
@@ -46,8 +46,7 @@ def over_ranks(
             "not split over ranks, nor calls with cu_seq of their own; select tokens (topk_attention, indexer_select, "
             "gathered_attention)"
         )
-    if arguments.get("key_index") is not None:
-        raise ValueError("key_index is of one process's keys: leave it out of a call over several ranks")
+    _refuse_key_index(arguments.get("key_index"))
     rank = rank_in(group)
     lead, lead_axes = next((arguments[n], a) for n, a in axes.items() if a)
     _fits("query", lead.shape[lead_axes.index("T")], queries, rank)
@@ -77,6 +76,11 @@ def over_ranks(
     return tuple(torch.cat(r, a.index("T")) for r, a in zip(results, call.results, strict=True))
 
 
+def _refuse_key_index(given: object) -> None:
+    if given is not None:
+        raise ValueError("key_index is of one process's keys: leave it out of a call over several ranks")
+
+
 @contextmanager
 def _alone() -> Iterator[None]:
     """What a call over ranks calls itself is of this process."""
@@ -91,24 +95,6 @@ def _alone() -> Iterator[None]:
 def _rows(value: Tensor, axes: str, span: Span) -> Tensor:
     at = axes.find("T")
     return value if at < 0 else value.narrow(at, span.at, span.stop - span.start)
-
-
-def rule_of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
-    """The rule for one of the rank's ranges of queries, before all keys."""
-    parts: dict[str, Any] = {}
-    offset = rule.causal_offset
-    if isinstance(offset, Tensor):  # of a query's number in the whole sequence
-        parts["causal_offset"] = span.start + (offset[:, span.local] if offset.dim() == 2 else offset)
-    elif rule.is_causal:
-        parts["causal_offset"] = span.start + checks.causal_offset_of(
-            True, offset, queries.length, keys.length
-        )
-    if rule.key_starts is not None and rule.key_starts.dim() == 2:
-        parts["key_starts"] = rule.key_starts[:, span.local]
-    mask = rule.attn_mask
-    if mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1:
-        parts["attn_mask"] = mask[..., span.local, :]
-    return replace(rule, **parts)
 
 
 def _layouts(layout: object, key_layout: object, group: Group) -> Layout:
@@ -185,8 +171,10 @@ def context_parallel_attention(
         key_layout: of keys and values, as in decoding, where queries are few.
         group: the ranks; None is the default group.
         way: "gather" brings all keys and values here and leaves the queries; "merge" sends the queries to where the
-            keys are, merges each rank's choice, and joins the partial outputs: fewer bytes where queries are few
-            (docs/distributed.md has the numbers). "merge" takes share="none", and no attn_mask.
+            keys are, merges each rank's choice, and joins the partial outputs: fewer bytes where queries are few;
+            "index" brings the 8-bit rows of a :class:`sparse_attn.KeyIndex` of all keys here, then the keys that may be
+            chosen by some query, and the values of the chosen (docs/distributed.md has the numbers). "merge" and
+            "index" take share="none".
         cu_seq: int32 or int64 [S + 1], the same on every rank: packed documents (B = 1) over the whole sequence, which
             may cross the ranks' boundaries. Needs is_causal; first keys that are always kept are each document's own.
         rule: the parts of a :class:`sparse_attn.selection.Rule`, which are those arguments of topk_attention. A
@@ -239,12 +227,14 @@ def context_parallel_attention(
         _fits("query", query.shape[2], layout, rank)
         _fits("key", key.shape[2], keys, rank)
         with _alone():
-            out, lse, indices = merge.attend(query, key, value, top_k, said, layout, keys, group, backend)
+            out, lse, indices = _ATTEND_BY[way](query, key, value, top_k, said, layout, keys, group, backend)
     found = (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
     return found if len(found) > 1 else found[0]
 
 
 _ATTEND = topk_attention.attend_best.shardable  # type: ignore[attr-defined]
+_ATTEND_BY = {"merge": merge.attend, "index": index.attend}
+_SELECT = topk_select.select.shardable  # type: ignore[attr-defined]
 _TO_INDICES = gathered_attention.attend.shardable  # type: ignore[attr-defined]
 
 
@@ -305,6 +295,61 @@ def context_parallel_gathered_attention(
     return (out, lse) if return_lse else out
 
 
+@dataclass(frozen=True)
+class _Inside:
+    """What a call becomes inside of `context_parallel`."""
+
+    layout: Layout
+    group: Group
+    cu_seq: Tensor | None  # int [S + 1]
+    way: str
+
+    @property
+    def documents(self) -> bool:
+        return self.cu_seq is not None
+
+    def __call__(self, call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
+        arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
+        if "tables" in call.axes:  # a token's own: nothing of other positions
+            with _alone():
+                return call.outside(*positional, **options)
+        if isinstance(arguments.get("rule"), Rule):
+            arguments["rule"] = self._rule(arguments["rule"])
+        function, layout, group = call.function, self.layout, self.group
+        if function is _ATTEND.function and self.way in _ATTEND_BY:
+            return self._by_way(_ATTEND_BY[self.way], arguments)
+        tokens = not arguments.get("rounded") and arguments.get("among") is None
+        if function is _SELECT.function and self.way == "index" and tokens:
+            return self._by_way(index.select, arguments)
+        if function is _TO_INDICES.function and self.way in ("fetch", "index"):
+            with _alone():
+                return fetch.attend(**arguments, keys=layout, group=group)
+        return over_ranks(call, arguments, layout, layout, group)
+
+    def _rule(self, rule: Rule) -> Rule:
+        unknown = {"attn_mask", "key_lengths", "key_starts", "causal_offsets"}
+        if rule.said() & unknown or rule.causal_offset:
+            raise NotImplementedError(
+                "inside context_parallel a rank does not know whose positions a mask, key_lengths, key_starts or a "
+                "causal_offset mean: cu_seq says where documents are, context_parallel_attention takes the rest"
+            )
+        return _packed_rule(rule, self.cu_seq, self.layout, rank_in(self.group))
+
+    def _by_way(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        arguments = dict(arguments)
+        backend = arguments.pop("backend", None)
+        _refuse_key_index(arguments.pop("key_index", None))
+        for name in ("function", "rounded", "among"):
+            arguments.pop(name, None)
+        rank = rank_in(self.group)
+        for name in ("query", "key"):
+            _fits(name, arguments[name].shape[2], self.layout, rank)
+        with _alone():
+            return function(
+                **arguments, queries=self.layout, keys=self.layout, group=self.group, backend=backend
+            )
+
+
 @contextmanager
 def context_parallel(
     layout: Layout, group: Group = None, *, cu_seq: Tensor | None = None, way: str = "gather"
@@ -322,9 +367,10 @@ def context_parallel(
         layout: which positions this rank has.
         group: the ranks; None is the default group.
         cu_seq: packed documents over the whole sequence, as in :func:`context_parallel_attention`.
-        way: of topk_attention, "gather" or "merge" as there; selections gather keys (an indexer's its index keys).
-            With "fetch" attention to what a selector chose asks for the chosen rows alone
-            (:func:`context_parallel_gathered_attention`), and topk_attention gathers.
+        way: of topk_attention, "gather", "merge" or "index" as there; other selections gather keys (an indexer's its
+            index keys), and with "index" topk_select does not. With "fetch" attention to what a selector chose asks for
+            the chosen rows alone (:func:`context_parallel_gathered_attention`), and topk_attention gathers; so it does
+            with "index".
 
     Raises:
         NotImplementedError: inside, by a call that looks at whole sequences.
@@ -338,38 +384,7 @@ def context_parallel(
     if cu_seq is not None:
         documents(cu_seq, layout.length)
 
-    def handle(call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
-        arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
-        if "tables" in call.axes:  # a token's own: nothing of other positions
-            with _alone():
-                return call.outside(*positional, **options)
-        rule = arguments.get("rule")
-        if isinstance(rule, Rule):
-            if (
-                rule.said() & {"attn_mask", "key_lengths", "key_starts", "causal_offsets"}
-                or rule.causal_offset
-            ):
-                raise NotImplementedError(
-                    "inside context_parallel a rank does not know whose positions a mask, key_lengths, key_starts or a "
-                    "causal_offset mean: cu_seq says where documents are, context_parallel_attention takes the rest"
-                )
-            arguments["rule"] = _packed_rule(rule, cu_seq, layout, rank_in(group))
-        if call.function is _ATTEND.function and way == "merge":
-            backend = arguments.pop("backend", None)
-            if arguments.pop("key_index", None) is not None:
-                raise ValueError(
-                    "key_index is of one process's keys: leave it out of a call over several ranks"
-                )
-            arguments.pop("function", None)
-            with _alone():
-                return merge.attend(**arguments, queries=layout, keys=layout, group=group, backend=backend)
-        if call.function is _TO_INDICES.function and way == "fetch":
-            with _alone():
-                return fetch.attend(**arguments, keys=layout, group=group)
-        return over_ranks(call, arguments, layout, layout, group)
-
-    handle.documents = cu_seq is not None  # type: ignore[attr-defined]  # a model's layers ask
-    before, state.context = state.context, handle
+    before, state.context = state.context, _Inside(layout, group, cu_seq, way)
     try:
         yield
     finally:

@@ -14,8 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from sparse_attn import checks
 from sparse_attn.distributed.collectives import Group, all_parts, exchange, rank_in, size_of, summed
-from sparse_attn.distributed.context import rule_of_span
-from sparse_attn.distributed.layout import Layout
+from sparse_attn.distributed.layout import Layout, rule_of_span
 from sparse_attn.nn import HybridAttention, Indexer, TopKAttention
 from sparse_attn.ops import topk_select
 from sparse_attn.ops.shards import refuse_context

@@ -72,7 +72,7 @@ def refuse(
             f"{INSIDE} has documents by context_parallel(cu_seq=…), not by cu_seq_lens_q"
         )
     positions = given.get("position_ids")
-    alone = not getattr(state.context, "documents", False)
+    alone = state.context is None or not state.context.documents
     if alone and isinstance(positions, Tensor) and bool((positions.diff(dim=-1) <= 0).any()):
         raise NotImplementedError(
             f"{INSIDE} has documents by context_parallel(cu_seq=…), got position_ids that begin anew without it"

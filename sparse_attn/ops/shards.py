@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -36,9 +36,18 @@ class Shardable(NamedTuple):
         return self.function(*arguments, **options)
 
 
+class Context(Protocol):
+    """What a context_parallel makes of calls inside it."""
+
+    @property
+    def documents(self) -> bool: ...  # whether it knows of packed ones
+
+    def __call__(self, call: Shardable, positional: tuple, options: dict[str, Any]) -> Any: ...
+
+
 class _State:
     on_dtensors: Callable[[Shardable, tuple, dict], Any] | None = None
-    context: Callable[[Shardable, tuple, dict], Any] | None = None  # of the innermost context_parallel
+    context: Context | None = None  # of the innermost context_parallel
 
 
 state = _State()

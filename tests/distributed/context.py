@@ -21,6 +21,7 @@ from sparse_attn.distributed import (
 )
 
 B, HQ, HKV, T, D, DV = 2, 4, 2, 45, 16, 12
+WAYS = "gather", "merge", "index"
 
 
 def inputs(batch=B, heads=HQ, kv_heads=HKV, queries=T, keys=T, make=torch.randn, dtype=torch.float32):
@@ -66,7 +67,7 @@ def compare(
         lay.local(t, rank, 2).clone().requires_grad_()
         for lay, t in zip((layout, keys, keys), tensors, strict=True)
     ]
-    if "attn_mask" in options:
+    if "attn_mask" in options and options["attn_mask"].shape[2] > 1:
         options["attn_mask"] = layout.local(options["attn_mask"], rank, 2)
     ours, our_lse, our_indices = context_parallel_attention(
         *parts,
@@ -126,8 +127,28 @@ def merged_choices(rank, size):
 
 
 @check
+def rounded_keys_on_the_wire(rank, size):
+    """Candidates by the bounds of 8-bit rows: with a scale of either sign and none, masks, offsets, long windows."""
+    for layout in layouts(T, size).values():
+        for options in RULES.values():
+            compare(rank, inputs(), 7, layout, way="index", **options)
+    layout = Layout.zigzag(T, size)
+    mask = torch.rand(B, HQ, T, T) < 0.5
+    causal = {"is_causal": True, "window": 6, "sinks": 3}
+    starts = torch.tensor([4, 50])
+    for options in (
+        {"scale": -0.3}, {"scale": 0.0}, {"attn_mask": mask}, {"attn_mask": mask[:, :1], **causal},
+        {"key_starts": starts, **causal}, {"causal_offset": -7, **causal}, {"causal_offset": 9, **causal},
+        {"causal_offset": 200, **causal}, {"causal_offset": -200, **causal},
+        {"attn_mask": mask[:1, :1, :1], "key_starts": starts, "key_lengths": torch.tensor([30, 45]), **causal},
+    ):  # fmt: skip
+        compare(rank, inputs(), 10, layout, way="index", **options)
+        compare(rank, inputs(make=lattice), 100, layout, way="index", tolerance=1e-4, **options)
+
+
+@check
 def ties(rank, size):
-    for way in ("gather", "merge"):
+    for way in WAYS:
         for layout in layouts(T, size).values():
             compare(rank, inputs(make=lattice), 7, layout, way=way, is_causal=True, tolerance=1e-4)
             compare(
@@ -150,8 +171,9 @@ def near_ties(rank, size):
     query, key, value = inputs()
     key = key[:, :, :1] * (1 + torch.randn(B, HKV, T, 1) * 1e-7)
     for layout in layouts(T, size).values():
-        compare(rank, [query, key, value], 7, layout, way="merge")
-        compare(rank, [query, key, value], 7, layout, way="merge", is_causal=True, window=1)
+        for way in ("merge", "index"):
+            compare(rank, [query, key, value], 7, layout, way=way)
+            compare(rank, [query, key, value], 7, layout, way=way, is_causal=True, window=1)
 
 
 @check
@@ -159,7 +181,7 @@ def special_values(rank, size):
     query, key, value = inputs()
     key[0, :, 5], key[1, 1, 20], query[1, 2, 30] = torch.nan, torch.inf, torch.nan
     layout = Layout.zigzag(T, size)
-    for way in ("gather", "merge"):
+    for way in WAYS:
         for options in ({}, {"is_causal": True, "window": 2}):
             asked = {"return_indices": True, **options}
             out, indices = sa.topk_attention(query, key, value, 6, **asked)
@@ -173,7 +195,7 @@ def special_values(rank, size):
 def half_types(rank, size):
     layout = Layout.zigzag(T, size)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        for way in ("gather", "merge"):
+        for way in WAYS:
             compare(rank, inputs(dtype=dtype), 7, layout, way=way, is_causal=True, tolerance=4e-2)
 
 
@@ -183,7 +205,7 @@ def packed_documents(rank, size):
     cu_seq = torch.tensor([0, 11, 11, 29, 30, T])
     tensors = inputs(batch=1)
     for layout in layouts(T, size).values():
-        for way in ("gather", "merge"):
+        for way in WAYS:
             options = {"is_causal": True, "cu_seq": cu_seq, "way": way}
             compare(rank, tensors, 6, layout, **options)
             compare(rank, tensors, 6, layout, window=2, sinks=2, **options)
@@ -195,11 +217,36 @@ def few_queries(rank, size):
     """Decoding: the query on one rank, the keys on all."""
     tensors = inputs(queries=3, keys=64)
     queries = Layout.contiguous([0, 3, *[0] * (size - 2)])
-    for way in ("gather", "merge"):
+    for way in WAYS:
         for keys in (Layout.even(64, size), Layout.zigzag(64, size)):
             options = {"key_layout": keys, "way": way, "is_causal": True, "causal_offset": 61}
             compare(rank, tensors, 9, queries, **options)
             compare(rank, tensors, 9, queries, window=2, sinks=4, **options)
+
+
+@check
+def most_keys_stay_where_they_are(rank, size):
+    """Bounds of 8 bits leave little more than is chosen: clusters of keys, as attention has them."""
+    torch.manual_seed(7)
+    length, top_k, dim = 4096, 64, 64
+    centers = 2 * torch.randn(B, HKV, 32, dim)
+    key = (centers[:, :, torch.randint(32, (length,))] + torch.randn(B, HKV, length, dim)).bfloat16()
+    query, value = torch.randn(B, HQ, 5, dim).bfloat16(), torch.randn(B, HKV, length, DV).bfloat16()
+    queries, keys = Layout.contiguous([5, *[0] * (size - 1)]), Layout.even(length, size)
+    options = {"key_layout": keys, "way": "index", "is_causal": True, "causal_offset": length - 5}
+    compare(rank, [query, key, value], top_k, queries, tolerance=4e-2, window=8, sinks=4, **options)
+    with count_bytes() as traffic:
+        parts = [keys.local(t, rank, 2) for t in (key, value)]
+        context_parallel_attention(queries.local(query, rank, 2), *parts, top_k, layout=queries, **options)
+    own = length // size
+    sums = dim * 4  # of the mean
+    assert traffic.sent["key index"] == (size - 1) * B * HKV * (own * (dim + 12) + sums)
+    if rank == 0:
+        assert "candidate keys" not in traffic.sent or traffic.sent["candidate keys"] == 0
+    else:
+        chosen = traffic.sent["chosen values"] / (2 * DV)
+        survivors = traffic.sent["candidate keys"] / (2 * dim)
+        assert chosen <= survivors < 2 * chosen < 0.5 * B * HKV * own, (chosen, survivors)
 
 
 @check
@@ -223,10 +270,10 @@ def bytes_are_counted(rank, size):
 
 @check
 def the_model_counts_what_is_sent(rank, size):
-    """Forward and backward bytes of both ways: those that context_costs says."""
+    """Forward and backward bytes of each way: those that context_costs says."""
     layout, shape = Layout.even(64, size), Shape(64, HQ, D, HKV, batch=B)
     for way, costs in context_costs(shape, size, 6).items():
-        if way == "ring":
+        if way in ("ring", "index"):  # of which the latter's rows depend on the keys
             continue
         query, key, _ = (layout.local(t, rank, 2) for t in inputs(queries=64, keys=64))
         leaves = [t.clone().requires_grad_() for t in (query, key, key)]
@@ -239,6 +286,25 @@ def the_model_counts_what_is_sent(rank, size):
         with count_bytes() as traffic:
             out.sum().backward()
         assert traffic.total == costs.backward_bytes, (way, traffic.sent)
+
+
+@check
+def the_model_counts_what_an_index_sends(rank, size):
+    """Where all keys are chosen, to the byte, and else no less."""
+    layout, shape = Layout.even(64, size), Shape(64, HQ, D, HKV, batch=B)
+    for top_k in (1, 3, 64):
+        costs = context_costs(shape, size, top_k)["index"]
+        query, key, _ = (layout.local(t, rank, 2).requires_grad_() for t in inputs(queries=64, keys=64))
+        with count_bytes() as forward:
+            out = context_parallel_attention(query, key, key, top_k, layout=layout, way="index")
+        with count_bytes() as backward:
+            out.sum().backward()
+        counted = torch.tensor([forward.total, backward.total])
+        torch.distributed.all_reduce(counted)
+        assert counted[0] <= size * costs.forward_bytes, (top_k, forward.sent, costs)
+        assert counted[1] <= size * costs.backward_bytes
+        if top_k == 64:
+            assert (forward.total, backward.total) == (costs.forward_bytes, costs.backward_bytes)
 
 
 @check
@@ -303,9 +369,10 @@ def inside_a_model(rank, size):
         for layout, way in (
             (Layout.zigzag(T, size), "gather"),
             (Layout.even(T, size), "merge"),
+            (Layout.zigzag(T, size), "index"),
             (Layout.zigzag(T, size), "fetch"),
         ):
-            if way == "merge" and "share" in options:
+            if way in ("merge", "index") and "share" in options:
                 continue
             with context_parallel(layout, way=way):
                 ours = attention(layout.local(hidden, rank, 1))
@@ -348,7 +415,9 @@ def a_hugging_face_model(rank, size):
         ({"share": "none"}, "zigzag", "gather", None),
         ({"share": "kv", "window": 3, "sinks": 1}, "uneven", "gather", None),
         ({"selector": "int8"}, "zigzag", "fetch", None), ({"residual": True}, "zigzag", "gather", None),
-        ({"share": "none", "sinks": 2}, "even", "merge", cu_seq), ({"selector": "indexer"}, "zigzag", "fetch", cu_seq),
+        ({"share": "none", "sinks": 2}, "even", "merge", cu_seq),
+        ({"share": "none", "sinks": 2}, "even", "index", cu_seq),
+        ({"selector": "indexer"}, "zigzag", "fetch", cu_seq),
         ({"top_k": 64}, "even", "gather", None),
     )  # fmt: skip
     for options, layout, way, documents in kinds:
@@ -441,8 +510,9 @@ def a_hugging_face_model_inside_torch_context_parallel(rank, size):
 def what_is_refused(rank, size):
     layout = Layout.even(T, size)
     query, key, value = (layout.local(t, rank, 2) for t in inputs())
-    with pytest.raises(NotImplementedError, match="way='merge' takes share='none'"):
-        context_parallel_attention(query, key, value, 4, layout=layout, share="all", way="merge")
+    for way in ("merge", "index"):
+        with pytest.raises(NotImplementedError, match=f"way='{way}' takes share='none'"):
+            context_parallel_attention(query, key, value, 4, layout=layout, share="all", way=way)
     with pytest.raises(ValueError, match="query must have the"):
         context_parallel_attention(query[:, :, 1:], key, value, 4, layout=layout)
     with pytest.raises(ValueError, match=f"the group's {size} ranks, got one of {size + 1}"):
