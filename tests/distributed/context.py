@@ -128,11 +128,15 @@ def merged_choices(rank, size):
 
 @check
 def rounded_keys_on_the_wire(rank, size):
-    """Candidates by the bounds of 8-bit rows: with a scale of either sign and none, masks, offsets, long windows."""
+    """Candidates by the bounds of 8-bit rows."""
     for layout in layouts(T, size).values():
         for options in RULES.values():
             compare(rank, inputs(), 7, layout, way="index", **options)
-    layout = Layout.zigzag(T, size)
+
+
+@check
+def scales_masks_and_offsets(rank, size):
+    """A scale of either sign and none, masks, offsets, long windows, starts."""
     mask = torch.rand(B, HQ, T, T) < 0.5
     causal = {"is_causal": True, "window": 6, "sinks": 3}
     starts = torch.tensor([4, 50])
@@ -142,8 +146,22 @@ def rounded_keys_on_the_wire(rank, size):
         {"causal_offset": 200, **causal}, {"causal_offset": -200, **causal},
         {"attn_mask": mask[:1, :1, :1], "key_starts": starts, "key_lengths": torch.tensor([30, 45]), **causal},
     ):  # fmt: skip
-        compare(rank, inputs(), 10, layout, way="index", **options)
-        compare(rank, inputs(make=lattice), 100, layout, way="index", tolerance=1e-4, **options)
+        for way in WAYS:
+            compare(rank, inputs(), 10, Layout.zigzag(T, size), way=way, **options)
+            compare(
+                rank,
+                inputs(make=lattice),
+                100,
+                layouts(T, size)["uneven"],
+                way=way,
+                tolerance=1e-4,
+                **options,
+            )
+    with count_bytes() as traffic:
+        parts = [Layout.even(64, size).local(t, rank, 2) for t in inputs(queries=64, keys=64)]
+        visible = torch.ones(64 // size, 64, dtype=torch.bool)
+        context_parallel_attention(*parts, 4, layout=Layout.even(64, size), way="merge", attn_mask=visible)
+    assert traffic.sent["mask"] == (size - 1) * (64 // size) * (64 // size) // 8  # a bit for a pair
 
 
 @check
@@ -197,6 +215,9 @@ def half_types(rank, size):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         for way in WAYS:
             compare(rank, inputs(dtype=dtype), 7, layout, way=way, is_causal=True, tolerance=4e-2)
+    for way in WAYS:
+        with torch.autocast("cpu", torch.bfloat16):
+            compare(rank, inputs(), 7, layout, way=way, is_causal=True, tolerance=4e-2)
 
 
 @check

@@ -108,6 +108,15 @@ def one_selection_of_all_heads(rank, size):
         )
         first = query.chunk(size, 1)[1], key.chunk(size, 1)[1]
         assert torch.equal(mine.indices, sa.topk_select(*first, 7, share="all", is_causal=True))
+    query, key = torch.randn(2, H, T, 16), torch.randn(2, HKV, T, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = sa.topk_select(query, key, 7, share="all")
+        for way in ("rows", "masses"):
+            found = AcrossRanks(way=way).select(
+                query.chunk(size, 1)[rank], key.chunk(size, 1)[rank], 7, Rule(share="all")
+            )
+            assert torch.equal(found.indices, right)
+    own_query, own_key = query.chunk(size, 1)[rank], key.chunk(size, 1)[rank]
     few = AcrossRanks().select(own_query[:, :, :1], own_key, 7, Rule(share="all"))  # fewer queries than ranks
     assert torch.equal(few.indices, sa.topk_select(query[:, :, :1], key, 7, share="all"))
     with count_bytes() as traffic:
