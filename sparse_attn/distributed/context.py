@@ -38,14 +38,14 @@ def over_ranks(
     Of the rule, what is per query is of this rank's queries, and what is per key of all keys. Indices are global.
     """
     axes = call.axes
-    blocks = any("N" in a for a in (*axes.values(), *call.results)) or arguments.get("among") is not None
     packed = "query" in axes and "B" not in axes["query"]
-    if blocks or packed or call.results == ("mean",):
+    if packed or call.results == ("mean",):
         raise NotImplementedError(
-            f"{call.name} takes sequences whole: blocks of keys for tiles of queries, and losses over all of them are "
-            "not split over ranks, nor calls with cu_seq of their own; select tokens (topk_attention, indexer_select, "
-            "gathered_attention)"
+            f"{call.name} takes sequences whole: losses over all positions are not split over ranks, nor calls with "
+            "cu_seq of their own; documents are context_parallel(cu_seq=…)"
         )
+    tile = tile_of(call, arguments)
+    _check_tiles(call, arguments, tile, queries)
     _refuse_key_index(arguments.get("key_index"))
     rank = rank_in(group)
     lead, lead_axes = next((arguments[n], a) for n, a in axes.items() if a)
@@ -62,18 +62,61 @@ def over_ranks(
     with outside:
         for span in queries.spans(rank) or [Span(0, 0, 0)]:
             part = {
-                name: _rows(value, axes.get(name, ""), span) if isinstance(value, Tensor) else value
+                name: _rows(value, axes.get(name, ""), span, tile) if isinstance(value, Tensor) else value
                 for name, value in arguments.items()
             }
             if isinstance(rule, Rule):
                 part["rule"] = rule_of_span(rule, span, queries, keys)
+            if _chooses_blocks(call) and arguments.get("is_causal"):
+                offset = checks.causal_offset_of(
+                    True, arguments.get("causal_offset"), queries.length, keys.length
+                )
+                part["causal_offset"] = span.start + offset
+            among = arguments.get("among")
+            if among is not None:
+                part["among"] = among._replace(blocks=_rows(among.blocks, "BGNM", span, tile))
             found.append(call.function(**part))
     if len(found) == 1:
         return found[0]
     if isinstance(found[0], Tensor):
-        return torch.cat(found, call.results[0].index("T"))
+        return torch.cat(found, _along_queries(call.results[0]))
     results = zip(*found, strict=True)
-    return tuple(torch.cat(r, a.index("T")) for r, a in zip(results, call.results, strict=True))
+    return tuple(torch.cat(r, _along_queries(a)) for r, a in zip(results, call.results, strict=True))
+
+
+def tile_of(call: Shardable, arguments: dict[str, Any]) -> int:
+    """How many queries have a row of blocks together; 1 of calls without blocks."""
+    if arguments.get("among") is not None:
+        tile = arguments["among"].query_tile
+    elif "query_tile" in inspect.signature(call.function).parameters:
+        tile = arguments.get("query_tile", inspect.signature(call.function).parameters["query_tile"].default)
+    else:
+        return 1
+    return int(checks.integer("query_tile", tile, 1))
+
+
+def _chooses_blocks(call: Shardable) -> bool:
+    return "N" in call.results[0]
+
+
+def _check_tiles(call: Shardable, arguments: dict[str, Any], tile: int, queries: Layout) -> None:
+    """Blocks are chosen for whole tiles of queries."""
+    if _chooses_blocks(call) and arguments.get("key_starts") is not None:
+        raise NotImplementedError(
+            f"{call.name} over ranks takes no key_starts and no documents: blocks are pooled from the first start of "
+            "all queries on, and a rank has some of them"
+        )
+    edges = {at for own in queries.ranges for start, stop in own if start < stop for at in (start, stop)}
+    inside = sorted(at for at in edges if at % tile and at != queries.length)
+    if inside:
+        raise ValueError(
+            f"blocks are chosen for tiles of {tile} queries, which must not be split: each range of the layout must "
+            f"begin at a multiple of {tile}, got one that begins at {inside[0]}"
+        )
+
+
+def _along_queries(axes: str) -> int:
+    return max(axes.find("T"), axes.find("N"))
 
 
 def _refuse_key_index(given: object) -> None:
@@ -92,9 +135,14 @@ def _alone() -> Iterator[None]:
         state.context, checks.attention.Served.over_ranks = before
 
 
-def _rows(value: Tensor, axes: str, span: Span) -> Tensor:
-    at = axes.find("T")
-    return value if at < 0 else value.narrow(at, span.at, span.stop - span.start)
+def _rows(value: Tensor, axes: str, span: Span, tile: int) -> Tensor:
+    """What belongs to the queries of a span: the queries, or a row for each tile of them."""
+    length = span.stop - span.start
+    if "T" in axes:
+        return value.narrow(axes.index("T"), span.at, length)
+    if "N" in axes:
+        return value.narrow(axes.index("N"), span.at // tile, -(-length // tile))
+    return value
 
 
 def _layouts(layout: object, key_layout: object, group: Group) -> Layout:
@@ -315,6 +363,10 @@ class _Inside:
                 return call.outside(*positional, **options)
         if isinstance(arguments.get("rule"), Rule):
             arguments["rule"] = self._rule(arguments["rule"])
+        elif _chooses_blocks(call):
+            names = "key_lengths", "key_starts", "causal_offset"
+            said = self._rule(Rule(bool(arguments.get("is_causal")), **{n: arguments.get(n) for n in names}))
+            arguments["key_starts"] = said.key_starts
         function, layout, group = call.function, self.layout, self.group
         if function is _ATTEND.function and self.way in _ATTEND_BY:
             return self._by_way(_ATTEND_BY[self.way], arguments)

@@ -54,8 +54,10 @@ class Split:
 
         def of(letter: str) -> Placement:
             at = axes.find(letter)
-            if letter == "T" and at < 0:  # keys lie where queries do, until they are gathered
-                at = axes.find("S")
+            if (
+                letter == "T" and at < 0
+            ):  # keys lie where queries do, until they are gathered; tiles of queries do
+                at = max(axes.find("S"), axes.find("N"))
             if at < 0 or (letter in broadcast and shape[at] == 1):
                 return Replicate()
             return Shard(at)
@@ -156,6 +158,7 @@ def _over_positions(call: Shardable, local: dict, split: Split, sizes: dict[str,
     ranks = split.mesh.size(at)
     layouts = Layout.even(sizes["T"], ranks), Layout.even(keys, ranks)
     found = context.over_ranks(call, local, *layouts, split.mesh.get_group(at))
+    sizes = {**sizes, "N": -(-sizes["T"] // context.tile_of(call, local))}
     return _wrapped(call, found, split, sizes, local)
 
 

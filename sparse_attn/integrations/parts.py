@@ -53,10 +53,6 @@ def refuse(
         )
     if indices is not None:
         raise NotImplementedError(f"{INSIDE} takes no indices of a model's own, which {name} gives")
-    if options["selector"] in ("blocks", "refined_blocks"):
-        raise NotImplementedError(
-            f"{INSIDE} selects tokens, got selector={options['selector']!r}: blocks are of whole sequences"
-        )
     if not causal:
         raise NotImplementedError(f"{INSIDE} is causal, which {name} is not")
     if key.shape[2] != query.shape[2]:

@@ -226,6 +226,20 @@ def positions(rank, size):
         )  # fmt: skip
     indices = sa.topk_select(*inputs(*ATTENTION)[:2], 5)
     compare(mesh, sa.gathered_attention, inputs(*ATTENTION), by(Shard(2)), [indices], wanted=[Shard(2)])
+    length = 64 * size - 1  # tiles of 16, of which the last is short
+    q, k, v = inputs((B, HQ, length, D), (B, HKV, length, D), (B, HKV, length, DV))
+    sizes = {"block_size": 16, "query_tile": 16, "is_causal": True}
+    blocks = sa.block_select(q, k, 3, **sizes)
+    compare(
+        mesh, partial(sa.block_attention, return_lse=True, **sizes), [q, k, v], by(Shard(2)), [blocks],
+        wanted=[Shard(2)],
+    )  # fmt: skip
+    compare(mesh, lambda q, k: sa.block_select(q, k, 3, **sizes), [q, k], by(Shard(2)), wanted=[Shard(2)])
+    compare(
+        mesh, lambda q, k, b: sa.refine_blocks(q, k, b, 9, **sizes), [q, k], by(Shard(2)), [blocks],
+        wanted=[Shard(2)],
+    )  # fmt: skip
+    compare(mesh, partial(selected, Rule(is_causal=True)), [q, k, v], by(Shard(2)), wanted=[Shard(2)])
 
 
 @check
@@ -283,8 +297,12 @@ def what_is_refused(rank, size):
         sa.topk_attention(*spread(Shard(3), q, k, v), 5)
     with pytest.raises(TypeError, match=r"key must be a DTensor, as other arguments are"):
         sa.topk_attention(parts[0], k, v, 5)
-    with pytest.raises(NotImplementedError, match=r"block_select takes sequences whole"):
-        sa.block_select(*spread(Shard(2), q, k), 3, block_size=8, query_tile=8)
+    with pytest.raises(ValueError, match=r"tiles of 12 queries, which must not be split"):
+        sa.block_select(*spread(Shard(2), q, k), 3, block_size=12, query_tile=12)
+    with pytest.raises(NotImplementedError, match=r"no key_starts and no documents"):
+        sa.block_select(
+            *spread(Shard(2), q, k), 3, query_tile=1, key_starts=torch.zeros(B, dtype=torch.int64)
+        )
     sums = DTensor.from_local(q / size, mesh, [Partial()])
     out = sa.topk_attention(sums, *spread(Replicate(), k, v), 5)
     torch.testing.assert_close(out.full_tensor(), sa.topk_attention(q, k, v, 5), rtol=1e-4, atol=1e-5)
