@@ -12,6 +12,7 @@ import sparse_attn as sa
 from distributed.world import check
 from sparse_attn.analysis import Shape
 from sparse_attn.distributed import (
+    AcrossRanks,
     Layout,
     context_costs,
     context_parallel,
@@ -521,11 +522,14 @@ def a_hugging_face_model(rank, size):
         ({"share": "none", "sinks": 2}, "even", "merge", cu_seq),
         ({"share": "none", "sinks": 2}, "even", "index", cu_seq),
         ({"selector": "indexer"}, "zigzag", "fetch", cu_seq),
+        ({"selector": "low_rank"}, "zigzag", "fetch", cu_seq),
         ({"top_k": 64}, "even", "gather", None),
     )  # fmt: skip
     for options, layout, way, documents in kinds:
         if options.get("selector") == "indexer":
             integration.add_indexers(model)
+        if options.get("selector") == "low_rank":
+            integration.fit_low_rank(model, [ids], rank=4)
         integration.configure(model, **{"top_k": 6, **options})
         positions = torch.arange(40) if documents is None else places
         right = model(ids, position_ids=positions[None]).logits
@@ -667,9 +671,16 @@ def what_is_refused(rank, size):
             lambda: sa.topk_attention(query, key, value, 4, key_lengths=torch.tensor([3, 3])),
             lambda: sa.nn.TopKAttention(32, 4, None)(torch.randn(1, 4, 32)),
             lambda: sa.nn.TopKAttention(32, 4, None, sink_logits=True)(torch.randn(1, 4, 32)),
+            lambda: sa.nn.KeySelector(D, T, 4, num_heads=HQ).select(query),
+            lambda: sa.nn.HeadApproximator(DV, 4, num_heads=HQ)(value, torch.zeros(B, 1, 3, 4).int()),
+            lambda: AcrossRanks().select(query, key, 4, sa.selection.Rule(share="all")),
+            lambda: sa.varlen_topk_select(query[0].mT, key[0].mT, torch.tensor([0, 4]), None, 4, 4, 2),
+            lambda: sa.indexer_loss(query, key[:, :1], query[..., 0], query, key),
         ):
             with pytest.raises(NotImplementedError):
                 call()
+        with pytest.raises(ValueError, match="key_index is of one process's keys"):
+            sa.topk_select(query, key, 4, key_index=sa.KeyIndex.of(key))
     with contextlib.suppress(ValueError):
         Layout((((0, 2),), ((3, 4),)))
         raise AssertionError
