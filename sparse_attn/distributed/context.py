@@ -38,11 +38,10 @@ def over_ranks(
     Of the rule, what is per query is of this rank's queries, and what is per key of all keys. Indices are global.
     """
     axes = call.axes
-    packed = "query" in axes and "B" not in axes["query"]
-    if packed or call.results == ("mean",):
+    if _is_packed(call) or call.results == ("mean",):
         raise NotImplementedError(
-            f"{call.name} takes sequences whole: losses over all positions are not split over ranks, nor calls with "
-            "cu_seq of their own; documents are context_parallel(cu_seq=…)"
+            f"{call.name} takes sequences whole: losses over all positions are not split over ranks, nor blocks of "
+            "packed sequences"
         )
     tile = tile_of(call, arguments)
     _check_tiles(call, arguments, tile, queries)
@@ -82,6 +81,14 @@ def over_ranks(
         return torch.cat(found, _along_queries(call.results[0]))
     results = zip(*found, strict=True)
     return tuple(torch.cat(r, _along_queries(a)) for r, a in zip(results, call.results, strict=True))
+
+
+def _is_packed(call: Shardable) -> bool:
+    return "query" in call.axes and "B" not in call.axes["query"]
+
+
+def _of_blocks(call: Shardable) -> bool:
+    return any("N" in axes for axes in (*call.axes.values(), *call.results))
 
 
 def tile_of(call: Shardable, arguments: dict[str, Any]) -> int:
@@ -169,27 +176,32 @@ def _fits(name: str, length: int, layout: Layout, rank: int) -> None:
         )
 
 
-def document_starts(cu_seq: Tensor, layout: Layout, rank: int) -> Tensor:  # int64 [1, T_r]
-    """Where the document of each of the rank's positions begins."""
+def documents_of(cu_seq: Tensor, layout: Layout, rank: int) -> tuple[Tensor, Tensor]:  # int64 [1, T_r] each
+    """Where the document of each of the rank's positions begins, and ends; behind all it begins at T."""
     bounds = documents(cu_seq, layout.length)
     positions = layout.positions(rank, bounds.device)
-    at = torch.bucketize(positions, bounds[1:], right=True).clamp(max=max(0, len(bounds) - 2))
-    starts = bounds[at] if len(bounds) > 1 else torch.zeros_like(positions)
-    return torch.where(positions < bounds[-1], starts, layout.length)[None]
+    if len(bounds) == 1:
+        nothing = torch.full_like(positions, layout.length)[None]
+        return nothing, nothing
+    at = torch.bucketize(positions, bounds[1:], right=True).clamp(max=len(bounds) - 2)
+    starts = torch.where(positions < bounds[-1], bounds[at], layout.length)
+    return starts[None], bounds[at + 1][None]
 
 
 def _packed_rule(rule: Rule, cu_seq: Tensor | None, layout: Layout, rank: int) -> Rule:
     if cu_seq is None:
         return rule
-    if not rule.is_causal:
-        raise NotImplementedError(
-            "cu_seq goes with is_causal=True: a document that sees itself whole is not there yet"
-        )
     if rule.key_starts is not None:
         raise ValueError("cu_seq says where keys start: key_starts goes without it")
     if rule.causal_offset not in (None, 0):
         raise ValueError("cu_seq is of queries and keys alike: causal_offset goes without it")
-    return replace(rule, key_starts=document_starts(cu_seq, layout, rank))
+    starts, ends = documents_of(cu_seq, layout, rank)
+    if rule.is_causal:
+        return replace(rule, key_starts=starts)
+    checks.kept(rule.window, rule.sinks, rule.is_causal)
+    # Each query sees its document to the end, by an offset of its own.
+    offset = ends - 1 - layout.positions(rank, ends.device)
+    return replace(rule, is_causal=True, causal_offset=offset, key_starts=starts)
 
 
 def context_parallel_attention(
@@ -224,7 +236,8 @@ def context_parallel_attention(
             chosen by some query, and the values of the chosen (docs/distributed.md has the numbers). "merge" and
             "index" take share="none".
         cu_seq: int32 or int64 [S + 1], the same on every rank: packed documents (B = 1) over the whole sequence, which
-            may cross the ranks' boundaries. Needs is_causal; first keys that are always kept are each document's own.
+            may cross the ranks' boundaries; without is_causal each is seen whole, with way="gather" alone. First keys
+            that are always kept are each document's own.
         rule: the parts of a :class:`sparse_attn.selection.Rule`, which are those arguments of topk_attention. A
             causal_offset is a number: query i of the whole sequence sees keys 0 … i + offset. key_lengths [B] is over
             the whole sequence, an attn_mask of this rank's queries and all keys, key_starts [B] or [B, T_r].
@@ -351,21 +364,43 @@ class _Inside:
     group: Group
     cu_seq: Tensor | None  # int [S + 1]
     way: str
+    of_pack: bool = False  # a packed call is under way, and its rule is of this rank's queries already
 
     @property
     def documents(self) -> bool:
         return self.cu_seq is not None
+
+    def tokens(self, device: torch.device) -> tuple[int, Tensor]:
+        return self.layout.length, self.layout.positions(rank_in(self.group), device)
+
+    def packed(self, call: Shardable, arguments: dict[str, Any]) -> Any:
+        """A call with cu_seq of its own: it says where sequences lie among the tokens of all ranks."""
+        if self.documents:
+            raise ValueError(
+                f"{call.name} has a cu_seq of its own: context_parallel goes without cu_seq then"
+            )
+        if arguments.get("block_table") is not None:
+            raise NotImplementedError("pages (block_table) are not split over ranks: call it outside")
+        before, state.context = state.context, replace(self, of_pack=True)
+        try:
+            return call.function(**arguments)
+        finally:
+            state.context = before
 
     def __call__(self, call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
         arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
         if "tables" in call.axes:  # a token's own: nothing of other positions
             with _alone():
                 return call.outside(*positional, **options)
+        if _is_packed(call) and not _of_blocks(call):
+            return self.packed(call, arguments)
         if isinstance(arguments.get("rule"), Rule):
             arguments["rule"] = self._rule(arguments["rule"])
         elif _chooses_blocks(call):
-            names = "key_lengths", "key_starts", "causal_offset"
-            said = self._rule(Rule(bool(arguments.get("is_causal")), **{n: arguments.get(n) for n in names}))
+            given: dict[str, Any] = {
+                name: arguments.get(name) for name in ("key_lengths", "key_starts", "causal_offset")
+            }
+            said = self._rule(Rule(bool(arguments.get("is_causal")), **given))
             arguments["key_starts"] = said.key_starts
         function, layout, group = call.function, self.layout, self.group
         if function is _ATTEND.function and self.way in _ATTEND_BY:
@@ -379,6 +414,8 @@ class _Inside:
         return over_ranks(call, arguments, layout, layout, group)
 
     def _rule(self, rule: Rule) -> Rule:
+        if self.of_pack:
+            return rule
         unknown = {"attn_mask", "key_lengths", "key_starts", "causal_offsets"}
         if rule.said() & unknown or rule.causal_offset:
             raise NotImplementedError(
@@ -400,6 +437,19 @@ class _Inside:
             return function(
                 **arguments, queries=self.layout, keys=self.layout, group=self.group, backend=backend
             )
+
+
+def over_positions(
+    call: Shardable, arguments: dict[str, Any], queries: Layout, keys: Layout, group: Group
+) -> Any:
+    """`over_ranks`, of packed sequences too where queries and keys are the same tokens."""
+    if _is_packed(call) and not _of_blocks(call):
+        if queries != keys:
+            raise NotImplementedError(
+                f"{call.name} over ranks has as many keys as queries, got {keys.length} and {queries.length}"
+            )
+        return _Inside(queries, group, None, "gather").packed(call, arguments)
+    return over_ranks(call, arguments, queries, keys, group)
 
 
 @contextmanager

@@ -89,6 +89,11 @@ def _choose(
             f"way='index' takes share='none', got {rule.share!r}: heads that share rank keys by their mass among all "
             "keys, of which 8-bit rows prove nothing; way='gather'"
         )
+    if isinstance(rule.causal_offset, Tensor):
+        raise NotImplementedError(
+            "way='index' takes one causal_offset for all queries, got one for each, as packed sequences have them that "
+            "are not causal, or have fewer queries than keys: way='gather'"
+        )
     query, key, top_k = query.detach(), key.detach(), checks.top_k_of(top_k)
     check_budget(rule, top_k)
     rank = rank_in(group)

@@ -46,6 +46,11 @@ def attend(
             f"way='merge' takes share='none', got {rule.share!r}: heads that share rank keys by their mass among all "
             "keys, which no rank has; way='gather'"
         )
+    if isinstance(rule.causal_offset, Tensor):
+        raise NotImplementedError(
+            "way='merge' takes one causal_offset for all queries, got one for each, as packed sequences have them that "
+            "are not causal, or have fewer queries than keys: way='gather'"
+        )
     query, key, value = autocast(query, key, value)
     checks.query_key(query, key)
     checks.value_of(key, value)

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,6 +42,8 @@ class Context(Protocol):
 
     @property
     def documents(self) -> bool: ...  # whether it knows of packed ones
+
+    def tokens(self, device: torch.device) -> tuple[int, Tensor]: ...  # of all ranks; which of them are here
 
     def __call__(self, call: Shardable, positional: tuple, options: dict[str, Any]) -> Any: ...
 

@@ -214,13 +214,17 @@ def packed_sequences(rank, size):
         return sa.varlen_indexer_select(q, k, w, cu_seq, None, 12, 12, 5, is_causal=True)
 
     blocks = select_blocks(q, k)
-    for placement in (Replicate(), Shard(1)):
+    for placement in (Replicate(), Shard(1), Shard(0)):  # whole, heads, tokens
         compare(mesh, attend, [q, k, v], by(placement))
         compare(mesh, select, [q, k], by(placement))
         compare(mesh, attend_to, [q, k, v], by(placement), [select(q, k)], wanted=[placement])
+        compare(mesh, by_indexer, weights, by(placement))
+        if placement == Shard(0):
+            with pytest.raises(NotImplementedError, match="nor blocks of packed sequences"):
+                select_blocks(*(distribute_tensor(t, mesh, [placement]) for t in (q, k)))
+            continue
         compare(mesh, select_blocks, [q, k], by(placement))
         compare(mesh, attend_blocks, [q, k, v], by(placement), [blocks], wanted=[placement])
-        compare(mesh, by_indexer, weights, by(placement))
 
 
 @check
