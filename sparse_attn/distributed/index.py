@@ -31,6 +31,8 @@ from sparse_attn.wings.reference.index_keys import rows_of
 from sparse_attn.wings.reference.indexed_select import KeyBounds
 from sparse_attn.wings.reference.rule import VisibleKeys
 
+_TIMES = 8  # numbers of 4 bytes for a pair of a query and a key, while bounds are made
+
 
 def attend(
     query: Tensor,  # [B, Hq, T_r, D]
@@ -128,7 +130,7 @@ def _possible(
         rows = query[:, :, span.local]
         packed = rule.packed(rows, bounds.codes, top_k)
         seen = VisibleKeys(bounds.codes, packed)
-        for few in query_chunks(rows.shape[2], batch * rows.shape[1] * length):
+        for few in query_chunks(rows.shape[2], _TIMES * batch * rows.shape[1] * length):
             visible, forced = seen.of(few)
             free = visible & ~forced
             room = min(top_k, length) - forced.sum(-1, keepdim=True)

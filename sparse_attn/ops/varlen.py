@@ -46,15 +46,15 @@ class Sequences(NamedTuple):
         return found.to(torch.int32).transpose(0, 1)[None]
 
 
-def sequences(query: Tensor, key: Tensor, *given: Any) -> Sequences:
+def sequences(query: Tensor, key: Tensor, *given: Any, **named: Any) -> Sequences:
     """Those of the queries; inside context_parallel of this rank's queries among all of the pack."""
     if state.context is None:
-        return _sequences(query, key, *given)
+        return _sequences(query, key, *given, **named)
     check.packed_tensor("query", query, "[T, Hq, D]")
     check.packed_tensor("key", key, "[Tk, Hkv, D]")
     length, positions = state.context.tokens(query.device)
     query, key = (t.new_zeros(()).expand(length, *t.shape[1:]) for t in (query, key))  # without memory
-    found = _sequences(query, key, *given)
+    found = _sequences(query, key, *given, **named)
     first, keys, offset = found.first, found.keys, found.offset
     assert isinstance(offset, Tensor)
     # One number, where it is one, is what every way of a context knows.

@@ -249,6 +249,7 @@ def packed_calls(rank, size):
             ("gather", {"seqused_k": torch.tensor([7, 0, 18, 1, 9]), "is_causal": True}),
             ("gather", {"tail": "mean", "is_causal": True}), ("gather", {"tail": "blocks"}),
             ("merge", {"is_causal": True, "window": 2}), ("index", {"is_causal": True, "sinks": 2}),
+            ("index", {"is_causal": True, "tail": "mean"}),
         ):  # fmt: skip
             asked = {"return_lse": True, "return_indices": True, **options}
             leaves, parts = ([t.clone().requires_grad_() for t in each] for each in ((q, k, v), here))
