@@ -31,7 +31,7 @@ from sparse_attn.wings.reference.index_keys import rows_of
 from sparse_attn.wings.reference.indexed_select import KeyBounds
 from sparse_attn.wings.reference.rule import VisibleKeys
 
-_TIMES = 8  # numbers of 4 bytes for a pair of a query and a key, while bounds are made
+_TIMES = 8  # numbers for a pair of a query and a key, while bounds are made
 
 
 def attend(
@@ -101,7 +101,10 @@ def _choose(
     rank = rank_in(group)
     spans = [(span, rule_of_span(rule, span, queries, keys)) for span in queries.spans(rank)]
     bounds = _gathered_index(key, keys, group)
-    wanted = _possible(query, bounds, top_k, spans)
+    with torch.autocast(
+        query.device.type, enabled=False
+    ):  # half types would not hold the sums of whole numbers
+        wanted = _possible(query, bounds, top_k, spans)
     candidates = _Candidates(wanted, key, rule, keys, group)
     found = [candidates.best(query[:, :, span.local], top_k, own, backend) for span, own in spans]
     if not found:
@@ -117,7 +120,7 @@ def _gathered_index(key: Tensor, keys: Layout, group: Group) -> KeyBounds:
     index = index_around(shift, key)
     rows = rows_of(index.codes, index.bounds, index.length, key.shape[3])
     codes, numbers = (keys.whole(all_parts(part, keys.lengths, 2, group, "key index"), 2) for part in rows)
-    return KeyBounds(codes, numbers, index.shift)
+    return KeyBounds(codes, numbers, index.shift, torch.promote_types(key.dtype, torch.float32))
 
 
 def _possible(

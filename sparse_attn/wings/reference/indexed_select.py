@@ -47,19 +47,19 @@ def indexed_select(
 
 
 class KeyBounds:
-    """The bounds of lib/decode_index.h, in float64."""
+    """The bounds of lib/decode_index.h. What float32 rounds where keys and queries meet is within their rest."""
 
     def __init__(
         self,
         codes: Tensor,  # int8 [B, Hkv, Tk, D]
         numbers: Tensor,  # float32 [B, Hkv, Tk, 3]
         shift: Tensor,  # float32 [B, Hkv, D]
+        compute: torch.dtype = torch.float64,
     ) -> None:
-        self.codes = codes
-        self.scale, self.error, self.norm = (
-            n.unsqueeze(2).double() for n in numbers.unbind(-1)
-        )  # [B, Hkv, 1, Tk]
-        self.shift = shift.double().norm(dim=-1)[..., None, None]  # [B, Hkv, 1, 1]
+        self.codes, self.compute = codes, compute
+        three = (n.unsqueeze(2).to(compute) for n in numbers.unbind(-1))
+        self.scale, self.error, self.norm = three  # [B, Hkv, 1, Tk]
+        self.shift = shift.double().norm(dim=-1)[..., None, None].to(compute)  # [B, Hkv, 1, 1]
         self.heads = codes.shape[1]
 
     def possible(self, query: Tensor, scale: float, candidates: Tensor, budget: Tensor) -> Tensor:
@@ -74,9 +74,10 @@ class KeyBounds:
         useful = (size > 1e-15) & (size < 1e18)
 
         def per_key_head(rows: Tensor) -> Tensor:
-            return rows.unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, Hkv, R·t, …]
+            return rows.to(self.compute).unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, Hkv, R·t, …]
 
-        score = self._products(per_key_head(near)) * self.scale  # [B, Hkv, R·t, Tk]
+        # Sums of whole numbers, which are exact: below 2²⁴.
+        score = self._products(per_key_head(numbers)) * (self.scale * per_key_head(step))  # [B, Hkv, R·t, Tk]
         unit = (2 * dim + 32) * 2.0**-23
         bound = self.norm * per_key_head(error + unit * (size + error))
         bound = bound + self.error * per_key_head(near_size) + unit * per_key_head(size) * self.shift
@@ -90,6 +91,7 @@ class KeyBounds:
         return ~(high <= order.gather(-1, last)) | ~useful
 
     def _products(self, query: Tensor) -> Tensor:
-        """query [B, Hkv, R·t, D] in float64 → [B, Hkv, R·t, Tk], without the codes of all keys in float64."""
+        """Whole numbers [B, Hkv, R·t, D] of queries → [B, Hkv, R·t, Tk], with some codes in floats at a time."""
         step = max(1, AT_ONCE // max(1, self.codes[:, :, :1].numel()))
-        return torch.cat([query @ codes.double().mT for codes in self.codes.split(step, 2)], -1)
+        parts = [query @ codes.to(self.compute).mT for codes in self.codes.split(step, 2)]
+        return torch.cat(parts, -1)
