@@ -319,6 +319,40 @@ def few_queries(rank, size):
 
 
 @check
+def hard_keys(rank, size):
+    """Bounds must hold for keys far from 0, of all sizes, alike but for their last bits, tied, infinite."""
+    torch.manual_seed(9)
+    queries, keys = Layout.even(9, size), Layout.even(700, size)
+    for dim in (8, 72):
+        query, key = torch.randn(1, HQ, 9, dim), torch.randn(1, HKV, 700, dim)
+        value, few = torch.randn(1, HKV, 700, DV), torch.arange(700) % 10
+        infinite = torch.where((few == 3).view(1, 1, -1, 1), torch.inf, key)
+        spread = key * 10 ** (torch.rand(1, HKV, 700, 1) * 12 - 6)
+        for q, k in (
+            (query, key), (query, key + 100 * torch.randn(1, HKV, 1, dim)), (query, spread), (query * 1e-8, key * 1e8),
+            (query, key[:, :, few] * (1 + 1e-6 * torch.randn(1, HKV, 700, 1))), (query, infinite),
+            (lattice(*query.shape), lattice(*key.shape)), (query * 1e-20, key),
+        ):  # fmt: skip
+            for options in ({}, {"is_causal": True, "causal_offset": 690, "window": 3, "sinks": 2}):
+                for dtype in (torch.float32, torch.bfloat16):
+                    tensors = [t.to(dtype) for t in (q, k, value)]
+                    indices = sa.topk_select(*tensors[:2], 20, **options)
+                    parts = [
+                        lay.local(t, rank, 2) for lay, t in zip((queries, keys, keys), tensors, strict=True)
+                    ]
+                    _, found = context_parallel_attention(
+                        *parts,
+                        20,
+                        layout=queries,
+                        key_layout=keys,
+                        way="index",
+                        return_indices=True,
+                        **options,
+                    )
+                    assert torch.equal(found, queries.local(indices, rank, 2))
+
+
+@check
 def most_keys_stay_where_they_are(rank, size):
     """Bounds of 8 bits leave little more than is chosen: clusters of keys, as attention has them."""
     torch.manual_seed(7)
