@@ -356,7 +356,7 @@ def context_parallel_gathered_attention(
     return (out, lse) if return_lse else out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Inside:
     """What a call becomes inside of `context_parallel`."""
 
