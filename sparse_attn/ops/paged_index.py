@@ -27,7 +27,8 @@ class PagedKeyIndex:
     are what it cannot see.
 
     It serves sequences of up to 16 queries with a selection per head (decoding, drafts), on the CPU wing; other calls
-    take it and do without it. Indices, outputs and LSE are those without an index, to the bit.
+    take it and do without it. Indices, outputs and LSE are those without an index, to the bit. It pays in float32, and
+    in half types where few query heads share a key head or top_k is small beside the keys (docs/performance.md).
 
     Attributes:
         codes: int8 [P, Hkv, page size/16, ⌈D/4⌉, 16, 4], bounds: float32 [P, Hkv, page size/16, 3, 16].
