@@ -45,15 +45,15 @@ struct KeyRows {
         const int64_t at = first + key;
         return head + table[of.page(at)] * page_step + of.place(at) * step;
     }
-    // Has the machine look up where the pages of the keys [key, end) lie in memory. One line brings what is
-    // known of the 32 KiB around it. Such searches go on side by side, and more of them cost little more than
-    // one, which holds up the lines behind it.
+    // Has the machine look up where the pages of the keys [key, end) lie in memory: a line at either end
+    // brings what is known of all around it. Such searches go on side by side, and many of them cost little
+    // more than one, which holds up the lines behind it.
     SPARSE_ATTN_INLINE void look_up(int64_t key, int64_t end) const {
-        constexpr int64_t kKnown = 32768;
-        const int64_t bytes = of.size * step * static_cast<int64_t>(sizeof(T));
-        for (int64_t n = of.page(first + key); key < end && n <= of.page(first + end - 1); ++n)
-            for (int64_t at = 0; at < bytes; at += kKnown)
-                __builtin_prefetch(reinterpret_cast<const char*>(head + table[n] * page_step) + at, 0, 2);
+        for (int64_t n = of.page(first + key); key < end && n <= of.page(first + end - 1); ++n) {
+            const T* page = head + table[n] * page_step;
+            __builtin_prefetch(page, 0, 2);
+            __builtin_prefetch(page + (of.size - 1) * step, 0, 2);
+        }
     }
     // The rows of the NR keys from `key` on; behind the last of [0, end) that one again.
     SPARSE_ATTN_INLINE void panel(int64_t key, int64_t end, const T** rows) const {
