@@ -103,6 +103,13 @@ def _recall(store: Store, length: int) -> Table | None:
     return Table(title, ["selection", "keys", "recall", "attention mass", "of the worst layer"], cells)
 
 
+def over_dense(store: Store, length: int, arm: str, keys: int | None) -> list[float]:
+    """How many nats more than dense attention an answer takes: of each text with needles the mean over its answers."""
+    dense = {r["case"]: r["nats"] for r in store.find(task="needles", arm=DENSE, length=length)}
+    rows = store.find(task="needles", arm=arm, keys=keys, length=length)
+    return [(sum(r["nats"]) - sum(dense[r["case"]])) / len(r["nats"]) for r in rows if r["case"] in dense]
+
+
 def _needles(store: Store, length: int) -> Table | None:
     groups: dict[tuple[str, int | None], list[Row]] = defaultdict(list)
     for row in store.find(task="needles", length=length):
@@ -118,9 +125,22 @@ def _needles(store: Store, length: int) -> Table | None:
         several = [sum(r["right"]) / r["needles"] for r in rows if r["needles"] > 1]
         cells = [_of(single[d]) for d in depths]
         of_several = _half(interval(several), 100, 0, " %") if several else ""
-        table.append([_name(arm), "all" if keys is None else _share(keys, length), *cells, of_several])
-    title = f"Needles found, {length:,} tokens: one at a depth, and several in one text"
-    return Table(title, ["selection", "keys", *(f"at {d:.0%}" for d in depths), "several"], table)
+        if arm == DENSE:
+            nats = f"{interval([sum(r['nats']) / len(r['nats']) for r in rows]).mean:.2f} in all"
+        else:
+            differences = over_dense(store, length, arm, keys)
+            nats = str(interval(differences)) if differences else ""
+        budget = "all" if keys is None else _share(keys, length)
+        table.append([_name(arm), budget, *cells, of_several, nats])
+    title = f"Needles found, {length:,} tokens: one at a depth, and several in one text (95 % intervals over texts)"
+    columns = [
+        "selection",
+        "keys",
+        *(f"at {d:.0%}" for d in depths),
+        "several",
+        "nats of an answer, over dense",
+    ]
+    return Table(title, columns, table)
 
 
 def _of(found: Sequence[bool]) -> str:

@@ -29,10 +29,10 @@ TINY = attention.Settings(
 def test_in_miniature(tmp_path, capsys):
     result, arguments = in_miniature(attention, TINY, tmp_path, "--text", *words(tmp_path))
     printed = capsys.readouterr().out
-    for arm in ("top-k 4", "top-k 8", "indexer 8"):
+    for arm in ("top-k 4", "top-k 8", "indexer 8", "top-k 4 + mean", "top-k 4 + blocks", "annealed 4"):
         assert arm in printed
     # Two rates of the dense arm; two seeds of equal steps, and for all but dense equal time.
-    assert len(result["rows"]) == 2 + 2 * (4 + 3)
+    assert len(result["rows"]) == 2 + 2 * (7 + 6)
     assert {r["steps"] for r in result["rows"] if r["rule"] == "equal steps"} == {6}
     refuses_other_settings(attention, TINY, arguments)
 
