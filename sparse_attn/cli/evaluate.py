@@ -37,7 +37,7 @@ selectors: {", ".join(NAMES)};
 
 examples:
   sparse-attn evaluate --model DIR --text a.txt b.txt --selector exact exact/kv exact+tail --budget 5% 12.5%
-  sparse-attn evaluate --model DIR --text *.txt --selector indexer+tail --indexers FILE --lengths 2048 8192
+  sparse-attn evaluate --model DIR --text *.txt --selector indexer+blocks --indexers FILE --lengths 2048 8192
   sparse-attn evaluate --model DIR --text *.txt --selector low_rank --calibrate other/*.txt --tasks recall
 """
 
