@@ -1,6 +1,6 @@
 """An exact task: which value stood beside this key? A small model learns it, then attends to few keys.
 
-    sparse-attn study associative            three seeds, a minute each on one core
+    sparse-attn study associative            three seeds, a minute or two of one core each
     sparse-attn study associative --quick    one seed, short sequences
 
 A sequence tells random pairs of a key and a value, a pair at each place, then asks for all keys in another order; what
@@ -14,7 +14,6 @@ and low-rank scorers are fitted to the trained model on other sequences. Rows al
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -160,7 +159,8 @@ class Arms:
         for name, layer in self.layers.items():
             layer.top_k, layer.window, layer.sinks = budget, 0, 0
             layer.share = "all" if arm == "exact, all heads" else "none"
-            del layer.token_selector  # an indexer is a module of the layer's, and others cannot take a module's place
+            # An indexer is a module of the layer's, and others cannot take a module's place.
+            del layer.token_selector
             layer.token_selector = plain.get(arm)
             if arm == "window" and budget is not None:
                 layer.window, layer.sinks = budget - SINKS, SINKS
@@ -205,9 +205,7 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
     results.keep_settings(found, asdict(settings))
     for seed in range(settings.seeds):
         if found.row(seed=seed) is None:
-            began = time.perf_counter()
             rows = [{"seed": seed, **row} for row in runs(settings, seed)]
-            found.about.setdefault("seconds", []).append(time.perf_counter() - began)
             found.rows += rows[:-1]
             found.add(rows[-1])  # a seed whole or not at all
     show(found, settings)
@@ -254,7 +252,7 @@ def draw(found: results.Results, settings: Settings) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
     for i, arm in enumerate(arms_of(found)):
         points = [(k, a) for k in settings.budgets if (a := accuracies(found, arm, k))]
         shares = [interval(a) for _, a in points]
@@ -266,7 +264,7 @@ def draw(found: results.Results, settings: Settings) -> None:
     axis.set_xticks(settings.budgets, list(map(str, settings.budgets)))
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside right upper")
     figure.suptitle(
         f"Associative recall, {settings.length} tokens: few keys in a model that learned with all"
     )
