@@ -269,7 +269,8 @@ def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> 
         for key in runs:
             if found.row(**key) is None:
                 times = step_ms.setdefault(str(key["length"]), {})
-                lacking = [arm for arm in arguments.arms or arms(settings) if arm not in times]
+                asked = [arm for arm in arms(settings) if arm in (DENSE, *(arguments.arms or arms(settings)))]
+                lacking = [arm for arm in asked if arm not in times]
                 if lacking:
                     add_step_times(times, lacking, corpus, key["length"], settings)
                     found.save()
