@@ -217,6 +217,23 @@ def check_budget(rule: Rule, top_k: int) -> int:
     return checks.budget(top_k, rule.window, rule.sinks, rule.is_causal)
 
 
+def check_kept(rule: Rule) -> None:
+    """What the rule always keeps fits the rest of it."""
+    checks.kept(rule.window, rule.sinks, rule.is_causal)
+
+
+def first_keys(rule: PackedRule, length: int, device: torch.device) -> Tensor:  # bool [B or 1, Tk]
+    """Which keys some query always keeps for being the first that it may see."""
+    if rule.key_starts is None:
+        return (torch.arange(length, device=device) < rule.sinks)[None]
+    starts = rule.key_starts.to(torch.int64).clamp(0, length)
+    ends = (starts + rule.sinks).clamp(max=length)
+    step = torch.zeros((len(starts), length + 1), dtype=torch.int64, device=device)
+    step.scatter_add_(1, starts, torch.ones_like(starts))
+    step.scatter_add_(1, ends, -torch.ones_like(ends))
+    return step.cumsum(1)[:, :length] > 0
+
+
 def always_kept(
     rule: Rule,
     first: Tensor,  # int64 […, 1]: the first key that a query sees

@@ -23,7 +23,7 @@ from sparse_attn.distributed.collectives import Group, gather, rank_in, size_of
 from sparse_attn.distributed.layout import Layout, Span, rule_of_span
 from sparse_attn.ops import gathered_attention, topk_attention, topk_select
 from sparse_attn.ops.shards import Shardable, state
-from sparse_attn.rule import Rule
+from sparse_attn.rule import Rule, check_kept
 
 WAYS = ("gather", "merge", "index")
 WAYS_INSIDE = ("gather", "merge", "index", "fetch")  # of context_parallel
@@ -198,7 +198,7 @@ def _packed_rule(rule: Rule, cu_seq: Tensor | None, layout: Layout, rank: int) -
     starts, ends = documents_of(cu_seq, layout, rank)
     if rule.is_causal:
         return replace(rule, key_starts=starts)
-    checks.kept(rule.window, rule.sinks, rule.is_causal)
+    check_kept(rule)
     # Each query sees its document to the end, by an offset of its own.
     offset = ends - 1 - layout.positions(rank, ends.device)
     return replace(rule, is_causal=True, causal_offset=offset, key_starts=starts)

@@ -6,12 +6,13 @@ on the keys as they are: what it chooses is what it would choose of all keys, bi
 given scores less than K that it is given. Last come the values of the chosen, and gradients go back the same way.
 
 The kernel sees the candidates as a sequence of their own, in ascending order. Positions that the rule always keeps, and
-those of the queries themselves, are among them whether they can be chosen or not, so that windows, sinks and the
+those of the queries themselves, are among them whether they can be chosen or not, so that windows, first keys and the
 diagonal mean there what they mean in the whole sequence.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sparse_attn.distributed.layout import Layout, Span, local_places, owners, r
 from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.key_index import index_around
-from sparse_attn.rule import Rule, check_budget
+from sparse_attn.rule import Rule, check_budget, first_keys
 from sparse_attn.wings.reference.chunks import query_chunks
 from sparse_attn.wings.reference.index_keys import rows_of
 from sparse_attn.wings.reference.indexed_select import KeyBounds
@@ -142,15 +143,7 @@ def _possible(
         if rule.is_causal:
             first, last = packed.causal_offset, packed.causal_offset + rows.shape[2]
             wanted[:, :, max(0, first - max(0, rule.window - 1)) : max(0, last)] = True
-        if packed.key_starts is None:
-            wanted[:, :, : rule.sinks] = True
-        elif rule.sinks:
-            starts = packed.key_starts.to(torch.int64).clamp(0, length)
-            ends = (starts + rule.sinks).clamp(max=length)
-            step = torch.zeros((batch, length + 1), dtype=torch.int64, device=query.device)
-            step.scatter_add_(1, starts, torch.ones_like(starts))
-            step.scatter_add_(1, ends, -torch.ones_like(ends))
-            wanted |= (step.cumsum(1)[:, None, :length]) > 0
+        wanted |= first_keys(packed, length, query.device)[:, None]
     return wanted
 
 
@@ -211,15 +204,14 @@ class _Candidates:
         positions = torch.where(inside, self.positions.gather(2, at), self.length)  # [B, Hkv, size]
         key = self.key.gather(2, at.unsqueeze(-1).expand(-1, -1, -1, dim))
         ends = self._until(self.length if self.lengths is None else self.lengths.to(torch.int64))
-        own = Rule(
-            is_causal=rule.is_causal,
+        own = replace(  # no cap changes the order of a head's own scores
+            rule,
             causal_offset=first if rule.is_causal else None,
             attn_mask=self._mask(rule.attn_mask, positions, query),
             key_lengths=(ends + shift).clamp(max=size).flatten(),
-            window=rule.window,
-            sinks=rule.sinks,
-            scale=rule.scale,
             key_starts=self._starts(rule.key_starts, queries, shift),
+            softcap=None,
+            sink_logits=None,
         )
         best = topk_select.select(
             query.unflatten(1, (heads, -1)).flatten(0, 1), key.flatten(0, 1).unsqueeze(1), top_k, own, backend=backend

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -232,3 +236,41 @@ def hugging_face(rank, size):
     integration.add_indexers(ours, share="kv")
     with pytest.raises(ValueError, match="indexers with share='kv' choose for all of them"):
         configured(ours, top_k=16, selector="indexer")(ids)
+
+
+@check
+def a_checkpoint_loaded_by_its_plan(rank, size):
+    """from_pretrained(tp_plan="auto"): each rank reads its part of the weights, and generates what one process does."""
+    if size > 2:
+        return
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="transformers reads a plan by it")
+    import sparse_attn.integrations.transformers as integration
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=4, head_dim=8, **shape)
+    ids = torch.arange(40)[None] % 50
+    launched = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}  # as torchrun says them
+    with tempfile.TemporaryDirectory() as own, mock.patch.dict(os.environ, launched):
+        transformers.LlamaForCausalLM(config).save_pretrained(own)  # only rank 0 writes
+        folders = [own]
+        dist.broadcast_object_list(folders, 0)
+        (folder,) = folders
+        one = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+        mesh = init_device_mesh("cpu", (size,))
+        ours = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh).eval()
+        dist.barrier()  # both have read it
+    projection = ours.model.layers[0].self_attn.q_proj.weight
+    assert isinstance(projection, DTensor)
+    assert projection.to_local().shape == (64 // size, 64)
+    for options in ({"share": "none"}, {"share": "kv", "window": 4, "sinks": 2}, {"share": "all"}):
+        integration.configure(one, top_k=8, **options)
+        whole = AcrossRanks() if options["share"] == "all" else "exact"
+        integration.configure(ours, top_k=8, selector=whole, **options)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                ours(ids).logits, one(ids).logits, rtol=1e-3, atol=1e-4, msg=str(options)
+            )
+        said = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (ours, one)]
+        assert torch.equal(*said), options
