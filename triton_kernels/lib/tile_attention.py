@@ -236,12 +236,12 @@ def attend_configs(
 ) -> list[dict[str, int]]:
     """Block sizes of `attend_tiles`; the others keep fewer keys, or more, on their way."""
     wide, half = max(dim, value_dim), is_half(dtype)
-    size = (64 if wide <= 64 else 32) if half else 16
+    size = 16 if not half or (counted and wide > 128) else 64 if wide <= 64 else 32
     most = max(16, triton.next_power_of_2(block_size))
     rows = row_block(rows, dtype) // (2 if wide > 128 and not half else 1)
-    # The words of a tile take registers, too. 8 warps of AMD's have half as many each.
-    warps = 8 if half and wide > (64 if counted else 128) and not torch.version.hip else 4
-    some = ((size, warps, 2), (size // 2, warps, 3), (2 * size, 8, 2)) if half else ((size, 4, 2),)
+    # The words of a tile take registers, too, and so do products in float32. 8 warps of AMD's have half as many each.
+    warps = 8 if wide > (128 if half and not counted else 64) and not torch.version.hip else 4
+    some = ((size, warps, 2), (size // 2, warps, 3), (2 * size, 8, 2)) if half else ((size, warps, 2),)
     return distinct(
         [
             {
@@ -268,7 +268,7 @@ def launch_attend(
     for special in (False, True):
         launch(
             f"attend_tiles{' special' if special else ''}", attend_tiles,
-            [configs[-1] | {"num_stages": 1} if special else c for c in configs[: 1 if special else None]],
+            [configs[0] | {"BLOCK_K": 16, "num_warps": 8, "num_stages": 1}] if special else configs,
             query, shape, tiles, rows, value=value, **strides("value", value), extremes=extremes.float(),
             block_size=block_size, SPECIAL=special, **arguments,
         )  # fmt: skip

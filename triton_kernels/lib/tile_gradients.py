@@ -417,9 +417,9 @@ def query_configs(rows: int, dtype, dim: int, value_dim: int, block_size: int) -
     wide, half = max(dim, value_dim), is_half(dtype)
     size = (64 if wide <= 64 else 32) if half else 16
     keys = max(16, min(triton.next_power_of_2(block_size), size))
-    tile = max(16, row_block(rows, dtype) // (2 if wide > 128 else 1))
+    tile = max(16, row_block(rows, dtype) // (2 if wide > (128 if half else 64) else 1))
     many = _warps(wide)
-    some = ((keys, many, 2), (max(16, keys // 2), 4, 3), (2 * keys, 8, 2)) if half else ((keys, 4, 1),)
+    some = ((keys, many, 2), (max(16, keys // 2), 4, 3), (2 * keys, 8, 2)) if half else ((keys, many, 1),)
     return distinct(
         [{"BLOCK_M": tile, "BLOCK_K": k, "num_warps": warps, "num_stages": n} for k, warps, n in some]
     )

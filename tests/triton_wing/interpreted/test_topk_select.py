@@ -45,7 +45,7 @@ SHARED = (
 
 @pytest.mark.parametrize(
     ("name", "share"),
-    [(n, "none") for n in OPTIONS] + [(n, share) for n in SHARED for share in ("kv", "all")],
+    [(n, "none") for n in OPTIONS] + [(n, ("kv", "all")[i % 2]) for i, n in enumerate(SHARED)],
 )
 def test_options(wing, name, share):
     """One dtype each: what an option does is the same in all."""
@@ -76,7 +76,7 @@ def test_head_dimensions(wing, dtype, dim):
     assert_identical(wing.topk_select(query, key, 7), query, key, 7)
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 24, 25, 33])
+@pytest.mark.parametrize("length", [1, 8, 15, 16, 17, 25, 33])
 def test_lengths_about_the_capacity(wing, sizes, length):
     """Rows that just fit, and rows that do not, with every budget's first and last case."""
     sizes(capacity=16)
