@@ -84,10 +84,15 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format $(FORMAT_PY)
 	@$(BIN)/clang-format -i $(FORMAT_CPP)
 
-# One stamp per extra; all of them are editable installs of the same tree, so any may follow any.
+# One stamp per extra; all of them are editable installs of the same tree, so any may follow any. What an extra has
+# within it (pyproject.toml) is installed with it.
+WITH_test := cli bench
+WITH_dev := test $(WITH_test)
+WITH_notebooks := cli
+WITH_release := test docs notebooks $(WITH_test)
 $(VENV)/.installed-%: $(SOURCES)
 	@tools/setup_env.sh $*
-	@touch $@
+	@touch $@ $(addprefix $(VENV)/.installed-,$(WITH_$*))
 
 clean:
 	rm -rf build dist *.egg-info sparse_attn/_C*.so sparse_attn/libsparse_attn.* sparse_attn/_no_extension.txt

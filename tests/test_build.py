@@ -186,3 +186,25 @@ def test_everything_is_in_the_source_distribution():
     folders = {name.split("/")[0] for name in listed.splitlines() if "/" in name}
     grafted = set(re.findall(r"^graft (\w[\w-]*|\.\w+)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE))
     assert folders - grafted == {"sparse_attn"}  # setuptools lists the package itself
+
+
+def test_what_the_makefile_says_is_within_an_extra_is():
+    """It does not install those again."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def within(extra: str) -> set[str]:
+        found = set()
+        for line in extras[extra]:
+            own = re.fullmatch(r"sparse-attn\[(.*)\]", line)
+            found |= (
+                set().union(*map(within, own[1].split(","))) if own else {re.split(r"[\[<>=; ]", line)[0]}
+            )
+        return found
+
+    lines = re.findall(r"^WITH_(\w+) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    said = {extra: names.replace("$(WITH_test)", dict(lines)["test"]).split() for extra, names in lines}
+    assert "test" in said["dev"]
+    for extra, names in said.items():
+        for name in names:
+            assert within(name) <= within(extra), f"{extra} does not have all of {name}"

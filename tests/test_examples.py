@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers.studies import small_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import sparse_attn.integrations.transformers as sparse_transformers
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -50,3 +54,16 @@ def test_serve_paged(kind):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=-1
         )
         assert request.tokens == alone[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_retrofit(trained, tmp_path, monkeypatch, capsys):
+    folder, file = small_model(tmp_path / "model"), tmp_path / "indexers.safetensors"
+    command = ["retrofit", "--model", str(folder), "--prompt", "w1 w2 w3", "--top-k", "8"]
+    if trained:
+        model = sparse_transformers.add_indexers(AutoModelForCausalLM.from_pretrained(folder), head_dim=8)
+        sparse_transformers.save_indexers(model, file)
+        command += ["--indexers", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(EXAMPLES / "retrofit_smollm2.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("w1 w2 w3 w")

@@ -2,10 +2,15 @@
 
     sparse-attn study attention --text FILE …    hours on one core; without --text the package's own addresses
     sparse-attn study attention --quick          two minutes: short windows, one seed
+    sparse-attn study attention --arms "annealed 16" --lengths 2048 --rules "equal time" …    one piece of it
 
 Every arm sees the same windows in the same order and starts from the same numbers. Once all arms train for equally many
 steps; once for as many as fit into the time of the dense arm's, by step times measured in turns beforehand. The indexer
 arm attends densely for its first fifth, while its indexers learn the attention over all keys, then to what they select.
+Beside the smallest budget stand models that do not forget at once what they leave out: with means of it ("+ mean", "+
+blocks": the tails of `topk_attention`), and with a budget that falls from an eighth of the window in the first half.
+With --threads 1 the seconds are processor time.
+
 The learning rate is the dense arm's best of a small grid by the loss on one half of the held-out windows, at each
 length; all losses reported are of the other half. Rows already in the results file are kept, so that an interrupted run
 goes on; a run with other options needs another --out.
@@ -23,14 +28,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies import results
+from benchmarks.studies.cost import clock
 from benchmarks.studies.statistics import interval
 from benchmarks.studies.widths_model import GPT, WIDTH, Corpus, Shape, full, load
-from sparse_attn import gathered_attention
+from sparse_attn import gathered_attention, topk_attention
+from sparse_attn.cli.console import UsageError, count
 from sparse_attn.demo.model import HEADS
 from sparse_attn.nn import Indexer, TopKAttention
 
 DENSE, STEPS, TIME, TUNING = "dense", "equal steps", "equal time", "tuning"
+RULES = (STEPS, TIME)
 WARM_UP, DENSE_SHARE, TIMED_STEPS = 20, 0.2, 12
+ANNEALED_SHARE, ANNEALED_FROM = 0.5, 8  # of the steps, in which a budget falls from this part of the window
+TAILS = ("mean", "blocks")
 
 
 @dataclass(frozen=True)
@@ -84,14 +94,30 @@ class IndexedAttention(TopKAttention):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
+class TailedAttention(TopKAttention):
+    """Attention to the best keys in which the others count by means (`tail` of topk_attention)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, top_k: int, tail: str) -> None:
+        super().__init__(embed_dim, num_heads, top_k)
+        self.tail = tail
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, selector=None) -> Tensor:
+        return topk_attention(query, key, value, self.top_k, is_causal=True, tail=self.tail)
+
+
 def build(arm: str, shape: Shape, length: int, seed: int) -> GPT:
-    """`arm` is "dense", "top-k K" or "indexer K"; `shape` is that of the embedding."""
+    """`arm` is "dense", "top-k K", "top-k K + TAIL", "annealed K" or "indexer K"; `shape` is that of the embedding."""
     model = GPT(shape, length, seed)
     if arm == DENSE:
         return model
+    tail = arm.partition(" + ")[2]
     for block in model.blocks:
-        if arm.startswith("indexer"):
-            attention = IndexedAttention(WIDTH, HEADS)
+        if arm.startswith("indexer") or tail:
+            attention = (
+                TailedAttention(WIDTH, HEADS, budget_of(arm), tail)
+                if tail
+                else IndexedAttention(WIDTH, HEADS)
+            )
             attention.load_state_dict(block.attention.state_dict(), strict=False)
             block.attention = attention
         else:
@@ -100,12 +126,38 @@ def build(arm: str, shape: Shape, length: int, seed: int) -> GPT:
 
 
 def budget_of(arm: str) -> int:
-    return int(arm.split()[-1])
+    return int(arm.split()[1])
+
+
+def annealed(budget: int, length: int, progress: float) -> int:
+    """The budget at a part of the training, from 0 to 1: it falls by equal factors, then stays."""
+    above = max(1.0, length / ANNEALED_FROM / budget)
+    return round(budget * above ** max(0.0, 1.0 - progress / ANNEALED_SHARE))
 
 
 def arms(settings: Settings) -> list[str]:
     sparse = [f"top-k {k}" for k in settings.budgets] + [f"indexer {max(settings.budgets)}"]
-    return [DENSE, *sparse]
+    return [DENSE, *sparse, *remembering(settings)]
+
+
+def remembering(settings: Settings) -> list[str]:
+    """Those that beside plain top-k of the same budget keep something of what it leaves out."""
+    budget = min(settings.budgets)
+    return [*(f"top-k {budget} + {tail}" for tail in TAILS), f"annealed {budget}"]
+
+
+def plain(arm: str) -> str:
+    return f"top-k {budget_of(arm)}"
+
+
+def moments(arm: str) -> list[tuple[float, float]]:
+    """(part of the training, share of it) at which its steps take different times."""
+    if arm.startswith("indexer"):
+        return [(0.0, DENSE_SHARE), (0.99, 1 - DENSE_SHARE)]
+    if arm.startswith("annealed"):
+        middles = [ANNEALED_SHARE * (i + 0.5) / 4 for i in range(4)]
+        return [*((m, ANNEALED_SHARE / 4) for m in middles), (0.99, 1 - ANNEALED_SHARE)]
+    return [(0.99, 1.0)]
 
 
 class Training:
@@ -151,10 +203,13 @@ class Training:
         for layer in self.indexed():
             dense = i < DENSE_SHARE * self.steps
             layer.top_k = None if dense else budget_of(self.arm)
+        if self.arm.startswith("annealed"):
+            for block in self.model.blocks:
+                block.attention.top_k = annealed(budget_of(self.arm), self.length, i / self.steps)
         factor = min(1.0, (i + 1) / WARM_UP) * (1.0 - 0.9 * i / self.steps)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
-        start = time.perf_counter()
+        start = clock()
         loss = self.model.loss(windows(self.corpus.train, self.starts[i], self.length))
         for layer in self.indexed():
             loss = loss + layer.indexer_loss
@@ -164,7 +219,7 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        return time.perf_counter() - start
+        return clock() - start
 
     def indexed(self) -> list[IndexedAttention]:
         return [b.attention for b in self.model.blocks if isinstance(b.attention, IndexedAttention)]
@@ -188,23 +243,37 @@ def windows(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     results.add_training_options(parser, Settings())
+    parser.add_argument(
+        "--arms", nargs="+", metavar="NAME", help=f"default: all ({', '.join(arms(Settings()))})"
+    )
+    parser.add_argument(
+        "--lengths", type=count(1), nargs="+", metavar="T", help="of the windows (default: all)"
+    )
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="default: both")
 
 
 def execute(arguments: argparse.Namespace, settings: Settings | None = None) -> int:
     settings = results.asked(arguments, settings or (QUICK if arguments.quick else Settings()))
+    for name, known in (("arms", arms(settings)), ("lengths", settings.lengths)):
+        for value in getattr(arguments, name) or ():
+            if value not in known:
+                raise UsageError(f"--{name} must be among {', '.join(map(str, known))}, got {value}")
     found = results.start("attention", arguments)
     longest = max(settings.lengths)
     corpus = load(arguments.text, settings.vocabulary, train=longest, held_out=longest)
     results.keep_settings(found, asdict(settings))
     found.about["tokens"] = {"train": len(corpus.train), "held_out": len(corpus.held_out)}
     step_ms = found.about.setdefault("step_ms", {})
-    runs = list(all_runs(settings))
+    runs = [key for key in all_runs(settings) if wanted(key, arguments)]
     with results.bar("runs", len(runs)) as advance:
         for key in runs:
-            if str(key["length"]) not in step_ms:
-                step_ms[str(key["length"])] = step_times(corpus, key["length"], settings)
-                found.save()
             if found.row(**key) is None:
+                times = step_ms.setdefault(str(key["length"]), {})
+                asked = [arm for arm in arms(settings) if arm in (DENSE, *(arguments.arms or arms(settings)))]
+                lacking = [arm for arm in asked if arm not in times]
+                if lacking:
+                    add_step_times(times, lacking, corpus, key["length"], settings)
+                    found.save()
                 found.add({**key, **run(found, corpus, settings, **key)})
                 last = found.rows[-1]
                 results.say(
@@ -230,30 +299,43 @@ def all_runs(settings: Settings) -> Iterator[dict]:
                     yield {"arm": arm, "length": length, "rule": rule, "seed": seed}
 
 
+def wanted(key: dict, arguments: argparse.Namespace) -> bool:
+    """Whether a run was asked for; dense attention always is, for the others are held against it."""
+    if arguments.lengths and key["length"] not in arguments.lengths:
+        return False
+    named = not arguments.arms or key["arm"] in arguments.arms
+    return key["arm"] == DENSE or (named and key["rule"] in arguments.rules)
+
+
 def best_rate(found: results.Results, length: int) -> float:
     return min(found.having(length=length, rule=TUNING), key=lambda r: r["tuning_loss"])["rate"]
 
 
-def step_times(corpus: Corpus, length: int, settings: Settings) -> dict[str, float]:
-    """Milliseconds of a step of each arm, in turns; of the indexer arm after and before it turns sparse, weighed."""
+def add_step_times(
+    times: dict[str, float], lacking: list[str], corpus: Corpus, length: int, settings: Settings
+) -> None:
+    """Milliseconds of a step of each arm, all in turns with dense attention, in whose time on file they are given."""
+    measured = step_times(list(dict.fromkeys([DENSE, *lacking])), corpus, length, settings)
+    unit = times.get(DENSE, measured[DENSE]) / measured[DENSE]
+    times |= {arm: unit * measured[arm] for arm in lacking}
+
+
+def step_times(names: list[str], corpus: Corpus, length: int, settings: Settings) -> dict[str, float]:
+    """Milliseconds of a step of each arm, in turns; where they differ over a training, weighed."""
+    steps = 100
     trainings = {
         arm: Training(
-            arm, corpus, length, seed=0, steps=100, tokens=settings.tokens, rate=min(settings.rates)
+            arm, corpus, length, seed=0, steps=steps, tokens=settings.tokens, rate=min(settings.rates)
         )
-        for arm in arms(settings)
+        for arm in names
     }
-    taken: dict[tuple[str, bool], list[float]] = {}
-    for i in range(TIMED_STEPS):
+    taken: dict[tuple[str, float], list[float]] = {}
+    for _ in range(TIMED_STEPS):
         for arm, training in trainings.items():
-            for dense in (False, True) if training.indexed() else (False,):
-                taken.setdefault((arm, dense), []).append(training.step(i if dense else 99 - i))
+            for moment, _ in moments(arm):
+                taken.setdefault((arm, moment), []).append(training.step(int(moment * steps)))
     times = {key: 1e3 * min(seconds[1:]) for key, seconds in taken.items()}
-    return {
-        arm: DENSE_SHARE * times[arm, True] + (1 - DENSE_SHARE) * times[arm, False]
-        if (arm, True) in times
-        else times[arm, False]
-        for arm in trainings
-    }
+    return {arm: sum(share * times[arm, moment] for moment, share in moments(arm)) for arm in names}
 
 
 def run(
@@ -287,24 +369,55 @@ def gaps(found: results.Results, arm: str, length: int, rule: str) -> list[float
     return [r["loss"] - dense[r["seed"]] for r in rows if r["seed"] in dense]
 
 
+def over_plain(found: results.Results, arm: str, length: int, rule: str) -> list[float]:
+    """Loss over that of plain top-k with the same budget, seed and rule."""
+    losses = {r["seed"]: r["loss"] for r in found.having(arm=plain(arm), length=length, rule=rule)}
+    rows = found.having(arm=arm, length=length, rule=rule)
+    return [r["loss"] - losses[r["seed"]] for r in rows if r["seed"] in losses]
+
+
+def in_words(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    gap = interval(differences)
+    return f"{gap}{'' if gap.p is None or gap.p < 0.05 else ', not significant'}"
+
+
 def show(found: results.Results, settings: Settings) -> None:
-    for length in settings.lengths:
+    for length in lengths_of(found, settings):
         times = found.about["step_ms"][str(length)]
         dense = [r["loss"] for r in found.having(arm=DENSE, length=length, rule=STEPS)]
         table = []
-        for arm in arms(settings)[1:]:
+        for arm in present(found, settings, length):
             cells = [arm, f"{times[arm]:.0f}", f"{times[DENSE] / times[arm]:.2f}×"]
-            for rule in (STEPS, TIME):
-                gap = interval(gaps(found, arm, length, rule))
-                verdict = "" if gap.p is None else "" if gap.p < 0.05 else ", not significant"
-                cells.append(f"{gap}{verdict}")
-            table.append(cells)
+            table.append([*cells, *(in_words(gaps(found, arm, length, rule)) for rule in RULES)])
         results.show(
             f"Windows of {length} tokens, {settings.steps} steps of {settings.tokens} tokens, rate "
             f"{best_rate(found, length):g}: dense {statistics.mean(dense):.4f} nats, {times[DENSE]:.0f} ms per step",
             ["attention", "step ms", "as fast", "nats over dense, equal steps [95 %]", "equal time [95 %]"],
             table,
         )
+    table = [
+        [arm, f"{length:,}", *cells]
+        for length in lengths_of(found, settings)
+        for arm in remembering(settings)
+        if any(cells := [in_words(over_plain(found, arm, length, rule)) for rule in RULES])
+    ]
+    if table:
+        results.show(
+            f"Beside plain top-k {min(settings.budgets)} with the same seeds (below 0: better)",
+            ["attention", "T", "nats over plain, equal steps [95 %]", "equal time [95 %]"],
+            table,
+        )
+
+
+def lengths_of(found: results.Results, settings: Settings) -> list[int]:
+    """Those of which there is something to compare."""
+    return [n for n in settings.lengths if present(found, settings, n)]
+
+
+def present(found: results.Results, settings: Settings, length: int) -> list[str]:
+    return [a for a in arms(settings)[1:] if any(gaps(found, a, length, rule) for rule in RULES)]
 
 
 def draw(found: results.Results, settings: Settings) -> None:
@@ -313,26 +426,28 @@ def draw(found: results.Results, settings: Settings) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    lengths = lengths_of(found, settings)
     figure, axes = plt.subplots(
         1,
-        len(settings.lengths),
-        figsize=(7 * len(settings.lengths), 5),
+        max(1, len(lengths)),
+        figsize=(8 * max(1, len(lengths)), 5),
         squeeze=False,
         sharey=True,
         layout="constrained",
     )
-    names = arms(settings)[1:]
-    for axis, length in zip(axes[0], settings.lengths, strict=True):
+    for axis, length in zip(axes[0], lengths, strict=False):
+        names = present(found, settings, length)
         for offset, rule, colour in ((-0.2, STEPS, "#1f6f8b"), (0.2, TIME, "#c8853d")):
-            found_gaps = [interval(gaps(found, arm, length, rule)) for arm in names]
+            shown = [(i, g) for i, arm in enumerate(names) if (g := gaps(found, arm, length, rule))]
+            found_gaps = [interval(g) for _, g in shown]
             means = [g.mean for g in found_gaps]
             error = [
                 [g.mean - (g.mean if g.low is None else g.low) for g in found_gaps],
                 [(g.mean if g.high is None else g.high) - g.mean for g in found_gaps],
             ]
-            places = [i + offset for i in range(len(names))]
+            places = [i + offset for i, _ in shown]
             axis.bar(places, means, 0.38, yerr=error, capsize=4, color=colour, label=rule)
-        axis.set_xticks(range(len(names)), names)
+        axis.set_xticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names])
         axis.axhline(0, color="black", linewidth=1)
         axis.set(
             title=f"windows of {length} tokens", ylabel="held-out loss over dense (nats; below 0: better)"

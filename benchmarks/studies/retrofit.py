@@ -1,7 +1,7 @@
 """A trained language model made sparse without retraining: its cross-entropy by selection and budget.
 
     pip install "sparse-attn[hf,cli]" gguf accelerate
-    python examples/retrofit_smollm2.py train --model DIR --gguf NAME --text TRAIN … --out indexers.safetensors
+    sparse-attn train-indexer --model DIR --gguf NAME --text TRAIN … --length 2048 --out indexers.safetensors
     sparse-attn study retrofit --model DIR --gguf NAME --text FILE … --calibrate TRAIN … --indexers indexers.safetensors
 
 For each selection and budget: the cross-entropy of the last half of each window of real text, how much of the dense

@@ -24,7 +24,8 @@ Runs a causal model of transformers with dense attention and with each selection
   text      cross-entropy over the last half of each document, beside dense attention's on the same documents, and the
             KL divergence of what it predicts, with 95 % intervals over documents
   recall    which of each head's best keys a selection finds, and how much attention is on those that it takes
-  needles   numbers told at some depth of a long text and asked for at its end, one or several
+  needles   numbers told at some depth of a long text and asked for at its end, one or several: how many answers are
+            right, and how many nats one takes, beside dense attention on the same text
 
 The first row is dense attention, the ceiling; the exact selection of each head, the oracle, is always among the others.
 Results are kept in --out after each step, and what is there is not run again: an interrupted run goes on.
@@ -36,7 +37,7 @@ selectors: {", ".join(NAMES)};
 
 examples:
   sparse-attn evaluate --model DIR --text a.txt b.txt --selector exact exact/kv exact+tail --budget 5% 12.5%
-  sparse-attn evaluate --model DIR --text *.txt --selector indexer+tail --indexers FILE --lengths 2048 8192
+  sparse-attn evaluate --model DIR --text *.txt --selector indexer+blocks --indexers FILE --lengths 2048 8192
   sparse-attn evaluate --model DIR --text *.txt --selector low_rank --calibrate other/*.txt --tasks recall
 """
 
@@ -53,7 +54,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lengths", nargs="+", type=count(16), default=list(Plan.lengths), metavar="T", help="tokens (2048)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     add("--documents", type=count(1), default=Plan.documents, help="texts at most, per length (default 10)")
-    add("--cases", type=count(1), default=Plan.cases, help="texts with several needles (default 4)")
+    add(
+        "--cases",
+        type=count(1),
+        default=Plan.cases,
+        help="texts with several needles, and with one at each depth (4)",
+    )
     add("--indexers", type=Path, metavar="FILE", help="trained indexers, for the selector indexer")
     add("--calibrate", nargs="+", type=Path, metavar="FILE", help="other texts, which low_rank is fitted on")
     add("--rank", type=count(1), default=16, help="of low_rank (default 16)")

@@ -17,6 +17,7 @@ asks and what it needs; all have a --quick form.
 """
 
 HELPS = {
+    "associative": "an exact task: which value stood beside this key? Accuracy by selection and budget",
     "attention": "models trained from scratch with exact top-k and with an indexer, against dense attention",
     "combined": "both ideas in one model, against neither and each: do speed-ups multiply, do losses add?",
     "cost": "what attention costs: published speed-ups recomputed, counted properly, and measured here",

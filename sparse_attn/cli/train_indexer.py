@@ -30,7 +30,7 @@ EPILOG = """\
 examples:
   sparse-attn train-indexer --model DIR --text *.txt --length 2048
   sparse-attn train-indexer --model DIR --text *.txt --length 8192 --queries 64 --updates 16 --share kv
-  sparse-attn evaluate --model DIR --text other/*.txt --selector indexer+tail --indexers indexers.safetensors
+  sparse-attn evaluate --model DIR --text other/*.txt --selector indexer+blocks --indexers indexers.safetensors
 """
 
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     require("rich")
     with refusals():
-        plan = Plan(["indexer", "indexer+tail"], [arguments.budget], [arguments.length], ["text"])
+        plan = Plan(["indexer", "indexer+blocks"], [arguments.budget], [arguments.length], ["text"])
     keys = plan.pairs(arguments.length)[0][1]
     model, tokenizer = language_model.load(arguments, device_of(arguments.device))
     documents = language_model.documents(tokenizer, arguments.text)

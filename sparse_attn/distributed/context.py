@@ -1,16 +1,16 @@
 """Context parallelism: the positions of a sequence lie on several ranks.
 
-Two ways. **Keys come to the queries** (`over_ranks`): keys and values are gathered, queries stay. **Queries go to the
+Three ways. **Keys come to the queries** (`over_ranks`): keys and values are gathered, queries stay. **Queries go to the
 keys** (merge.py): each rank chooses among its own keys, the choices are merged, and partial outputs are joined by
-their LSE.
+their LSE. **8-bit rows of the keys come to the queries** (index.py), and of keys and values what these leave.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from sparse_attn import checks
 from sparse_attn.checks.packed import documents
-from sparse_attn.distributed import fetch, merge
+from sparse_attn.distributed import fetch, index, merge
 from sparse_attn.distributed.collectives import Group, gather, rank_in, size_of
-from sparse_attn.distributed.layout import Layout, Span
-from sparse_attn.ops import gathered_attention, topk_attention
+from sparse_attn.distributed.layout import Layout, Span, rule_of_span
+from sparse_attn.ops import gathered_attention, topk_attention, topk_select
 from sparse_attn.ops.shards import Shardable, state
 from sparse_attn.rule import Rule
 
-WAYS = ("gather", "merge")
-WAYS_INSIDE = ("gather", "merge", "fetch")  # of context_parallel
+WAYS = ("gather", "merge", "index")
+WAYS_INSIDE = ("gather", "merge", "index", "fetch")  # of context_parallel
 WAYS_TO_INDICES = ("fetch", "gather")
 
 
@@ -38,16 +38,14 @@ def over_ranks(
     Of the rule, what is per query is of this rank's queries, and what is per key of all keys. Indices are global.
     """
     axes = call.axes
-    blocks = any("N" in a for a in (*axes.values(), *call.results)) or arguments.get("among") is not None
-    packed = "query" in axes and "B" not in axes["query"]
-    if blocks or packed or call.results == ("mean",):
+    if _is_packed(call) or call.results == ("mean",):
         raise NotImplementedError(
-            f"{call.name} takes sequences whole: blocks of keys for tiles of queries, and losses over all of them are "
-            "not split over ranks, nor calls with cu_seq of their own; select tokens (topk_attention, indexer_select, "
-            "gathered_attention)"
+            f"{call.name} takes sequences whole: losses over all positions are not split over ranks, nor blocks of "
+            "packed sequences"
         )
-    if arguments.get("key_index") is not None:
-        raise ValueError("key_index is of one process's keys: leave it out of a call over several ranks")
+    tile = tile_of(call, arguments)
+    _check_tiles(call, arguments, tile, queries)
+    _refuse_key_index(arguments.get("key_index"))
     rank = rank_in(group)
     lead, lead_axes = next((arguments[n], a) for n, a in axes.items() if a)
     _fits("query", lead.shape[lead_axes.index("T")], queries, rank)
@@ -63,18 +61,74 @@ def over_ranks(
     with outside:
         for span in queries.spans(rank) or [Span(0, 0, 0)]:
             part = {
-                name: _rows(value, axes.get(name, ""), span) if isinstance(value, Tensor) else value
+                name: _rows(value, axes.get(name, ""), span, tile) if isinstance(value, Tensor) else value
                 for name, value in arguments.items()
             }
             if isinstance(rule, Rule):
                 part["rule"] = rule_of_span(rule, span, queries, keys)
+            if _chooses_blocks(call) and arguments.get("is_causal"):
+                offset = checks.causal_offset_of(
+                    True, arguments.get("causal_offset"), queries.length, keys.length
+                )
+                part["causal_offset"] = span.start + offset
+            among = arguments.get("among")
+            if among is not None:
+                part["among"] = among._replace(blocks=_rows(among.blocks, "BGNM", span, tile))
             found.append(call.function(**part))
     if len(found) == 1:
         return found[0]
     if isinstance(found[0], Tensor):
-        return torch.cat(found, call.results[0].index("T"))
+        return torch.cat(found, _along_queries(call.results[0]))
     results = zip(*found, strict=True)
-    return tuple(torch.cat(r, a.index("T")) for r, a in zip(results, call.results, strict=True))
+    return tuple(torch.cat(r, _along_queries(a)) for r, a in zip(results, call.results, strict=True))
+
+
+def _is_packed(call: Shardable) -> bool:
+    return "query" in call.axes and "B" not in call.axes["query"]
+
+
+def _of_blocks(call: Shardable) -> bool:
+    return any("N" in axes for axes in (*call.axes.values(), *call.results))
+
+
+def tile_of(call: Shardable, arguments: dict[str, Any]) -> int:
+    """How many queries have a row of blocks together; 1 of calls without blocks."""
+    if arguments.get("among") is not None:
+        tile = arguments["among"].query_tile
+    elif "query_tile" in inspect.signature(call.function).parameters:
+        tile = arguments.get("query_tile", inspect.signature(call.function).parameters["query_tile"].default)
+    else:
+        return 1
+    return int(checks.integer("query_tile", tile, 1))
+
+
+def _chooses_blocks(call: Shardable) -> bool:
+    return "N" in call.results[0]
+
+
+def _check_tiles(call: Shardable, arguments: dict[str, Any], tile: int, queries: Layout) -> None:
+    """Blocks are chosen for whole tiles of queries."""
+    if _chooses_blocks(call) and arguments.get("key_starts") is not None:
+        raise NotImplementedError(
+            f"{call.name} over ranks takes no key_starts and no documents: blocks are pooled from the first start of "
+            "all queries on, and a rank has some of them"
+        )
+    edges = {at for own in queries.ranges for start, stop in own if start < stop for at in (start, stop)}
+    inside = sorted(at for at in edges if at % tile and at != queries.length)
+    if inside:
+        raise ValueError(
+            f"blocks are chosen for tiles of {tile} queries, which must not be split: each range of the layout must "
+            f"begin at a multiple of {tile}, got one that begins at {inside[0]}"
+        )
+
+
+def _along_queries(axes: str) -> int:
+    return max(axes.find("T"), axes.find("N"))
+
+
+def _refuse_key_index(given: object) -> None:
+    if given is not None:
+        raise ValueError("key_index is of one process's keys: leave it out of a call over several ranks")
 
 
 @contextmanager
@@ -88,27 +142,14 @@ def _alone() -> Iterator[None]:
         state.context, checks.attention.Served.over_ranks = before
 
 
-def _rows(value: Tensor, axes: str, span: Span) -> Tensor:
-    at = axes.find("T")
-    return value if at < 0 else value.narrow(at, span.at, span.stop - span.start)
-
-
-def rule_of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
-    """The rule for one of the rank's ranges of queries, before all keys."""
-    parts: dict[str, Any] = {}
-    offset = rule.causal_offset
-    if isinstance(offset, Tensor):  # of a query's number in the whole sequence
-        parts["causal_offset"] = span.start + (offset[:, span.local] if offset.dim() == 2 else offset)
-    elif rule.is_causal:
-        parts["causal_offset"] = span.start + checks.causal_offset_of(
-            True, offset, queries.length, keys.length
-        )
-    if rule.key_starts is not None and rule.key_starts.dim() == 2:
-        parts["key_starts"] = rule.key_starts[:, span.local]
-    mask = rule.attn_mask
-    if mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1:
-        parts["attn_mask"] = mask[..., span.local, :]
-    return replace(rule, **parts)
+def _rows(value: Tensor, axes: str, span: Span, tile: int) -> Tensor:
+    """What belongs to the queries of a span: the queries, or a row for each tile of them."""
+    length = span.stop - span.start
+    if "T" in axes:
+        return value.narrow(axes.index("T"), span.at, length)
+    if "N" in axes:
+        return value.narrow(axes.index("N"), span.at // tile, -(-length // tile))
+    return value
 
 
 def _layouts(layout: object, key_layout: object, group: Group) -> Layout:
@@ -135,27 +176,32 @@ def _fits(name: str, length: int, layout: Layout, rank: int) -> None:
         )
 
 
-def document_starts(cu_seq: Tensor, layout: Layout, rank: int) -> Tensor:  # int64 [1, T_r]
-    """Where the document of each of the rank's positions begins."""
+def documents_of(cu_seq: Tensor, layout: Layout, rank: int) -> tuple[Tensor, Tensor]:  # int64 [1, T_r] each
+    """Where the document of each of the rank's positions begins, and ends; behind all it begins at T."""
     bounds = documents(cu_seq, layout.length)
     positions = layout.positions(rank, bounds.device)
-    at = torch.bucketize(positions, bounds[1:], right=True).clamp(max=max(0, len(bounds) - 2))
-    starts = bounds[at] if len(bounds) > 1 else torch.zeros_like(positions)
-    return torch.where(positions < bounds[-1], starts, layout.length)[None]
+    if len(bounds) == 1:
+        nothing = torch.full_like(positions, layout.length)[None]
+        return nothing, nothing
+    at = torch.bucketize(positions, bounds[1:], right=True).clamp(max=len(bounds) - 2)
+    starts = torch.where(positions < bounds[-1], bounds[at], layout.length)
+    return starts[None], bounds[at + 1][None]
 
 
 def _packed_rule(rule: Rule, cu_seq: Tensor | None, layout: Layout, rank: int) -> Rule:
     if cu_seq is None:
         return rule
-    if not rule.is_causal:
-        raise NotImplementedError(
-            "cu_seq goes with is_causal=True: a document that sees itself whole is not there yet"
-        )
     if rule.key_starts is not None:
         raise ValueError("cu_seq says where keys start: key_starts goes without it")
     if rule.causal_offset not in (None, 0):
         raise ValueError("cu_seq is of queries and keys alike: causal_offset goes without it")
-    return replace(rule, key_starts=document_starts(cu_seq, layout, rank))
+    starts, ends = documents_of(cu_seq, layout, rank)
+    if rule.is_causal:
+        return replace(rule, key_starts=starts)
+    checks.kept(rule.window, rule.sinks, rule.is_causal)
+    # Each query sees its document to the end, by an offset of its own.
+    offset = ends - 1 - layout.positions(rank, ends.device)
+    return replace(rule, is_causal=True, causal_offset=offset, key_starts=starts)
 
 
 def context_parallel_attention(
@@ -185,10 +231,13 @@ def context_parallel_attention(
         key_layout: of keys and values, as in decoding, where queries are few.
         group: the ranks; None is the default group.
         way: "gather" brings all keys and values here and leaves the queries; "merge" sends the queries to where the
-            keys are, merges each rank's choice, and joins the partial outputs: fewer bytes where queries are few
-            (docs/distributed.md has the numbers). "merge" takes share="none", and no attn_mask.
+            keys are, merges each rank's choice, and joins the partial outputs: fewer bytes where queries are few;
+            "index" brings the 8-bit rows of a :class:`sparse_attn.KeyIndex` of all keys here, then the keys that may be
+            chosen by some query, and the values of the chosen (docs/distributed.md has the numbers). "merge" and
+            "index" take share="none".
         cu_seq: int32 or int64 [S + 1], the same on every rank: packed documents (B = 1) over the whole sequence, which
-            may cross the ranks' boundaries. Needs is_causal; first keys that are always kept are each document's own.
+            may cross the ranks' boundaries; without is_causal each is seen whole, with way="gather" alone. First keys
+            that are always kept are each document's own.
         rule: the parts of a :class:`sparse_attn.selection.Rule`, which are those arguments of topk_attention. A
             causal_offset is a number: query i of the whole sequence sees keys 0 … i + offset. key_lengths [B] is over
             the whole sequence, an attn_mask of this rank's queries and all keys, key_starts [B] or [B, T_r].
@@ -239,12 +288,14 @@ def context_parallel_attention(
         _fits("query", query.shape[2], layout, rank)
         _fits("key", key.shape[2], keys, rank)
         with _alone():
-            out, lse, indices = merge.attend(query, key, value, top_k, said, layout, keys, group, backend)
+            out, lse, indices = _ATTEND_BY[way](query, key, value, top_k, said, layout, keys, group, backend)
     found = (out, *((lse,) if return_lse else ()), *((indices,) if return_indices else ()))
     return found if len(found) > 1 else found[0]
 
 
 _ATTEND = topk_attention.attend_best.shardable  # type: ignore[attr-defined]
+_ATTEND_BY = {"merge": merge.attend, "index": index.attend}
+_SELECT = topk_select.select.shardable  # type: ignore[attr-defined]
 _TO_INDICES = gathered_attention.attend.shardable  # type: ignore[attr-defined]
 
 
@@ -305,6 +356,102 @@ def context_parallel_gathered_attention(
     return (out, lse) if return_lse else out
 
 
+@dataclass(frozen=True, eq=False)
+class _Inside:
+    """What a call becomes inside of `context_parallel`."""
+
+    layout: Layout
+    group: Group
+    cu_seq: Tensor | None  # int [S + 1]
+    way: str
+    of_pack: bool = False  # a packed call is under way, and its rule is of this rank's queries already
+
+    @property
+    def documents(self) -> bool:
+        return self.cu_seq is not None
+
+    def tokens(self, device: torch.device) -> tuple[int, Tensor]:
+        return self.layout.length, self.layout.positions(rank_in(self.group), device)
+
+    def packed(self, call: Shardable, arguments: dict[str, Any]) -> Any:
+        """A call with cu_seq of its own: it says where sequences lie among the tokens of all ranks."""
+        if self.documents:
+            raise ValueError(
+                f"{call.name} has a cu_seq of its own: context_parallel goes without cu_seq then"
+            )
+        if arguments.get("block_table") is not None:
+            raise NotImplementedError("pages (block_table) are not split over ranks: call it outside")
+        before, state.context = state.context, replace(self, of_pack=True)
+        try:
+            return call.function(**arguments)
+        finally:
+            state.context = before
+
+    def __call__(self, call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
+        arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
+        if "tables" in call.axes:  # a token's own: nothing of other positions
+            with _alone():
+                return call.outside(*positional, **options)
+        if _is_packed(call) and not _of_blocks(call):
+            return self.packed(call, arguments)
+        if isinstance(arguments.get("rule"), Rule):
+            arguments["rule"] = self._rule(arguments["rule"])
+        elif _chooses_blocks(call):
+            given: dict[str, Any] = {
+                name: arguments.get(name) for name in ("key_lengths", "key_starts", "causal_offset")
+            }
+            said = self._rule(Rule(bool(arguments.get("is_causal")), **given))
+            arguments["key_starts"] = said.key_starts
+        function, layout, group = call.function, self.layout, self.group
+        if function is _ATTEND.function and self.way in _ATTEND_BY:
+            return self._by_way(_ATTEND_BY[self.way], arguments)
+        tokens = not arguments.get("rounded") and arguments.get("among") is None
+        if function is _SELECT.function and self.way == "index" and tokens:
+            return self._by_way(index.select, arguments)
+        if function is _TO_INDICES.function and self.way in ("fetch", "index"):
+            with _alone():
+                return fetch.attend(**arguments, keys=layout, group=group)
+        return over_ranks(call, arguments, layout, layout, group)
+
+    def _rule(self, rule: Rule) -> Rule:
+        if self.of_pack:
+            return rule
+        unknown = {"attn_mask", "key_lengths", "key_starts", "causal_offsets"}
+        if rule.said() & unknown or rule.causal_offset:
+            raise NotImplementedError(
+                "inside context_parallel a rank does not know whose positions a mask, key_lengths, key_starts or a "
+                "causal_offset mean: cu_seq says where documents are, context_parallel_attention takes the rest"
+            )
+        return _packed_rule(rule, self.cu_seq, self.layout, rank_in(self.group))
+
+    def _by_way(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        arguments = dict(arguments)
+        backend = arguments.pop("backend", None)
+        _refuse_key_index(arguments.pop("key_index", None))
+        for name in ("function", "rounded", "among"):
+            arguments.pop(name, None)
+        rank = rank_in(self.group)
+        for name in ("query", "key"):
+            _fits(name, arguments[name].shape[2], self.layout, rank)
+        with _alone():
+            return function(
+                **arguments, queries=self.layout, keys=self.layout, group=self.group, backend=backend
+            )
+
+
+def over_positions(
+    call: Shardable, arguments: dict[str, Any], queries: Layout, keys: Layout, group: Group
+) -> Any:
+    """`over_ranks`, of packed sequences too where queries and keys are the same tokens."""
+    if _is_packed(call) and not _of_blocks(call):
+        if queries != keys:
+            raise NotImplementedError(
+                f"{call.name} over ranks has as many keys as queries, got {keys.length} and {queries.length}"
+            )
+        return _Inside(queries, group, None, "gather").packed(call, arguments)
+    return over_ranks(call, arguments, queries, keys, group)
+
+
 @contextmanager
 def context_parallel(
     layout: Layout, group: Group = None, *, cu_seq: Tensor | None = None, way: str = "gather"
@@ -322,9 +469,10 @@ def context_parallel(
         layout: which positions this rank has.
         group: the ranks; None is the default group.
         cu_seq: packed documents over the whole sequence, as in :func:`context_parallel_attention`.
-        way: of topk_attention, "gather" or "merge" as there; selections gather keys (an indexer's its index keys).
-            With "fetch" attention to what a selector chose asks for the chosen rows alone
-            (:func:`context_parallel_gathered_attention`), and topk_attention gathers.
+        way: of topk_attention, "gather", "merge" or "index" as there; other selections gather keys (an indexer's its
+            index keys), and with "index" topk_select does not. With "fetch" attention to what a selector chose asks for
+            the chosen rows alone (:func:`context_parallel_gathered_attention`), and topk_attention gathers; so it does
+            with "index".
 
     Raises:
         NotImplementedError: inside, by a call that looks at whole sequences.
@@ -338,38 +486,7 @@ def context_parallel(
     if cu_seq is not None:
         documents(cu_seq, layout.length)
 
-    def handle(call: Shardable, positional: tuple, options: dict[str, Any]) -> Any:
-        arguments = dict(inspect.signature(call.function).bind(*positional, **options).arguments)
-        if "tables" in call.axes:  # a token's own: nothing of other positions
-            with _alone():
-                return call.outside(*positional, **options)
-        rule = arguments.get("rule")
-        if isinstance(rule, Rule):
-            if (
-                rule.said() & {"attn_mask", "key_lengths", "key_starts", "causal_offsets"}
-                or rule.causal_offset
-            ):
-                raise NotImplementedError(
-                    "inside context_parallel a rank does not know whose positions a mask, key_lengths, key_starts or a "
-                    "causal_offset mean: cu_seq says where documents are, context_parallel_attention takes the rest"
-                )
-            arguments["rule"] = _packed_rule(rule, cu_seq, layout, rank_in(group))
-        if call.function is _ATTEND.function and way == "merge":
-            backend = arguments.pop("backend", None)
-            if arguments.pop("key_index", None) is not None:
-                raise ValueError(
-                    "key_index is of one process's keys: leave it out of a call over several ranks"
-                )
-            arguments.pop("function", None)
-            with _alone():
-                return merge.attend(**arguments, queries=layout, keys=layout, group=group, backend=backend)
-        if call.function is _TO_INDICES.function and way == "fetch":
-            with _alone():
-                return fetch.attend(**arguments, keys=layout, group=group)
-        return over_ranks(call, arguments, layout, layout, group)
-
-    handle.documents = cu_seq is not None  # type: ignore[attr-defined]  # a model's layers ask
-    before, state.context = state.context, handle
+    before, state.context = state.context, _Inside(layout, group, cu_seq, way)
     try:
         yield
     finally:

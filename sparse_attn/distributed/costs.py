@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sparse_attn import analysis, checks
 
-MODELS = ("gather", "merge", "ring")
+CANDIDATES = 2  # keys that 8 bits leave for each that is chosen (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class ContextCost:
     """Of one attention layer, on one of the ranks.
 
     Args:
-        way: "gather", "merge", or "ring" (dense ring attention, for comparison).
+        way: "gather", "merge", "index", or "ring" (dense ring attention, for comparison).
         forward_bytes, backward_bytes: what the rank sends.
         memory: bytes held beyond its own queries, keys, values and outputs.
         flops: its operations in the forward pass.
@@ -40,6 +40,9 @@ def context_costs(
     link: float = 50e9,
 ) -> dict[str, ContextCost]:
     """Bytes and time of each way for one layer, `shape.layers` times as much for several.
+
+    What "index" sends depends on the keys: it is counted as if 8 bits left 2·K keys to a query and no two queries of a
+    key head shared one, which is the most that is to be expected; more than all keys are never fetched.
 
     Args:
         shape: of the whole sequence; `length` is that of the keys.
@@ -86,12 +89,24 @@ def context_costs(
     # Sent: queries, choices (a number of 8 bytes, a score of 8), indices to all, partial outputs.
     to_keys = others * rows * (dim * size + 16 * choices + 4 * min(top_k, length) + 4 * (dim + 1))
     back = others * rows * (dim * size + 4 * (dim + 1))
+    # 8-bit rows with three numbers, their mean; then rows that others have, each asked for by 8 bytes and a byte.
+    index = others * kv_heads * times * (key_part * (dim + 12) + 4 * dim)
+    elsewhere = others * key_part
+    chosen = min(elsewhere, min(top_k, length) * query_part * (heads // kv_heads) * others // ranks)
+    left = min(elsewhere, CANDIDATES * chosen)
+    rows_sent = kv_heads * times * (left * (dim * size + 9) + chosen * dim * size) + 8 * others
+    scored = min(length, CANDIDATES * min(top_k, length) * query_part * (heads // kv_heads))  # by each query
     found = (
         cost("gather", others * keys, others * keys, others * keys, (2 * pairs + 4 * kept) * dim, gathered),
         # Each rank chooses for itself, and keeps queries and choices of all.
         cost(
             "merge", to_keys, back, ranks * rows * (dim * size + 20 * min(top_k, length)),
             (2 * pairs + 4 * kept + 2 * ranks * asked * choices * heads * times) * dim, gathered,
+        ),
+        cost(
+            "index", index + rows_sent, kv_heads * times * chosen * 2 * dim * size,
+            index + kv_heads * times * (left + chosen) * dim * size,
+            (2 * pairs + 2 * asked * scored * heads * times + 4 * kept) * dim, gathered,
         ),
         cost("ring", others * keys, 2 * others * keys, 2 * keys, 4 * pairs * dim, 0),
     )  # fmt: skip

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_attn import checks
+from sparse_attn.rule import Rule
 
 
 class Span(NamedTuple):
@@ -174,3 +175,21 @@ def local_places(layout: Layout, rank: int, positions: Tensor) -> Tensor:
         inside = (positions >= span.start) & (positions < span.stop)
         found = torch.where(inside, positions - span.start + span.at, found)
     return found
+
+
+def rule_of_span(rule: Rule, span: Span, queries: Layout, keys: Layout) -> Rule:
+    """The rule for one of the rank's ranges of queries, before all keys."""
+    parts: dict[str, Any] = {}
+    offset = rule.causal_offset
+    if isinstance(offset, Tensor):  # of a query's number in the whole sequence
+        parts["causal_offset"] = span.start + (offset[:, span.local] if offset.dim() == 2 else offset)
+    elif rule.is_causal:
+        parts["causal_offset"] = span.start + checks.causal_offset_of(
+            True, offset, queries.length, keys.length
+        )
+    if rule.key_starts is not None and rule.key_starts.dim() == 2:
+        parts["key_starts"] = rule.key_starts[:, span.local]
+    mask = rule.attn_mask
+    if mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1:
+        parts["attn_mask"] = mask[..., span.local, :]
+    return replace(rule, **parts)

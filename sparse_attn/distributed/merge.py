@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparse_attn import checks
 from sparse_attn.distributed import collectives
 from sparse_attn.distributed.collectives import Group, all_parts, exchange, exchanged, gather, rank_in
 from sparse_attn.distributed.layout import Layout, local_places, owners
 from sparse_attn.ops import gathered_attention, topk_select
+from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.topk_select import ascending
 from sparse_attn.rule import Rule, always_kept, check_budget, keeps
 
@@ -44,8 +46,12 @@ def attend(
             f"way='merge' takes share='none', got {rule.share!r}: heads that share rank keys by their mass among all "
             "keys, which no rank has; way='gather'"
         )
-    if rule.attn_mask is not None:
-        raise NotImplementedError("way='merge' takes no attn_mask: way='gather'")
+    if isinstance(rule.causal_offset, Tensor):
+        raise NotImplementedError(
+            "way='merge' takes one causal_offset for all queries, got one for each, as packed sequences have them that "
+            "are not causal, or have fewer queries than keys: way='gather'"
+        )
+    query, key, value = autocast(query, key, value)
     checks.query_key(query, key)
     checks.value_of(key, value)
     rank, top_k = rank_in(group), checks.top_k_of(top_k)
@@ -104,12 +110,21 @@ class _Merge:
         check_budget(rule, top_k)
         assert not isinstance(rule.causal_offset, Tensor)  # context_parallel_attention takes none
         self.offset = checks.causal_offset_of(rule.is_causal, rule.causal_offset, queries.length, keys.length)
+        self.mask: Tensor | None = None  # bool [B', H', T_r, Tk], of this rank's queries
+        if rule.attn_mask is not None:
+            whole = key.new_empty((key.shape[0], key.shape[1], keys.length, 0))
+            mask = checks.mask_of(rule.attn_mask, query, whole, query.shape[1])
+            assert mask is not None
+            # As it was given: a mask for all heads travels once.
+            given = (1, 1, 1, 1, *rule.attn_mask.shape)[-4:-2]
+            self.mask = mask[tuple(slice(1 if n == 1 else None) for n in given)]
 
     def indices(
         self, every: Tensor, starts: Tensor | None, first: Tensor, last: Tensor
     ) -> Tensor:  # int32 [B, Hq, T_r, K]
         """`every` and `starts` are of all queries, `first` and `last` of this rank's."""
-        chosen, scores = self._own_choice(every, starts)
+        mask = None if self.mask is None else self._mask_of_own_keys(self.mask)
+        chosen, scores = self._own_choice(every, starts, mask)
         largest = self.key.double().square().sum(-1).sqrt().amax((0, 2)) if self.key.numel() else None
         if largest is None:
             largest = self.key.new_zeros(self.key.shape[1], dtype=torch.float64)
@@ -120,7 +135,24 @@ class _Merge:
         scores = scores.gather(-1, order)
         return self._best(chosen, scores, first, last)
 
-    def _own_choice(self, every: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _mask_of_own_keys(self, mask: Tensor) -> Tensor:  # bool [B', H', T, Tk_r]
+        """Of the masks of all queries the part before this rank's keys; eight bits travel in a byte."""
+        batch, heads, mine, _ = mask.shape
+        width = [-(-n // 8) for n in self.keys.lengths]
+        parts = [packed_bits(self.keys.local(mask, r, 3)) for r in range(self.keys.ranks)]
+        times = self.queries.lengths
+        found = exchange(
+            torch.cat([p.flatten() for p in parts]),
+            [batch * heads * mine * w for w in width],
+            [batch * heads * n * width[self.rank] for n in times],
+            self.group,
+            "mask",
+        )
+        pieces = found.split([batch * heads * n * width[self.rank] for n in times])
+        rows = [p.view(batch, heads, n, width[self.rank]) for p, n in zip(pieces, times, strict=True)]
+        return bits_of(self.queries.whole(rows, 2), self.keys.lengths[self.rank])
+
+    def _own_choice(self, every: Tensor, starts: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """This rank's best keys for all queries: (which, int64, −1 for none; their scores, float64) [B, Hq, T, m].
 
         Without those that are always kept: these are known from positions alone.
@@ -136,6 +168,7 @@ class _Merge:
                 if lengths is None
                 else (lengths.to(torch.int64) - span.start).clamp(0, length),
                 key_starts=None if starts is None else (starts.to(torch.int64) - span.start).clamp(0, length),
+                attn_mask=None if mask is None else mask[..., span.local],
                 scale=self.rule.scale,
             )
             best = topk_select.select(every, own, self.budget, rule, backend=self.backend)
@@ -191,6 +224,10 @@ class _Merge:
         own = self._own_position(last)
         kept = always_kept(self.rule, first, last, own, nothing)  # [B, 1, T_r, …]
         kept = kept.expand(-1, chosen.shape[1], -1, -1)
+        if self.mask is not None:
+            mask = self.mask.expand(*chosen.shape[:3], nothing)
+            allowed = mask.gather(-1, kept.clamp(max=nothing - 1)) if nothing else kept < 0
+            kept = torch.where(allowed, kept, nothing)
         room = self.budget - (kept < nothing).sum(-1, keepdim=True)  # [B, Hq, T_r, 1]
         free = chosen < nothing
         free = free & ~keeps(self.rule, chosen, first, own)
@@ -286,6 +323,18 @@ class _Merge:
         rows = self.key.new_zeros((n, m, dim))
         rows[wanted < self.keys.length] = table[back]
         return rows
+
+
+def packed_bits(mask: Tensor) -> Tensor:
+    """bool […, n] → uint8 […, ⌈n / 8⌉], the first lowest."""
+    eight = pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-(-mask.shape[-1] // 8), 8)).to(torch.uint8)
+    return (eight << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def bits_of(packed: Tensor, length: int) -> Tensor:
+    """`packed_bits` undone: bool […, length]."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> bits) & 1).bool().flatten(-2)[..., :length]
 
 
 def _joined(

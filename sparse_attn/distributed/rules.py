@@ -54,8 +54,10 @@ class Split:
 
         def of(letter: str) -> Placement:
             at = axes.find(letter)
-            if letter == "T" and at < 0:  # keys lie where queries do, until they are gathered
-                at = axes.find("S")
+            if (
+                letter == "T" and at < 0
+            ):  # keys lie where queries do, until they are gathered; tiles of queries do
+                at = max(axes.find("S"), axes.find("N"))
             if at < 0 or (letter in broadcast and shape[at] == 1):
                 return Replicate()
             return Shard(at)
@@ -123,8 +125,8 @@ def on_dtensors(call: Shardable, positional: tuple, options: dict[str, Any]) -> 
     sizes = {letter: lead.shape[i] for i, letter in enumerate(axes) if letter in "BT"}
     local = _local(call, arguments, split)
     if "T" in split.letters:
-        key = next(arguments[n] for n, a in call.axes.items() if "S" in a)
-        return _over_positions(call, local, split, sizes, key.shape[2])
+        keys = next(arguments[n].shape[a.index("S")] for n, a in call.axes.items() if "S" in a)
+        return _over_positions(call, local, split, sizes, keys)
     found = call.function(**local)
     if call.results == ("mean",):
         # The mean of the parts' means, each by what it is of: a sum that is still to be made.
@@ -155,7 +157,8 @@ def _over_positions(call: Shardable, local: dict, split: Split, sizes: dict[str,
     at = split.letters.index("T")
     ranks = split.mesh.size(at)
     layouts = Layout.even(sizes["T"], ranks), Layout.even(keys, ranks)
-    found = context.over_ranks(call, local, *layouts, split.mesh.get_group(at))
+    found = context.over_positions(call, local, *layouts, split.mesh.get_group(at))
+    sizes = {**sizes, "N": -(-sizes["T"] // context.tile_of(call, local))}
     return _wrapped(call, found, split, sizes, local)
 
 

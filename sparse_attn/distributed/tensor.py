@@ -14,10 +14,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from sparse_attn import checks
 from sparse_attn.distributed.collectives import Group, all_parts, exchange, rank_in, size_of, summed
-from sparse_attn.distributed.context import rule_of_span
-from sparse_attn.distributed.layout import Layout
+from sparse_attn.distributed.layout import Layout, rule_of_span
 from sparse_attn.nn import HybridAttention, Indexer, TopKAttention
 from sparse_attn.ops import topk_select
+from sparse_attn.ops.arguments import autocast
 from sparse_attn.ops.shards import refuse_context
 from sparse_attn.rule import Rule
 from sparse_attn.selection import Exact, LowRank, Selection
@@ -67,6 +67,7 @@ class AcrossRanks:
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
         """query [B, Hq / ranks, Tq, D], key [B, Hkv / ranks, Tk, D] → indices [B, 1, Tq, K], the same on every rank."""
         refuse_context("a selection of heads on several ranks")
+        query, key = autocast(query, key)
         checks.query_key(query, key)
         if check_rule(rule).share != "all":
             raise ValueError(f"AcrossRanks is one selection of all heads: share='all', got {rule.share!r}")
@@ -76,7 +77,8 @@ class AcrossRanks:
         if self.way == "rank":
             return Selection(self._of_one(query, key, top_k, rule))
         if self.way == "masses":
-            return Selection(self._by_masses(query, key, top_k, rule))
+            with torch.autocast(query.device.type, enabled=False):  # scores are float32, as in a kernel
+                return Selection(self._by_masses(query, key, top_k, rule))
         return Selection(self._by_rows(query, key, top_k, rule))
 
     def _of_one(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Tensor:

@@ -37,7 +37,7 @@ class Plan:
         tasks: of TASKS. "text" compares cross-entropy and predictions over the last half of each document, "recall"
             says which of the best keys are found, "needles" asks for numbers that were told.
         documents: how many texts at most, per length.
-        cases: texts with needles, per length.
+        cases: texts with several needles per length, and as many with one at each of DEPTHS.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -174,8 +174,9 @@ class _Run:
         use(self.model, arm, keys, self.dense_attention)
 
     def cases(self) -> list[tuple[float, ...]]:
-        """The depths of each text's needles: one needle, at each depth, then several."""
-        return [(depth,) for depth in DEPTHS] + [SEVERAL] * self.plan.cases
+        """The depths of each text's needles: one needle, at each depth, then several; all of it again for more cases,
+        so that more of them leave the numbers of the others as they were."""
+        return [*((depth,) for depth in DEPTHS), SEVERAL] * self.plan.cases
 
     def has(self, task: str, arm: Arm | None, keys: int | None, length: int, **more) -> bool:
         name = DENSE if arm is None else arm.text
@@ -214,8 +215,7 @@ class _Run:
     def needle(self, number, depths, filler: Document, length, arm, keys) -> str:
         self.use(arm, keys)
         case = needles.case(self.encode, filler.tokens.tolist(), length, depths, seed=number)
-        right = needles.answered(self.model, case)
-        self.add(
-            "needles", arm, keys, length, case=number, needles=case.needles, depths=case.depths, right=right
-        )
+        right, nats = map(list, zip(*needles.answered(self.model, case), strict=True))
+        told = {"case": number, "needles": case.needles, "depths": case.depths}
+        self.add("needles", arm, keys, length, **told, right=right, nats=nats)
         return f"needles, {DENSE if arm is None else arm.text}: {sum(right)} of {len(right)}"

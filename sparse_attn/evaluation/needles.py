@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sparse_attn.evaluation.likelihood import predictions
 
@@ -50,6 +51,13 @@ class Case(NamedTuple):
     answers: list[slice]  # places of each answer's tokens
     depths: list[float]  # where in the text its needle stands: 0 is its beginning
     needles: int
+
+
+class Answer(NamedTuple):
+    """What a model says where an answer belongs, its earlier tokens given."""
+
+    right: bool  # each of its tokens is the likeliest
+    nats: float  # the negative log-probability of the whole of it
 
 
 def case(
@@ -96,10 +104,12 @@ def case(
     return Case(torch.tensor(tokens + asked), places, [depths[i] for i in order], len(depths))
 
 
-def answered(model: torch.nn.Module, case: Case) -> list[bool]:
-    """Whether each answer's tokens are all the model's likeliest, those before them given."""
+def answered(model: torch.nn.Module, case: Case) -> list[Answer]:
+    """What the model makes of each answer, in one forward over the whole."""
     last = len(case.tokens) - case.answers[0].start
     said = predictions(model, case.tokens, last)
-    right = (said.logits.argmax(-1) == said.targets).tolist()
+    right = said.logits.argmax(-1) == said.targets
+    nats = cross_entropy(said.logits.float(), said.targets, reduction="none").double()
     shift = len(case.tokens) - last
-    return [all(right[a.start - shift : a.stop - shift]) for a in case.answers]
+    places = [slice(a.start - shift, a.stop - shift) for a in case.answers]
+    return [Answer(bool(right[p].all()), float(nats[p].sum())) for p in places]

@@ -103,6 +103,21 @@ def _recall(store: Store, length: int) -> Table | None:
     return Table(title, ["selection", "keys", "recall", "attention mass", "of the worst layer"], cells)
 
 
+def _answers(store: Store, length: int, arm: str, keys: int | None) -> dict[int, float]:
+    """Nats of an answer, the mean of each text with needles; files of earlier versions have none."""
+    rows = store.find(task="needles", arm=arm, keys=keys, length=length)
+    return {r["case"]: sum(r["nats"]) / len(r["nats"]) for r in rows if r.get("nats")}
+
+
+def _of_answers(store: Store, length: int, arm: str, keys: int | None) -> str:
+    """Of dense attention as they are, of selections over dense attention's in the same texts."""
+    ours, dense = _answers(store, length, arm, keys), _answers(store, length, DENSE, None)
+    if arm == DENSE:
+        return f"{interval(list(dense.values())).mean:.2f} in all" if dense else ""
+    over = [nats - dense[case] for case, nats in ours.items() if case in dense]
+    return str(interval(over)) if over else ""
+
+
 def _needles(store: Store, length: int) -> Table | None:
     groups: dict[tuple[str, int | None], list[Row]] = defaultdict(list)
     for row in store.find(task="needles", length=length):
@@ -118,9 +133,18 @@ def _needles(store: Store, length: int) -> Table | None:
         several = [sum(r["right"]) / r["needles"] for r in rows if r["needles"] > 1]
         cells = [_of(single[d]) for d in depths]
         of_several = _half(interval(several), 100, 0, " %") if several else ""
-        table.append([_name(arm), "all" if keys is None else _share(keys, length), *cells, of_several])
-    title = f"Needles found, {length:,} tokens: one at a depth, and several in one text"
-    return Table(title, ["selection", "keys", *(f"at {d:.0%}" for d in depths), "several"], table)
+        budget = "all" if keys is None else _share(keys, length)
+        nats = _of_answers(store, length, arm, keys)
+        table.append([_name(arm), budget, *cells, of_several, nats])
+    title = f"Needles found, {length:,} tokens: one at a depth, and several in one text (95 % intervals over texts)"
+    columns = [
+        "selection",
+        "keys",
+        *(f"at {d:.0%}" for d in depths),
+        "several",
+        "nats of an answer, over dense",
+    ]
+    return Table(title, columns, table)
 
 
 def _of(found: Sequence[bool]) -> str:

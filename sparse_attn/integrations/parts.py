@@ -53,10 +53,6 @@ def refuse(
         )
     if indices is not None:
         raise NotImplementedError(f"{INSIDE} takes no indices of a model's own, which {name} gives")
-    if options["selector"] in ("blocks", "refined_blocks"):
-        raise NotImplementedError(
-            f"{INSIDE} selects tokens, got selector={options['selector']!r}: blocks are of whole sequences"
-        )
     if not causal:
         raise NotImplementedError(f"{INSIDE} is causal, which {name} is not")
     if key.shape[2] != query.shape[2]:
@@ -72,7 +68,7 @@ def refuse(
             f"{INSIDE} has documents by context_parallel(cu_seq=…), not by cu_seq_lens_q"
         )
     positions = given.get("position_ids")
-    alone = not getattr(state.context, "documents", False)
+    alone = state.context is None or not state.context.documents
     if alone and isinstance(positions, Tensor) and bool((positions.diff(dim=-1) <= 0).any()):
         raise NotImplementedError(
             f"{INSIDE} has documents by context_parallel(cu_seq=…), got position_ids that begin anew without it"

@@ -231,8 +231,9 @@ class TopKAttention(WholeState):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, selector: Selector | None = None) -> Tensor:
         """The outputs of the heads, before the output projection: [B, H, T, Dh], of what `split_heads` returns."""
         plain = self.softcap is None and self.sink_logits is None
-        if self.top_k is None and plain:
+        if self.top_k is None:
             refuse_context("dense attention (top_k=None)")
+        if self.top_k is None and plain:
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
             )

@@ -77,23 +77,9 @@ class KeyIndex:
         """
         checks.keys("key", key)
         capacity = checks.integer("capacity", capacity, 0)
-        batch, heads, length, dim = key.shape
-        blocks = -(-max(length, capacity) // BLOCK)
         # Any shift is right; the mean of the keys makes what is rounded small.
-        shift = (
-            key[:, :, :4096].float().mean(2)
-            if length
-            else key.new_zeros(batch, heads, dim, dtype=torch.float32)
-        )
-        shift = torch.where(shift.abs() < 1e15, shift, 0.0)
-        index = cls(
-            key.new_zeros(batch, heads, blocks, -(-dim // 4), BLOCK, 4, dtype=torch.int8),
-            key.new_zeros(batch, heads, blocks, 3, BLOCK, dtype=torch.float32),
-            shift.contiguous(),
-            0,
-            key.dtype,
-        )
-        return index.append(key)
+        few = key[:, :, :4096].float()
+        return index_around(few.mean(2) if key.shape[2] else few.sum(2), key, capacity)
 
     @torch.no_grad()
     def append(self, key: Tensor) -> KeyIndex:
@@ -204,6 +190,20 @@ class KeyIndex:
             new = old.new_zeros(*old.shape[:2], blocks, *old.shape[3:])
             new[:, :, :room] = old
             setattr(self, name, new)
+
+
+def index_around(shift: Tensor, key: Tensor, capacity: int = 0) -> KeyIndex:
+    """`KeyIndex.of` with a shift float32 [B, Hkv, D] that is given."""
+    batch, heads, length, dim = key.shape
+    blocks = -(-max(length, capacity) // BLOCK)
+    index = KeyIndex(
+        key.new_zeros(batch, heads, blocks, -(-dim // 4), BLOCK, 4, dtype=torch.int8),
+        key.new_zeros(batch, heads, blocks, 3, BLOCK, dtype=torch.float32),
+        torch.where(shift.abs() < 1e15, shift, 0.0).contiguous(),
+        0,
+        key.dtype,
+    )
+    return index.append(key)
 
 
 def serves(index: object, query: Tensor, key: Tensor, rule: PackedRule) -> bool:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,9 +37,20 @@ class Shardable(NamedTuple):
         return self.function(*arguments, **options)
 
 
+class Context(Protocol):
+    """What a context_parallel makes of calls inside it."""
+
+    @property
+    def documents(self) -> bool: ...  # whether it knows of packed ones
+
+    def tokens(self, device: torch.device) -> tuple[int, Tensor]: ...  # of all ranks; which of them are here
+
+    def __call__(self, call: Shardable, positional: tuple, options: dict[str, Any]) -> Any: ...
+
+
 class _State:
     on_dtensors: Callable[[Shardable, tuple, dict], Any] | None = None
-    context: Callable[[Shardable, tuple, dict], Any] | None = None  # of the innermost context_parallel
+    context: Context | None = None  # of the innermost context_parallel
 
 
 state = _State()

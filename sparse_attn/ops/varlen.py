@@ -17,7 +17,7 @@ from sparse_attn import checks
 from sparse_attn.checks import packed as check
 from sparse_attn.ops import gathered_attention, indexer_select, paged_attention, topk_attention, topk_select
 from sparse_attn.ops.paged_index import PagedKeyIndex
-from sparse_attn.ops.shards import shardable
+from sparse_attn.ops.shards import shardable, state
 from sparse_attn.rule import Rule
 
 
@@ -26,12 +26,13 @@ class Sequences(NamedTuple):
 
     first: Tensor  # int64 [T]: the sequence's first key; behind the last sequence Tk, so that nothing is seen
     keys: Tensor  # int64 [T]: how many there are
-    offset: Tensor  # int64 [T]: with it query i sees keys first … i + offset
+    offset: Tensor | int  # int64 [T]: with it query i sees keys first … i + offset; a number: of all queries
     longest: int  # the most keys of a sequence
     table: Tensor | None = None  # int32 [S, pages]: where keys lie in pages, end to end in its order
 
     def rule(self, **parts: Any) -> Rule:
-        return Rule(True, self.offset[None], key_starts=self.first[None], **parts)
+        offset = self.offset if isinstance(self.offset, int) else self.offset[None]
+        return Rule(True, offset, key_starts=self.first[None], **parts)
 
     def own(self, indices: Tensor, top_k: int) -> Tensor:
         """indices of keys of the pack, [1, G, T, K'] → of each sequence's own, [T, G, K]."""
@@ -45,7 +46,23 @@ class Sequences(NamedTuple):
         return found.to(torch.int32).transpose(0, 1)[None]
 
 
-def sequences(
+def sequences(query: Tensor, key: Tensor, *given: Any, **named: Any) -> Sequences:
+    """Those of the queries; inside context_parallel of this rank's queries among all of the pack."""
+    if state.context is None:
+        return _sequences(query, key, *given, **named)
+    check.packed_tensor("query", query, "[T, Hq, D]")
+    check.packed_tensor("key", key, "[Tk, Hkv, D]")
+    length, positions = state.context.tokens(query.device)
+    query, key = (t.new_zeros(()).expand(length, *t.shape[1:]) for t in (query, key))  # without memory
+    found = _sequences(query, key, *given, **named)
+    first, keys, offset = found.first, found.keys, found.offset
+    assert isinstance(offset, Tensor)
+    # One number, where it is one, is what every way of a context knows.
+    plain = not bool(((offset != 0) & (keys > 0)).any())
+    return Sequences(first[positions], keys[positions], 0 if plain else offset[positions], found.longest)
+
+
+def _sequences(
     query: Tensor,  # [T, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
     cu_seq_q: Tensor,  # int [S + 1]

@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.ops import topk_select
 from sparse_attn.ops.block_select import block_select, first_and_last, piece_means
+from sparse_attn.ops.shards import refuse_context
 from sparse_attn.rule import Rule
 from sparse_attn.selection.selection import Selection, check_rule
 
@@ -56,6 +57,7 @@ class Hierarchical:
         checks.integer("factor", self.factor, 1)
 
     def select(self, query: Tensor, key: Tensor, top_k: int, rule: Rule) -> Selection:
+        refuse_context("Hierarchical")
         known = "is_causal", "causal_offset", "scale", "share", "softcap", "sink_logits"
         check_rule(rule).only("blocks of blocks", *known)
         checks.query_key(query, key)

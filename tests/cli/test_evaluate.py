@@ -43,7 +43,7 @@ def test_training_then_evaluation(tmp_path, model, texts, capsys):
     assert main([*train, "--budget", "24", "--held-out", "1"]) == 0
     told = capsys.readouterr().out
     assert "nats from the attention at first" in told
-    assert "indexer+tail" in told
+    assert "indexer+blocks" in told
     assert "3.txt" in (tmp_path / "indexers.evaluation.json").read_text()  # the last text was held out
 
     more = [
@@ -58,14 +58,24 @@ def test_training_then_evaluation(tmp_path, model, texts, capsys):
         "--cases",
         "1",
     ]
-    what = ["--selector", "indexer+tail", "low_rank", "window", "--budget", "10%", "--documents", "2"]
+    what = [
+        "--selector",
+        "indexer+tail",
+        "indexer+blocks",
+        "low_rank",
+        "window",
+        "--budget",
+        "10%",
+        "--documents",
+        "2",
+    ]
     command = ["evaluate", "--model", model, "--text", *texts[:3], *what, *more, "--out", str(out)]
     assert main(command) == 0
     told = capsys.readouterr().out
     assert "exact+tail (oracle)" in told
     result = json.loads(out.read_text())
     arms = {(r["task"], r["arm"]) for r in result["rows"]}
-    for arm in ("exact", "exact+tail", "indexer+tail", "low_rank", "window"):
+    for arm in ("exact", "exact+tail", "indexer+tail", "indexer+blocks", "low_rank", "window"):
         assert ("text", arm) in arms
         assert ("needles", arm) in arms
     assert ("recall", "indexer") in arms

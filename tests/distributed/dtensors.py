@@ -167,6 +167,10 @@ def other_ops(rank, size):
             mesh, partial(selected, rule), [q, k, v],
             by(placement),
         )  # fmt: skip
+        compare(
+            mesh, lambda q, k, v: sa.topk_attention(q, k, v, 9, is_causal=True, tail="blocks"), [q, k, v],
+            by(placement), wanted=[placement],
+        )  # fmt: skip
 
 
 @check
@@ -194,6 +198,12 @@ def packed_sequences(rank, size):
     def attend(q, k, v):
         return sa.varlen_topk_attention(q, k, v, cu_seq, None, 12, 12, 5, is_causal=True, return_indices=True)
 
+    def select(q, k):
+        return sa.varlen_topk_select(q, k, cu_seq, None, 12, 12, 5, is_causal=True)
+
+    def attend_to(q, k, v, indices):
+        return sa.varlen_gathered_attention(q, k, v, indices, cu_seq, None, 12, 12, return_lse=True)
+
     def select_blocks(q, k):
         return sa.varlen_block_select(q, k, cu_seq, None, 12, 12, 2, **sizes)
 
@@ -204,11 +214,17 @@ def packed_sequences(rank, size):
         return sa.varlen_indexer_select(q, k, w, cu_seq, None, 12, 12, 5, is_causal=True)
 
     blocks = select_blocks(q, k)
-    for placement in (Replicate(), Shard(1)):
+    for placement in (Replicate(), Shard(1), Shard(0)):  # whole, heads, tokens
         compare(mesh, attend, [q, k, v], by(placement))
+        compare(mesh, select, [q, k], by(placement))
+        compare(mesh, attend_to, [q, k, v], by(placement), [select(q, k)], wanted=[placement])
+        compare(mesh, by_indexer, weights, by(placement))
+        if placement == Shard(0):
+            with pytest.raises(NotImplementedError, match="nor blocks of packed sequences"):
+                select_blocks(*(distribute_tensor(t, mesh, [placement]) for t in (q, k)))
+            continue
         compare(mesh, select_blocks, [q, k], by(placement))
         compare(mesh, attend_blocks, [q, k, v], by(placement), [blocks], wanted=[placement])
-        compare(mesh, by_indexer, weights, by(placement))
 
 
 @check
@@ -226,6 +242,20 @@ def positions(rank, size):
         )  # fmt: skip
     indices = sa.topk_select(*inputs(*ATTENTION)[:2], 5)
     compare(mesh, sa.gathered_attention, inputs(*ATTENTION), by(Shard(2)), [indices], wanted=[Shard(2)])
+    length = 64 * size - 1  # tiles of 16, of which the last is short
+    q, k, v = inputs((B, HQ, length, D), (B, HKV, length, D), (B, HKV, length, DV))
+    sizes = {"block_size": 16, "query_tile": 16, "is_causal": True}
+    blocks = sa.block_select(q, k, 3, **sizes)
+    compare(
+        mesh, partial(sa.block_attention, return_lse=True, **sizes), [q, k, v], by(Shard(2)), [blocks],
+        wanted=[Shard(2)],
+    )  # fmt: skip
+    compare(mesh, lambda q, k: sa.block_select(q, k, 3, **sizes), [q, k], by(Shard(2)), wanted=[Shard(2)])
+    compare(
+        mesh, lambda q, k, b: sa.refine_blocks(q, k, b, 9, **sizes), [q, k], by(Shard(2)), [blocks],
+        wanted=[Shard(2)],
+    )  # fmt: skip
+    compare(mesh, partial(selected, Rule(is_causal=True)), [q, k, v], by(Shard(2)), wanted=[Shard(2)])
 
 
 @check
@@ -265,6 +295,28 @@ def compiled(rank, size):
 
 
 @check
+def a_recipe_for_local_map(rank, size):
+    """The page's: keys of a static cache that is split by heads; lengths are plain and the same everywhere."""
+    from torch.distributed.tensor.experimental import local_map
+
+    mesh, lengths = init_device_mesh("cpu", (size,)), torch.tensor([33, 20, 5])
+    attend = local_map(
+        partial(sa.topk_attention, top_k=7, key_lengths=lengths),
+        out_placements=[Shard(1)],
+        in_placements=([Shard(1)], [Shard(1)], [Shard(1)]),
+    )
+    tensors = inputs(*ATTENTION)
+    parts = [distribute_tensor(t, mesh, [Shard(1)]).requires_grad_() for t in tensors]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out, right = attend(*parts), sa.topk_attention(*leaves, 7, key_lengths=lengths)
+    torch.testing.assert_close(out.full_tensor(), right)
+    out.sum().full_tensor().backward()
+    right.sum().backward()
+    for part, leaf in zip(parts, leaves, strict=True):
+        torch.testing.assert_close(part.grad.full_tensor(), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@check
 def what_is_refused(rank, size):
     mesh = init_device_mesh("cpu", (size,))
 
@@ -283,8 +335,20 @@ def what_is_refused(rank, size):
         sa.topk_attention(*spread(Shard(3), q, k, v), 5)
     with pytest.raises(TypeError, match=r"key must be a DTensor, as other arguments are"):
         sa.topk_attention(parts[0], k, v, 5)
-    with pytest.raises(NotImplementedError, match=r"block_select takes sequences whole"):
-        sa.block_select(*spread(Shard(2), q, k), 3, block_size=8, query_tile=8)
+    with pytest.raises(ValueError, match=r"tiles of 12 queries, which must not be split"):
+        sa.block_select(*spread(Shard(2), q, k), 3, block_size=12, query_tile=12)
+    with pytest.raises(NotImplementedError, match=r"no key_starts and no documents"):
+        sa.block_select(
+            *spread(Shard(2), q, k), 3, query_tile=1, key_starts=torch.zeros(B, dtype=torch.int64)
+        )
+    with pytest.raises(ValueError, match="key_index is of one process's keys"):
+        sa.topk_attention(*spread(Shard(0), q, k, v), 5, key_index=sa.KeyIndex.of(k))
+    pages = spread(Replicate(), k.transpose(1, 2), v.transpose(1, 2))  # [pages, size, Hkv, D]
+    with pytest.raises(NotImplementedError, match=r"pages .* are not split over ranks"):
+        sa.varlen_topk_attention(
+            *spread(Replicate(), q[0].transpose(0, 1)), *pages, torch.tensor([0, T]), None, T, 3 * T, 5,
+            seqused_k=torch.tensor([T]), block_table=torch.tensor([[0, 1, 2]], dtype=torch.int32),
+        )  # fmt: skip
     sums = DTensor.from_local(q / size, mesh, [Partial()])
     out = sa.topk_attention(sums, *spread(Replicate(), k, v), 5)
     torch.testing.assert_close(out.full_tensor(), sa.topk_attention(q, k, v, 5), rtol=1e-4, atol=1e-5)

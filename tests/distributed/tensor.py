@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -108,11 +112,49 @@ def one_selection_of_all_heads(rank, size):
         )
         first = query.chunk(size, 1)[1], key.chunk(size, 1)[1]
         assert torch.equal(mine.indices, sa.topk_select(*first, 7, share="all", is_causal=True))
+    query, key = torch.randn(2, H, T, 16), torch.randn(2, HKV, T, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = sa.topk_select(query, key, 7, share="all")
+        for way in ("rows", "masses"):
+            found = AcrossRanks(way=way).select(
+                query.chunk(size, 1)[rank], key.chunk(size, 1)[rank], 7, Rule(share="all")
+            )
+            assert torch.equal(found.indices, right)
+    own_query, own_key = query.chunk(size, 1)[rank], key.chunk(size, 1)[rank]
     few = AcrossRanks().select(own_query[:, :, :1], own_key, 7, Rule(share="all"))  # fewer queries than ranks
     assert torch.equal(few.indices, sa.topk_select(query[:, :, :1], key, 7, share="all"))
     with count_bytes() as traffic:
         AcrossRanks(way="masses").select(own_query, own_key, 7, Rule(share="all"))
     assert traffic.sent == {"masses": int(2 * (size - 1) / size * 2 * T * T) * 4}
+
+
+def scattered(tensor, size):
+    """[B, H, T / n, D] of all heads → [B, H / n, T, D] of all positions, as Ulysses exchanges them."""
+    parts = [torch.empty_like(p) for p in tensor.chunk(size, 1)]
+    torch.distributed.all_to_all(parts, [p.contiguous() for p in tensor.chunk(size, 1)])
+    return torch.cat(parts, 2)
+
+
+@check
+def heads_scattered(rank, size):
+    """Ulysses: each rank's part of the positions becomes some heads of all; one selection stays one of all heads."""
+    torch.manual_seed(4)
+    length = 12 * size
+    query, key, value = (torch.randn(2, h, length, 16) for h in (H, HKV, HKV))
+    own = [scattered(t.chunk(size, 2)[rank], size) for t in (query, key, value)]
+    for share in ("none", "kv", "all"):
+        rule = Rule(is_causal=True, window=2, share=share)
+        out, right = sa.topk_attention(
+            query, key, value, 7, is_causal=True, window=2, share=share, return_indices=True
+        )
+        if share == "all":
+            indices = AcrossRanks().select(*own[:2], 7, rule).indices
+            assert torch.equal(indices, right)
+        else:
+            indices = sa.selection.Exact().select(*own[:2], 7, rule).indices
+            assert torch.equal(indices, right.chunk(size, 1)[rank])
+        ours = sa.gathered_attention(*own, indices)
+        torch.testing.assert_close(ours, out.chunk(size, 1)[rank])
 
 
 @check
@@ -179,7 +221,56 @@ def hugging_face(rank, size):
         torch.testing.assert_close(logits(ours), logits(one), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="share='all' needs all heads in one place"):
         configured(ours, top_k=16, share="all")(ids)
+    # What transformers' Ulysses calls a layer with: some heads of the whole sequence.
+    layer = one.model.layers[0].self_attn
+    some = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    configured(one, top_k=16, share="all")
+    with pytest.raises(ValueError, match=r"share='all' needs all heads in one place.*left 4 of 8 here"):
+        integration.attention_forward(layer, *some, None)
     integration.remove_indexers(ours)
+    integration.remove_indexers(one)
+    integration.fit_low_rank(one, [ids], rank=4)
+    configured(one, top_k=16, selector="low_rank")
+    with pytest.raises(ValueError, match="selector='low_rank' has components for all of them"):
+        integration.attention_forward(layer, *some, None)
     integration.add_indexers(ours, share="kv")
     with pytest.raises(ValueError, match="indexers with share='kv' choose for all of them"):
         configured(ours, top_k=16, selector="indexer")(ids)
+
+
+@check
+def a_checkpoint_loaded_by_its_plan(rank, size):
+    """from_pretrained(tp_plan="auto"): each rank reads its part of the weights, and generates what one process does."""
+    if size > 2:
+        return
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="transformers reads a plan by it")
+    import sparse_attn.integrations.transformers as integration
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=4, head_dim=8, **shape)
+    ids = torch.arange(40)[None] % 50
+    launched = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}  # as torchrun says them
+    with tempfile.TemporaryDirectory() as own, mock.patch.dict(os.environ, launched):
+        transformers.LlamaForCausalLM(config).save_pretrained(own)  # only rank 0 writes
+        folders = [own]
+        dist.broadcast_object_list(folders, 0)
+        (folder,) = folders
+        one = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+        mesh = init_device_mesh("cpu", (size,))
+        ours = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh).eval()
+        dist.barrier()  # both have read it
+    projection = ours.model.layers[0].self_attn.q_proj.weight
+    assert isinstance(projection, DTensor)
+    assert projection.to_local().shape == (64 // size, 64)
+    for options in ({"share": "none"}, {"share": "kv", "window": 4, "sinks": 2}, {"share": "all"}):
+        integration.configure(one, top_k=8, **options)
+        whole = AcrossRanks() if options["share"] == "all" else "exact"
+        integration.configure(ours, top_k=8, selector=whole, **options)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                ours(ids).logits, one(ids).logits, rtol=1e-3, atol=1e-4, msg=str(options)
+            )
+        said = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (ours, one)]
+        assert torch.equal(*said), options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,13 +61,38 @@ def _alone_to_the_end(rank: int, folder: str, how: str) -> None:
     faults.run(rank, folder, how)
 
 
-def test_a_lost_rank_is_told_of(tmp_path):
+@pytest.mark.parametrize(("how", "code"), [("dies", 3), ("raises", 1)])
+def test_a_lost_rank_is_told_of(tmp_path, how, code):
     """Without anybody who ends the others, as mp.spawn and torchrun do: the collective itself says so."""
     context = mp.get_context("spawn")
-    ranks = [context.Process(target=faults.run, args=(rank, str(tmp_path), "dies")) for rank in range(2)]
+    ranks = [context.Process(target=faults.run, args=(rank, str(tmp_path), how)) for rank in range(2)]
     for process in ranks:
         process.start()
     ranks[0].join(3 * faults.TIMEOUT.total_seconds())
     assert ranks[0].exitcode == 1
     ranks[1].join()
+    assert ranks[1].exitcode == code
     assert Path(tmp_path, "told").read_text()
+
+
+@pytest.mark.slow
+def test_the_training_script_by_its_launcher(tmp_path):
+    """torchrun: a run by context, which goes on by tensor; one rank reports."""
+    script = Path(__file__).resolve().parents[2] / "examples" / "train_distributed.py"
+
+    def run(*options):
+        program = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+            "--length", "32", "--batch", "2", "--top_k", "8", "--window", "2", "--out", str(tmp_path), *options,
+        ]  # fmt: skip
+        return subprocess.run(program, capture_output=True, text=True, timeout=world.HANG)
+
+    first = run("--context", "2", "--steps", "2", "--every", "2")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("step 2/2") == 1
+    rest = run("--tensor", "2", "--steps", "3", "--resume")
+    assert rest.returncode == 0, rest.stderr
+    assert "step 3/3" in rest.stdout
+    assert "step 2/3" not in rest.stdout
+    wrong = run("--context", "3")
+    assert "must make the 2 processes" in wrong.stderr

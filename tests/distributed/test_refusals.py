@@ -18,6 +18,7 @@ from sparse_attn.selection import Rule  # noqa: E402
 
 T = 12
 QUERY, KEY, VALUE = torch.ones(1, 4, T, 8), torch.ones(1, 2, T, 8), torch.ones(1, 2, T, 6)
+MASK = torch.ones(T, T, dtype=torch.bool)
 INDICES = torch.zeros(1, 4, T, 3, dtype=torch.int32)
 PLAN = sparse_attn.WidthPlan.from_cutoffs(100, 8, cutoffs=[10], widths=[8, 2])
 EMBEDDING = sparse_attn.nn.VariableWidthEmbedding(PLAN)
@@ -95,7 +96,7 @@ CASES = [
     (attention, TypeError, ["key_layout must be", "3 (int)"], {"key_layout": 3}),
     (attention, ValueError, ["the group's 1 ranks", "one of 2"], {"layout": Layout.even(T, 2)}),
     (attention, TypeError, ["group must be", "ProcessGroup", "3 (int)"], {"group": 3}),
-    (attention, ValueError, ["way must be one of", "'gather', 'merge'", "'ring'"], {"way": "ring"}),
+    (attention, ValueError, ["way must be one of", "'gather', 'merge', 'index'", "'ring'"], {"way": "ring"}),
     (attention, ValueError, ["way must be one of", "[] (list)"], {"way": []}),
     (attention, TypeError, ["cu_seq must be", "[0, 12] (list)"], {"cu_seq": [0, T]}),
     (attention, TypeError, ["cu_seq must be int32 or int64", "float32"], {"cu_seq": torch.tensor([0.0, T])}),
@@ -114,6 +115,16 @@ CASES = [
     (attention, TypeError, ["return_lse must be True or False"], {"return_lse": 1}),
     (attention, ValueError, ["backend must be one of", "'x'"], {"backend": "x", "way": "merge"}),
     (attention, NotImplementedError, ["way='merge' takes share='none'"], {"way": "merge", "share": "all"}),
+    (
+        attention,
+        NotImplementedError,
+        ["way='index' takes share='none'", "kv"],
+        {"way": "index", "share": "kv"},
+    ),
+    (attention, ValueError, ["top_k must be at least 1", "0"], {"way": "index", "top_k": 0}),
+    (attention, ValueError, ["at least window + sinks", "window=9"], {"way": "index", "window": 9}),
+    (attention, ValueError, ["query must have the 12 positions"], {"way": "index", "query": QUERY[:, :, :5]}),
+    (attention, ValueError, ["attn_mask must broadcast"], {"way": "index", "attn_mask": MASK[:, :5]}),
     (to_indices, TypeError, ["layout must be", "((0, 12),) (tuple)"], {"layout": ((0, T),)}),
     (to_indices, ValueError, ["way must be one of 'fetch', 'gather'", "'merge'"], {"way": "merge"}),
     (to_indices, TypeError, ["query must be a tensor", "None"], {"query": None}),
@@ -124,7 +135,7 @@ CASES = [
     (inside, TypeError, ["layout must be", "None"], {"layout": None}),
     (inside, ValueError, ["the group's 1 ranks", "one of 3"], {"layout": Layout.even(T, 3)}),
     (inside, ValueError, ["13 positions", "got 12"], {"layout": Layout.even(13, 1)}),
-    (inside, ValueError, ["way must be one of 'gather', 'merge', 'fetch'"], {"way": "x"}),
+    (inside, ValueError, ["way must be one of 'gather', 'merge', 'index', 'fetch'"], {"way": "x"}),
     (inside, TypeError, ["cu_seq must be", "(list)"], {"cu_seq": [0, T]}),
     (layout, TypeError, ["ranges must be a tuple", "None"], {"ranges": None}),
     (layout, TypeError, ["ranges must be a tuple", "(0, 12)"], {"ranges": (0, T)}),
@@ -190,7 +201,7 @@ def test_wrong_arguments(call, error, says, wrong):
 def test_the_right_arguments():
     """Or all of the above might be refused for something else."""
     wanted = sparse_attn.topk_attention(QUERY, KEY, VALUE, 3, is_causal=True)
-    for way in ("gather", "merge"):
+    for way in ("gather", "merge", "index"):
         torch.testing.assert_close(attention(way=way, cu_seq=cu_seq(0, T)), wanted)
     torch.testing.assert_close(inside(), wanted)
     torch.testing.assert_close(to_indices(), sparse_attn.gathered_attention(QUERY, KEY, VALUE, INDICES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 
 import pytest
@@ -13,7 +14,16 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 import sparse_attn.integrations.transformers as sparse_transformers  # noqa: E402
-from sparse_attn.evaluation import Document, Plan, Store, compared, draw, evaluate_model, tables  # noqa: E402
+from sparse_attn.evaluation import (  # noqa: E402
+    Document,
+    Plan,
+    Store,
+    compared,
+    draw,
+    evaluate_model,
+    interval,
+    tables,
+)
 from sparse_attn.evaluation import needles as needle_task  # noqa: E402
 from sparse_attn.evaluation.harness import DEPTHS, SEVERAL  # noqa: E402
 from sparse_attn.evaluation.recall import QUERIES, REUSED, found_share, recalls  # noqa: E402
@@ -144,7 +154,20 @@ def test_tables_and_picture(model, tmp_path):
     assert all("±" in row[2] for row in text.rows)
     exact = next(row for row in recall.rows if row[0] == "exact (oracle)")
     assert exact[2] == "100.0%"
-    assert len(needles.columns) == 2 + len(DEPTHS) + 1
+    assert len(needles.columns) == 2 + len(DEPTHS) + 2
+    assert needles.rows[0][:2] == ["dense", "all"]
+    assert [row[0] for row in needles.rows[1:]] == ["exact (oracle)", "window"] * 2
+    # Of what the rows hold: the text's mean over its answers, minus dense attention's on the same text.
+    rows = {(r["arm"], r["keys"], r["case"]): r for r in store.find(task="needles")}
+    mean = {key: sum(r["nats"]) / len(r["nats"]) for key, r in rows.items()}
+    cases = range(len(DEPTHS) + 1)
+    differences = [mean["window", 12, n] - mean["dense", None, n] for n in cases]
+    shown = next(row for row in needles.rows if row[:2] == ["window", "12 (5.0%)"])[-1]
+    assert shown == str(interval(differences))
+    assert "±" in shown
+    for row in store.find(task="needles"):  # as an earlier version wrote them
+        del row["nats"]
+    assert {row[-1] for row in tables(store)[2].rows} == {""}
     draw(store, tmp_path / "picture.png", "title")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -221,12 +244,54 @@ class TestNeedles:
                     logits[0, self.wrong - 1, (case.tokens[self.wrong] + 1) % VOCABULARY] = 1
                 return type("Output", (), {"logits": logits})
 
+        def right(model):
+            return [answer.right for answer in needle_task.answered(model, case)]
+
         knows = Knows()
-        assert needle_task.answered(knows, case) == [True, True]
+        assert right(knows) == [True, True]
+        length = case.answers[0].stop - case.answers[0].start
+        sure = -math.log(math.e / (math.e + VOCABULARY - 1))  # of one token, whose logit is 1 among zeros
+        assert [a.nats for a in needle_task.answered(knows, case)] == pytest.approx([length * sure] * 2)
         knows.wrong = case.answers[1].start
-        assert needle_task.answered(knows, case) == [True, False]
+        assert right(knows) == [True, False]
+        assert needle_task.answered(knows, case)[1].nats == pytest.approx(length * sure + 1)
         knows.wrong = case.answers[0].stop - 1
-        assert needle_task.answered(knows, case) == [False, True]
+        assert right(knows) == [False, True]
+
+    def test_what_a_model_says_of_answers(self, model, tmp_path):
+        """Rows of the store against a forward of plain PyTorch; more cases leave those that are there."""
+        store = Store(tmp_path / "results.json", {})
+        plan = Plan(["exact/kv"], ["10%"], [LENGTH], ["needles"], cases=1)
+        evaluate_model(model, documents(), plan, store, encode=encode)
+        before = list(store.rows)
+        evaluate_model(
+            model,
+            documents(),
+            Plan(plan.selectors, plan.budgets, [LENGTH], ["needles"], cases=2),
+            store,
+            encode=encode,
+        )
+        assert store.rows[: len(before)] == before
+        assert len(store.rows) == 2 * len(before)
+        number = len(DEPTHS)  # the text with several
+        filler = documents()[number % 3].tokens.tolist()
+        case = needle_task.case(encode, filler, LENGTH, SEVERAL, seed=number)
+        for name, use in (
+            ("dense", lambda: model.set_attn_implementation("sdpa")),
+            ("exact/kv", lambda: sparse_transformers.configure(model, top_k=24, share="kv")),
+        ):
+            use()
+            with torch.no_grad():
+                logs = model(case.tokens[None, :-1]).logits[0].double().log_softmax(-1)
+            (row,) = store.find(case=number, arm=name)
+            targets = case.tokens[1:]
+            said = -logs.gather(1, targets[:, None])[:, 0]
+            assert row["nats"] == pytest.approx(
+                [float(said[a.start - 1 : a.stop - 1].sum()) for a in case.answers], abs=1e-4
+            )
+            right = logs.argmax(-1) == targets
+            assert row["right"] == [bool(right[a.start - 1 : a.stop - 1].all()) for a in case.answers]
+            assert row["depths"] == case.depths
 
     def test_no_room(self):
         with pytest.raises(ValueError, match="leave room for 6 needles"):

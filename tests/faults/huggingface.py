@@ -111,7 +111,7 @@ def blocks_compile() -> str:
     for options in ({"selector": "blocks"}, {"selector": "refined_blocks"}, {"residual": True}):
         torch._dynamo.reset()
         model = _configure(_llama(max_position_embeddings=512), top_k=192, **options)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
         for length in (256, 384):
             ids = _ids(1, length)
             found.append(off_by(_logits(compiled, ids), _logits(model, ids), 1e-5))

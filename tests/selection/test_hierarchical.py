@@ -129,3 +129,67 @@ def test_what_it_cannot_keep_it_refuses():
             Hierarchical(**wrong)
     with pytest.raises(TypeError, match="Rule"):
         Hierarchical().select(q, k, 8, None)
+
+
+def holds_the_contract(indices, length: int) -> None:
+    """Unique, ascending, in range, causal, the empty slots last."""
+    last = torch.arange(length)[:, None]
+    assert bool((indices <= last).all())
+    assert bool((indices >= -1).all())
+    filled = torch.where(indices < 0, length, indices)
+    steps = filled.diff(dim=-1)
+    assert bool((steps.gt(0) | (filled[..., 1:] == length)).all())
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("share", ["none", "kv", "all"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_key_reaches_the_queries_that_see_it_alone(backend, share, bad):
+    length, where = 500, 173
+    q, k, v = inputs(length)
+    selector, rule = Hierarchical(16, 4, 2, backend=backend), Rule(is_causal=True, share=share)
+    clean = selector.select(q, k, 24, rule).indices
+    k[0, 1, where, 3] = bad
+    indices = selector.select(q, k, 24, rule).indices
+    holds_the_contract(indices, length)
+    assert torch.equal(indices[1], clean[1])  # of another sequence
+    # Of queries before its group of blocks, whose mean all tiles in it meet; NaN, which such a choice keeps
+    # whatever it is, changes nothing up to the key itself.
+    before = where if math.isnan(bad) else where // 64 * 64
+    assert torch.equal(indices[0, :, :before], clean[0, :, :before])
+    out = attend(q, k, v, selector.select(q, k, 24, rule), rule=rule)
+    if math.isnan(bad):
+        # The heads of the other key head have it only where they share a selection, and not its score.
+        assert torch.isfinite(out[0, :2]).all()
+        assert torch.isnan(out[0, 2:, where:]).all()
+        assert torch.isfinite(out[0, 2:, :where]).all()
+    assert torch.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("share", ["none", "kv", "all"])
+def test_a_query_of_nan_reaches_its_own_tile_alone(backend, share):
+    length, where, tile = 500, 173, 16
+    q, k, v = inputs(length)
+    selector, rule = Hierarchical(tile, 4, 2, backend=backend), Rule(is_causal=True, share=share)
+    clean = selector.select(q, k, 24, rule).indices
+    q[0, 3, where] = math.nan
+    indices = selector.select(q, k, 24, rule).indices
+    holds_the_contract(indices, length)
+    first = where // tile * tile
+    assert torch.equal(indices[1], clean[1])
+    for rows in (slice(0, first), slice(first + tile, length)):
+        assert torch.equal(indices[0, :, rows], clean[0, :, rows])
+    out = attend(q, k, v, selector.select(q, k, 24, rule), rule=rule)
+    expected = torch.zeros(out.shape[:3], dtype=torch.bool)
+    expected[0, 3, where] = True  # attention of its neighbours is that of other keys, and finite
+    assert torch.equal(torch.isnan(out).all(-1), expected)
+    assert torch.equal(torch.isnan(out).any(-1), expected)
+
+
+def test_nothing_but_nan():
+    q, k, v = (torch.full_like(t, math.nan) for t in inputs(300))
+    rule = Rule(is_causal=True)
+    selection = Hierarchical(16, 4, 2).select(q, k, 24, rule)
+    holds_the_contract(selection.indices, 300)
+    assert torch.isnan(attend(q, k, v, selection, rule=rule)).all()

@@ -5,11 +5,15 @@ A file `aot_<op>.py` beside this one has a function `cases()` that lists the ker
     aot.Case("forward bf16 D128", kernel, {"query": "*bf16", "length": 16384, "scale": 0.1, "BLOCK": 64}, num_warps=4)
 
 By hand: PYTHONPATH=.:tests python -m triton_wing.aot [op …] compiles every case for each of its targets and prints the
-table. The tests compile less (`main_jobs`), so that they take minutes and not a quarter of an hour.
+table. The tests look at fewer (`main_jobs`), and of those compile only what is not in the record beside this file: what
+one compiler makes of one source does not change. `--write` makes the record anew, after kernels or Triton changed.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -27,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+RECORD = HERE / "aot_record.json"
 PROCESSES = 2
 # Bytes: one address, which ptxas puts away to fit one more block on a multiprocessor. Which kernels that befalls
 # changes with its version; the table shows it.
@@ -217,8 +222,61 @@ def main_jobs(of: list[str]) -> list[Job]:
     return found
 
 
+def sample(jobs: list[Job]) -> list[Job]:
+    """Of each kernel the first case on one target."""
+    first: dict[Any, Job] = {}
+    for op, i, target in jobs:
+        if target == MAIN_TARGET:
+            first.setdefault(cases(op)[i].kernel, (op, i, target))
+    return list(first.values())
+
+
+def fingerprint(job: Job) -> str:
+    """Of all that decides what comes out: the compiler, the source with all that it calls, the case."""
+    import triton
+
+    op, number, target = job
+    case = cases(op)[number]
+    of = (triton.__version__, case.source().hash(), TARGETS[target], case.num_warps, case.num_stages)
+    return hashlib.sha256(repr((of, sorted(case.options.items()))).encode()).hexdigest()[:16]
+
+
+def read_record() -> dict[str, tuple[int, int, int]]:
+    """Fingerprint → registers, bytes spilled, bytes of shared memory."""
+    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    return {mark: (registers, spilled, shared) for _, mark, registers, spilled, shared in rows}
+
+
+def write_record() -> list[Resources]:
+    jobs = main_jobs(ops())
+    rows = list(compile_jobs(jobs))
+    lines = [
+        json.dumps([f"{r.op}: {r.case}, {r.target}", fingerprint(job), r.registers, r.spilled, r.shared])
+        for job, r in zip(jobs, rows, strict=True)
+        if not r.error
+    ]
+    RECORD.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    return rows
+
+
+def looked_up(jobs: list[Job], record: dict[str, tuple[int, int, int]]) -> tuple[list[Resources], list[Job]]:
+    """What the record has of these jobs, and the jobs that it does not have."""
+    found, missing = [], []
+    for job in jobs:
+        op, number, target = job
+        case, known = cases(op)[number], record.get(fingerprint(job))
+        if known is None:
+            missing.append(job)
+            continue
+        spare = case.candidate and target != MAIN_TARGET
+        found.append(Resources(op, case.name, target, *known, case.may_spill or spare, spare))
+    return found, missing
+
+
 def compile_jobs(jobs: list[Job]) -> Iterator[Resources]:
     """In order, as they get ready."""
+    if not jobs:
+        return
     # A fresh interpreter for each worker: a fork of a process with threads may hang.
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*jobs, strict=True))
@@ -247,8 +305,12 @@ def table(rows: list[Resources]) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Compiles the Triton kernels ahead of time.")
+    parser.add_argument("op", nargs="*", help="of these ops alone")
+    parser.add_argument("--write", action="store_true", help=f"what the tests look at, into {RECORD.name}")
+    arguments = parser.parse_args()
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "sparse_attn_aot"))
-    rows = list(compile_jobs(all_jobs(sys.argv[1:] or ops())))
+    rows = write_record() if arguments.write else list(compile_jobs(all_jobs(arguments.op or ops())))
     print(table(rows))
     print(f"{len(rows)} compilations, {sum(r.seconds for r in rows):.0f} s of processor time")
     bad = [f"{r.op}: {r.case} on {r.target}: {fault}" for r in rows for fault in r.faults]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,12 +20,40 @@ pytestmark = [
 @pytest.mark.slow
 @pytest.mark.parametrize("op", aot.ops())
 def test_compiles_without_spills(op, tmp_path, monkeypatch):
+    """What the record does not have is compiled: every kernel that changed, and all of another Triton."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # an object of another Triton would prove nothing
-    rows = list(aot.compile_jobs(aot.main_jobs([op])))
-    print(f"\n{aot.table(rows)}")  # pytest -s shows it
+    rows, missing = aot.looked_up(aot.main_jobs([op]), aot.read_record())
+    rows += aot.compile_jobs(missing)
+    print(f"\n{aot.table(rows)}\n{len(missing)} compiled")  # pytest -s shows it
     bad = [f"{r.case} on {r.target}: {fault}" for r in rows for fault in r.faults]
     assert not bad, "\n".join(bad)
     assert {r.target for r in rows} == set(aot.TARGETS)
+
+
+@pytest.mark.slow
+def test_the_record_is_what_the_compiler_makes(tmp_path, monkeypatch):
+    """Of each kernel one case, compiled here and now."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    jobs, record = aot.sample(aot.main_jobs(aot.ops())), aot.read_record()
+    known = [job for job in jobs if aot.fingerprint(job) in record]
+    for job, row in zip(known, aot.compile_jobs(known), strict=True):
+        assert (row.registers, row.spilled, row.shared) == record[aot.fingerprint(job)], row
+
+
+def test_a_fingerprint_changes_with_all_that_is_compiled(monkeypatch):
+    """Another target, another size, another source: nothing of the record is taken for it."""
+    op, number, target = job = aot.main_jobs(["topk_select"])[0]
+    before = aot.fingerprint(job)
+    assert aot.fingerprint(job) == before
+    assert aot.fingerprint((op, number, "sm_80")) != aot.fingerprint((op, number, "sm_90"))
+    case = aot.cases(op)[number]
+    wider = case.arguments | {"CAPACITY": 2 * case.arguments["CAPACITY"]}
+    for change in ({"num_warps": case.num_warps * 2}, {"arguments": wider}):
+        monkeypatch.setattr(aot, "cases", lambda op, change=change: [replace(case, **change)])
+        assert aot.fingerprint((op, 0, target)) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(type(case.kernel), "cache_key", "the source of another kernel")
+    assert aot.fingerprint(job) != before
 
 
 def test_every_launch_is_compiled_ahead_of_time():

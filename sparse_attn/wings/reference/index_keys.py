@@ -47,6 +47,17 @@ def index_pages(
     bounds[page, :, block, :, lane] = three[0].transpose(0, 1)
 
 
+def rows_of(
+    codes: Tensor,  # int8 [B, Hkv, N, ⌈D/4⌉, 16, 4]
+    bounds: Tensor,  # float32 [B, Hkv, N, 3, 16]
+    length: int,
+    dim: int,
+) -> tuple[Tensor, Tensor]:  # int8 [B, Hkv, T, D], float32 [B, Hkv, T, 3]
+    """Codes and bounds of the first `length` keys, one after the other."""
+    rows = codes.permute(0, 1, 2, 4, 3, 5).flatten(4)[..., :dim]  # [B, Hkv, N, 16, D]
+    return rows.flatten(2, 3)[:, :, :length], bounds.transpose(3, 4).flatten(2, 3)[:, :, :length]
+
+
 def _write(to_codes: Tensor, to_bounds: Tensor, begin: int, codes: Tensor, bounds: Tensor) -> None:
     """codes [B, Hkv, t, ⌈D/4⌉, 4] and bounds [B, Hkv, t, 3] to the keys from `begin` on."""
     first, lane, count = begin // BLOCK, begin % BLOCK, codes.shape[2]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_attn.rule import PackedRule, selection_shape
 from sparse_attn.wings.reference.chunks import query_chunks
+from sparse_attn.wings.reference.index_keys import AT_ONCE, rows_of
 from sparse_attn.wings.reference.rounding import rounded
 from sparse_attn.wings.reference.rule import VisibleKeys, attention_mass, best_of, capped
 from sparse_attn.wings.reference.topk_select import products
@@ -29,7 +30,7 @@ def indexed_select(
     if indices.numel() == 0:
         return indices
     wide = key.to(torch.promote_types(query.dtype, torch.float32))
-    keys, index = VisibleKeys(key, rule), _Index(key, codes, bounds, shift)
+    keys, index = VisibleKeys(key, rule), KeyBounds(*rows_of(codes, bounds, *key.shape[2:]), shift)
     for rows in query_chunks(query_length, batch * heads * key.shape[2]):
         few = query[:, :, rows].to(wide.dtype)
         tile = products(few, wide) * rule.scale
@@ -45,17 +46,21 @@ def indexed_select(
     return indices
 
 
-class _Index:
-    """The bounds of lib/decode_index.h, in float64."""
+class KeyBounds:
+    """The bounds of lib/decode_index.h. What float32 rounds where keys and queries meet is within their rest."""
 
-    def __init__(self, key: Tensor, codes: Tensor, bounds: Tensor, shift: Tensor) -> None:
-        heads, length, dim = key.shape[1:]
-        rows = codes.permute(0, 1, 2, 4, 3, 5).flatten(4)[..., :dim]  # [B, Hkv, N, 16, D]
-        self.codes = rows.flatten(2, 3)[:, :, :length].double()
-        numbers = bounds.transpose(3, 4).flatten(2, 3)[:, :, :length].double()  # [B, Hkv, Tk, 3]
-        self.scale, self.error, self.norm = (n.unsqueeze(2) for n in numbers.unbind(-1))  # [B, Hkv, 1, Tk]
-        self.shift = shift.double().norm(dim=-1)[..., None, None]  # [B, Hkv, 1, 1]
-        self.heads = heads
+    def __init__(
+        self,
+        codes: Tensor,  # int8 [B, Hkv, Tk, D]
+        numbers: Tensor,  # float32 [B, Hkv, Tk, 3]
+        shift: Tensor,  # float32 [B, Hkv, D]
+        compute: torch.dtype = torch.float64,
+    ) -> None:
+        self.codes, self.compute = codes, compute
+        three = (n.unsqueeze(2).to(compute) for n in numbers.unbind(-1))
+        self.scale, self.error, self.norm = three  # [B, Hkv, 1, Tk]
+        self.shift = shift.double().norm(dim=-1)[..., None, None].to(compute)  # [B, Hkv, 1, 1]
+        self.heads = codes.shape[1]
 
     def possible(self, query: Tensor, scale: float, candidates: Tensor, budget: Tensor) -> Tensor:
         """bool [B, Hq, t, Tk]: which of the candidates may be among the best `budget` [B, Hq, t, 1] of them."""
@@ -69,9 +74,10 @@ class _Index:
         useful = (size > 1e-15) & (size < 1e18)
 
         def per_key_head(rows: Tensor) -> Tensor:
-            return rows.unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, Hkv, R·t, …]
+            return rows.to(self.compute).unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, Hkv, R·t, …]
 
-        score = per_key_head(near) @ self.codes.mT * self.scale  # [B, Hkv, R·t, Tk]
+        # Sums of whole numbers, which are exact: below 2²⁴.
+        score = self._products(per_key_head(numbers)) * (self.scale * per_key_head(step))  # [B, Hkv, R·t, Tk]
         unit = (2 * dim + 32) * 2.0**-23
         bound = self.norm * per_key_head(error + unit * (size + error))
         bound = bound + self.error * per_key_head(near_size) + unit * per_key_head(size) * self.shift
@@ -80,7 +86,12 @@ class _Index:
             t.unflatten(2, (-1, query.shape[2])).flatten(1, 2) for t in (score - bound, score + bound)
         )
         low = low.nan_to_num(nan=-torch.inf).masked_fill(~candidates, -torch.inf)
-        order = low.sort(dim=-1, descending=True).values
-        last = budget.clamp(1, order.shape[-1]) - 1
-        threshold = order.gather(-1, last.to(torch.int64))
-        return ~(high <= threshold) | ~useful
+        last = budget.clamp(1, low.shape[-1]).to(torch.int64) - 1
+        order = low.topk(int(last.max()) + 1).values  # descending
+        return ~(high <= order.gather(-1, last)) | ~useful
+
+    def _products(self, query: Tensor) -> Tensor:
+        """Whole numbers [B, Hkv, R·t, D] of queries → [B, Hkv, R·t, Tk], with some codes in floats at a time."""
+        step = max(1, AT_ONCE // max(1, self.codes[:, :, :1].numel()))
+        parts = [query @ codes.to(self.compute).mT for codes in self.codes.split(step, 2)]
+        return torch.cat(parts, -1)
