@@ -19,6 +19,7 @@ from .lib.common import LN2, LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, 
 from .lib.dot import dot
 from .lib.rows import gather_rows, load_rows, vector_configs
 from .lib.soft_cap import capped, factors
+from .lib.softmax import first_of_softmax, softmax_step
 from .lib.tuning import distinct, run_tuned, size_class
 
 
@@ -71,12 +72,7 @@ def _tile(
         query + b * query_b + t * query_t, head, present, query_h, query_d, DIM, BLOCK_DIM
     )  # [BLOCK_M, D]
 
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if sink_logits is not None:
-        largest = tl.load(sink_logits + head, mask=present, other=float("-inf")) * LOG2_OF_E
-        # exp2(0), or NaN of a logit that is no number.
-        total = tl.where(largest == float("-inf"), 0.0, 1.0 + (largest - largest))
+    largest, total = first_of_softmax(sink_logits, head, present, BLOCK_M)
     mean = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
     for start in range(0, budget, BLOCK_K):
         row, filled = gather_rows(rows_of, start, indices_k, budget, key_length, BLOCK_K)
@@ -84,13 +80,8 @@ def _tile(
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
         scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
         scores = tl.where(filled[None, :], capped(scores, bound), float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        base = tl.where(larger == float("-inf"), 0.0, larger)  # −inf − −inf would be NaN
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(largest - base)
-        total = total * shrink + tl.sum(weights, axis=1)
+        weights, shrink, largest, total = softmax_step(scores, largest, total)
         mean = dot(rounded(weights, values.dtype), values, mean * shrink[:, None])
-        largest = larger
 
     place = (b * units * shared + head) * tl.num_programs(0) + t
     column = tl.arange(0, BLOCK_VALUE)

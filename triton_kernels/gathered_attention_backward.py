@@ -34,6 +34,7 @@ from .lib.dot import dot
 from .lib.gathered_attention_sums import entries_by_key, sum_configs, sum_entries, sum_queries
 from .lib.rows import gather_rows, load_rows, vector_configs
 from .lib.soft_cap import factors, tanh
+from .lib.softmax import base_of, gradient_step
 from .lib.tuning import run_tuned, size_class
 
 SCRATCH_BYTES = 1 << 29  # of entries' gradients
@@ -102,8 +103,7 @@ def _tile_queries(
     delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), axis=1)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + row_place, mask=present, other=0.0)
-    base = tl.load(lse + row_place, mask=present, other=float("-inf")) * LOG2_OF_E
-    base = tl.where(base == float("-inf"), float("inf"), base)  # nothing attended to: probabilities 0
+    base = base_of(tl.load(lse + row_place, mask=present, other=float("-inf")))
 
     key_column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE)
     if ATOMICS:
@@ -119,17 +119,10 @@ def _tile_queries(
         keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
         scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
-        if bound is not None:
-            bent = tanh(scores)
-            scores = bent * bound
-        real = filled[None, :] & present[:, None]  # 0 · inf of a head that is not there is NaN too
-        weights = tl.where(real, tl.exp2(scores - base[:, None]), 0.0)
         slopes = dot(grads, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
-        slopes = weights * (slopes - delta[:, None])
-        if bound is not None:
-            slopes *= 1.0 - bent * bent
-        slopes = rounded(tl.where(real, slopes, 0.0), keys.dtype)
-        weights = rounded(weights, values.dtype)
+        real = filled[None, :] & present[:, None]  # 0 · inf of a head that is not there is NaN too
+        weights, slopes = gradient_step(scores, slopes, 0.0, real, base[:, None], delta[:, None], bound)
+        slopes, weights = rounded(slopes, keys.dtype), rounded(weights, values.dtype)
         gradient = dot(slopes, keys, gradient)
         to_key = dot(tl.trans(slopes), queries, tl.zeros((BLOCK_K, BLOCK_DIM), tl.float32)) * scale
         to_value = dot(tl.trans(weights), grads, tl.zeros((BLOCK_K, BLOCK_VALUE), tl.float32))
@@ -219,8 +212,7 @@ def _vector_queries(
     delta = tl.sum(grad * attended.to(tl.float32), axis=0)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + place)
-    base = tl.load(lse + place) * LOG2_OF_E
-    base = tl.where(base == float("-inf"), float("inf"), base)  # nothing attended to: probabilities 0
+    base = base_of(tl.load(lse + place))
 
     total = tl.zeros((BLOCK_K,), tl.float32)
     gradient = tl.zeros((BLOCK_K, BLOCK_DIM), tl.float32)

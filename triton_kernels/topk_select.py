@@ -33,6 +33,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,7 +41,9 @@ from torch import Tensor
 
 from sparse_attn.rule import PackedRule
 
+from .lib.among import words_of_blocks
 from .lib.dot import INTERPRETED
+from .lib.round_rows import rounded as rounded_rows
 from .lib.select_tiles import merge_pieces, select_tiles
 from .lib.shared_scores import log_sum_exp
 from .lib.soft_cap import factors
@@ -137,17 +140,26 @@ def _splits(tiles: int, programs: int, key_length: int, budget: int, block_n: in
     return triton.cdiv(key_length, length), length
 
 
+class Among(NamedTuple):
+    """Blocks of keys, one row of them for each tile of queries: the only keys that may be chosen."""
+
+    blocks: Tensor  # int32 [B, G, N, M]
+    block_size: int
+    query_tile: int
+
+
 def topk_select(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
     top_k: int,
     rule: PackedRule,
-    rounded: bool,  # False, and no blocks: this wing does not have them
-    blocks: None,
+    rounded: bool,  # scores of queries and keys that are rounded to 8 bits
+    blocks: Tensor | None,  # int32 [B, G, N, M]: the keys of these blocks alone
     block_size: int,
     query_tile: int,
 ) -> Tensor:  # int32 [B, G, Tq, K]
-    return select(query, key, top_k, rule, with_scores=False)[0]
+    among = None if blocks is None else Among(blocks, block_size, query_tile)
+    return select(query, key, top_k, rule, rounded=rounded, among=among)[0]
 
 
 def select(
@@ -155,7 +167,11 @@ def select(
     key: Tensor,  # [B, Hkv, Tk, D]
     top_k: int,
     rule: PackedRule,
-    with_scores: bool,
+    with_scores: bool = False,
+    *,
+    rounded: bool = False,
+    among: Among | None = None,
+    weights: Tensor | None = None,  # float32 [B, Hq, Tq]: of an indexer's heads
 ) -> tuple[Tensor, Tensor | None]:  # indices int32 [B, G, Tq, K], scores float32 [B, G, Tq, K]
     """The selection and, if wanted, what ranked each key: sign(scale) · q·k, or its mass; −inf in an empty slot."""
     batch, heads, query_length, head_dim = query.shape
@@ -167,7 +183,20 @@ def select(
     scores = query.new_empty(shape, dtype=torch.float32) if with_scores else None
     if indices.numel() == 0:
         return indices, scores
+    query_scale = key_scale = None
+    if rounded:
+        (query, query_scale), (key, key_scale) = rounded_rows(query), rounded_rows(key)
+    if weights is not None:
+        weights = (weights if query_scale is None else weights * query_scale).contiguous()
+        query_scale = None
     sharing, repeat = heads // groups, heads // kv_heads
+    by_mass = sharing > 1 and weights is None
+    words, count, block_size, query_tile, query_tiles = None, 0, 1, 1, 0
+    if among is not None:
+        # Larger blocks and tiles than the sequences change nothing.
+        block_size, query_tile = min(among.block_size, key_length), min(among.query_tile, query_length)
+        count, query_tiles = triton.cdiv(key_length, block_size), among.blocks.shape[2]
+        words = words_of_blocks(among.blocks, count)
     # Positions beyond every key are all alike; like this their sums stay within 32 bits.
     window_offset = min(max(rule.causal_offset - rule.window, -query_length - 1), key_length)
     causal_offset = min(max(rule.causal_offset, -query_length), key_length)
@@ -176,7 +205,9 @@ def select(
     key_lengths, starts = rule.key_lengths, rule.key_starts
     starts_strides = (0, 0) if starts is None else starts.stride()
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(
+        32 if rounded else 16, triton.next_power_of_2(head_dim)
+    )  # what a tensor core takes at least
     # A head's own selection is by the uncapped q·k.
     scoring = factors(scale, rule.softcap if sharing > 1 else 0.0, 1.0)
     amd = torch.version.hip is not None
@@ -194,23 +225,26 @@ def select(
         queue = query.new_zeros(1, dtype=torch.int32)
         cut = _cut_shape(c, c.block_m, c.capacity)
         limit = {"maxnreg": c.max_registers} if query.device.type == "cuda" and not amd else {}
-        shift = None
-        if sharing > 1:
-            shift = query.new_empty((batch, heads, query_length), dtype=torch.float32)
+        per_head = weights
+        of_blocks = block_size, count, query_tile, query_tiles
+        if by_mass:
+            per_head = query.new_empty((batch, heads, query_length), dtype=torch.float32)
             log_sum_exp[(batch * heads * blocks,)](
-                query, key, mask, key_lengths, starts, rule.sink_logits, shift, *query.stride(), *key.stride(),
-                *mask_strides, *starts_strides, heads, query_length, key_length, head_dim, causal_offset, *scoring,
-                blocks,
+                query, key, mask, key_lengths, starts, words, key_scale, query_scale, rule.sink_logits, per_head,
+                *query.stride(), *key.stride(), *mask_strides, *starts_strides, heads, query_length, key_length,
+                head_dim, causal_offset, window_offset, first_kept, *scoring, blocks, *of_blocks,
                 is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
         select_tiles[(programs,)](
-            query, key, mask, key_lengths, starts, shift, slots, counts, thresholds, queue, found,
+            query, key, mask, key_lengths, starts, words, key_scale, query_scale, per_head, slots, counts, thresholds,
+            queue, found,
             scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *starts_strides,
             groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, first_kept,
-            *scoring, tiles * splits, blocks, splits, split_length,
-            1 if sharing > 1 else (scale > 0) - (scale < 0), is_causal, sharing, repeat, splits > 1,
-            c.block_m, c.block_n, block_d, c.capacity, *cut, 1 if mask is None else c.num_stages,
+            *scoring, tiles * splits, blocks, splits, split_length, *of_blocks, weights is not None,
+            1 if sharing > 1 or weights is not None else (scale > 0) - (scale < 0),
+            is_causal, sharing, repeat, splits > 1,
+            c.block_m, c.block_n, block_d, c.capacity, *cut, 1 if mask is None and words is None else c.num_stages,
             num_warps=c.num_warps, num_stages=c.num_stages, **limit,
         )  # fmt: skip
         if splits > 1:
@@ -228,6 +262,7 @@ def select(
             "topk_select",
             (
                 *(query.dtype, head_dim, sharing, is_causal, mask is not None or starts is not None),
+                *(among is not None, weights is not None),
                 *(size_class(budget), size_class(key_length), size_class(batch * groups * query_length)),
             ),
             configs(
@@ -235,7 +270,7 @@ def select(
                 head_dim,
                 budget,
                 amd,
-                sharing > 1 or mask is not None or query_length <= FEW_QUERIES,
+                sharing > 1 or mask is not None or among is not None or query_length <= FEW_QUERIES,
             ),
             launch,
             query.device,

@@ -26,13 +26,15 @@ BENCHMARKS = Path(__file__).resolve().parents[1]
 # section → seconds it may take, what tells most first; a build and all of them fit into ten minutes
 SECTIONS = {
     "ceilings": 30,
-    "topk_attention": 100,
+    "topk_attention": 90,
     "topk_select": 60,
-    "gathered_attention": 110,
-    "loss": 60,
+    "gathered_attention": 90,
+    "block_attention": 40,
+    "cheap_selection": 40,
+    "loss": 50,
     "embedding": 50,
     "memory": 30,
-    "first_call": 60,
+    "first_call": 50,
 }
 PACKAGES = (
     "torch",

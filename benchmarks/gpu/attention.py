@@ -240,6 +240,69 @@ def gathered_attention(device: Device) -> Iterator[dict]:
             yield row
 
 
+def block_attention(device: Device) -> Iterator[dict]:
+    """Attention to whole blocks, and to a selection with the means of blocks as its tail."""
+    heads, kv_heads, length, dim, top_k = (4, 2, 70, 16, 4) if device.dry else (16, 4, 16384, 128, 64)
+    slots = 2 if device.dry else 16
+    inputs = tensors(device, heads, kv_heads, length, dim)
+    wing = {"backend": wings_of("block_attention", device)["ours"]}
+    blocks = sparse_attn.block_select(*inputs[:2], slots, is_causal=True, share="kv", **wing)
+
+    def in_blocks(*qkv: Tensor) -> Tensor:
+        return sparse_attn.block_attention(*qkv, blocks, is_causal=True, **wing)
+
+    def with_tail(*qkv: Tensor) -> Tensor:
+        return sparse_attn.topk_attention(*qkv, top_k, is_causal=True, tail="blocks", **wing)
+
+    def as_the_reference(call: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], None]:
+        def check(forward: Callable[..., Tensor]) -> None:
+            some = [t[:, :, :256] for t in inputs]
+            chosen = blocks[:, :, : -(-some[0].shape[2] // 64)]
+            found = [call(some, chosen, backend).float() for backend in (wing["backend"], "reference")]
+            torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+        return check
+
+    checks = {
+        "blocks": lambda qkv, chosen, backend: sparse_attn.block_attention(
+            *qkv, chosen, is_causal=True, backend=backend
+        ),
+        "tail": lambda qkv, chosen, backend: sparse_attn.topk_attention(
+            *qkv, top_k, is_causal=True, tail="blocks", backend=backend
+        ),
+    }
+    case = f"H{heads}/{kv_heads} D{dim} T{length}"
+    for name, call, what in (
+        ("blocks", in_blocks, f"{slots} blocks of 64"),
+        ("tail", with_tail, f"K{top_k} with means of blocks"),
+    ):
+        ours = Contender(lambda call=call: call, tuple(inputs), as_the_reference(checks[name]))
+        contenders = {"ours": ours, **({} if device.dry else dense(device, inputs, False))}
+        yield from compare("block_attention", f"{case} {what}", contenders, device, ("forward", "both"))
+
+
+def cheap_selection(device: Device) -> Iterator[dict]:
+    """By an indexer, by rounded rows and among blocks: what chooses keys for less than exact products."""
+    heads, length, dim, top_k = (2, 70, 16, 4) if device.dry else (16, 16384, 128, 256)
+    query, key, _ = tensors(device, heads, heads, length, dim)
+    small = tensors(device, 4 * heads, 1, length, 16 if device.dry else 64, seed=1)[:2]
+    weights = torch.ones(1, 4 * heads, length, device=device.name)
+    wing = {"is_causal": True, "backend": wings_of("indexer_select", device)["ours"]}
+    blocks = sparse_attn.block_select(query, key, 2 if device.dry else 16, **wing)
+    calls = {
+        "indexer": lambda q, k: sparse_attn.indexer_select(*small, weights, top_k, **wing),
+        "indexer, 8 bits": lambda q, k: sparse_attn.indexer_select(*small, weights, top_k, int8=True, **wing),
+        "rounded": lambda q, k: sparse_attn.quantized_select(q, k, top_k, **wing),
+        "refined blocks": lambda q, k: sparse_attn.refine_blocks(q, k, blocks, top_k, **wing),
+    }
+    plain = partial(plain_select, top_k=top_k)
+    for name, call in calls.items():
+        contenders = {"ours": Contender(lambda call=call: call, (query, key))}
+        if name == "indexer" and not device.dry:
+            contenders["plain_matmul_topk"] = Contender(lambda: plain, (query, key))
+        yield from compare("cheap_selection", f"{name} T{length} K{top_k}", contenders, device)
+
+
 def memory(device: Device) -> Iterator[dict]:
     """What topk_attention allocates, forward and backward, beside one [Tq, Tk] matrix of one head in bfloat16."""
     heads, length, dim, top_k = (2, 12, 16, 4) if device.dry else (8, 32768, 64, 64)

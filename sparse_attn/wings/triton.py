@@ -23,7 +23,7 @@ MINIMUM = (3, 2)  # of Triton
 DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs "cuda" too
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Sizes a kernel holds in registers at once. `explain` and the dispatcher read them; the ops name the sizes.
-LIMITS = {"head_dim": 256, "value_dim": 256, "rounded_scores": 0, "blocks": 0}
+LIMITS = {"head_dim": 256, "value_dim": 256}
 
 # Its distributions, by platform.
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sparse_attn.triton_kernels import topk_select
+from sparse_attn.triton_kernels.lib.round_rows import round_rows
 from sparse_attn.triton_kernels.lib.select_tiles import merge_pieces, select_tiles
 from sparse_attn.triton_kernels.lib.shared_scores import log_sum_exp
 from sparse_attn.wings import triton as triton_wing  # noqa: F401  finds the kernels in a checkout
 from triton_wing.aot import Case
 
 LENGTH, HEADS = 16384, 16
-ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1}
 
 
 def _strides(name: str, head_dim: int) -> dict[str, int]:
@@ -19,6 +22,20 @@ def _strides(name: str, head_dim: int) -> dict[str, int]:
 
 def _mask_strides(masked: bool) -> dict[str, int]:
     return {f"mask_{axis}": (1 if axis == "k" else LENGTH) if masked else 0 for axis in "bgqk"}
+
+
+def _blocks(among: bool) -> dict[str, int | str | None]:
+    return {
+        "words": "*i32" if among else None,
+        "block_size": 64 if among else 1,
+        "block_count": LENGTH // 64 if among else 0,
+        "query_tile": 64 if among else 1,
+        "query_tiles": LENGTH // 64 if among else 0,
+    }
+
+
+def _scales(dtype: str) -> dict[str, str | None]:
+    return dict.fromkeys(("query_scale", "key_scale"), "*fp32" if dtype == "i8" else None)
 
 
 def _starts_strides(packed: bool) -> dict[str, int]:
@@ -38,14 +55,17 @@ def select(
     packed: bool = False,
     candidate: int = 0,
     capped: bool = False,
+    weighted: bool = False,
+    among: bool = False,
     **options,
 ) -> Case:
     queries = topk_select.FEW_QUERIES if split else LENGTH
-    heavy = sharing > 1 or masked or split
+    heavy = sharing > 1 or masked or split or among
     c = topk_select.configs(ELEMENT[dtype], head_dim, budget, amd, heavy)[candidate]
     rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
     name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
-    name += f" share {sharing}" if sharing > 1 else ""
+    name += "" if sharing == 1 else f" indexer of {sharing}" if weighted else f" share {sharing}"
+    name += " blocks" if among else ""
     name += (
         (" starts" if packed else "")
         + (" mask" if masked else "")
@@ -60,7 +80,9 @@ def select(
         "mask": "*u8" if masked else None,
         "lengths": "*i32" if masked else None,
         "starts": "*i64" if packed else None,
-        "shift": "*fp32" if sharing > 1 else None,
+        **_blocks(among),
+        **_scales(dtype),
+        "per_head": "*fp32" if sharing > 1 or weighted else None,
         "slots": "*i64",
         "counts": "*i32",
         "thresholds": "*fp32",
@@ -86,6 +108,7 @@ def select(
         "query_blocks": -(-queries // c.block_m),
         "splits": 8 if split else 1,
         "split_length": LENGTH,
+        "WEIGHTED": weighted,
         "SIGN": 1,
         "IS_CAUSAL": not split,
         "SHARING": sharing,
@@ -98,7 +121,7 @@ def select(
         "ROWS": rows,
         "CHUNK": chunk,
         "STEP": step,
-        "EDGE_STAGES": c.num_stages if masked else 1,
+        "EDGE_STAGES": c.num_stages if masked or among else 1,
     }
     options.setdefault("targets", ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100"))
     options["candidate"] = candidate > 0
@@ -111,7 +134,9 @@ def both(*arguments, **options) -> list[Case]:
     return [select(*arguments, amd=amd, **options) for amd in (False, True)]
 
 
-def lse(dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False) -> Case:
+def lse(
+    dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False, among: bool = False
+) -> Case:
     c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True)[0]
     arguments = {
         "query": f"*{dtype}",
@@ -119,6 +144,8 @@ def lse(dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False
         "mask": None,
         "lengths": None,
         "starts": "*i64" if packed else None,
+        **_blocks(among),
+        **_scales(dtype),
         "sink_logits": "*fp32" if capped else None,
         "shift": "*fp32",
         **_strides("query", head_dim),
@@ -130,6 +157,8 @@ def lse(dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False
         "key_length": LENGTH,
         "head_dim": head_dim,
         "causal_offset": 17,
+        "window_offset": 15,
+        "first_kept": 0,
         "factor": 0.1,
         "bound": 0.2 if capped else None,
         "query_blocks": LENGTH // c.block_m,
@@ -142,6 +171,7 @@ def lse(dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
     name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "") + (" starts" if packed else "")
+    name += " blocks" if among else ""
     name += ", cap and sinks" if capped else ""
     return Case(name, log_sum_exp, arguments, c.num_warps, c.num_stages, targets=targets)
 
@@ -175,15 +205,22 @@ def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
     return Case(name, merge_pieces, arguments, c.num_warps, 2, targets=targets)
 
 
+def rounding(head_dim: int) -> Case:
+    arguments = {
+        "codes": "*i8", "scales": "*fp32", "rows": "*bf16",
+        **dict(zip(("rows_b", "rows_h", "rows_t", "rows_d"), _strides("rows", head_dim).values(), strict=True)),
+        "programs": HEADS, "heads": HEADS, "length": LENGTH, "DIM": head_dim, "PITCH": head_dim,
+        "BLOCK_DIM": head_dim, "BLOCK_T": 2048 // head_dim,
+    }  # fmt: skip
+    return Case(f"rounding bf16 D{head_dim}", round_rows, arguments)
+
+
 def cases() -> list[Case]:
     found = []
     for dtype, head_dim, budget in (
         ("bf16", 128, 64),
-        ("bf16", 128, 256),
-        ("bf16", 128, 1024),
         ("bf16", 128, 4096),
         ("bf16", 64, 64),
-        ("fp16", 64, 256),
         ("fp32", 64, 64),
         ("fp32", 128, 256),
         ("bf16", 256, 64),
@@ -195,7 +232,6 @@ def cases() -> list[Case]:
     found += both("bf16", 128, 64, packed=True)
     # 32 bytes: the sum over the heads is in registers beside a head's scores.
     found += both("bf16", 128, 64, sharing=4, may_spill=True)
-    found += both("bf16", 64, 256, sharing=4)
     found += both("bf16", 64, 256, sharing=4, capped=True)
     for amd in (False, True):
         for dtype in ("bf16", "fp32"):
@@ -205,4 +241,17 @@ def cases() -> list[Case]:
         for packed in (False, True):
             found += [lse("bf16", 128, amd, packed), merge(64, 16, amd, packed)]
         found.append(lse("bf16", 128, amd, False, capped=True))
+        found.append(lse("i8", 128, amd, False, among=True))
+    found += both("i8", 128, 64)
+    found += both("i8", 64, 512, sharing=32, weighted=True)
+    found += both("bf16", 128, 64, among=True)
+    found.append(rounding(128))
+    for others in (
+        both("bf16", 128, 256, with_scores=True),
+        both("bf16", 128, 1024, with_scores=True),
+        both("fp16", 64, 256),
+        both("bf16", 64, 256, sharing=4),
+        both("bf16", 64, 512, sharing=4, weighted=True),
+    ):  # between those above: by hand alone
+        found += [replace(case, candidate=True) for case in others]
     return found

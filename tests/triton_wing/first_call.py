@@ -66,12 +66,24 @@ def attention(heads: int, kv_heads: int, groups: int) -> Iterator[Step]:
     yield "backward", lambda: out[0].sum().backward()
 
 
-def select_and_attend(share: str) -> Iterator[Step]:
+def select_and_attend(share: str, tail: str = "none") -> Iterator[Step]:
     """topk_attention, bf16, D 128, K 64, causal."""
     inputs = torch.zeros(3, 1, 16, 512, 128, dtype=torch.bfloat16, requires_grad=True).unbind(0)
     out = []
-    options = {"is_causal": True, "share": share, "backend": "triton"}
+    options = {"is_causal": True, "share": share, "tail": tail, "backend": "triton"}
     yield "forward", lambda: out.append(sparse_attn.topk_attention(*inputs, 64, **options))
+    yield "backward", lambda: out[0].sum().backward()
+
+
+def whole_blocks() -> Iterator[Step]:
+    """block_attention, 16 heads in 4 groups, bf16, D 128, causal."""
+    query = torch.zeros(1, 16, 512, 128, dtype=torch.bfloat16, requires_grad=True)
+    key, value = torch.zeros(2, 1, 4, 512, 128, dtype=torch.bfloat16, requires_grad=True).unbind(0)
+    blocks, out = torch.zeros(1, 4, 8, 4, dtype=torch.int32), []
+    yield (
+        "forward",
+        lambda: out.append(sparse_attn.block_attention(query, key, value, blocks, is_causal=True, backend="triton")),
+    )  # fmt: skip
     yield "backward", lambda: out[0].sum().backward()
 
 
@@ -104,6 +116,8 @@ CALLS = {
     "gathered_attention, heads alone": lambda: attention(16, 16, 16),
     "topk_attention, share none": lambda: select_and_attend("none"),
     "topk_attention, share all": lambda: select_and_attend("all"),
+    "topk_attention, tail of blocks": lambda: select_and_attend("none", "blocks"),
+    "block_attention": whole_blocks,
     "variable_width_embedding": lambda: bands("embedding"),
     "variable_width_cross_entropy": lambda: bands("loss"),
 }

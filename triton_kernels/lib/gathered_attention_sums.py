@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_OF_E, outer_program, rounded
+from .common import outer_program, rounded
 from .rows import load_rows
 from .soft_cap import tanh
+from .softmax import base_of
 
 
 @triton.jit
@@ -151,8 +152,7 @@ def sum_queries(
             t = (first_query + entry // budget).to(tl.int64)
             queries = load_rows(queries_of, t, valid, query_t, query_d, DIM, BLOCK_DIM).to(tl.float32)
             grads = load_rows(grads_of, t, valid, grad_t, grad_d, VALUE_DIM, BLOCK_VALUE).to(tl.float32)
-            base = tl.load(lse + row_of + t, mask=valid, other=0.0) * LOG2_OF_E
-            base = tl.where(base == float("-inf"), float("inf"), base)
+            base = base_of(tl.load(lse + row_of + t, mask=valid, other=0.0))
             delta = tl.load(rows + row_of + t, mask=valid, other=0.0)
             inverse = tl.load(rows + rows_half + row_of + t, mask=valid, other=0.0)
             scores = tl.sum(queries * own_key[None, :], axis=1) * factor

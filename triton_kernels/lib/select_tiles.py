@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .among import any_in_blocks, in_blocks
 from .candidates import (
     LARGEST,
     count_passes,
@@ -16,7 +17,7 @@ from .candidates import (
     score_of,
 )
 from .dot import dot
-from .shared_scores import attention_mass, first_keys
+from .shared_scores import attention_mass, first_keys, indexer_scores, scaled
 
 
 @triton.jit
@@ -28,6 +29,62 @@ def _load_queries(query_rows, query_d, depth, inside_depth, SIGN: tl.constexpr):
     if SIGN != 1:
         queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
     return queries
+
+
+@triton.jit
+def _ranks(
+    queries,  # [D, BM], where each head selects for itself
+    own_scale,  # float32 [BM], of those where they are rounded
+    query_rows,  # pointer to each query of the first head, [BM]
+    key_head,
+    per_head,  # pointer to each query's LSE, or its weight, of the first head, [BM], or None
+    key_scale,  # pointer to the scales of the first head's keys, or None
+    query_scale,  # pointer to each query's scale of the first head, [BM], or None
+    query_h,
+    query_d,
+    key_h,
+    key_t,
+    key_d,
+    query_length,
+    key_length,
+    head,
+    index,  # int32 [BN]
+    exists,  # bool [BN]
+    inside_depth,
+    depth,
+    factor,
+    bound,
+    WHOLE: tl.constexpr,  # all of the keys exist
+    WEIGHTED: tl.constexpr,
+    SHARING: tl.constexpr,
+    REPEAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What ranks these keys for these queries, float32 [BN, BM]."""
+    if WEIGHTED:
+        score = indexer_scores(
+            query_rows, key_head, per_head, key_scale, query_h, query_d, key_t, key_d, query_length, head, index,
+            exists, inside_depth, depth, SHARING, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    elif SHARING > 1:
+        score = attention_mass(
+            query_rows, key_head, per_head, key_scale, query_scale, query_h, query_d, key_h, key_t, key_d,
+            query_length, key_length, head, index, exists, inside_depth, depth, factor, bound,
+            SHARING, REPEAT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        wanted = inside_depth[None, :]
+        if not WHOLE:
+            wanted = exists[:, None] & inside_depth[None, :]
+        keys = tl.load(
+            key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
+            mask=wanted,
+            other=0.0,
+        )
+        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        score = scaled(score, key_scale, own_scale, index, exists)
+    return score
 
 
 @triton.jit
@@ -54,6 +111,8 @@ def _kept_until(starts, batch, position, starts_b, starts_t, length, first_kept)
         "tiles",
         "query_blocks",
         "splits",
+        "block_count",
+        "query_tiles",
     ]
 )
 def select_tiles(
@@ -62,7 +121,10 @@ def select_tiles(
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
-    shift,  # float32 [B, Hq, Tq]: LSE of each head where heads share, or None
+    words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone may be chosen, or None
+    key_scale,  # float32 [B, Hkv, Tk]: of keys that are rounded to int8, or None
+    query_scale,  # float32 [B, Hq, Tq]: of queries likewise, or None
+    per_head,  # float32 [B, Hq, Tq]: LSE of each head where heads share, weight of each of an indexer's; or None
     slots,  # int64 [programs, BLOCK_M, CAPACITY + BLOCK_N], scratch
     counts,  # int32 [programs, BLOCK_M], scratch
     thresholds,  # float32 [programs, BLOCK_M], scratch
@@ -98,6 +160,11 @@ def select_tiles(
     query_blocks,
     splits,
     split_length,  # keys, a multiple of BLOCK_N
+    block_size,  # of the blocks
+    block_count,
+    query_tile,  # queries that share a choice of blocks
+    query_tiles,
+    WEIGHTED: tl.constexpr,  # an indexer's heads
     SIGN: tl.constexpr,  # of the scale: −1, 0, 1; ranks need no more of it
     IS_CAUSAL: tl.constexpr,
     SHARING: tl.constexpr,  # query heads of one selection
@@ -169,8 +236,21 @@ def select_tiles(
             )
         query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
         key_head = key + batch * key_b + (head // REPEAT) * key_h
-        if SHARING > 1:
-            shift_rows = shift + ((batch * groups * SHARING + head) * query_length + position)
+        per_head_rows, key_scale_head, query_scale_rows = per_head, key_scale, query_scale
+        of_row = (batch * groups * SHARING + head) * query_length + position
+        own_scale = 1.0
+        if per_head is not None:
+            per_head_rows = per_head + of_row
+        if key_scale is not None:
+            key_scale_head = key_scale + (batch * (groups * SHARING // REPEAT) + head // REPEAT) * key_length
+        if query_scale is not None:
+            query_scale_rows = query_scale + of_row
+            own_scale = tl.load(query_scale_rows)
+        if words is not None:
+            plain_stop = plain_stop * 0
+            words_rows = words + (group.to(tl.int64) * query_tiles + position // query_tile) * (
+                (block_count + 31) // 32
+            )
 
         # Counts and thresholds live in memory between stretches, so that each loop keeps them in a layout of its own.
         tl.store(counts + row, tl.zeros_like(row))
@@ -209,25 +289,17 @@ def select_tiles(
             count = tl.load(counts + row)
             threshold = tl.load(thresholds + row)
             if plain:
-                if SHARING == 1:
+                queries = 0.0
+                if SHARING == 1 and not WEIGHTED:
                     queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
                 for tile_n in range(n, stop):
                     index = tile_n * BLOCK_N + column
-                    if SHARING == 1:
-                        keys = tl.load(
-                            key_head
-                            + index.to(tl.int64)[:, None] * key_t
-                            + depth.to(tl.int64)[None, :] * key_d,
-                            mask=inside_depth[None, :],
-                            other=0.0,
-                        )
-                        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-                    else:
-                        score = attention_mass(
-                            query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
-                            head, index, index < tile_end, inside_depth, depth, factor, bound,
-                            SHARING, REPEAT, BLOCK_M, BLOCK_N,
-                        )  # fmt: skip
+                    score = _ranks(
+                        queries, own_scale, query_rows, key_head, per_head_rows, key_scale_head, query_scale_rows,
+                        query_h, query_d, key_h, key_t, key_d, query_length, key_length, head, index,
+                        index < tile_end, inside_depth, depth, factor, bound,
+                        True, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
                     # The threshold stands first: the type of the comparison follows its first operand.
                     passes = ~(threshold[None, :] >= score)
                     start = own_slots + tl.minimum(count, CAPACITY) - 1
@@ -236,44 +308,52 @@ def select_tiles(
                     slot = pack(score, index[:, None])
                     tl.store(start[None, :] + place, slot, mask=~(threshold[None, :] >= score))
             else:
-                if SHARING == 1:
+                queries = 0.0
+                if SHARING == 1 and not WEIGHTED:
                     queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
                 for tile_n in tl.range(n, stop, num_stages=EDGE_STAGES):
                     index = tile_n * BLOCK_N + column
                     exists = index < tile_end
-                    if SHARING == 1:
-                        keys = tl.load(
-                            key_head
-                            + index.to(tl.int64)[:, None] * key_t
-                            + depth.to(tl.int64)[None, :] * key_d,
-                            mask=exists[:, None] & inside_depth[None, :],
-                            other=0.0,
+                    wanted = True
+                    if words is not None:  # most tiles have no key that may be chosen
+                        some = (
+                            any_in_blocks(words_rows, tile_n * BLOCK_N, block_size, block_count, BLOCK_N) > 0
                         )
-                        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-                    else:
-                        score = attention_mass(
-                            query_rows, key_head, shift_rows, query_h, query_d, key_h, key_t, key_d, query_length,
-                            head, index, exists, inside_depth, depth, factor, bound,
-                            SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                        some |= (tile_n + 1) * BLOCK_N > tl.min(window_start, 0)
+                        if starts is None:
+                            wanted = some | (tile_n * BLOCK_N < first_kept)
+                        else:
+                            wanted = some | (tile_n * BLOCK_N < tl.max(kept_end, 0))
+                    if wanted:
+                        score = _ranks(
+                            queries, own_scale, query_rows, key_head, per_head_rows, key_scale_head,
+                            query_scale_rows, query_h, query_d, key_h, key_t, key_d, query_length, key_length, head,
+                            index, exists, inside_depth, depth, factor, bound,
+                            False, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
-                    passes = ~(threshold[None, :] >= score)
-                    passes |= index[:, None] >= window_start[None, :]
-                    if starts is None:
-                        passes |= (index < first_kept)[:, None]
-                    else:
-                        passes |= index[:, None] < kept_end[None, :]
-                        passes &= index[:, None] >= row_start[None, :]
-                    passes &= index[:, None] < row_end[None, :]
-                    if mask is not None:
-                        allowed = tl.load(
-                            mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=passes, other=0
-                        )
-                        passes &= allowed != 0
-                    start = own_slots + tl.minimum(count, CAPACITY) - 1
-                    count += _sum_of(passes)
-                    score, place = tl.associative_scan((score, passes.to(tl.int32)), 0, count_passes)
-                    slot = pack(score, index[:, None])
-                    tl.store(start[None, :] + place, slot, mask=passes)
+                        kept = index[:, None] >= window_start[None, :]
+                        seen = index[:, None] < row_end[None, :]
+                        if starts is None:
+                            kept |= (index < first_kept)[:, None]
+                        else:
+                            kept |= index[:, None] < kept_end[None, :]
+                            seen &= index[:, None] >= row_start[None, :]
+                        passes = ~(threshold[None, :] >= score) & seen
+                        if words is not None:
+                            passes &= in_blocks(words_rows, index, block_size, passes)
+                        passes |= kept & seen
+                        if mask is not None:
+                            allowed = tl.load(
+                                mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k,
+                                mask=passes,
+                                other=0,
+                            )
+                            passes &= allowed != 0
+                        start = own_slots + tl.minimum(count, CAPACITY) - 1
+                        count += _sum_of(passes)
+                        score, place = tl.associative_scan((score, passes.to(tl.int32)), 0, count_passes)
+                        slot = pack(score, index[:, None])
+                        tl.store(start[None, :] + place, slot, mask=passes)
             after = tl.max(count, 0)
             if after <= CAPACITY:
                 tl.debug_barrier()

@@ -1,10 +1,13 @@
-"""What ranks a key where query heads share a selection: its softmax probability, summed over the heads."""
+"""What ranks a key where query heads share a selection: its softmax probability summed over the heads, or the sum of an
+indexer's heads.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .among import in_blocks
 from .dot import dot
 from .soft_cap import capped
 
@@ -12,11 +15,28 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def scaled(
+    score,  # float32 [BN, BM]
+    key_scale,  # pointer to the scales of rounded keys, or None
+    query_scale,  # float32 [BM], of the rounded queries
+    index,  # int32 [BN]
+    exists,  # bool [BN]
+):
+    """Scores of rounded rows, in the order of the reference's products; others as they are."""
+    if key_scale is not None:
+        score = score * tl.load(key_scale + index, mask=exists, other=0.0)[:, None] * query_scale[None, :]
+    return score
+
+
+@triton.jit
 def _head_scores(
     query_rows,
     key_rows,
+    key_scale,
+    query_scale,  # pointer to each query's, [BM], or None
     query_d,
     key_d,
+    index,
     exists,
     inside_depth,
     depth,
@@ -34,7 +54,52 @@ def _head_scores(
         mask=exists[:, None] & inside_depth[None, :],
         other=0.0,
     )
-    return capped(dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * factor, bound)
+    score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    if key_scale is not None:
+        score = scaled(score, key_scale, tl.load(query_scale), index, exists)
+    return capped(score * factor, bound)
+
+
+@triton.jit
+def indexer_scores(
+    query_rows,  # pointer to each query of the first head, [BM]
+    key_head,  # pointer to the keys of all its heads
+    weight_rows,  # pointer to each query's weight of the first head, [BM]
+    key_scale,  # pointer to the scales of rounded keys, or None
+    query_h,
+    query_d,
+    key_t,
+    key_d,
+    query_length,
+    head,  # number of the first head
+    index,  # int32 [BN]
+    exists,  # int1 [BN]
+    inside_depth,
+    depth,
+    SHARING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Σ over the heads of weight · max(0, q·k), float32 [BN, BM]; scales of rounded queries are in the weights."""
+    keys = tl.load(
+        key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
+        mask=exists[:, None] & inside_depth[None, :],
+        other=0.0,
+    )
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for number in range(SHARING):
+        this = head + number - head  # 64 bits, as is what is made of it
+        queries = tl.load(
+            query_rows[None, :] + this * query_h + depth.to(tl.int64)[:, None] * query_d,
+            mask=inside_depth[:, None],
+            other=0.0,
+        )
+        product = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        weight = tl.load(weight_rows + this * query_length)
+        total += tl.where(product < 0.0, 0.0, product) * weight[None, :]  # NaN stays NaN
+    if key_scale is not None:
+        total *= tl.load(key_scale + index, mask=exists, other=0.0)[:, None]
+    return total
 
 
 @triton.jit
@@ -42,12 +107,15 @@ def attention_mass(
     query_rows,  # pointer to each query of the first head, [BM]
     key_head,  # pointer to the first head's keys
     shift_rows,  # pointer to each query's LSE of the first head, [BM]
+    key_scale,  # pointer to the scales of the first head's rounded keys, or None
+    query_scale,  # pointer to each rounded query's scale of the first head, [BM], or None
     query_h,
     query_d,
     key_h,
     key_t,
     key_d,
     query_length,
+    key_length,
     head,  # number of the first head
     index,  # int32 [BN]
     exists,  # int1 [BN]
@@ -64,10 +132,15 @@ def attention_mass(
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for number in range(SHARING):
         this = head + number  # 64 bits, as is what is made of it
+        key_scale_of, query_scale_of = key_scale, query_scale
+        if key_scale is not None:
+            key_scale_of = key_scale + (this // REPEAT - head // REPEAT) * key_length
+            query_scale_of = query_scale + (this - head) * query_length
         score = _head_scores(
             query_rows + (this - head) * query_h,
             key_head + (this // REPEAT - head // REPEAT) * key_h + index.to(tl.int64) * key_t,
-            query_d, key_d, exists, inside_depth, depth, factor, bound, BLOCK_M, BLOCK_N,
+            key_scale_of, query_scale_of, query_d, key_d, index, exists, inside_depth, depth, factor, bound,
+            BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shift = tl.load(shift_rows + (this - head) * query_length)
         mass += tl.exp2((score - shift[None, :]) * LOG2_E)
@@ -81,13 +154,21 @@ def first_keys(starts, batch, position, starts_b, starts_t, length):
     return tl.minimum(tl.maximum(first, 0), length).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "causal_offset", "query_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "query_length", "key_length", "causal_offset", "window_offset", "first_kept", "query_blocks", "block_count",
+        "query_tiles",
+    ]
+)  # fmt: skip
 def log_sum_exp(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, Tk, D]
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone count, or None
+    key_scale,  # float32 [B, Hkv, Tk]: of rounded keys, or None
+    query_scale,  # float32 [B, Hq, Tq]: of rounded queries, or None
     sink_logits,  # float32 [Hq] or None
     shift,  # float32 [B, Hq, Tq], written
     query_b,
@@ -109,9 +190,15 @@ def log_sum_exp(
     key_length,
     head_dim,
     causal_offset,
+    window_offset,
+    first_kept,
     factor,  # the scale; with a cap scale / softcap
     bound,  # softcap, or None
     query_blocks,
+    block_size,
+    block_count,
+    query_tile,
+    query_tiles,
     IS_CAUSAL: tl.constexpr,
     SHARING: tl.constexpr,
     REPEAT: tl.constexpr,
@@ -147,11 +234,25 @@ def log_sum_exp(
     )
     if mask is not None:
         mask_rows = mask + batch * mask_b + (head // SHARING) * mask_g + position.to(tl.int64) * mask_q
+    key_scale_head, own_scale = key_scale, 1.0
+    if key_scale is not None:
+        key_scale_head = key_scale + (batch * (heads // REPEAT) + head // REPEAT) * key_length
+        own_scale = tl.load(query_scale + (flat_head.to(tl.int64) * query_length + position))
+    if words is not None:
+        words_rows = words + (
+            (batch * (heads // SHARING) + head // SHARING) * query_tiles + position // query_tile
+        ) * ((block_count + 31) // 32)
+        kept_end = tl.zeros_like(position) + first_kept
+        window_start = row_end
+        if IS_CAUSAL:
+            window_start = position + window_offset + 1
 
     tile_start = 0
     if starts is not None:
         row_start = first_keys(starts, batch, position, starts_b, starts_t, key_length)
         tile_start = tl.min(row_start, 0) // BLOCK_N * BLOCK_N
+        if words is not None:
+            kept_end = row_start + tl.minimum(first_kept, key_length - row_start)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -166,7 +267,8 @@ def log_sum_exp(
             mask=(index < tile_end)[:, None] & inside_depth[None, :],
             other=0.0,
         )
-        score = capped(dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * factor, bound)
+        score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        score = capped(scaled(score, key_scale_head, own_scale, index, index < tile_end) * factor, bound)
         seen = (index[:, None] < row_end[None, :]) & (score == score)
         if starts is not None:
             seen &= index[:, None] >= row_start[None, :]
@@ -174,6 +276,9 @@ def log_sum_exp(
             seen &= (
                 tl.load(mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=seen, other=0) != 0
             )
+        if words is not None:
+            kept = (index[:, None] < kept_end[None, :]) | (index[:, None] >= window_start[None, :])
+            seen &= kept | in_blocks(words_rows, index, block_size, seen)
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)

@@ -26,7 +26,13 @@ def test_gathered_attention(wing, number):
     ("share", "which", "dtype"), list(zip(("none", "kv", "all"), SCORING, DTYPES, strict=True))
 )
 def test_topk_attention(wing, share, which, dtype):
-    of_the_ops.test_topk_attention(wing, dtype, which, share)
+    rule = {"is_causal": True, "causal_offset": 10, "window": 2, "sinks": 1, "share": share}
+
+    def function(*qkv, **options):
+        return wing.topk_attention(*qkv, 5, return_indices=True, **options)
+
+    inputs = qkv(1, 4, 2, 4, 14, 16, 8, dtype=dtype)
+    check(function, inputs, None, rule | scoring(which, 4, softcap=0.7))
 
 
 def test_heads_that_share(wing):

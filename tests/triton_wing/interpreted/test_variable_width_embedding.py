@@ -64,10 +64,11 @@ def test_runs_across_tiles(wing, dtype, kind, sparse, monkeypatch):
     check(wing, e, ids.sort().values, sparse=sparse)
 
 
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
 def test_same_bits_again(wing, dtype, monkeypatch):
     monkeypatch.setattr(run_sums, "TILE", 8)
-    ids = make_ids("zipf", 200, 120)
-    upstream = torch.randn(120, 24).to(dtype)
+    ids = make_ids("zipf", 200, 60)
+    upstream = torch.randn(60, 24).to(dtype)
 
     def gradients():
         e = make_tables(dtype=dtype).require_grad()
@@ -76,7 +77,7 @@ def test_same_bits_again(wing, dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
 
 
-@pairwise(band=[0, 1, 2], count=[0, 7, 60], sparse=[False, True])
+@pairwise(band=[0, 1, 2], count=[0, 7, 30], sparse=[False, True])
 def test_padding_in_each_band(wing, count, band, sparse):
     e = make_tables()
     padding_idx = int((e.token_band == band).nonzero()[3])
@@ -113,7 +114,7 @@ def test_nan_stays_in_its_rows(wing):
 @pytest.mark.parametrize("band", [0, 1, 2])
 def test_ids_of_one_band(wing, band, sparse):
     e = make_tables()
-    check(wing, e, (e.token_band == band).nonzero().squeeze(1).repeat(2), sparse=sparse)
+    check(wing, e, (e.token_band == band).nonzero().squeeze(1)[-12:].repeat(3), sparse=sparse)
 
 
 @BOTH
@@ -134,10 +135,10 @@ def test_layouts(wing):
     e.tables[1] = torch.randn(10, 70).t()
     e.projections[1] = torch.randn(10, 24).t()
     e.token_row = e.token_row.long() // 3
-    check(wing, e, make_ids("zipf", 200, 60))
+    check(wing, e, make_ids("zipf", 200, 24))
     e = make_tables().require_grad()
-    ids = make_ids("zipf", 200, 40)
-    _, want = expected(e, ids, torch.ones(40, 24))
+    ids = make_ids("zipf", 200, 24)
+    _, want = expected(e, ids, torch.ones(24, 24))
     for ours, exact in zip(torch.autograd.grad(lookup(wing, ids, e).sum(), e.leaves), want, strict=True):
         torch.testing.assert_close(ours, exact.float())
 

@@ -1,0 +1,311 @@
+"""The forward of `block_attention` and of `block_tail`: one online softmax over the rows of keys that a tile names.
+
+A program has BLOCK_M rows of one unit (tile_rows.py) and walks the blocks that its tile of queries chose, or all rows
+of keys. The number of the next block is on its way while this one's keys are, so that their loads can be pipelined.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LN2, grid_of, is_half, outer_program, rounded
+from .dot import dot
+from .rows import load_rows
+from .soft_cap import capped
+from .softmax import first_of_softmax, softmax_step
+from .tile_rows import Shape, row_block, row_limits, rows_of_unit, seen_and_bias, strides, words_of_rows
+from .tuning import distinct, run_tuned, size_class
+
+
+@triton.jit
+def listed_steps(
+    blocks_of,  # [M], a tile's blocks
+    blocks_m,
+    slots,  # M
+    block_size,
+    key_rows,
+    high,  # int32: no row of the tile sees this row of keys or a later one
+    BLOCK_S: tl.constexpr,
+):
+    """How many slots there are up to the last one that names a block with a key that some row may see."""
+    count = 0
+    for start in range(0, slots, BLOCK_S):
+        slot = start + tl.arange(0, BLOCK_S)
+        block = tl.load(blocks_of + slot.to(tl.int64) * blocks_m, mask=slot < slots, other=-1)
+        useful = (block >= 0) & (block < tl.cdiv(key_rows, block_size))
+        useful &= tl.where(useful, block, 0) * block_size < high
+        count = tl.maximum(count, tl.max(tl.where(useful, slot + 1, 0), 0))
+    return count
+
+
+@triton.jit
+def block_of(blocks_of, blocks_m, slot, slots):
+    """The block that a slot names, −1 past the last slot."""
+    slot = tl.cast(slot, tl.int64)
+    return tl.load(blocks_of + slot * blocks_m, mask=slot < slots, other=-1)
+
+
+@triton.jit
+def listed_place(
+    block,  # int32, may name no block
+    part,  # which BLOCK_K rows of it
+    block_size,
+    key_rows,
+    BLOCK_K: tl.constexpr,
+):
+    """(int32 [K] rows of keys, bool [K] which of them are there) of one step."""
+    known = (block >= 0) & (block < tl.cdiv(key_rows, block_size))
+    within = part * BLOCK_K + tl.arange(0, BLOCK_K)
+    place = tl.where(known, block, 0) * block_size + within
+    end = tl.where(known, tl.minimum(key_rows, (block + 1) * block_size), 0)
+    return place, place < end
+
+
+@triton.jit
+def _weigh(
+    queries,  # [BLOCK_M, D]
+    key,  # of this head
+    value,
+    words_of,  # pointer to the words of each query [BLOCK_M, 1], or None
+    place,  # int32 [BLOCK_K]
+    inside,  # bool [BLOCK_K]
+    low,  # int32 [BLOCK_M]
+    high,
+    largest,
+    total,
+    mean,
+    key_t, key_d, value_t, value_d,
+    factor,
+    bound,
+    UNIT: tl.constexpr,
+    SPECIAL: tl.constexpr,  # there may be values that are no numbers: of those a row does not see 0 · NaN is 0
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One step: (largest, total, mean)."""
+    row = place.to(tl.int64)
+    keys = load_rows(key, row, inside, key_t, key_d, DIM, BLOCK_DIM)
+    values = load_rows(value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
+    scores = capped(dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor, bound)
+    seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
+    scores = tl.where(seen, scores + bias, float("-inf"))
+    weights, shrink, largest, total = softmax_step(scores, largest, total)
+    weights = rounded(weights, values.dtype)
+    mean *= shrink[:, None]
+    if SPECIAL:
+        finite = tl.abs(values.to(tl.float32)) < float("inf")
+        numbers = tl.where(finite, values, 0.0)
+        seen_of = rounded(tl.where(seen, 1.0, 0.0), values.dtype)
+        broken = rounded(tl.where(finite, 0.0, 1.0), values.dtype)
+        touched = dot(seen_of, broken, tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32))
+        whole = dot(weights, values, mean)
+        mean = tl.where(touched > 0.0, whole, dot(weights, numbers, mean))
+    else:
+        mean = dot(weights, values, mean)
+    return largest, total, mean
+
+
+VARYING = (
+    "programs", "query_length", "chunk", "first_query", "key_length", "key_rows", "causal_offset", "query_tile",
+    "block_size", "subs",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attend_tiles(
+    query,  # [B, Hq, Tq, D]
+    key,  # [B, Hkv, N, D]
+    value,  # [B, Hkv, N, Dv]
+    blocks,  # int32 [B, G, tiles, M], or None: all rows of keys
+    words,  # int32 [B, G, chunk, N · words], or None
+    lengths,  # int [B] or None
+    starts,  # int [B, Tq] or None
+    sink_logits,  # float32 [Hq], contiguous, or None
+    extremes,  # float32 [2]: the smallest and the largest value
+    out,  # [B, Hq, Tq, Dv], contiguous
+    lse,  # float32 [B, Hq, Tq], contiguous
+    query_b, query_h, query_t, query_d,
+    key_b, key_h, key_t, key_d,
+    value_b, value_h, value_t, value_d,
+    blocks_b, blocks_g, blocks_n, blocks_m,
+    starts_b, starts_t,
+    programs,  # B · units
+    units,
+    shared,  # heads in a unit
+    kv_heads,
+    groups,
+    query_length,
+    chunk,  # queries of this launch
+    first_query,
+    key_length,
+    key_rows,  # N
+    causal_offset,
+    query_tile,  # queries that share blocks; without blocks all of the chunk
+    subs,  # tiles of BLOCK_M rows in those
+    block_size,
+    slots,  # M
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
+    IS_CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPECIAL: tl.constexpr,  # for calls with values that are no numbers; the other one is for those without
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = outer_program()
+    finite = tl.maximum(tl.abs(tl.load(extremes)), tl.abs(tl.load(extremes + 1))) < float("inf")
+    if (program >= programs) | (finite == SPECIAL):
+        return
+    number = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of causal attention come first
+    tile = number // subs
+    unit = program % units
+    b = (program // units).to(tl.int64)
+    row = (tile * query_tile * shared + number % subs * BLOCK_M) + tl.arange(0, BLOCK_M)
+    present, local, t, head = rows_of_unit(
+        row, tl.minimum((tile + 1) * query_tile, chunk) * shared, first_query, unit, shared
+    )
+    kv_head = (unit * kv_heads // units).to(tl.int64)
+    low, high = row_limits(
+        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+    )
+    high = tl.minimum(high, key_rows)
+    tile_low, tile_high = tl.min(tl.where(present, low, key_rows), 0), tl.max(high, 0)
+    queries = load_rows(
+        query + b * query_b, head * query_h + t.to(tl.int64) * query_t, present, 1, query_d, DIM, BLOCK_DIM
+    )
+    key += b * key_b + kv_head * key_h
+    value += b * value_b + kv_head * value_h
+    blocks_of = None
+    if blocks is not None:
+        group = (unit * groups // units).to(tl.int64)
+        blocks_of = blocks + b * blocks_b + group * blocks_g + tile.to(tl.int64) * blocks_n
+    words_of = None
+    if words is not None:
+        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT)[
+            :, None
+        ]
+
+    largest, total = first_of_softmax(sink_logits, head, present, BLOCK_M)
+    mean = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
+    if blocks is not None:
+        parts = tl.cdiv(block_size, BLOCK_K)
+        steps = listed_steps(blocks_of, blocks_m, slots, block_size, key_rows, tile_high, 16) * parts
+        block = block_of(blocks_of, blocks_m, 0, slots)
+        for step in range(steps):
+            next_block = block_of(blocks_of, blocks_m, (step + 1) // parts, slots)
+            place, inside = listed_place(block, step % parts, block_size, key_rows, BLOCK_K)
+            inside &= (place >= tile_low) & (place < tile_high)
+            largest, total, mean = _weigh(
+                queries, key, value, words_of, place, inside, low, high, largest, total, mean, key_t, key_d, value_t,
+                value_d, factor, bound, UNIT, SPECIAL, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            block = next_block
+    else:
+        for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            inside = (place >= tile_low) & (place < tile_high)
+            largest, total, mean = _weigh(
+                queries, key, value, words_of, place, inside, low, high, largest, total, mean, key_t, key_d, value_t,
+                value_d, factor, bound, UNIT, SPECIAL, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+
+    at = (b * units * shared + head) * query_length + t
+    column = tl.arange(0, BLOCK_VALUE)
+    total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: 0, and an LSE of −inf by `largest`
+    tl.store(
+        out + at[:, None] * VALUE_DIM + column[None, :],
+        rounded(mean / total[:, None], out.dtype.element_ty),
+        mask=present[:, None] & (column < VALUE_DIM)[None, :],
+    )
+    tl.store(lse + at, (largest + tl.log2(total)) * LN2, mask=present)
+
+
+def attend_configs(
+    rows: int, dtype, dim: int, value_dim: int, block_size: int, counted: bool
+) -> list[dict[str, int]]:
+    """Block sizes of `attend_tiles`; the others keep fewer keys, or more, on their way."""
+    wide, half = max(dim, value_dim), is_half(dtype)
+    size = 16 if not half or (counted and wide > 128) else 64 if wide <= 64 else 32
+    most = max(16, triton.next_power_of_2(block_size))
+    rows = row_block(rows, dtype) // (2 if wide > 128 and not half else 1)
+    # The words of a tile take registers, too, and so do products in float32. 8 warps of AMD's have half as many each.
+    warps = 8 if wide > (128 if half and not counted else 64) and not torch.version.hip else 4
+    some = ((size, warps, 2), (size // 2, warps, 3), (2 * size, 8, 2)) if half else ((size, warps, 2),)
+    return distinct(
+        [
+            {
+                "BLOCK_M": max(16, rows),
+                "BLOCK_K": max(16, min(most, keys)),
+                "num_warps": warps,
+                "num_stages": stages,
+            }
+            for keys, warps, stages in some
+        ]
+    )
+
+
+def launch_attend(
+    query: Tensor, value: Tensor, shape: Shape, tiles: int, rows: int, block_size: int, **arguments
+):
+    """`attend_tiles` twice, of which one returns at once: which of them is wanted only the device knows.
+
+    Values that are no numbers take products of their own: 0 · NaN of a key that a query does not see is 0.
+    """
+    extremes = value.new_zeros(2) if value.numel() == 0 else torch.stack(value.aminmax())
+    counted = arguments["words"] is not None
+    configs = attend_configs(rows, query.dtype, shape.dim, shape.value_dim, block_size, counted)
+    for special in (False, True):
+        launch(
+            f"attend_tiles{' special' if special else ''}", attend_tiles,
+            [configs[0] | {"BLOCK_K": 16, "num_warps": 8, "num_stages": 1}] if special else configs,
+            query, shape, tiles, rows, value=value, **strides("value", value), extremes=extremes.float(),
+            block_size=block_size, SPECIAL=special, **arguments,
+        )  # fmt: skip
+
+
+def launch(
+    name: str,
+    kernel,
+    configs: list[dict[str, int]],
+    query: Tensor,
+    shape: Shape,
+    tiles: int,
+    rows: int,  # of one tile
+    **arguments,
+) -> None:
+    """One launch over the rows of all units."""
+    programs = shape.batch * shape.units
+
+    def run(config: dict[str, int]) -> None:
+        subs = triton.cdiv(rows, config["BLOCK_M"])
+        kernel[grid_of(tiles * subs, programs)](
+            query=query, **strides("query", query), programs=programs, units=shape.units, shared=shape.shared,
+            kv_heads=shape.kv_heads, groups=shape.groups, query_length=shape.query_length, key_rows=shape.key_rows,
+            subs=subs, **shape.dims(), **arguments, **config,
+        )  # fmt: skip
+
+    run_tuned(
+        name,
+        (
+            query.dtype,
+            shape.shared,
+            shape.dim,
+            shape.value_dim,
+            size_class(rows),
+            size_class(tiles * programs),
+        ),
+        configs,
+        run,
+        query.device,
+    )

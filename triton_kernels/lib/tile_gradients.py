@@ -1,0 +1,438 @@
+"""The backward of `block_attention` and of `block_tail`: queries in their own order for dQ, rows of keys in theirs.
+
+With P the probabilities and δ = Σ dO ∘ O − dLSE of a row: dS = P ∘ (dO·Vᵀ − δ), dQ = s·dS·K, dK = s·dSᵀ·Q,
+dV = Pᵀ·dO. `tile_queries` makes dQ and writes δ down; where the outputs are not at hand it finds ΣP ∘ dO·Vᵀ in a
+walk of its own. `tile_keys` has some rows of keys and walks the tiles of queries that chose their block, in the order
+of the queries, or all queries that see them: one order, so the result never differs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import is_half, outer_program, rounded
+from .dot import dot
+from .rows import load_rows
+from .softmax import base_of, gradient_step
+from .tile_attention import VARYING, block_of, listed_place, listed_steps
+from .tile_rows import row_block, row_limits, rows_of_unit, seen_and_bias, words_of_rows
+from .tuning import distinct
+
+
+@triton.jit
+def _query_step(
+    queries,  # [BLOCK_M, D]
+    grads,  # [BLOCK_M, Dv]
+    key,
+    value,
+    words_of,
+    place,  # int32 [BLOCK_K]
+    inside,
+    low,
+    high,
+    base,
+    delta,  # float32 [BLOCK_M]
+    gradient,  # float32 [BLOCK_M, D]
+    key_t, key_d, value_t, value_d,
+    factor,
+    bound,
+    UNIT: tl.constexpr,
+    ONLY_DELTA: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(delta, gradient) with one step added to the one that is sought."""
+    row = place.to(tl.int64)
+    keys = load_rows(key, row, inside, key_t, key_d, DIM, BLOCK_DIM)
+    values = load_rows(value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
+    scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
+    slopes = dot(grads, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
+    seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
+    if ONLY_DELTA:
+        weights, _ = gradient_step(scores, slopes, bias, seen, base[:, None], 0.0, bound)
+        delta += tl.sum(tl.where(seen, weights * slopes, 0.0), axis=1)
+    else:
+        _, slopes = gradient_step(scores, slopes, bias, seen, base[:, None], delta[:, None], bound)
+        gradient = dot(rounded(slopes, keys.dtype), keys, gradient)
+    return delta, gradient
+
+
+@triton.jit
+def _query_walk(
+    queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient, key_t,
+    key_d, value_t, value_d,
+    blocks_m,
+    slots,
+    block_size,
+    key_rows,
+    factor,
+    bound,
+    UNIT: tl.constexpr,
+    ONLY_DELTA: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if blocks_of is not None:
+        parts = tl.cdiv(block_size, BLOCK_K)
+        steps = listed_steps(blocks_of, blocks_m, slots, block_size, key_rows, tile_high, 16) * parts
+        block = block_of(blocks_of, blocks_m, 0, slots)
+        for step in range(steps):
+            next_block = block_of(blocks_of, blocks_m, (step + 1) // parts, slots)
+            place, inside = listed_place(block, step % parts, block_size, key_rows, BLOCK_K)
+            inside &= (place >= tile_low) & (place < tile_high)
+            delta, gradient = _query_step(
+                queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
+                value_t, value_d, factor, bound, UNIT, ONLY_DELTA, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
+                BLOCK_K,
+            )  # fmt: skip
+            block = next_block
+    else:
+        for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            inside = (place >= tile_low) & (place < tile_high)
+            delta, gradient = _query_step(
+                queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
+                value_t, value_d, factor, bound, UNIT, ONLY_DELTA, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
+                BLOCK_K,
+            )  # fmt: skip
+    return delta, gradient
+
+
+@triton.jit(do_not_specialize=VARYING)
+def tile_queries(
+    grad_out,  # [B, Hq, Tq, Dv]
+    grad_lse,  # float32 [B, Hq, Tq], contiguous, or None
+    query,  # [B, Hq, Tq, D]
+    key,  # [B, Hkv, N, D]
+    value,  # [B, Hkv, N, Dv]
+    blocks,  # int32 [B, G, tiles, M], or None: all rows of keys
+    words,  # int32 [B, G, chunk, N · words], or None
+    lengths,  # int [B] or None
+    starts,  # int [B, Tq] or None
+    out,  # [B, Hq, Tq, Dv], contiguous, or None
+    lse,  # float32 [B, Hq, Tq], contiguous
+    deltas,  # float32 [B, Hq, Tq], written
+    grad_query,  # [B, Hq, Tq, D], contiguous
+    grad_b, grad_h, grad_t, grad_d,
+    query_b, query_h, query_t, query_d,
+    key_b, key_h, key_t, key_d,
+    value_b, value_h, value_t, value_d,
+    blocks_b, blocks_g, blocks_n, blocks_m,
+    starts_b, starts_t,
+    programs,  # B · units
+    units,
+    shared,  # heads in a unit
+    kv_heads,
+    groups,
+    query_length,
+    chunk,  # queries of this launch
+    first_query,
+    key_length,
+    key_rows,  # N
+    causal_offset,
+    query_tile,  # queries that share blocks; without blocks all of the chunk
+    subs,  # tiles of BLOCK_M rows in those
+    block_size,
+    slots,  # M
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
+    scale,
+    IS_CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M rows of a unit, and their δ."""
+    program = outer_program()
+    if program >= programs:
+        return
+    number = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = number // subs
+    unit = program % units
+    b = (program // units).to(tl.int64)
+    row = (tile * query_tile * shared + number % subs * BLOCK_M) + tl.arange(0, BLOCK_M)
+    present, local, t, head = rows_of_unit(
+        row, tl.minimum((tile + 1) * query_tile, chunk) * shared, first_query, unit, shared
+    )
+    kv_head = (unit * kv_heads // units).to(tl.int64)
+    low, high = row_limits(
+        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+    )
+    high = tl.minimum(high, key_rows)
+    tile_low, tile_high = tl.min(tl.where(present, low, key_rows), 0), tl.max(high, 0)
+    far = t.to(tl.int64)
+    queries = load_rows(
+        query + b * query_b, head * query_h + far * query_t, present, 1, query_d, DIM, BLOCK_DIM
+    )
+    grads = load_rows(
+        grad_out + b * grad_b, head * grad_h + far * grad_t, present, 1, grad_d, VALUE_DIM, BLOCK_VALUE
+    )
+    key += b * key_b + kv_head * key_h
+    value += b * value_b + kv_head * value_h
+    blocks_of = None
+    if blocks is not None:
+        group = (unit * groups // units).to(tl.int64)
+        blocks_of = blocks + b * blocks_b + group * blocks_g + tile.to(tl.int64) * blocks_n
+    words_of = None
+    if words is not None:
+        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT)[
+            :, None
+        ]
+    at = (b * units * shared + head) * query_length + t
+    base = base_of(tl.load(lse + at, mask=present, other=float("-inf")))
+    delta = tl.zeros((BLOCK_M,), tl.float32)
+    gradient = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
+    if out is not None:
+        outs = load_rows(out, at, present, VALUE_DIM, 1, VALUE_DIM, BLOCK_VALUE)
+        delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), axis=1)
+    else:
+        delta, gradient = _query_walk(
+            queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient,
+            key_t, key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT, True,
+            DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + at, mask=present, other=0.0)
+    tl.store(deltas + at, delta, mask=present)
+    delta, gradient = _query_walk(
+        queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient, key_t,
+        key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT, False,
+        DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+    column = tl.arange(0, BLOCK_DIM)
+    tl.store(
+        grad_query + at[:, None] * DIM + column[None, :],
+        rounded(gradient * scale, grad_query.dtype.element_ty),
+        mask=present[:, None] & (column < DIM)[None, :],
+    )
+
+
+@triton.jit
+def _key_step(
+    row,  # int32 [BLOCK_M]: rows of a unit's queries
+    end,  # of the rows
+    keys,  # [BLOCK_K, D]
+    values,  # [BLOCK_K, Dv]
+    place,  # int32 [BLOCK_K]
+    inside,
+    grad_key,  # float32 [BLOCK_K, D]
+    grad_value,  # float32 [BLOCK_K, Dv]
+    grad_out, query, words, lengths, starts, lse, deltas,  # as in `tile_keys`
+    grad_b, grad_h, grad_t, grad_d,
+    query_b, query_h, query_t, query_d,
+    starts_b, starts_t,
+    b, unit, units, shared, groups, query_length, chunk, first_query, key_length, key_rows, causal_offset,
+    factor,
+    bound,
+    IS_CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(grad_key, grad_value) with what BLOCK_M rows of queries add."""
+    present, local, t, head = rows_of_unit(row, end, first_query, unit, shared)
+    low, high = row_limits(
+        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+    )
+    far = t.to(tl.int64)
+    queries = load_rows(
+        query + b * query_b, head * query_h + far * query_t, present, 1, query_d, DIM, BLOCK_DIM
+    )
+    grads = load_rows(
+        grad_out + b * grad_b, head * grad_h + far * grad_t, present, 1, grad_d, VALUE_DIM, BLOCK_VALUE
+    )
+    at = (b * units * shared + head) * query_length + t
+    base = base_of(tl.load(lse + at, mask=present, other=float("-inf")))
+    delta = tl.load(deltas + at, mask=present, other=0.0)
+    words_of = None
+    if words is not None:
+        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT)[
+            None, :
+        ]
+    scores = dot(keys, tl.trans(queries), tl.zeros((BLOCK_K, BLOCK_M), tl.float32)) * factor
+    slopes = dot(values, tl.trans(grads), tl.zeros((BLOCK_K, BLOCK_M), tl.float32))
+    seen, bias = seen_and_bias(words_of, place[:, None], inside[:, None], low[None, :], high[None, :], UNIT)
+    weights, slopes = gradient_step(scores, slopes, bias, seen, base[None, :], delta[None, :], bound)
+    grad_key = dot(rounded(slopes, queries.dtype), queries, grad_key)
+    grad_value = dot(rounded(weights, grads.dtype), grads, grad_value)
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=[*VARYING, "parts", "pieces", "piece"])
+def tile_keys(
+    grad_out,  # [B, Hq, Tq, Dv]
+    query,  # [B, Hq, Tq, D]
+    key,  # [B, Hkv, N, D]
+    value,  # [B, Hkv, N, Dv]
+    order,  # int64 [B · G, tiles · M]: entries, those of one block together; or None: all queries
+    offsets,  # int32 [B · G, blocks + 1]: where each block's entries start
+    words,  # int32 [B, G, chunk, N · words], or None
+    lengths,  # int [B] or None
+    starts,  # int [B, Tq] or None
+    lse,  # float32 [B, Hq, Tq], contiguous
+    deltas,  # float32 [B, Hq, Tq]
+    grad_key,  # [B, Hkv, N, D], contiguous; without lists float32 [pieces, B, Hkv, N, D]
+    grad_value,  # likewise with Dv
+    grad_b, grad_h, grad_t, grad_d,
+    query_b, query_h, query_t, query_d,
+    key_b, key_h, key_t, key_d,
+    value_b, value_h, value_t, value_d,
+    starts_b, starts_t,
+    programs,  # pieces · B · Hkv
+    units,
+    shared,  # heads in a unit
+    kv_heads,
+    groups,
+    query_length,
+    chunk,  # queries of this launch
+    first_query,
+    key_length,
+    key_rows,  # N
+    causal_offset,
+    query_tile,  # queries that share blocks
+    subs,  # tiles of BLOCK_M rows in those
+    block_size,  # without lists N
+    slots,  # M
+    parts,  # of BLOCK_K rows in a block
+    pieces,  # of the queries
+    piece,  # rows of a unit in one of them
+    factor,  # scale · log2 e; with a cap scale / softcap
+    bound,  # softcap · log2 e, or None
+    scale,
+    IS_CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_K rows of one key head, from one piece of the queries."""
+    program = outer_program()
+    if program >= programs:
+        return
+    block = tl.program_id(0) // parts
+    within = tl.program_id(0) % parts * BLOCK_K + tl.arange(0, BLOCK_K)
+    place = block * block_size + within
+    inside = (within < block_size) & (place < key_rows)
+    number = program % (programs // pieces)
+    b = (number // kv_heads).to(tl.int64)
+    kv_head = number % kv_heads
+    far = place.to(tl.int64)
+    keys = load_rows(
+        key + b * key_b + kv_head.to(tl.int64) * key_h, far, inside, key_t, key_d, DIM, BLOCK_DIM
+    )
+    values = load_rows(
+        value + b * value_b + kv_head.to(tl.int64) * value_h,
+        far,
+        inside,
+        value_t,
+        value_d,
+        VALUE_DIM,
+        BLOCK_VALUE,
+    )
+    to_key = tl.zeros((BLOCK_K, BLOCK_DIM), tl.float32)
+    to_value = tl.zeros((BLOCK_K, BLOCK_VALUE), tl.float32)
+    of_key_head = units // kv_heads
+    for part in range(of_key_head):
+        unit = kv_head * of_key_head + part
+        if order is not None:
+            row_of = b * groups + unit * groups // units
+            entries = tl.cdiv(chunk, query_tile) * slots
+            bounds = offsets + row_of * (tl.cdiv(key_rows, block_size) + 1) + block
+            first, last = tl.load(bounds), tl.load(bounds + 1)
+            order_of = order + row_of * entries
+            entry = tl.load(order_of + first, mask=first < last, other=0)
+            for step in range((last - first) * subs):
+                ahead = first + (step + 1) // subs
+                next_entry = tl.load(order_of + ahead, mask=ahead < last, other=0)
+                tile = (entry // slots).to(tl.int32)
+                row = (tile * query_tile * shared + step % subs * BLOCK_M) + tl.arange(0, BLOCK_M)
+                end = tl.minimum((tile + 1) * query_tile, chunk) * shared
+                to_key, to_value = _key_step(
+                    row, end, keys, values, place, inside, to_key, to_value, grad_out, query, words, lengths, starts,
+                    lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t, query_d, starts_b,
+                    starts_t, b, unit, units, shared, groups, query_length, chunk, first_query, key_length, key_rows,
+                    causal_offset, factor, bound,
+                    IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+                )  # fmt: skip
+                entry = next_entry
+        else:
+            start = program // (programs // pieces) * piece
+            end = tl.minimum(start + piece, chunk * shared)
+            if IS_CAUSAL:  # the first query that sees the first of these rows
+                sees = (
+                    (block * block_size + tl.program_id(0) % parts * BLOCK_K + 1) * UNIT - 1 - causal_offset
+                )
+                start = tl.maximum(start, (sees - first_query) * shared // BLOCK_M * BLOCK_M)
+            for base_row in range(start, end, BLOCK_M):
+                to_key, to_value = _key_step(
+                    base_row + tl.arange(0, BLOCK_M), end, keys, values, place, inside, to_key, to_value, grad_out,
+                    query, words, lengths, starts, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h,
+                    query_t, query_d, starts_b, starts_t, b, unit, units, shared, groups, query_length, chunk,
+                    first_query, key_length, key_rows, causal_offset, factor, bound,
+                    IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+                )  # fmt: skip
+
+    column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE)
+    at = program.to(tl.int64) * key_rows + far
+    tl.store(
+        grad_key + at[:, None] * DIM + column[None, :],
+        rounded(to_key * scale, grad_key.dtype.element_ty),
+        mask=inside[:, None] & (column < DIM)[None, :],
+    )
+    tl.store(
+        grad_value + at[:, None] * VALUE_DIM + value_column[None, :],
+        rounded(to_value, grad_value.dtype.element_ty),
+        mask=inside[:, None] & (value_column < VALUE_DIM)[None, :],
+    )
+
+
+def _warps(dim: int) -> int:
+    """8 of AMD's warps have half as many registers each, and 4 are as many threads as 8 here."""
+    return 4 if dim <= 64 or torch.version.hip else 8
+
+
+def query_configs(rows: int, dtype, dim: int, value_dim: int, block_size: int) -> list[dict[str, int]]:
+    """Block sizes of `tile_queries`: dQ and two tiles of scores are in registers at once."""
+    wide, half = max(dim, value_dim), is_half(dtype)
+    size = (64 if wide <= 64 else 32) if half else 16
+    keys = max(16, min(triton.next_power_of_2(block_size), size))
+    tile = max(16, row_block(rows, dtype) // (2 if wide > (128 if half else 64) else 1))
+    many = _warps(wide)
+    some = ((keys, many, 2), (max(16, keys // 2), 4, 3), (2 * keys, 8, 2)) if half else ((keys, many, 1),)
+    return distinct(
+        [{"BLOCK_M": tile, "BLOCK_K": k, "num_warps": warps, "num_stages": n} for k, warps, n in some]
+    )
+
+
+def key_configs(rows: int, dtype, dim: int, value_dim: int, block_size: int) -> list[dict[str, int]]:
+    """Block sizes of `tile_keys`: dK and dV are in registers beside two tiles of scores."""
+    wide, half = max(dim, value_dim), is_half(dtype)
+    size = (64 if wide <= 128 else 32) if half else 16
+    keys = max(16, min(triton.next_power_of_2(block_size), size))
+    tile = min(32, row_block(rows, dtype)) if half else 16
+    many = _warps(wide)
+    some = ((tile, many, 2), (tile, 12 - many, 2), (16, many, 3)) if half else ((tile, 4, 1),)
+    return distinct(
+        [{"BLOCK_M": m, "BLOCK_K": keys, "num_warps": warps, "num_stages": n} for m, warps, n in some]
+    )
