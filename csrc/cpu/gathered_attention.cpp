@@ -72,20 +72,26 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     m.grad_out = p.grad_out, m.grad_out_strides = p.grad_out_strides, m.grad_lse = p.grad_lse;
     m.grad_query = p.grad_query, m.grad_key = p.grad_key, m.grad_value = p.grad_value;
     if (backward_by_tiles(m, f.indices)) return {grad_query, grad_key, grad_value};
-    // Σ P∘dP is taken over the slots here: more exact than dO·out where out is a half type.
+    const bool whole = f.dtype == DType::kFloat32;
     const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
-    Memory probability = allocate(slots * 4), grad_score = allocate(slots * 4);
+    // Σ P∘dP is dO·out, but taken over the slots where `out` is a half type: more exact.
+    Memory probability, grad_score = allocate(slots * 4);
+    if (!whole) probability = allocate(slots * 4);
+    p.out = m.out, p.out_strides = m.out_strides;
     p.probability = reinterpret_cast<float*>(probability.get());
     p.grad_score = reinterpret_cast<float*>(grad_score.get());
 
     const cpu::AttendBackwardKernels& k = cpu::gathered_attention_backward_kernels();
     const bool parallel = attend_worth_threads(f);
     const int64_t per_kv = f.heads / f.kv_heads, per_head = blocks(f.query_length, kAttendQueries);
-    for_each_task(f.batch * f.kv_heads * per_head, k.query.scratch_bytes(p), parallel,
-                  [&](int64_t i, char* scratch) {
-                      Block t = block_of(i, f.kv_heads, per_head, kAttendQueries, f.query_length);
-                      k.query.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
-                  });
+    const auto query_pass = [&] {
+        for_each_task(f.batch * f.kv_heads * per_head, k.query.scratch_bytes(p), parallel,
+                      [&](int64_t i, char* scratch) {
+                          Block t = block_of(i, f.kv_heads, per_head, kAttendQueries, f.query_length);
+                          k.query.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
+                      });
+    };
+    if (!whole) query_pass();
 
     // A block's float32 gradients stay in L2; the size changes no result, since each key sums in query order.
     const int64_t row_bytes = 4 * (f.head_dim + f.value_dim),
@@ -100,6 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
                       Block t = block_of(i, f.kv_heads, key_blocks, block, f.key_length);
                       k.key(p, t.b, t.group, t.queries, scratch);
                   });
+    if (whole) query_pass();
     return {grad_query, grad_key, grad_value};
 }
 

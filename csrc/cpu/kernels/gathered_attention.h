@@ -13,8 +13,10 @@ struct AttendBackwardParams {
     void* grad_query;    // [B, Hq, Tq, D], contiguous
     void* grad_key;      // [B, Hkv, Tk, D], contiguous
     void* grad_value;    // [B, Hkv, Tk, Dv], contiguous
-    float* probability;  // [B, Hq, Tq, K] scratch: P, written by the query pass, read by the key pass
-    float* grad_score;   // [B, Hq, Tq, K] scratch: scale · dS, likewise
+    const void* out;     // [B, Hq, Tq, Dv], where `probability` is null
+    Strides out_strides;
+    float* probability;  // [B, Hq, Tq, K] scratch: P, written by the query pass, read by the key pass; or null
+    float* grad_score;   // [B, Hq, Tq, K] scratch: scale · dS, likewise; where that is null the other way about
 };
 
 namespace cpu {
