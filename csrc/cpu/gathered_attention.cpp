@@ -76,8 +76,10 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
     // Σ P∘dP is dO·out, but taken over the slots where `out` is a half type: more exact.
     Memory probability, grad_score = allocate(slots * 4);
-    if (!whole) probability = allocate(slots * 4);
+    Memory centre;
+    (whole ? centre : probability) = allocate((whole ? slots / std::max<int64_t>(f.slots, 1) : slots) * 4);
     p.out = m.out, p.out_strides = m.out_strides;
+    p.centre = reinterpret_cast<float*>(centre.get());
     p.probability = reinterpret_cast<float*>(probability.get());
     p.grad_score = reinterpret_cast<float*>(grad_score.get());
 
@@ -88,15 +90,23 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
         for_each_task(f.batch * f.kv_heads * per_head, k.query.scratch_bytes(p), parallel,
                       [&](int64_t i, char* scratch) {
                           Block t = block_of(i, f.kv_heads, per_head, kAttendQueries, f.query_length);
-                          k.query.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
+                          k.query.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries},
+                                      scratch);
                       });
     };
-    if (!whole) query_pass();
+    if (whole)
+        for_each_task(f.batch * f.heads * per_head, 64, parallel, [&](int64_t i, char*) {
+            Block t = block_of(i, f.heads, per_head, kAttendQueries, f.query_length);
+            k.centre(p, t.b, t.group, t.queries);
+        });
+    else
+        query_pass();
 
-    // A block's float32 gradients stay in L2; the size changes no result, since each key sums in query order.
+    // The size changes no result, since each key sums in query order. Sums of half types are made in scratch,
+    // which is to stay in the second-level cache; each block reads all queries' indices.
     const int64_t row_bytes = 4 * (f.head_dim + f.value_dim),
                   threads = parallel ? torch::stable::get_num_threads() : 1;
-    int64_t block = std::max<int64_t>(64, (int64_t{1} << 19) / row_bytes);
+    int64_t block = std::max<int64_t>(64, (int64_t{1} << (whole ? 21 : 19)) / row_bytes);
     const int64_t wanted =
         blocks(4 * threads, f.batch * f.kv_heads);  // blocks per head that keep all threads busy
     block = std::clamp<int64_t>(blocks(f.key_length, wanted), 1, block);

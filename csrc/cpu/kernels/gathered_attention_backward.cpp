@@ -1,10 +1,16 @@
-// gathered_attention, backward, in two passes that are the same for any number of threads.
+// gathered_attention, backward, in two passes that are the same for any number of threads, with
+//     P = exp(scale·q·k − LSE)   dP = dO·v   dS = P ∘ (dP − δ), δ = Σ P∘dP − dLSE
+//     dV = Pᵀ·dO   dK = scale · dSᵀ·q   dQ = scale · dS·K
+// (with a soft cap P is of capped scores s, and dS has the factor 1 − (s / cap)²).
 //
-// The query pass recomputes P from the scores and the LSE, row by row:
-//     P = exp(scale·q·k − LSE)   dP = dO·v   dS = P ∘ (dP − Σ P∘dP + dLSE)   dQ = scale · dS·K
-// (with a soft cap P is of capped scores s, and dS has the factor 1 − (s / cap)²), and leaves P and scale·dS
-// behind, T·K numbers each. The key pass owns a block of keys, walks all queries in order and adds P·dO to dV
-// and scale·dS·q to dK: each key's sum has one order, wherever the blocks and threads begin.
+// The key pass owns a block of keys and walks the queries tile by tile; within a tile it goes key by key
+// (lib/key_lists.h). Each key's sum has one order, that of the queries, wherever the blocks and threads
+// begin. The query pass takes its rows one by one.
+//
+// In float32 δ is dO·out − dLSE, known beforehand: the key pass makes P and dS, from rows that it reads once
+// for all its products, and leaves scale·dS behind for the query pass, T·K numbers, which makes dQ of it.
+// Where `out` is a half type δ is the sum over the slots, which is more exact: the query pass goes first,
+// makes P, dS and dQ, and leaves P and scale·dS to the key pass.
 #include "gathered_attention.h"
 #include "lib/key_lists.h"
 
@@ -130,64 +136,52 @@ SPARSE_ATTN_INLINE int64_t padded_width(int64_t n) {
     return round_up(n, Vec::W);
 }
 
+SPARSE_ATTN_INLINE int64_t tile_of(const AttendParams& f) {
+    return tile_queries(f.slots, 4 * (padded_width(f.head_dim) + padded_width(f.value_dim)));
+}
+
+// Whether a block's gradients can be summed where they are to stand.
+SPARSE_ATTN_INLINE bool in_place(const AttendParams& f) {
+    return f.dtype == DType::kFloat32 && f.head_dim % Vec::W == 0 && f.value_dim % Vec::W == 0;
+}
+
 int64_t backward_key_scratch_bytes(const AttendBackwardParams& p, int64_t block_keys) {
     const AttendParams& f = p.forward;
-    return 4 * (block_keys + tile_queries(f.slots)) * (padded_width(f.head_dim) + padded_width(f.value_dim)) +
-           8 * tile_queries(f.slots) + KeyLists::bytes(f.slots, block_keys) + 1024;
+    const int64_t queries = tile_of(f), sums = in_place(f) ? 0 : block_keys;
+    return 4 * (sums + queries) * (padded_width(f.head_dim) + padded_width(f.value_dim)) + 8 * queries +
+           KeyLists::bytes(f.slots, queries, block_keys) + 1024;
 }
 
 constexpr int kPairs = 32;  // pairs whose rows stay in the first-level cache between their two uses
-
-// to[d] += Σ weights[i] · rows[pairs[i].query][d], one after the other.
-template <int N, int W>
-SPARSE_ATTN_INLINE void add_run(float* to, const float* rows, int64_t width, const Pair* pairs,
-                                const float* weights, int n) {
-    Vec acc[N];
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) acc[v] = load(to + v * Vec::W);
-    for (int i = 0; i < n; ++i) {
-        const float* row = rows + pairs[i].query * (W > 0 ? W : width);
-        const Vec weight = broadcast(weights[i]);
-#pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) acc[v] = fma(weight, load(row + v * Vec::W), acc[v]);
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) store(to + v * Vec::W, acc[v]);
-}
-template <int D>
-SPARSE_ATTN_INLINE void add_rows(float* to, const float* rows, int64_t width, const Pair* pairs,
-                                 const float* weights, int n) {
-    constexpr int kWide = 64 / Vec::W > 8 ? 8 : 64 / Vec::W;
-    const int64_t end = D > 0 ? D : width;
-    int64_t d = 0;
-    for (; d + kWide * Vec::W <= end; d += kWide * Vec::W)
-        add_run<kWide, D>(to + d, rows + d, width, pairs, weights, n);
-    for (; d < end; d += Vec::W) add_run<1, D>(to + d, rows + d, width, pairs, weights, n);
-}
 
 template <class T, int D, int Dv>
 struct KeyPass {
     const AttendBackwardParams& p;
     const AttendParams& f;
-    const int64_t wide_d, wide_v, block_keys;
+    const int64_t wide_d, wide_v, block_keys, tile;
     float *queries, *grads;  // rows of the tile
     float *lse, *centre;
     float *grad_key, *grad_value;  // of the block
     KeyLists lists;
 
-    KeyPass(const AttendBackwardParams& params, int64_t block, Scratch& s)
+    KeyPass(const AttendBackwardParams& params, int64_t b, int64_t kv_head, Range block, Scratch& s)
         : p(params),
           f(params.forward),
           wide_d(padded_width(f.head_dim)),
           wide_v(padded_width(f.value_dim)),
-          block_keys(block),
-          queries(s.take<float>(tile_queries(f.slots) * wide_d)),
-          grads(s.take<float>(tile_queries(f.slots) * wide_v)),
-          lse(s.take<float>(tile_queries(f.slots))),
-          centre(s.take<float>(tile_queries(f.slots))),
-          grad_key(s.take<float>(block_keys * wide_d)),
-          grad_value(s.take<float>(block_keys * wide_v)),
-          lists(f.slots, block_keys, s) {
+          block_keys(block.end - block.begin),
+          tile(tile_of(f)),
+          queries(s.take<float>(tile * wide_d)),
+          grads(s.take<float>(tile * wide_v)),
+          lse(s.take<float>(tile)),
+          centre(s.take<float>(tile)),
+          lists(f.slots, tile, block_keys, s) {
+        const int64_t first = (b * f.kv_heads + kv_head) * f.key_length + block.begin;
+        const bool there = in_place(f);
+        grad_key =
+            there ? static_cast<float*>(p.grad_key) + first * wide_d : s.take<float>(block_keys * wide_d);
+        grad_value =
+            there ? static_cast<float*>(p.grad_value) + first * wide_v : s.take<float>(block_keys * wide_v);
         memset(grad_key, 0, static_cast<size_t>(block_keys * wide_d) * 4);
         memset(grad_value, 0, static_cast<size_t>(block_keys * wide_v) * 4);
     }
@@ -201,80 +195,161 @@ struct KeyPass {
         return static_cast<const From*>(base) + b * s.b + h * s.h + t * s.t;
     }
 
+    // A row as floats, zeros up to whole vectors.
+    template <int Width>
+    static SPARSE_ATTN_INLINE void load_floats(float* to, const T* from, int64_t n, int64_t stride) {
+        if (Width > 0 && stride == 1) {
+#pragma GCC unroll 8
+            for (int64_t d = 0; d < Width; d += Vec::W) store(to + d, load(from + d));
+        } else {
+            load_padded(to, from, n, stride);
+        }
+    }
+
     void load_tile(int64_t b, int64_t h, Range rows) {
         for (int64_t i = rows.begin, to = 0; i < rows.end; ++i, ++to) {
-            float* grad = grads + to * wide_v;
-            load_padded(queries + to * wide_d, row_of<T>(f.query, f.query_strides, b, h, i), f.head_dim,
-                        f.query_strides.d);
-            load_padded(grad, row_of<T>(p.grad_out, p.grad_out_strides, b, h, i), f.value_dim,
-                        p.grad_out_strides.d);
+            float* grad = grads + to * width_v();
+            load_floats<D>(queries + to * width_d(), row_of<T>(f.query, f.query_strides, b, h, i), f.head_dim,
+                           f.query_strides.d);
+            load_floats<Dv>(grad, row_of<T>(p.grad_out, p.grad_out_strides, b, h, i), f.value_dim,
+                            p.grad_out_strides.d);
             if (p.probability) continue;
             const int64_t row = (b * f.heads + h) * f.query_length + i;
-            const T* out = row_of<T>(p.out, p.out_strides, b, h, i);
-            Vec sum_of = zero();
-            for (int64_t d = 0; d < f.value_dim; d += Vec::W) {
-                float part[Vec::W] = {};
-                load_row(part, out + d * p.out_strides.d, minimum<int64_t>(Vec::W, f.value_dim - d),
-                         p.out_strides.d);
-                sum_of = fma(load(part), load(grad + d), sum_of);
-            }
             lse[to] = f.lse[row];
-            centre[to] = sum(sum_of) - (p.grad_lse ? p.grad_lse[row] : 0.0f);
+            centre[to] = p.centre[row];
         }
     }
 
-    // P and scale · dS of W pairs.
-    SPARSE_ATTN_INLINE void weigh(const Pair* pairs, const Rows<T, D>& key_rows,
-                                  const Rows<T, Dv>& value_rows, float* probability, float* grad_score) {
-        const Vec nothing = broadcast(-__builtin_inff());
-        Vec products[Vec::W], grad_products[Vec::W];
-        float lses[Vec::W], centres[Vec::W];
-#pragma GCC unroll 16
-        for (int j = 0; j < Vec::W; ++j) {
-            const Pair pair = pairs[j];
-            products[j] = key_rows.dot(queries + pair.query * width_d(), key_rows.row(pair.key));
-            lses[j] = lse[pair.query];
-            centres[j] = centre[pair.query];
+    // Some pairs, key by key.
+    struct Chunk {
+        const Pair* pairs;
+        int count;
+        Vec products[kPairs], grad_products[kPairs];  // to be summed over their lanes
+        float lse[kPairs], centre[kPairs], probability[kPairs], grad_score[kPairs];
+    };
+
+    // Products of pairs [from, to) of a chunk, all of one key.
+    SPARSE_ATTN_INLINE void multiply(Chunk& c, int from, int to, const Rows<T, D>& keys,
+                                     const Rows<T, Dv>& values, int32_t key) {
+        const T *key_row = keys.row(key), *value_row = values.row(key);
+        constexpr int kHeld = D > 0 && (D + Dv) / Vec::W <= 8 ? (D + Dv) / Vec::W : 0;
+        [[maybe_unused]] Vec held[kHeld + 1];
+        if constexpr (kHeld > 0) {
+#pragma GCC unroll 8
+            for (int v = 0; v < D / Vec::W; ++v) held[v] = load(key_row + v * Vec::W);
+#pragma GCC unroll 8
+            for (int v = 0; v < Dv / Vec::W; ++v) held[D / Vec::W + v] = load(value_row + v * Vec::W);
         }
-#pragma GCC unroll 16
-        for (int j = 0; j < Vec::W; ++j) {
-            const Pair pair = pairs[j];
-            grad_products[j] = value_rows.dot(grads + pair.query * width_v(), value_rows.row(pair.key));
+        for (int i = from; i < to; ++i) {
+            const int64_t query = c.pairs[i].query;
+            const float *row = queries + query * width_d(), *grad = grads + query * width_v();
+            if constexpr (kHeld > 0) {
+                Vec a = held[0] * load(row), g = held[D / Vec::W] * load(grad);
+#pragma GCC unroll 8
+                for (int v = 1; v < D / Vec::W; ++v) a = fma(held[v], load(row + v * Vec::W), a);
+#pragma GCC unroll 8
+                for (int v = 1; v < Dv / Vec::W; ++v)
+                    g = fma(held[D / Vec::W + v], load(grad + v * Vec::W), g);
+                c.products[i] = a;
+                c.grad_products[i] = g;
+            } else {
+                c.products[i] = keys.dot(row, key_row);
+                c.grad_products[i] = values.dot(grad, value_row);
+            }
+            c.lse[i] = lse[query];
+            c.centre[i] = centre[query];
         }
-        Vec score = transpose_sum(products) * broadcast(f.scale);
-        if (f.softcap > 0) score = tanh(score / broadcast(f.softcap)) * broadcast(f.softcap);
-        const uint32_t alive = not_le(load(lses), nothing);  // a row that attends to nothing has no gradient
-        const Vec weight = where(alive, exp(score - load(lses)), zero());
-        Vec d = weight * (transpose_sum(grad_products) - load(centres)) * broadcast(f.scale);
-        if (f.softcap > 0) d = d * cap_slope(score, 1.0f / f.softcap);
-        store(probability, weight);
-        store(grad_score, where(alive, d, zero()));
     }
 
-    void add_tile(int64_t b, int64_t h, int64_t count, Range rows, const Rows<T, D>& key_rows,
-                  const Rows<T, Dv>& value_rows) {
+    // P and scale · dS of all pairs of the chunk.
+    SPARSE_ATTN_INLINE void weigh(Chunk& c) const {
+        const Vec nothing = broadcast(-__builtin_inff()), scale = broadcast(f.scale);
+        for (int i = 0; i < c.count; i += Vec::W) {
+            Vec score = transpose_sum(c.products + i) * scale;
+            if (f.softcap > 0) score = tanh(score / broadcast(f.softcap)) * broadcast(f.softcap);
+            const Vec own = load(c.lse + i);
+            const uint32_t alive = not_le(own, nothing);  // a row that attends to nothing has no gradient
+            const Vec weight = where(alive, exp(score - own), zero());
+            Vec d = weight * (transpose_sum(c.grad_products + i) - load(c.centre + i)) * scale;
+            if (f.softcap > 0) d = d * cap_slope(score, 1.0f / f.softcap);
+            store(c.probability + i, weight);
+            store(c.grad_score + i, where(alive, d, zero()));
+        }
+    }
+
+    // Adds to N vectors of a key's dK and M of its dV what pairs [from, to) give, one after the other.
+    template <int N, int M>
+    SPARSE_ATTN_INLINE void add(const Chunk& c, int from, int to, float* key, const float* query_columns,
+                                float* value, const float* grad_columns) const {
+        Vec keys[N + 1], values[M + 1];
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) keys[v] = load(key + v * Vec::W);
+#pragma GCC unroll 8
+        for (int v = 0; v < M; ++v) values[v] = load(value + v * Vec::W);
+        for (int i = from; i < to; ++i) {
+            const int64_t query = c.pairs[i].query;
+            const float *row = query_columns + query * width_d(), *grad = grad_columns + query * width_v();
+            if (N > 0) {
+                const Vec weight = broadcast(c.grad_score[i]);
+#pragma GCC unroll 8
+                for (int v = 0; v < N; ++v) keys[v] = fma(weight, load(row + v * Vec::W), keys[v]);
+            }
+            if (M > 0) {
+                const Vec weight = broadcast(c.probability[i]);
+#pragma GCC unroll 8
+                for (int v = 0; v < M; ++v) values[v] = fma(weight, load(grad + v * Vec::W), values[v]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) store(key + v * Vec::W, keys[v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < M; ++v) store(value + v * Vec::W, values[v]);
+    }
+    SPARSE_ATTN_INLINE void add_rows(const Chunk& c, int from, int to, int32_t key) const {
+        float *own = grad_key + key * width_d(), *value = grad_value + key * width_v();
+        constexpr int kVecs = 64 / Vec::W <= 8 ? 64 / Vec::W : 8, kStep = kVecs * Vec::W;
+        if (kVecs <= 4 && D == 64 && Dv == 64)
+            return add<kVecs, kVecs>(c, from, to, own, queries, value, grads);
+        int64_t d = 0;
+        for (; d + kStep <= width_d(); d += kStep)
+            add<kVecs, 0>(c, from, to, own + d, queries + d, value, grads);
+        for (; d < width_d(); d += Vec::W) add<1, 0>(c, from, to, own + d, queries + d, value, grads);
+        for (d = 0; d + kStep <= width_v(); d += kStep)
+            add<0, kVecs>(c, from, to, own, queries, value + d, grads + d);
+        for (; d < width_v(); d += Vec::W) add<0, 1>(c, from, to, own, queries, value + d, grads + d);
+    }
+
+    void add_tile(int64_t b, int64_t h, int64_t count, Range rows, const Rows<T, D>& keys,
+                  const Rows<T, Dv>& values) {
         load_tile(b, h, rows);
         const int64_t first = ((b * f.heads + h) * f.query_length + rows.begin) * f.slots;
-        float probability[kPairs + Vec::W], grad_score[kPairs + Vec::W];
+        Chunk c;
+        int32_t key = 0;  // that of the chunk's first pair
         for (int64_t at = 0; at < count; at += kPairs) {
-            const Pair* pairs = lists.pairs + at;
-            const int n = static_cast<int>(minimum<int64_t>(kPairs, count - at));
+            c.pairs = lists.pairs + at;
+            c.count = static_cast<int>(minimum<int64_t>(kPairs, count - at));
+            while (lists.ends[key] <= at) ++key;
+            const auto each_key = [&](const auto& use) __attribute__((always_inline)) {
+                for (int from = 0, to, k = key; from < c.count; from = to, ++k) {
+                    to = static_cast<int>(minimum<int64_t>(lists.ends[k] - at, c.count));
+                    if (to > from) use(from, to, k);
+                }
+            };
             if (p.probability) {
-                for (int i = 0; i < n; ++i) {
-                    probability[i] = p.probability[first + pairs[i].place];
-                    grad_score[i] = p.grad_score[first + pairs[i].place];
+                for (int i = 0; i < c.count; ++i) {
+                    c.probability[i] = p.probability[first + c.pairs[i].place];
+                    c.grad_score[i] = p.grad_score[first + c.pairs[i].place];
                 }
             } else {
-                for (int i = 0; i < n; i += Vec::W)
-                    weigh(pairs + i, key_rows, value_rows, probability + i, grad_score + i);
-                for (int i = 0; i < n; ++i) p.grad_score[first + pairs[i].place] = grad_score[i];
+                for (int i = c.count; i < kPairs; ++i) {
+                    c.products[i] = c.grad_products[i] = zero();
+                    c.lse[i] = c.centre[i] = 0.0f;
+                }
+                each_key([&](int from, int to, int32_t k) { multiply(c, from, to, keys, values, k); });
+                weigh(c);
+                for (int i = 0; i < c.count; ++i) p.grad_score[first + c.pairs[i].place] = c.grad_score[i];
             }
-            for (int i = 0, end; i < n; i = end) {
-                const uint16_t key = pairs[i].key;
-                for (end = i + 1; end < n && pairs[end].key == key;) ++end;
-                add_rows<D>(grad_key + key * wide_d, queries, wide_d, pairs + i, grad_score + i, end - i);
-                add_rows<Dv>(grad_value + key * wide_v, grads, wide_v, pairs + i, probability + i, end - i);
-            }
+            each_key([&](int from, int to, int32_t k) { add_rows(c, from, to, k); });
         }
     }
 };
@@ -283,15 +358,14 @@ template <class T, int D, int Dv>
 void key_rows(const AttendBackwardParams& p, int64_t b, int64_t kv_head, Range block, void* memory) {
     const AttendParams& f = p.forward;
     Scratch scratch{static_cast<char*>(memory)};
-    KeyPass<T, D, Dv> pass(p, block.end - block.begin, scratch);
+    KeyPass<T, D, Dv> pass(p, b, kv_head, block, scratch);
     const int64_t per_kv_head = f.heads / f.kv_heads, per_group = f.heads / f.groups;
     const Strides &sk = f.key_strides, &sv = f.value_strides, &si = f.indices_strides;
     const Rows<T, D> rows{pass.template row_of<T>(f.key, sk, b, kv_head, block.begin), sk.t, f.head_dim};
     const Rows<T, Dv> values{pass.template row_of<T>(f.value, sv, b, kv_head, block.begin), sv.t,
                              f.value_dim};
-    const int64_t tile = tile_queries(f.slots);
-    for (int64_t i = 0; i < f.query_length; i += tile) {
-        const Range queries{i, minimum(f.query_length, i + tile)};
+    for (int64_t i = 0; i < f.query_length; i += pass.tile) {
+        const Range queries{i, minimum(f.query_length, i + pass.tile)};
         int64_t count = 0;
         for (int64_t h = kv_head * per_kv_head; h < (kv_head + 1) * per_kv_head; ++h) {
             if (h == kv_head * per_kv_head || h % per_group == 0)
@@ -301,6 +375,7 @@ void key_rows(const AttendBackwardParams& p, int64_t b, int64_t kv_head, Range b
         }
     }
 
+    if (in_place(f)) return;
     const int64_t first = (b * f.kv_heads + kv_head) * f.key_length + block.begin;
     for (int64_t j = 0; j < pass.block_keys; ++j) {
         store_row(static_cast<T*>(p.grad_key) + (first + j) * f.head_dim, pass.grad_key + j * pass.wide_d,
@@ -310,6 +385,29 @@ void key_rows(const AttendBackwardParams& p, int64_t b, int64_t kv_head, Range b
     }
 }
 
+// δ = Σ P∘dP − dLSE, which is dO·out − dLSE.
+template <class T>
+void centre_rows(const AttendBackwardParams& p, int64_t b, int64_t h, Range rows) {
+    const AttendParams& f = p.forward;
+    const Strides &so = p.out_strides, &sg = p.grad_out_strides;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const T* out = static_cast<const T*>(p.out) + b * so.b + h * so.h + i * so.t;
+        const T* grad = static_cast<const T*>(p.grad_out) + b * sg.b + h * sg.h + i * sg.t;
+        Vec total = zero();
+        int64_t d = 0;
+        if (so.d == 1 && sg.d == 1)
+            for (; d + Vec::W <= f.value_dim; d += Vec::W) total = fma(load(out + d), load(grad + d), total);
+        float centre = sum(total);
+        for (; d < f.value_dim; ++d) centre += to_float(out[d * so.d]) * to_float(grad[d * sg.d]);
+        const int64_t row = (b * f.heads + h) * f.query_length + i;
+        p.centre[row] = centre - (p.grad_lse ? p.grad_lse[row] : 0.0f);
+    }
+}
+
+void backward_centre(const AttendBackwardParams& p, int64_t b, int64_t h, Range rows) {
+    if (p.forward.dtype == DType::kFloat32) centre_rows<float>(p, b, h, rows);
+}
+
 void backward_key(const AttendBackwardParams& p, int64_t b, int64_t kv_head, Range keys, void* scratch) {
     dispatch(p.forward.dtype, p.forward.head_dim, p.forward.value_dim,
              [&]<class T, int D, int Dv>() { key_rows<T, D, Dv>(p, b, kv_head, keys, scratch); });
@@ -317,6 +415,7 @@ void backward_key(const AttendBackwardParams& p, int64_t b, int64_t kv_head, Ran
 
 SPARSE_ATTN_KERNELS(gathered_attention_backward, AttendBackwardKernels) = {
     .query = {.scratch_bytes = backward_query_scratch_bytes, .run = backward_query},
+    .centre = backward_centre,
     .key_scratch_bytes = backward_key_scratch_bytes,
     .key = backward_key,
 };

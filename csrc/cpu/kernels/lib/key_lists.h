@@ -1,5 +1,5 @@
-// The pairs of a tile of queries and the keys that they attend to, key by key: what a query's index row names,
-// transposed.
+// The pairs of a tile of queries and the keys that they attend to, key by key: what a query's index row
+// names, transposed.
 //
 // Sums over a key's queries stay in registers then, and the queries' rows, which are what is looked up, are
 // those of a tile and lie in the second-level cache.
@@ -11,38 +11,36 @@
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
 struct Pair {
-    uint32_t place;       // query · slots + slot, counted from the tile's first query
-    uint16_t query, key;  // of the tile, of the block of keys
+    uint32_t place;  // query · slots + slot, counted from the tile's first query
+    uint32_t query;  // of the tile
 };
-constexpr int64_t kMostListedKeys = 1 << 16;
 
-// Queries of a tile: their rows fill a part of the second-level cache. A function of the slots alone.
-SPARSE_ATTN_INLINE int64_t tile_queries(int64_t slots) {
-    return clamp<int64_t>((1 << 16) / maximum<int64_t>(slots, 1), 16, 512);
+// Queries of a tile: their rows fill a part of the second-level cache. A function of the shapes alone.
+SPARSE_ATTN_INLINE int64_t tile_queries(int64_t slots, int64_t row_bytes) {
+    return clamp<int64_t>(minimum((1 << 18) / row_bytes, (1 << 16) / maximum<int64_t>(slots, 1)), 16, 512);
 }
 
 struct KeyLists {
     int64_t slots, block_keys;
     int32_t *keys, *slot_of;  // as filled_slots() has them, query after query
     int32_t* filled;          // of each query
-    int32_t* ends;            // [block_keys]
+    int32_t* ends;            // [block_keys]: where each key's pairs end
     Pair* pairs;
 
-    static int64_t bytes(int64_t slots, int64_t block_keys) {
-        const int64_t queries = tile_queries(slots);
-        return 16 * (queries * slots + 3 * Vec::W) + 4 * (queries + block_keys) + 512;
+    static int64_t bytes(int64_t slots, int64_t queries, int64_t block_keys) {
+        return 16 * (queries * slots + 2 * Vec::W) + 4 * (queries + block_keys) + 512;
     }
-    KeyLists(int64_t slots_, int64_t block_keys_, Scratch& s)
+    KeyLists(int64_t slots_, int64_t queries, int64_t block_keys_, Scratch& s)
         : slots(slots_),
           block_keys(block_keys_),
-          keys(s.take<int32_t>(tile_queries(slots) * slots + 2 * Vec::W)),
-          slot_of(s.take<int32_t>(tile_queries(slots) * slots + 2 * Vec::W)),
-          filled(s.take<int32_t>(tile_queries(slots))),
+          keys(s.take<int32_t>(queries * slots + 2 * Vec::W)),
+          slot_of(s.take<int32_t>(queries * slots + 2 * Vec::W)),
+          filled(s.take<int32_t>(queries)),
           ends(s.take<int32_t>(block_keys)),
-          pairs(s.take<Pair>(tile_queries(slots) * slots + Vec::W)) {}
+          pairs(s.take<Pair>(queries * slots)) {}
 
-    // Lists the pairs of `queries` index rows, `stride` apart, with the keys [block.begin, block.end): each key's
-    // in the order of the queries; behind the last a vector of copies. Returns how many.
+    // Lists the pairs of `queries` index rows, `stride` apart, with the keys [block.begin, block.end): each
+    // key's in the order of the queries. Returns how many.
     int64_t list(const int32_t* indices, int64_t stride, int64_t queries, Range block) {
         int64_t count = 0;
         for (int64_t i = 0; i < queries; ++i) {
@@ -62,10 +60,9 @@ struct KeyLists {
         for (int64_t i = 0, n = 0; i < queries; ++i)
             for (int32_t left = filled[i]; left > 0; --left, ++n) {
                 const int32_t key = keys[n] - first;
-                pairs[ends[key]++] = {static_cast<uint32_t>(i * slots + slot_of[n]), static_cast<uint16_t>(i),
-                                      static_cast<uint16_t>(key)};
+                pairs[ends[key]++] = {static_cast<uint32_t>(i * slots + slot_of[n]),
+                                      static_cast<uint32_t>(i)};
             }
-        for (int64_t n = 0; n < Vec::W; ++n) pairs[count + n] = pairs[count - 1];
         return count;
     }
 };
