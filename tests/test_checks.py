@@ -263,7 +263,11 @@ CASES = {
     ],
     "topk_select": [*TENSORS, *SELECTION, *SCALES, *KEY_INDEXES, *BACKENDS],
     "gathered_attention": [*TENSORS, *VALUES, *SLOTS, *SCALES, *BACKENDS, *LSE_FLAG],
-    "explain": [*TENSORS, *VALUES, *SELECTION, *SCALES, *KEY_INDEXES, *TAILS, *BACKENDS],
+    "explain": [
+        *TENSORS, *VALUES, *SELECTION, *SCALES, *KEY_INDEXES, *TAILS, *BACKENDS,
+        case(TypeError, ["measure", "True or False", "1 (int)"], measure=1),
+        case(TypeError, ["measure", "True or False", "None"], measure=None),
+    ],  # fmt: skip
 }
 
 
