@@ -311,18 +311,18 @@ def explain(
 ) -> Explanation:
     """Says which wing `topk_attention` with these arguments would run on, and why not each other one.
 
-    Takes the arguments of :func:`topk_attention`, and raises what it would raise. Runs nothing, unless it is to `measure`:
-    then the call runs once, without gradients, and `measured` says what the wing knows of it. That is on the CPU whether
-    keys were selected by bounds, how many of them per key of the budget the bounds left and how many of these were scored
-    again, and how many blocks of queries were given up for the full product (counted for the process: what other threads run
-    meanwhile counts, too).
+    Takes the arguments of :func:`topk_attention`, and raises what it would raise. Runs nothing, unless it is to
+    `measure`: then the call runs once, without gradients, and `measured` says what the wing knows of it. That is on
+    the CPU whether keys were selected by bounds, how many of them per key of the budget the bounds left and how many
+    of these were scored again, and how many blocks of queries were given up for the full product (counted for the
+    process: what other threads run meanwhile counts, too).
 
     Example:
         >>> import torch, sparse_attn
         >>> q = torch.randn(1, 2, 8, 16, dtype=torch.float64)
         >>> print(sparse_attn.explain(q, q, q, 4).backend)
         reference
-        >>> print(sparse_attn.explain(q.float(), q.float(), q.float(), 4, backend="reference", measure=True).measured)
+        >>> print(sparse_attn.explain(q, q, q, 4, measure=True).measured)  # the reference counts nothing
         None
     """
     measure = checks.boolean("measure", measure)

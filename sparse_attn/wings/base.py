@@ -38,7 +38,7 @@ class Wing:
     option that it does not have, 0. `rule` names the parts of the rule that its kernels know; None: all.
     `way(op, sizes)` says how such a call goes, where the wing has more than one way.
     `behind` names for an op the wing that goes first, where it takes the call, though it was registered later.
-    `watch()` is a context whose list holds at its end what the wing's calls did meanwhile, in sentences; None: it does not know.
+    `watch()` is a context; the list that it yields says at its end what the wing's calls did. None: it does not know.
     A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
