@@ -222,8 +222,9 @@ struct KeyPass {
 
     // Some pairs, key by key.
     struct Chunk {
-        const Pair* pairs;
+        const uint32_t* places;
         int count;
+        int32_t query[kPairs];
         Vec products[kPairs], grad_products[kPairs];  // to be summed over their lanes
         float lse[kPairs], centre[kPairs], probability[kPairs], grad_score[kPairs];
     };
@@ -241,7 +242,7 @@ struct KeyPass {
             for (int v = 0; v < Dv / Vec::W; ++v) held[D / Vec::W + v] = load(value_row + v * Vec::W);
         }
         for (int i = from; i < to; ++i) {
-            const int64_t query = c.pairs[i].query;
+            const int64_t query = c.query[i];
             const float *row = queries + query * width_d(), *grad = grads + query * width_v();
             if constexpr (kHeld > 0) {
                 Vec a = held[0] * load(row), g = held[D / Vec::W] * load(grad);
@@ -287,7 +288,7 @@ struct KeyPass {
 #pragma GCC unroll 8
         for (int v = 0; v < M; ++v) values[v] = load(value + v * Vec::W);
         for (int i = from; i < to; ++i) {
-            const int64_t query = c.pairs[i].query;
+            const int64_t query = c.query[i];
             const float *row = query_columns + query * width_d(), *grad = grad_columns + query * width_v();
             if (N > 0) {
                 const Vec weight = broadcast(c.grad_score[i]);
@@ -326,8 +327,9 @@ struct KeyPass {
         Chunk c;
         int32_t key = 0;  // that of the chunk's first pair
         for (int64_t at = 0; at < count; at += kPairs) {
-            c.pairs = lists.pairs + at;
+            c.places = lists.places + at;
             c.count = static_cast<int>(minimum<int64_t>(kPairs, count - at));
+            for (int i = 0; i < c.count; ++i) c.query[i] = static_cast<int32_t>(lists.query_of(c.places[i]));
             while (lists.ends[key] <= at) ++key;
             const auto each_key = [&](const auto& use) __attribute__((always_inline)) {
                 for (int from = 0, to, k = key; from < c.count; from = to, ++k) {
@@ -337,8 +339,8 @@ struct KeyPass {
             };
             if (p.probability) {
                 for (int i = 0; i < c.count; ++i) {
-                    c.probability[i] = p.probability[first + c.pairs[i].place];
-                    c.grad_score[i] = p.grad_score[first + c.pairs[i].place];
+                    c.probability[i] = p.probability[first + c.places[i]];
+                    c.grad_score[i] = p.grad_score[first + c.places[i]];
                 }
             } else {
                 for (int i = c.count; i < kPairs; ++i) {
@@ -347,7 +349,7 @@ struct KeyPass {
                 }
                 each_key([&](int from, int to, int32_t k) { multiply(c, from, to, keys, values, k); });
                 weigh(c);
-                for (int i = 0; i < c.count; ++i) p.grad_score[first + c.pairs[i].place] = c.grad_score[i];
+                for (int i = 0; i < c.count; ++i) p.grad_score[first + c.places[i]] = c.grad_score[i];
             }
             each_key([&](int from, int to, int32_t k) { add_rows(c, from, to, k); });
         }
@@ -393,14 +395,21 @@ void centre_rows(const AttendBackwardParams& p, int64_t b, int64_t h, Range rows
     for (int64_t i = rows.begin; i < rows.end; ++i) {
         const T* out = static_cast<const T*>(p.out) + b * so.b + h * so.h + i * so.t;
         const T* grad = static_cast<const T*>(p.grad_out) + b * sg.b + h * sg.h + i * sg.t;
-        Vec total = zero();
-        int64_t d = 0;
-        if (so.d == 1 && sg.d == 1)
-            for (; d + Vec::W <= f.value_dim; d += Vec::W) total = fma(load(out + d), load(grad + d), total);
-        float centre = sum(total);
-        for (; d < f.value_dim; ++d) centre += to_float(out[d * so.d]) * to_float(grad[d * sg.d]);
+        // In the order of dP's sums, whatever the strides: where one key has all the weight, dP − δ is to be
+        // 0.
+        Vec parts[Vec::W] = {};
+        Vec& total = parts[0];
+        for (int64_t d = 0; d < f.value_dim; d += Vec::W) {
+            float a[Vec::W] = {}, g[Vec::W] = {};
+            const int64_t n = minimum<int64_t>(Vec::W, f.value_dim - d);
+            load_row(a, out + d * so.d, n, so.d);
+            load_row(g, grad + d * sg.d, n, sg.d);
+            total = fma(load(a), load(g), total);
+        }
         const int64_t row = (b * f.heads + h) * f.query_length + i;
-        p.centre[row] = centre - (p.grad_lse ? p.grad_lse[row] : 0.0f);
+        float sums[Vec::W];
+        store(sums, transpose_sum(parts));
+        p.centre[row] = sums[0] - (p.grad_lse ? p.grad_lse[row] : 0.0f);
     }
 }
 

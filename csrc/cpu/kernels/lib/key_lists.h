@@ -10,11 +10,6 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-struct Pair {
-    uint32_t place;  // query · slots + slot, counted from the tile's first query
-    uint32_t query;  // of the tile
-};
-
 // Queries of a tile: their rows fill a part of the second-level cache. A function of the shapes alone.
 SPARSE_ATTN_INLINE int64_t tile_queries(int64_t slots, int64_t row_bytes) {
     return clamp<int64_t>(minimum((1 << 18) / row_bytes, (1 << 16) / maximum<int64_t>(slots, 1)), 16, 512);
@@ -25,10 +20,11 @@ struct KeyLists {
     int32_t *keys, *slot_of;  // as filled_slots() has them, query after query
     int32_t* filled;          // of each query
     int32_t* ends;            // [block_keys]: where each key's pairs end
-    Pair* pairs;
+    uint32_t* places;         // of the pairs: query · slots + slot, counted from the tile's first query
+    uint64_t inverse;         // 2^48 / slots, rounded up
 
     static int64_t bytes(int64_t slots, int64_t queries, int64_t block_keys) {
-        return 16 * (queries * slots + 2 * Vec::W) + 4 * (queries + block_keys) + 512;
+        return 12 * (queries * slots + 2 * Vec::W) + 4 * (queries + block_keys) + 512;
     }
     KeyLists(int64_t slots_, int64_t queries, int64_t block_keys_, Scratch& s)
         : slots(slots_),
@@ -37,7 +33,14 @@ struct KeyLists {
           slot_of(s.take<int32_t>(queries * slots + 2 * Vec::W)),
           filled(s.take<int32_t>(queries)),
           ends(s.take<int32_t>(block_keys)),
-          pairs(s.take<Pair>(queries * slots)) {}
+          places(s.take<uint32_t>(queries * slots)),
+          inverse(((uint64_t{1} << 48) + static_cast<uint64_t>(slots) - 1) /
+                  static_cast<uint64_t>(maximum<int64_t>(slots, 1))) {}
+
+    // Exact as long as places · slots stay below 2^48.
+    SPARSE_ATTN_INLINE int64_t query_of(uint32_t place) const {
+        return static_cast<int64_t>(place * inverse >> 48);
+    }
 
     // Lists the pairs of `queries` index rows, `stride` apart, with the keys [block.begin, block.end): each
     // key's in the order of the queries. Returns how many.
@@ -57,12 +60,11 @@ struct KeyLists {
             ends[j] = sum_of;
             sum_of += own;
         }
-        for (int64_t i = 0, n = 0; i < queries; ++i)
-            for (int32_t left = filled[i]; left > 0; --left, ++n) {
-                const int32_t key = keys[n] - first;
-                pairs[ends[key]++] = {static_cast<uint32_t>(i * slots + slot_of[n]),
-                                      static_cast<uint32_t>(i)};
-            }
+        for (int64_t i = 0, n = 0; i < queries; ++i) {
+            const uint32_t row = static_cast<uint32_t>(i * slots);
+            for (int32_t left = filled[i]; left > 0; --left, ++n)
+                places[ends[keys[n] - first]++] = row + static_cast<uint32_t>(slot_of[n]);
+        }
         return count;
     }
 };
