@@ -249,6 +249,11 @@ SLOTS = [
     case(ValueError, ["indices", "[1, 2, 4, 5, 3]"], indices=INDICES[None]),
     case(ValueError, ["indices", "[2, 0, 5, 3]"], indices=INDICES[:, :0]),
 ]
+MEASURE = [
+    case(TypeError, ["measure", "True or False", "1 (int)"], measure=1),
+    case(TypeError, ["measure", "True or False", "None"], measure=None),
+]
+
 CASES = {
     "topk_attention": [
         *TENSORS,
@@ -263,7 +268,7 @@ CASES = {
     ],
     "topk_select": [*TENSORS, *SELECTION, *SCALES, *KEY_INDEXES, *BACKENDS],
     "gathered_attention": [*TENSORS, *VALUES, *SLOTS, *SCALES, *BACKENDS, *LSE_FLAG],
-    "explain": [*TENSORS, *VALUES, *SELECTION, *SCALES, *KEY_INDEXES, *TAILS, *BACKENDS],
+    "explain": [*TENSORS, *VALUES, *SELECTION, *SCALES, *KEY_INDEXES, *TAILS, *BACKENDS, *MEASURE],
 }
 
 

@@ -72,25 +72,42 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     m.grad_out = p.grad_out, m.grad_out_strides = p.grad_out_strides, m.grad_lse = p.grad_lse;
     m.grad_query = p.grad_query, m.grad_key = p.grad_key, m.grad_value = p.grad_value;
     if (backward_by_tiles(m, f.indices)) return {grad_query, grad_key, grad_value};
-    // Σ P∘dP is taken over the slots here: more exact than dO·out where out is a half type.
+    // Kernels without vector instructions take the query pass first, too.
+    const bool whole = f.dtype == DType::kFloat32 && cpu::isa() != cpu::Isa::generic;
     const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
-    Memory probability = allocate(slots * 4), grad_score = allocate(slots * 4);
+    // Σ P∘dP is dO·out, but taken over the slots where `out` is a half type: more exact.
+    Memory probability, grad_score = allocate(slots * 4);
+    Memory centre;
+    (whole ? centre : probability) = allocate((whole ? slots / std::max<int64_t>(f.slots, 1) : slots) * 4);
+    p.out = m.out, p.out_strides = m.out_strides;
+    p.centre = reinterpret_cast<float*>(centre.get());
     p.probability = reinterpret_cast<float*>(probability.get());
     p.grad_score = reinterpret_cast<float*>(grad_score.get());
 
     const cpu::AttendBackwardKernels& k = cpu::gathered_attention_backward_kernels();
     const bool parallel = attend_worth_threads(f);
     const int64_t per_kv = f.heads / f.kv_heads, per_head = blocks(f.query_length, kAttendQueries);
-    for_each_task(f.batch * f.kv_heads * per_head, k.query.scratch_bytes(p), parallel,
-                  [&](int64_t i, char* scratch) {
-                      Block t = block_of(i, f.kv_heads, per_head, kAttendQueries, f.query_length);
-                      k.query.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries}, scratch);
-                  });
+    const auto query_pass = [&] {
+        for_each_task(f.batch * f.kv_heads * per_head, k.query.scratch_bytes(p), parallel,
+                      [&](int64_t i, char* scratch) {
+                          Block t = block_of(i, f.kv_heads, per_head, kAttendQueries, f.query_length);
+                          k.query.run(p, {t.b, {t.group * per_kv, (t.group + 1) * per_kv}, t.queries},
+                                      scratch);
+                      });
+    };
+    if (whole)
+        for_each_task(f.batch * f.heads * per_head, 64, parallel, [&](int64_t i, char*) {
+            Block t = block_of(i, f.heads, per_head, kAttendQueries, f.query_length);
+            k.centre(p, t.b, t.group, t.queries);
+        });
+    else
+        query_pass();
 
-    // A block's float32 gradients stay in L2; the size changes no result, since each key sums in query order.
+    // The size changes no result, since each key sums in query order. Sums of half types are made in scratch,
+    // which is to stay in the second-level cache; each block reads all queries' indices.
     const int64_t row_bytes = 4 * (f.head_dim + f.value_dim),
                   threads = parallel ? torch::stable::get_num_threads() : 1;
-    int64_t block = std::max<int64_t>(64, (int64_t{1} << 19) / row_bytes);
+    int64_t block = std::max<int64_t>(64, (int64_t{1} << (whole ? 21 : 19)) / row_bytes);
     const int64_t wanted =
         blocks(4 * threads, f.batch * f.kv_heads);  // blocks per head that keep all threads busy
     block = std::clamp<int64_t>(blocks(f.key_length, wanted), 1, block);
@@ -100,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
                       Block t = block_of(i, f.kv_heads, key_blocks, block, f.key_length);
                       k.key(p, t.b, t.group, t.queries, scratch);
                   });
+    if (whole) query_pass();
     return {grad_query, grad_key, grad_value};
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sparse_attn.ops.derivatives import derivatives_wanted
 from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.shards import on_one_process, shardable
 from sparse_attn.rule import PackedRule, Rule
-from sparse_attn.wings.base import Explanation, explain_call
+from sparse_attn.wings.base import Explanation, explain_call, measured
 
 
 def fake(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,20 +307,33 @@ def explain(
     tail: str = "none",
     key_index: KeyIndex | None = None,
     backend: str | None = None,
+    measure: bool = False,
 ) -> Explanation:
-    """Says which wing `topk_attention` with these arguments would run on, and why not each other one; runs nothing.
+    """Says which wing `topk_attention` with these arguments would run on, and why not each other one.
 
-    Takes the arguments of :func:`topk_attention`, and raises what it would raise.
+    Takes the arguments of :func:`topk_attention`, and raises what it would raise. Runs nothing, unless it is to
+    `measure`: then the call runs once, without gradients, and `measured` says what the wing knows of it. That is on
+    the CPU whether keys were selected by bounds, how many of them per key of the budget the bounds left and how many
+    of these were scored again, and how many blocks of queries were given up for the full product (counted for the
+    process: what other threads run meanwhile counts, too).
 
     Example:
         >>> import torch, sparse_attn
         >>> q = torch.randn(1, 2, 8, 16, dtype=torch.float64)
         >>> print(sparse_attn.explain(q, q, q, 4).backend)
         reference
+        >>> print(sparse_attn.explain(q, q, q, 4, measure=True).measured)  # the reference counts nothing
+        None
     """
-    return explain_call(
+    measure = checks.boolean("measure", measure)
+    call = partial(
         topk_attention, query, key, value, top_k, is_causal=is_causal, causal_offset=causal_offset,
         attn_mask=attn_mask, key_lengths=key_lengths, scale=scale, window=window, sinks=sinks, share=share,
         return_lse=return_lse, return_indices=return_indices, key_starts=key_starts, softcap=softcap,
         sink_logits=sink_logits, tail=tail, key_index=key_index, backend=backend,
     )  # fmt: skip
+    explanation = explain_call(call)
+    if not measure:
+        return explanation
+    with torch.no_grad():
+        return measured(explanation, call)

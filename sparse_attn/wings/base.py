@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Wing:
     option that it does not have, 0. `rule` names the parts of the rule that its kernels know; None: all.
     `way(op, sizes)` says how such a call goes, where the wing has more than one way.
     `behind` names for an op the wing that goes first, where it takes the call, though it was registered later.
+    `watch()` is a context; the list that it yields says at its end what the wing's calls did. None: it does not know.
     A wing that is `by_name_only` runs only when a call or `use_backend` names it.
     """
 
@@ -50,6 +51,7 @@ class Wing:
     by_name_only: bool = False
     behind: dict[str, str] = field(default_factory=dict)
     way: Callable[[str, dict[str, int]], str | None] = lambda op, sizes: None
+    watch: Callable[[], AbstractContextManager[list[str]]] | None = None
 
     def __post_init__(self) -> None:
         if self.rule is not None and self.rule >= EVERY_PART:
@@ -277,10 +279,13 @@ class Explanation:
     backend: str
     reasons: dict[str, str | None]  # None: it could take the call
     way: str | None = None  # how it goes there, where the wing has several ways
+    measured: str | None = None  # what a run of it did, where one was asked for and the wing can say it
 
     def __str__(self) -> str:
         way = f": {self.way}" if self.way else ""
         lines = [f"{self.op} runs on the {self.backend!r} wing{way}"]
+        if self.measured:
+            lines.append(f"  measured: {self.measured}")
         for name, reason in self.reasons.items():
             if name != self.backend:
                 lines.append(f"  {name}: {reason or 'it could, but is less preferred'}")
@@ -320,6 +325,16 @@ def explain_call(function: Callable, *arguments: Any, **options: Any) -> Explana
         thread.explaining = before
         thread.plain = thread.block.outer is None and not before
     raise TypeError(f"explain_call takes a function that calls an op of sparse_attn, got {function!r}")
+
+
+def measured(explanation: Explanation, run: Callable[[], Any]) -> Explanation:
+    """The explanation of a call with what the wing did in `run`, the call itself."""
+    watch = _state.wings[explanation.backend].watch
+    if watch is None:
+        return explanation
+    with watch() as said:
+        run()
+    return replace(explanation, measured="; ".join(said) or None)
 
 
 def _warn_reference(

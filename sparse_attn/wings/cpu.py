@@ -42,7 +42,33 @@ def _way(op: str, sizes: dict[str, int]) -> str | None:
     return packed
 
 
-CPU_WING = Wing("cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART, way=_way)
+def said_of_bounds(counts: dict[str, int]) -> str:
+    """What selection by bounds did, in words; `counts` as :func:`selection_by_bounds` has them."""
+    blocks = counts["blocks"] + counts["given_up"]
+    if blocks == 0:
+        return "every score exact"
+    kept, scored = (counts[name] / max(1, counts["budget"]) for name in ("kept", "scored"))
+    return (
+        f"by bounds: {kept:.2f}·K keys left, {scored:.2f}·K scored again, "
+        f"{counts['given_up']} of {blocks} blocks given up"
+    )
+
+
+def _counts_since(before: dict[str, int]) -> dict[str, int]:
+    return {name: n - before[name] for name, n in extension.module.bounds_counts().items()}
+
+
+@contextmanager
+def _watch() -> Iterator[list[str]]:
+    said: list[str] = []
+    before = extension.module.bounds_counts()
+    yield said
+    said.append(said_of_bounds(_counts_since(before)))
+
+
+CPU_WING = Wing(
+    "cpu", "CPU", extension.ops_of("cpu", "CPU"), _why_not, rule=EVERY_PART, way=_way, watch=_watch
+)
 register(CPU_WING)
 if extension.module is not None:
     tile_costs.load(extension.module)
@@ -70,7 +96,7 @@ def selection_by_bounds(use: bool | None, bits: int = 0) -> Iterator[dict[str, i
         yield counts
     finally:
         extension.module.use_bounds(None)
-        counts.update({name: n - before[name] for name, n in extension.module.bounds_counts().items()})
+        counts.update(_counts_since(before))
 
 
 @contextmanager

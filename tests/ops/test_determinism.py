@@ -18,6 +18,7 @@ CASES = {
     "masked": ((2, 2, 1, 130, 90, 40), 9, {"attn_mask": mask(2, 1, 130, 90)}),
     "few queries": ((1, 2, 2, 3, 3000, 32), 100, {}),
     "one query": ((1, 1, 1, 1, 3000, 64), 64, {}),
+    "tiles of queries": ((1, 2, 1, 1100, 1100, 64), 48, {"is_causal": True}),
     "popular keys": ((1, 2, 1, 400, 16, 16), 8, {}),  # every key is used by hundreds of queries
 }
 

@@ -253,3 +253,21 @@ def test_no_key_of_the_true_selection_is_ever_pruned(make, norm):
         assert (shifted <= bounds.upper).all()
         if norm == 32700:
             assert left.sum() <= 1.05 * 10 * left[..., 0].numel()
+
+
+@compiled
+def test_explain_measures():
+    """What a run of the call did; on other wings nothing is known of it, and without the option nothing runs."""
+    query, key, value = (normal(1, 2, 700, 64, seed=i) for i in range(3))
+    call = lambda **options: sparse_attn.explain(query, key, value, 16, is_causal=True, **options)  # noqa: E731
+    with selection_by_bounds(True) as counts:
+        said = call(measure=True)
+        plain = call()
+    assert said.measured.startswith("by bounds: 1."), said.measured
+    assert said.measured in str(said)
+    assert counts["rows"] == 2 * (700 - 16)
+    assert plain.measured is None
+    assert "measured" not in str(plain)
+    with selection_by_bounds(False):
+        assert call(measure=True).measured == "every score exact"
+    assert call(measure=True, backend="reference").measured is None

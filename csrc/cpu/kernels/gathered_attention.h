@@ -10,11 +10,16 @@ struct AttendBackwardParams {
     const void* grad_out;   // [B, Hq, Tq, Dv], last dimension contiguous
     const float* grad_lse;  // [B, Hq, Tq], contiguous, or null
     Strides grad_out_strides;
-    void* grad_query;    // [B, Hq, Tq, D], contiguous
-    void* grad_key;      // [B, Hkv, Tk, D], contiguous
-    void* grad_value;    // [B, Hkv, Tk, Dv], contiguous
-    float* probability;  // [B, Hq, Tq, K] scratch: P, written by the query pass, read by the key pass
-    float* grad_score;   // [B, Hq, Tq, K] scratch: scale · dS, likewise
+    void* grad_query;  // [B, Hq, Tq, D], contiguous
+    void* grad_key;    // [B, Hkv, Tk, D], contiguous
+    void* grad_value;  // [B, Hkv, Tk, Dv], contiguous
+    // [B, Hq, Tq, K] scratch, what the passes leave to each other. Where `probability` is null the key pass
+    // goes first and makes scale · dS, else the query pass, which makes both P and scale · dS.
+    float *probability, *grad_score;
+    // Where the key pass goes first:
+    const void* out;  // [B, Hq, Tq, Dv]
+    Strides out_strides;
+    float* centre;  // [B, Hq, Tq] scratch: dO·out − dLSE
 };
 
 namespace cpu {
@@ -28,7 +33,8 @@ struct AttendTask {
 using AttendKernel = Kernel<AttendParams, AttendTask>;
 
 struct AttendBackwardKernels {
-    Kernel<AttendBackwardParams, AttendTask> query;  // P, dS and dQ
+    Kernel<AttendBackwardParams, AttendTask> query;  // dQ
+    void (*centre)(const AttendBackwardParams&, int64_t b, int64_t head, Range queries);
     // dK and dV of a block of keys.
     int64_t (*key_scratch_bytes)(const AttendBackwardParams&, int64_t block_keys);
     void (*key)(const AttendBackwardParams&, int64_t b, int64_t kv_head, Range keys, void* scratch);

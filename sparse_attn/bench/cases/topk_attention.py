@@ -24,7 +24,7 @@ from sparse_attn.bench.attention import (
 )
 from sparse_attn.bench.registry import Comparison, Peak, WrongResult
 from sparse_attn.wings import extension
-from sparse_attn.wings.cpu import selection_by_bounds
+from sparse_attn.wings.cpu import said_of_bounds, selection_by_bounds
 
 BASE = AttentionCase("topk_attention", 4096)
 HALF = {"dtype": "bfloat16"}
@@ -112,13 +112,7 @@ class TopkAttention(AttentionOp):
                 )
         if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
             raise WrongResult(f"selection by bounds differs from the full product: {case}")
-        kept, scored = (counts[name] / max(1, counts["budget"]) for name in ("kept", "scored"))
-        self.remarks[case] = (
-            f"by bounds: {kept:.2f}·K keys left, {scored:.2f}·K scored again, "
-            f"{counts['given_up']} of {counts['blocks'] + counts['given_up']} blocks given up"
-            if counts["blocks"] + counts["given_up"]
-            else "every score exact"
-        )
+        self.remarks[case] = said_of_bounds(counts)
 
     def remark(self, case: AttentionCase) -> str:
         return self.remarks.get(case, "")
