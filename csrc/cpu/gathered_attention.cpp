@@ -72,8 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     m.grad_out = p.grad_out, m.grad_out_strides = p.grad_out_strides, m.grad_lse = p.grad_lse;
     m.grad_query = p.grad_query, m.grad_key = p.grad_key, m.grad_value = p.grad_value;
     if (backward_by_tiles(m, f.indices)) return {grad_query, grad_key, grad_value};
-    // Without vector instructions the query pass goes first, too: of the other order's products in plain floats
-    // GCC 12's vectoriser makes wrong code (clang's is right, and neither finds a fault in the source).
+    // Without vector instructions the query pass goes first, too: of the other order's products in plain
+    // floats GCC 12's vectoriser makes wrong code (clang's is right, and neither finds a fault in the
+    // source).
     const bool whole = f.dtype == DType::kFloat32 && cpu::isa() != cpu::Isa::generic;
     const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
     // Σ P∘dP is dO·out, but taken over the slots where `out` is a half type: more exact.
