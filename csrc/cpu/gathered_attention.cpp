@@ -76,11 +76,11 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     // floats GCC 12's vectoriser makes wrong code (clang's is right, and neither finds a fault in the
     // source).
     const bool whole = f.dtype == DType::kFloat32 && cpu::isa() != cpu::Isa::generic;
-    const int64_t slots = f.batch * f.heads * f.query_length * f.slots;
+    const int64_t rows = f.batch * f.heads * f.query_length, slots = rows * f.slots;
     // Σ P∘dP is dO·out, but taken over the slots where `out` is a half type: more exact.
     Memory probability, grad_score = allocate(slots * 4);
     Memory centre;
-    (whole ? centre : probability) = allocate((whole ? slots / std::max<int64_t>(f.slots, 1) : slots) * 4);
+    (whole ? centre : probability) = allocate((whole ? rows : slots) * 4);
     p.out = m.out, p.out_strides = m.out_strides;
     p.centre = reinterpret_cast<float*>(centre.get());
     p.probability = reinterpret_cast<float*>(probability.get());
