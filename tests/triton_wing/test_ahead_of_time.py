@@ -36,6 +36,8 @@ def test_the_record_is_what_the_compiler_makes(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     jobs, record = aot.sample(aot.main_jobs(aot.ops())), aot.read_record()
     known = [job for job in jobs if aot.fingerprint(job) in record]
+    if not known:
+        pytest.skip("the record is of another Triton: everything is compiled above")
     for job, row in zip(known, aot.compile_jobs(known), strict=True):
         assert (row.registers, row.spilled, row.shared) == record[aot.fingerprint(job)], row
 
