@@ -45,6 +45,11 @@ ISAS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],  # a CPU that has the first has the second
+    "amx": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
+}
+# Of these rows only what multiplies tiles; a CPU that has them takes the rest from the row above.
+PARTS = {
+    "amx": ("topk_bounds", "variable_width_cross_entropy", "variable_width_cross_entropy_backward"),
 }
 
 # What nvcc is asked for, as far as it can. "-virtual" is PTX: that of the newest serves GPUs to come, that of
@@ -112,7 +117,7 @@ class build_ext(_build_ext):
         try:
             if env_flag("SPARSE_ATTN_PURE"):
                 raise Unavailable("SPARSE_ATTN_PURE=1 was set")
-            plan = native.make_plan(ISAS, cuda_archs(self.default_archs))
+            plan = native.make_plan(ISAS, PARTS, cuda_archs(self.default_archs))
             try:
                 native.build(plan, target)
             except Unavailable as error:

@@ -94,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("use"), py::arg("bits") = 0,
         "Exact selection by bounds of rounded scores: wherever it can be done (True), never (False), where "
-        "it is faster (None); rounded to 8 or 16 bits, or (0) what is faster. The selection is the same.");
+        "it is faster (None); rounded to 8, 9 or 16 bits, or (0) what is faster. The selection is the same.");
     m.def(
         "bounds_counts",
         [] {

@@ -55,6 +55,7 @@ class Plan:
     cxx: list[str]
     torch: Torch
     isas: dict[str, list[str]]  # name → flags, in rising order
+    parts: dict[str, tuple[str, ...]]  # name → the only kernels that it has; absent: all
     nvcc: Nvcc | None
     no_cuda: str  # why nvcc is None
     archs: list[str]  # "90a": code for that GPU; "120-virtual": PTX, compiled by newer GPUs when loaded
@@ -63,7 +64,7 @@ class Plan:
     sanitize: list[str]  # flags of a sanitizer, or none
 
 
-def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
+def make_plan(isas: dict[str, list[str]], parts: dict[str, tuple[str, ...]], archs: list[str]) -> Plan:
     if sys.platform not in ("linux", "darwin"):
         raise Unavailable(f"the native kernels are not built on {sys.platform} (Linux and macOS only)")
     cxx = find_cxx()
@@ -99,7 +100,7 @@ def make_plan(isas: dict[str, list[str]], archs: list[str]) -> Plan:
             raise Unavailable(no_cuda)
     # Enough of -O to end, little enough that a report's lines are those of the source.
     flags = [*SANITIZERS[sanitizer], "-O1", "-g1", "-fno-omit-frame-pointer"] if sanitizer else []
-    return Plan(cxx, torch, usable, nvcc, no_cuda, known, build_dir, jobs, flags)
+    return Plan(cxx, torch, usable, parts, nvcc, no_cuda, known, build_dir, jobs, flags)
 
 
 def build(plan: Plan, target: Path) -> None:
@@ -236,7 +237,8 @@ def _ninja_file(plan: Plan) -> str:
     for isa, isa_flags in plan.isas.items():
         flags = _text([*KERNEL, *isa_flags, f"-DSPARSE_ATTN_ISA={isa}"])
         for source in _sources("csrc/cpu/kernels/*.cpp"):
-            compile_(source, f"{isa}/{source.stem}.o", "cxx", flags)
+            if source.stem in plan.parts.get(isa, (source.stem,)):
+                compile_(source, f"{isa}/{source.stem}.o", "cxx", flags)
     if plan.nvcc:
         nvcc = [plan.nvcc.path, "-ccbin", plan.cxx[0], *CUDA, sources, f"--threads={threads}"]
         lines.append(

@@ -10,6 +10,9 @@
 
 namespace sparse_attn {
 
+// Bits of a number, its sign among them, that bounds are made of: whole numbers of 8 or 16, or bfloat16.
+constexpr int kByteBits = 8, kTileBits = 9, kPairBits = 16;
+
 struct SelectParams {
     const void* query;  // [B, Hq, Tq, D]
     const void* key;    // [B, Hkv, Tk, D]
@@ -18,7 +21,7 @@ struct SelectParams {
     Rule rule;
     int64_t batch, heads, kv_heads, query_length, key_length, head_dim;
     int64_t top_k;    // K = min(top_k, Tk) of the call
-    int bounds_bits;  // of the rows that bounds are made of, where it is done by bounds: 8 or 16
+    int bounds_bits;  // of the rows that bounds are made of, where it is done by bounds
     bool rounded;     // scores of queries and keys rounded to 8 bits, each with its own scale
     DType dtype;
     // If not null, only the keys of a tile's blocks are candidates: int32 [B, G, N, M], ascending, one

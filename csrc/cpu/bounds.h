@@ -9,7 +9,8 @@ namespace sparse_attn {
 
 enum class ByBounds { kAuto, kNever, kAlways };  // by shape; never; wherever it can be done
 
-// For the whole process, for tests and comparisons; rows rounded to 8 or 16 bits, 0: by shape.
+// For the whole process, for tests and comparisons; rows rounded to 8 bits, to 9 (bfloat16, where it is
+// multiplied in tiles) or to 16, 0: by shape.
 SPARSE_ATTN_EXPORT void use_bounds(ByBounds, int bits);
 
 // Since the process began: blocks of queries that were selected by bounds, and blocks given up; rows, their

@@ -136,9 +136,9 @@ void select_all(Selection& s, int64_t scratch_bytes, const std::function<void(co
         for (int64_t i = 0; i < tasks; ++i) left.push_back(i);
         const cpu::BoundsKernels& k = cpu::topk_bounds_kernels();
         const int first_bits = bits_of_bounds(p);
-        // What bytes leave too much of, pairs may not; unless somebody asked for bytes.
+        // What fewer bits leave too much of, pairs may not; unless somebody asked for fewer.
         for (int bits = first_bits; bits > 0 && !left.empty();
-             bits = bits == 8 && bounds_bits == 0 ? 16 : 0) {
+             bits = bits < kPairBits && bounds_bits == 0 ? kPairBits : 0) {
             s.params.bounds_bits = bits;
             const Memory packed = rounded_keys(s);
             std::vector<uint8_t> done(left.size());

@@ -79,7 +79,8 @@ def selection_by_bounds(use: bool | None, bits: int = 0) -> Iterator[dict[str, i
     """Exact selection by bounds of rounded scores in this process, which has the same bits.
 
     True: wherever it can be done; False: never; None: where it is faster, as without this. Rows are rounded to 16
-    `bits`, to 8 (on CPUs with VNNI, and without AVX2; 16 elsewhere), or (0) to what is faster.
+    `bits`, to 8 (on CPUs with VNNI, and without AVX2; 16 elsewhere), to 9, which is bfloat16 (on CPUs with AMX; 16
+    elsewhere), or (0) to what is faster.
 
     Yields a dict that the end of the block fills with what the bounds did meanwhile: blocks of queries selected so, and
     blocks given_up for the full product; of the former the rows, their budget of keys, how many keys were kept as
@@ -87,8 +88,8 @@ def selection_by_bounds(use: bool | None, bits: int = 0) -> Iterator[dict[str, i
     """
     if extension.module is None:
         raise RuntimeError(extension.load_error)
-    if bits not in (0, 8, 16):
-        raise ValueError(f"bits must be 8, 16, or 0 for what is faster, got {bits}")
+    if bits not in (0, 8, 9, 16):
+        raise ValueError(f"bits must be 8, 9, 16, or 0 for what is faster, got {bits}")
     before = extension.module.bounds_counts()
     counts: dict[str, int] = {}
     extension.module.use_bounds(use, bits)

@@ -16,7 +16,10 @@ SPARSE_ATTN_INLINE int64_t shift_words(const SelectParams& p) {
 template <class F>
 SPARSE_ATTN_INLINE void with_kind(const SelectParams& p, const F& f) {
 #if defined(SPARSE_ATTN_BYTE_TILES)
-    if (p.bounds_bits == 8) return f.template operator()<ByBytes>();
+    if (p.bounds_bits == kByteBits) return f.template operator()<ByBytes>();
+#endif
+#if defined(SPARSE_ATTN_AMX)
+    if (p.bounds_bits == kTileBits) return f.template operator()<ByTiles>();
 #endif
     f.template operator()<ByPairs>();
     (void)p;
@@ -49,6 +52,9 @@ void find_shift(const SelectParams& p, int64_t b, int64_t kv_head, void* packed_
     float* shift = static_cast<float*>(packed_head);
     const Strides& s = p.key_strides;
     for (int64_t d = 0; d < p.head_dim; ++d) shift[d] = 0.0f;
+#if defined(SPARSE_ATTN_AMX)
+    if (p.dtype == DType::kBFloat16 && p.bounds_bits == kTileBits) return;  // as they are they round to themselves
+#endif
     with_dtype(p.dtype, [&](auto type) __attribute__((always_inline)) {
         using T = decltype(type);
         const T* keys = head_keys<T>(p, b, kv_head);
@@ -119,8 +125,8 @@ void pack_rounded(const SelectParams& p, int64_t b, int64_t kv_head, Range panel
                 as_is[v] =
                     load_columns(columns[v], keys + minimum(first, p.key_length) * s.t,
                                  clamp<int64_t>(length - first, 0, W), s.t, s.d, p.head_dim, 1.0f, shift);
-                rotate(columns[v], p.head_dim);
-                sizes[v] = Kind::kBits == 16 ? norms_of(columns[v], p.head_dim)
+                if constexpr (!kFloats<Kind>) rotate(columns[v], p.head_dim);
+                sizes[v] = Kind::kBits == kPairBits ? norms_of(columns[v], p.head_dim)
                                              : largest_of_columns(columns[v], p.head_dim);
                 shifted = max(sizes[v], shifted);
             }
@@ -132,17 +138,18 @@ void pack_rounded(const SelectParams& p, int64_t b, int64_t kv_head, Range panel
             }
             PanelFacts facts{};
             // The least power of two that keeps the norms, or the numbers, within bounds.
-            constexpr float kWhole = Kind::kBits == 16 ? kWholeNorm : Kind::kMost;
-            if (usable) __builtin_frexpf(maximum(max_lane(shifted), kSmallest) / kWhole, &facts.exponent);
+            constexpr float kWhole = Kind::kBits == kPairBits ? kWholeNorm : Kind::kMost;
+            if (usable && !kFloats<Kind>)
+                __builtin_frexpf(maximum(max_lane(shifted), kSmallest) / kWhole, &facts.exponent);
             Vec norm = zero(), error = zero();
             for (int v = 0; v < NV; ++v) {
                 Vec scale = broadcast(power_of_two(facts.exponent)),
                     inverse = broadcast(power_of_two(-facts.exponent));
-                if constexpr (Kind::kBits == 8)
+                if constexpr (Kind::kBits == kByteBits)
                     set_factors(panel + word_count * NR, v, sizes[v], facts.exponent, scale, inverse);
                 const RoundedNorms x =
                     round_columns<Kind>(panel + v * W, NR, columns[v], p.head_dim, scale, inverse);
-                if constexpr (Kind::kBits == 8) set_starts(panel + word_count * NR, v, x.total);
+                if constexpr (Kind::kBits == kByteBits) set_starts(panel + word_count * NR, v, x.total);
                 norm = max(x.norm, norm);
                 error = max(fma(max(max(as_is[v], x.norm), broadcast(kSmallest)), broadcast(slack), x.error),
                             error);
@@ -191,11 +198,14 @@ bool bounds_pay(const SelectParams& p) {
 }
 
 int bounds_bits(const SelectParams& p) {
-#if defined(__AVX512VNNI__)
-    return p.key_length >= kBytesOfBudget * p.top_k ? 8 : 16;
+#if defined(SPARSE_ATTN_AMX)
+    (void)p;
+    return kTileBits;
+#elif defined(__AVX512VNNI__)
+    return p.key_length >= kBytesOfBudget * p.top_k ? kByteBits : kPairBits;
 #else
     (void)p;
-    return 16;
+    return kPairBits;
 #endif
 }
 

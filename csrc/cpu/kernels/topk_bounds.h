@@ -16,8 +16,8 @@ struct BoundsKernels {
     // Whether these kernels can take such a selection, and whether they are the faster ones for it.
     bool (*takes)(const SelectParams&);
     bool (*pays)(const SelectParams&);
-    // The number of bits to round to, 8 or 16, for SelectParams::bounds_bits; where there are no kernels for
-    // 8, they do with 16.
+    // The number of bits to round to, for SelectParams::bounds_bits; where there are no kernels for 8 or 9,
+    // they do with 16.
     int (*bits)(const SelectParams&);
 
     // Rounded keys in panels: bytes of one (batch, key head), the shift of its keys, and then the packing of

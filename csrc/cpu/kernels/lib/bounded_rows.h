@@ -12,7 +12,7 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // A row whose bounds leave more than three quarters of its buffer is given up.
 template <class Kind>
 SPARSE_ATTN_INLINE int64_t bounded_capacity(int64_t keep) {
-    return round_up((Kind::kBits == 16 ? 2 : 6) * keep + maximum<int64_t>(keep, 128), 64);
+    return round_up((Kind::kBits == kPairBits ? 2 : 6) * keep + maximum<int64_t>(keep, 128), 64);
 }
 constexpr int32_t kMany = 16;     // open candidates
 constexpr int64_t kBehind = 192;  // room that compression writes to
@@ -20,19 +20,27 @@ constexpr int64_t kBehind = 192;  // room that compression writes to
 SPARSE_ATTN_INLINE int64_t maxima_groups(int64_t keep) {
     return round_up(4 * keep, 8 * Shorts::N);
 }
-// Keys whose scores are kept at a time: those of a row group fit the second-level cache.
+// Row groups that are scored together, behind a first one that says what to expect: tiles are multiplied faster
+// than panels come from the second-level cache. Where rows keep many keys their buffers would fill that cache.
+template <class Kind>
+SPARSE_ATTN_INLINE int groups_together(const SelectParams& p) {
+    return kFloats<Kind> && p.top_k <= 256 ? 3 : 1;
+}
+// Keys whose scores are kept at a time: those of the rows fit the second-level cache.
+template <class Kind>
 SPARSE_ATTN_INLINE int64_t chunk_keys(const SelectParams& p) {
-    const int64_t most = maximum<int64_t>(16384, round_up(maxima_groups(p.top_k), 1024));
+    const int64_t usual = groups_together<Kind>(p) > 1 ? 4096 : 16384;
+    const int64_t most = maximum<int64_t>(usual, round_up(maxima_groups(p.top_k), 1024));
     return minimum(most, round_up(p.key_length, 64));
 }
 // An odd number of cache lines: rows side by side must not fall into one set.
-SPARSE_ATTN_INLINE int64_t score_stride(const SelectParams& p) {
-    return round_up(chunk_keys(p), 64) + 32;
+SPARSE_ATTN_INLINE int64_t score_stride(int64_t chunk) {
+    return round_up(chunk, 64) + 32;
 }
 
 // Of marks, a bit a key, and a word more than its keys need.
-SPARSE_ATTN_INLINE int64_t mark_stride(const SelectParams& p) {
-    return round_up(chunk_keys(p), 64) / NR + 64 / NR;
+SPARSE_ATTN_INLINE int64_t mark_stride(int64_t chunk) {
+    return round_up(chunk, 64) / NR + 64 / NR;
 }
 
 // A row group, a lane per row.
@@ -58,8 +66,9 @@ struct BoundedRow {
 template <class Kind>
 SPARSE_ATTN_INLINE int64_t bounds_scratch_bytes(const SelectParams& p, int64_t column) {
     const int64_t buffer = bounded_capacity<Kind>(p.top_k) + kBehind;
-    const int64_t row = buffer * 6 + score_stride(p) * 2 + mark_stride(p) * sizeof(Marks) + NR * 2 + 512;
-    return MR * row + buffer * 24 + maxima_groups(p.top_k) * 2 +
+    const int64_t chunk = chunk_keys<Kind>(p), rows = MR * groups_together<Kind>(p);
+    const int64_t row = buffer * 6 + score_stride(chunk) * 2 + mark_stride(chunk) * sizeof(Marks) + NR * 2 + 512;
+    return rows * row + buffer * 24 + maxima_groups(p.top_k) * 2 +
            rounded_words<Kind>(p.head_dim) * (kBlockRows + W) * 4 + p.head_dim * W * 4 + column * 4 +
            round_up(p.head_dim, W) * 4 + 2048;
 }
@@ -69,19 +78,18 @@ struct BoundedRows {
     const SelectParams& p;
     const T *query, *key;  // the head's rows
     Scratch& scratch;
-    const int64_t word_count, buffer, groups, stride;
+    const int64_t word_count, buffer, groups, chunk, together;
     const int32_t full;
     int32_t *keys, *unsure, *chosen, *few;
     float *exact, *scores_of_few;
-    uint32_t* queries;  // [kRowGroups][words][MR]
+    uint32_t* queries;  // [kRowGroups][words][MR], of tiles [kRowGroups][MR][words]
     uint32_t* wide;     // [words][W]
     float* columns;     // [D][W]
     float* exact_query;
     float* plain_query;  // [D], zeros up to whole vectors
     int16_t* maxima;     // [groups]
-    int16_t* rows;       // [MR][stride]: scores of a chunk
-    Marks* marks;        // [MR][mark_stride]
-    int16_t* bounds;     // [MR][NR]
+    int16_t* bounds;     // [rows][NR]
+    GroupScores scores;  // of a chunk
     Survivors& survivors;
 
     BoundedRows(const SelectParams& p_, const T* query_, const T* key_, Scratch& s, Survivors& survivors_)
@@ -92,7 +100,8 @@ struct BoundedRows {
           word_count(rounded_words<Kind>(p.head_dim)),
           buffer(bounded_capacity<Kind>(p.top_k) + kBehind),
           groups(maxima_groups(p.top_k)),
-          stride(score_stride(p)),
+          chunk(chunk_keys<Kind>(p)),
+          together(groups_together<Kind>(p)),
           full(static_cast<int32_t>(bounded_capacity<Kind>(p.top_k))),
           keys(s.take<int32_t>(buffer)),
           unsure(s.take<int32_t>(buffer)),
@@ -106,9 +115,9 @@ struct BoundedRows {
           exact_query(s.take<float>(words<Tile>(p))),
           plain_query(s.take<float>(round_up(p.head_dim, W))),
           maxima(s.take<int16_t>(groups)),
-          rows(s.take<int16_t>(MR * stride)),
-          marks(s.take<Marks>(MR * mark_stride(p))),
-          bounds(s.take<int16_t>(MR * NR)),
+          bounds(s.take<int16_t>(together * MR * NR)),
+          scores{s.take<int16_t>(together * MR * score_stride(chunk)), score_stride(chunk), bounds,
+                 s.take<Marks>(together * MR * mark_stride(chunk)), mark_stride(chunk)},
           survivors(survivors_) {}
 
     void start(BoundedRow& row) {
@@ -116,30 +125,40 @@ struct BoundedRows {
         row.scores = scratch.take<int16_t>(buffer);
     }
 
-    // Rounds the rows [first, first + rows); false if one of `wanted` has no bounds.
-    bool prepare(int g, int64_t first, int64_t count, uint32_t wanted, RowFacts& facts) {
+    // Rounds the rows [first, first + rows) for keys of at most such a norm; false if one of `wanted` has no
+    // bounds.
+    bool prepare(int g, int64_t first, int64_t count, uint32_t wanted, float key_norm, RowFacts& facts) {
         const Strides& s = p.query_strides;
         const Vec as_is = load_columns(columns, query + first * s.t, count, s.t, s.d, p.head_dim,
                                        sign_of(p.rule.scale), nullptr);
-        rotate(columns, p.head_dim);
+        if constexpr (!kFloats<Kind>) rotate(columns, p.head_dim);
         float norms[W], sizes[W], inverse[W];
         store(norms, as_is);
-        store(sizes, Kind::kBits == 16 ? as_is : largest_of_columns(columns, p.head_dim));
-        constexpr float kWhole = Kind::kBits == 16 ? kWholeNorm : Kind::kMost;
+        store(sizes, Kind::kBits == kPairBits ? as_is : largest_of_columns(columns, p.head_dim));
+        constexpr float kWhole = Kind::kBits == kPairBits ? kWholeNorm : Kind::kMost;
         for (int r = 0; r < MR; ++r)
             if (wanted >> r & 1 && !(norms[r] >= kSmallest && norms[r] <= kLargest)) return false;
         for (int r = 0; r < W; ++r) {
             const bool usable = norms[r] >= kSmallest && norms[r] <= kLargest;
-            facts.scale[r] = usable ? sizes[r] / kWhole : 1.0f;
-            inverse[r] = usable ? kWhole / sizes[r] : 0.0f;
+            if constexpr (kFloats<Kind>) {
+                // A power of two, which rounds nothing, that keeps scores within what 16 bits hold.
+                int exponent = 0;
+                __builtin_frexpf(norms[r] * maximum(key_norm, kSmallest) / Kind::kMost, &exponent);
+                facts.scale[r] = usable ? power_of_two(exponent) : 1.0f;
+                inverse[r] = usable ? power_of_two(-exponent) : 0.0f;
+            } else {
+                facts.scale[r] = usable ? sizes[r] / kWhole : 1.0f;
+                inverse[r] = usable ? kWhole / sizes[r] : 0.0f;
+            }
         }
         uint32_t* to = queries + g * word_count * MR;
         const RoundedNorms n =
             round_columns<Kind>(wide, W, columns, p.head_dim, load(facts.scale), load(inverse));
         // Of bytes 128 more than they are: the instruction wants them without a sign.
-        constexpr uint32_t kMore = Kind::kBits == 16 ? 0 : 0x80808080u;
+        constexpr uint32_t kMore = Kind::kBits == kByteBits ? 0x80808080u : 0;
         for (int64_t w = 0; w < word_count; ++w)
-            for (int r = 0; r < MR; ++r) to[w * MR + r] = wide[w * W + r] ^ kMore;
+            for (int r = 0; r < MR; ++r)
+                to[kFloats<Kind> ? r * word_count + w : w * MR + r] = wide[w * W + r] ^ kMore;
         store(facts.norm, max(n.norm + n.error, as_is));
         store(facts.error, n.error);
         return true;
@@ -154,7 +173,7 @@ struct BoundedRows {
             const float half = facts.error[r] * key_norm + facts.norm[r] * key_error;
             const float whole = 2.001f * half / (facts.scale[r] * unit);
             facts.width[r] =
-                whole < 65536.0f ? static_cast<int32_t>(whole) + (Kind::kBits == 16 ? 2 : 3) : 65539;
+                whole < 65536.0f ? static_cast<int32_t>(whole) + (Kind::kBits == kByteBits ? 3 : 2) : 65539;
         }
     }
 

@@ -66,8 +66,8 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
     BoundedRows<T, Tile, Kind> work{
         p, static_cast<const T*>(p.query) + b * p.query_strides.b + head * p.query_strides.h,
         static_cast<const T*>(p.key) + b * p.key_strides.b + kv_head * p.key_strides.h, scratch, survivors};
-    BoundedRow rows[MR];
-    for (BoundedRow& row : rows) work.start(row);
+    BoundedRow rows[kBlockRows];  // of those scored together
+    for (int64_t i = 0; i < work.together * MR; ++i) work.start(rows[i]);
     Visible visible[kBlockRows];
     int32_t budgets[kBlockRows];
     RowFacts facts[kRowGroups];
@@ -78,7 +78,7 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         needed[g] = {INT64_MAX, 0};
         for (int r = 0; r < MR; ++r) {
             const int64_t i = g * MR + r;
-            if (i >= count) continue;
+            if (i >= count) break;
             const Visible v = visible[i] = visible_to(p, b, head, queries.begin + i);
             const int32_t keep = budgets[i] = static_cast<int32_t>(p.top_k - forced_count(v));
             if (keep <= 0 || v.end <= v.sink_end || (!v.mask && v.end - v.sink_end <= keep)) continue;
@@ -87,9 +87,6 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         }
         if (needed[g].end == 0) continue;
         span = {minimum(span.begin, needed[g].begin), maximum(span.end, needed[g].end)};
-        if (!work.prepare(g, queries.begin + g * MR, minimum<int64_t>(MR, count - g * MR), scored_rows[g],
-                          facts[g]))
-            return false;
     }
 
     const auto panel_at = [&](int64_t n) {
@@ -106,73 +103,78 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
     }
     if (!(key_norm <= 4 * kLargest)) return false;
     const int32_t least = least_shift<Kind>(p.head_dim);
-    for (int g = 0; g < kRowGroups; ++g)
-        if (needed[g].end > 0)
-            work.set_width(facts[g], key_norm, key_error, plain_norm, power_of_two(exponent + least));
+    for (int g = 0; g < kRowGroups; ++g) {
+        if (needed[g].end == 0) continue;
+        if (!work.prepare(g, queries.begin + g * MR, minimum<int64_t>(MR, count - g * MR), scored_rows[g],
+                          key_norm, facts[g]))
+            return false;
+        work.set_width(facts[g], key_norm, key_error, plain_norm, power_of_two(exponent + least));
+    }
 
     const auto whole = [](float x) { return static_cast<int32_t>(clamp(x, -32000.0f, 32000.0f)); };
-    const int64_t chunk = chunk_keys(p), marks_of_row = mark_stride(p);
     Expected expected;
     int32_t guess = 0;
-    for (int g = 0; g * MR < count; ++g) {
-        const int rows_here = static_cast<int>(minimum<int64_t>(MR, count - g * MR));
+    const int groups = static_cast<int>((count + MR - 1) / MR);
+    for (int g = 0, next; g < groups; g = next) {
+        next = static_cast<int>(g == 0 ? 1 : minimum<int64_t>(g + work.together, groups));
+        const int rows_here = static_cast<int>(minimum<int64_t>((next - g) * MR, count - g * MR));
         const Visible* seen = visible + g * MR;
-        const int32_t* width = facts[g].width;
-        for (int r = 0; r < rows_here; ++r) {
-            BoundedRow& row = rows[r];
+        const auto is_scored = [&](int i) { return (scored_rows[g + i / MR] >> (i % MR) & 1) != 0; };
+        const auto width_of = [&](int i) { return facts[g + i / MR].width[i % MR]; };
+        Range keys{INT64_MAX, 0};  // that the rows need
+        for (int j = g; j < next; ++j)
+            keys = {minimum(keys.begin, needed[j].begin), maximum(keys.end, needed[j].end)};
+        for (int i = 0; i < rows_here; ++i) {
+            BoundedRow& row = rows[i];
             row.count = 0;
-            row.keep = budgets[g * MR + r];
+            row.keep = budgets[g * MR + i];
             row.reached = kClosed;
             row.cut.count = 0;
         }
         int failed = 0;
-        for (int64_t first = needed[g].begin / 64 * 64, last; first < needed[g].end; first = last) {
-            last = minimum(first + chunk, needed[g].end);
-            for (int r = 0; r < MR; ++r) {
-                BoundedRow& row = rows[r];
+        for (int64_t first = keys.begin / 64 * 64, last; first < keys.end; first = last) {
+            last = minimum(first + work.chunk, keys.end);
+            for (int i = 0; i < (next - g) * MR; ++i) {
+                BoundedRow& row = rows[i];
                 row.bound = 32767;
                 row.guess = guess;
-                if (scored_rows[g] >> r & 1 && !seen[r].mask) {
+                if (is_scored(i) && !seen[i].mask) {
                     if (row.reached > kClosed) {
                         row.bound = row.guess = row.reached;
                     } else if (expected.usable) {
-                        const float norms = facts[g].norm[r] / facts[g].scale[r];
+                        const RowFacts& f = facts[g + i / MR];
+                        const float norms = f.norm[i % MR] / f.scale[i % MR];
                         row.guess = whole(expected.mean * norms);
                         row.bound = whole((expected.mean - kSpreads * expected.spread) * norms);
                     }
-                    if (row.bound < 32767) row.bound = maximum<int32_t>(row.bound - width[r], kClosed);
+                    if (row.bound < 32767) row.bound = maximum<int32_t>(row.bound - width_of(i), kClosed);
                 }
-                for (int j = 0; j < NR; ++j) work.bounds[r * NR + j] = static_cast<int16_t>(row.bound);
+                for (int j = 0; j < NR; ++j) work.bounds[i * NR + j] = static_cast<int16_t>(row.bound);
             }
-            for (int64_t base = first / NR * NR; base < last; base += NR) {
-                uint32_t* panel = panel_at(base / NR);
-                const int shift =
-                    minimum(31, least + exponent - facts_of<Kind>(panel, work.word_count)->exponent);
-                rounded_tile<Kind>(work.rows + (base - first), work.stride,
-                                   work.queries + g * work.word_count * MR, panel, work.word_count, shift,
-                                   work.bounds, work.marks + (base - first) / NR, marks_of_row);
-            }
-            for (int r = 0; r < rows_here; ++r) {
-                const Visible& v = seen[r];
+            score_panels<Kind>(work.scores, work.queries + g * work.word_count * MR, next - g,
+                               const_cast<uint32_t*>(panels_of_head), {first / NR, (last + NR - 1) / NR},
+                               p.head_dim, least + exponent);
+            for (int i = 0; i < rows_here; ++i) {
+                const Visible& v = seen[i];
                 const int64_t begin = maximum(v.sink_end, first), end = minimum(v.end, last);
-                if (!(scored_rows[g] >> r & 1) || begin >= end) continue;
-                BoundedRow& row = rows[r];
-                int16_t* scores = work.rows + r * work.stride;
+                if (!is_scored(i) || begin >= end) continue;
+                BoundedRow& row = rows[i];
+                int16_t* scores = work.scores.scores + i * work.scores.stride;
                 const bool only = v.sink_end >= first && v.end <= last;
-                if (!work.take_marked(row, scores, work.marks + r * marks_of_row, begin - first, end - first,
-                                      static_cast<int32_t>(first), width[r])) {
+                if (!work.take_marked(row, scores, work.scores.marks + i * work.scores.mark_stride,
+                                      begin - first, end - first, static_cast<int32_t>(first), width_of(i))) {
                     ++failed;
                     const int64_t from = (begin - first) / 64 * 64, to = round_up(end - first, 64);
                     close(scores, from, begin - first);
                     close(scores, end - first, to);
                     if (v.mask) close_masked(scores, v, first, begin, end);
                     if (!work.take(row, scores + from, to - from, static_cast<int32_t>(first + from),
-                                   width[r], only))
+                                   width_of(i), only))
                         return false;
                 }
                 if (!only) {
                     row.cut.count = 0;
-                    if (!work.trim(row, width[r])) return false;
+                    if (!work.trim(row, width_of(i))) return false;
                 }
                 guess = row.reached;
             }
@@ -180,15 +182,16 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
 
         int32_t* out =
             p.indices + ((b * p.rule.groups + head) * p.query_length + queries.begin + g * MR) * p.top_k;
-        for (int r = 0; r < rows_here; ++r, out += p.top_k) {
-            BoundedRow& row = rows[r];
-            const Visible& v = seen[r];
+        for (int i = 0; i < rows_here; ++i, out += p.top_k) {
+            BoundedRow& row = rows[i];
+            const Visible& v = seen[i];
             const int32_t* best = row.places;
-            float* to = logits ? logits + (g * MR + r) * p.top_k : nullptr;
+            float* to = logits ? logits + (g * MR + i) * p.top_k : nullptr;
             if (to) *to = __builtin_nanf("");  // none
             if (row.keep != p.top_k) to = nullptr;
-            if (scored_rows[g] >> r & 1) {
-                best = work.finish(row, width[r], facts[g].slack[r], queries.begin + g * MR + r, to);
+            if (is_scored(i)) {
+                best = work.finish(row, width_of(i), facts[g + i / MR].slack[i % MR],
+                                   queries.begin + g * MR + i, to);
             } else if (row.keep > 0) {
                 for (int64_t j = v.sink_end; j < v.end; ++j)
                     row.places[row.count++] = static_cast<int32_t>(j);
@@ -197,8 +200,8 @@ bool select_rows_by_bounds(const SelectParams& p, int64_t b, int64_t head, Range
         }
         // Where guesses fail they cost more than they spare.
         const bool tried = expected.usable;
-        expected = expected_of(rows, facts[g], scored_rows[g]);
-        if (tried && 2 * failed > MR) expected.usable = false;
+        expected = expected_of(rows + (next - 1 - g) * MR, facts[next - 1], scored_rows[next - 1]);
+        if (tried && 2 * failed > (next - g) * MR) expected.usable = false;
     }
     return true;
 }

@@ -1,10 +1,11 @@
-// Rows rounded to whole numbers of 16 or of 8 bits for the bounds of bounds.h: W rows at a time, component by
+// Rows rounded to whole numbers of 16 or of 8 bits, or to bfloat16, for the bounds of bounds.h: W rows at a time, component by
 // component (x[d][W]), so that every step is a vector of rows.
 //
 // A row is rotated before it is rounded: an orthogonal rotation of queries and keys alike changes no product
 // and spreads what stands in a few components over all of them, where it costs fewer bits.
 #pragma once
 
+#include "amx.h"
 #include "exact_scores.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
@@ -29,16 +30,24 @@ constexpr float kWholeNorm = 32700.0f;
 
 // What a row is rounded to: two numbers a word, or four.
 struct ByPairs {
-    static constexpr int kNumbers = 2, kBits = 16;
+    static constexpr int kNumbers = 2, kBits = kPairBits, kWordStep = 1;
     static constexpr float kMost = 32767.0f;
 };
 struct ByBytes {
-    static constexpr int kNumbers = 4, kBits = 8;
+    static constexpr int kNumbers = 4, kBits = kByteBits, kWordStep = 1;
     static constexpr float kMost = 127.0f;
 };
+// bfloat16, multiplied in tiles of 16 words: no scale of its own, and no rotation, which would gain nothing.
+struct ByTiles {
+    static constexpr int kNumbers = 2, kBits = kTileBits, kWordStep = 16;
+    static constexpr float kMost = 32000.0f;  // of a score in units
+};
+template <class Kind>
+constexpr bool kFloats = Kind::kBits == kTileBits;
+
 template <class Kind>
 SPARSE_ATTN_INLINE int64_t rounded_words(int64_t head_dim) {
-    return (head_dim + Kind::kNumbers - 1) / Kind::kNumbers;
+    return round_up((head_dim + Kind::kNumbers - 1) / Kind::kNumbers, Kind::kWordStep);
 }
 
 SPARSE_ATTN_INLINE float power_of_two(int32_t exponent) {
@@ -102,9 +111,27 @@ SPARSE_ATTN_INLINE Vec norms_of(const float* x, int64_t head_dim) {
     return root(squares) * broadcast(kNormSlack);
 }
 
-// Whole numbers to words of a few, the first lowest.
+#if defined(SPARSE_ATTN_AMX)
+SPARSE_ATTN_INLINE Vec nearest_bfloat16(Vec a) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v)), 16))};
+}
+#else
+SPARSE_ATTN_INLINE Vec nearest_bfloat16(Vec a) {
+    return a;
+}
+#endif
+
+// Numbers to words of a few, the first lowest.
 template <class Kind>
 SPARSE_ATTN_INLINE void store_numbers(uint32_t* to, const Vec* numbers) {
+#if defined(SPARSE_ATTN_AMX)
+    if constexpr (kFloats<Kind>) {
+        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(numbers[0].v), 16);
+        _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_castps_si512(numbers[1].v)));
+        return;
+    }
+#endif
     constexpr uint32_t kMask = (1u << Kind::kBits) - 1;
 #if defined(__AVX512F__)
     __m512i word = _mm512_setzero_si512();
@@ -141,10 +168,10 @@ SPARSE_ATTN_INLINE Vec largest_of_columns(const float* x, int64_t head_dim) {
 
 struct RoundedNorms {
     Vec norm, error;  // upper bounds of ‖x‖ and ‖x − scale · rounded‖
-    Vec total;        // of the whole numbers
+    Vec total;        // of the numbers
 };
 
-// to[w][width]: whole numbers, x / scale rounded; `x` is overwritten.
+// to[w][width]: numbers, x / scale rounded; `x` is overwritten.
 template <class Kind>
 inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t head_dim, Vec scale,
                                   Vec inverse) {
@@ -153,7 +180,9 @@ inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t
     for (int64_t d = 0; d < head_dim; ++d) {
         const Vec a = load(x + d * W);
         // max() gives its second operand for a NaN, whose row is used by nobody.
-        const Vec number = zero() - max(zero() - max(round_even(a * inverse), least), least);
+        const Vec number = kFloats<Kind>
+                               ? nearest_bfloat16(a * inverse)
+                               : zero() - max(zero() - max(round_even(a * inverse), least), least);
         const Vec error = a - scale * number;
         squares = fma(a, a, squares);
         errors = fma(error, error, errors);

@@ -1,10 +1,11 @@
-// Register tiles of products of whole numbers: MR queries × NR keys, summed in int32, of which 16 bits are
+// Tiles of products of rounded numbers: MR queries × NR keys, summed in int32 or float32, of which 16 bits are
 // kept.
 //
 // By pairs of 16 bits: all CPUs that have AVX2 multiply two pairs of them where they multiply one of float32.
-// By bytes: with VNNI twice as many again; elsewhere no faster than by pairs. A panel is
+// By bytes: with VNNI twice as many again; elsewhere no faster than by pairs. By tiles of bfloat16: with AMX, 16
+// times as many as of float32. A panel is
 //
-//   words    uint32 [ceil(D / 2) or ceil(D / 4)][NR]
+//   words    uint32 [ceil(D / 2), of tiles a multiple of 16, or ceil(D / 4)][NR]
 //   bytes    int32 [NR], −128 · Σ of the key's numbers, and int16 [NR], its scale as a part of the panel's,
 //   in 2⁻¹⁵ facts    PanelFacts
 #pragma once
@@ -23,7 +24,7 @@ struct PanelFacts {
 };
 
 template <class Kind>
-constexpr int64_t kPanelExtra = Kind::kBits == 8 ? NR + NR / 2 : 0;
+constexpr int64_t kPanelExtra = Kind::kBits == kByteBits ? NR + NR / 2 : 0;
 
 template <class Kind>
 SPARSE_ATTN_INLINE int64_t rounded_panel_words(int64_t head_dim) {
@@ -37,7 +38,8 @@ SPARSE_ATTN_INLINE PanelFacts* facts_of(uint32_t* panel, int64_t word_count) {
 // How far sums are shifted down at the panels' largest scale, so that what is left fits 16 bits.
 template <class Kind>
 SPARSE_ATTN_INLINE int32_t least_shift(int64_t head_dim) {
-    if (Kind::kBits == 16) return 15;
+    if (kFloats<Kind>) return 0;
+    if (Kind::kBits == kPairBits) return 15;
     int32_t shift = 0;
     while (head_dim * 127 * 127 >> shift > 32766) ++shift;
     return shift;
@@ -45,6 +47,11 @@ SPARSE_ATTN_INLINE int32_t least_shift(int64_t head_dim) {
 
 #if defined(__AVX512F__)
 using Sums = __m512i;
+// Both in 16 bits, the nearest that these can say.
+SPARSE_ATTN_INLINE Shorts as_shorts(Sums a, Sums b) {
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return {_mm512_maskz_permutexvar_epi64(0xff, order, _mm512_packs_epi32(a, b))};
+}
 SPARSE_ATTN_INLINE Sums no_sums() {
     return _mm512_setzero_si512();
 }
@@ -56,10 +63,7 @@ SPARSE_ATTN_INLINE Sums broadcast_word(const uint32_t* p) {
 }
 SPARSE_ATTN_INLINE Shorts upper_halves(Sums a, Sums b, int shift) {
     const __m128i count = _mm_cvtsi32_si128(shift);
-    const __m512i pairs = _mm512_packs_epi32(_mm512_maskz_sra_epi32(0xffff, a, count),
-                                             _mm512_maskz_sra_epi32(0xffff, b, count));
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    return {_mm512_maskz_permutexvar_epi64(0xff, order, pairs)};
+    return as_shorts(_mm512_maskz_sra_epi32(0xffff, a, count), _mm512_maskz_sra_epi32(0xffff, b, count));
 }
 #if defined(__AVX512VNNI__)
 #define SPARSE_ATTN_BYTE_TILES
@@ -159,6 +163,22 @@ SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums
 }
 #endif
 
+// Where the scores of row groups go: those of a row side by side, a mark a panel, and a bound for each row, NR times.
+struct GroupScores {
+    int16_t* scores;
+    int64_t stride;
+    const int16_t* bounds;
+    Marks* marks;
+    int64_t mark_stride;
+
+    SPARSE_ATTN_INLINE GroupScores group(int64_t g) const {
+        return {scores + g * MR * stride, stride, bounds + g * MR * NR, marks + g * MR * mark_stride, mark_stride};
+    }
+    SPARSE_ATTN_INLINE GroupScores panel(int64_t n) const {
+        return {scores + n * NR, stride, bounds, marks + n, mark_stride};
+    }
+};
+
 // to[r · stride + j] = Σ of the products of query r and key j, over 2^shift, rounded down; by bytes times the
 // key's scale, rounded. Bit j of marks[r · mark_stride]: it is above the row's bound, all of whose numbers
 // are alike.
@@ -168,7 +188,7 @@ __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, 
                                                    const int16_t* bounds, Marks* marks, int64_t mark_stride) {
     static_assert(NV == 2 && NR == Shorts::N);
     Sums acc[MR][NV];
-    if constexpr (Kind::kBits == 16) {
+    if constexpr (Kind::kBits != kByteBits) {
 #pragma GCC unroll 16
         for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -201,11 +221,102 @@ __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, 
     for (int r = 0; r < MR; ++r) {
         Shorts score = upper_halves(acc[r][0], acc[r][1], shift);
 #if defined(SPARSE_ATTN_BYTE_TILES)
-        if constexpr (Kind::kBits == 8) score = scaled(score, load_shorts(factors));
+        if constexpr (Kind::kBits == kByteBits) score = scaled(score, load_shorts(factors));
 #endif
         store(to + r * stride, score);
         marks[r * mark_stride] = marks_above(score, load_shorts(bounds + r * NR));
     }
+}
+
+#if defined(SPARSE_ATTN_AMX)
+// Sums of a row group, rows of words, with the keys of a panel, which tiles 2 · kSet and 2 · kSet + 1 hold until
+// they are stored.
+struct TileSums {
+    alignas(64) float at[MR * NR];
+
+    template <int kSet>
+    static SPARSE_ATTN_INLINE void multiply(const uint32_t* queries, const uint32_t* panel, int64_t word_count) {
+        static_assert(NV == 2 && W == 16);
+        tile_zero<2 * kSet>();
+        tile_zero<2 * kSet + 1>();
+        for (int64_t w = 0; w < word_count; w += 16) {
+            tile_load<4 + kSet>(queries + w, word_count * 4);
+            tile_load<6>(panel + w * NR, NR * 4);
+            tile_multiply_add<2 * kSet, 4 + kSet, 6>();
+            tile_load<7>(panel + w * NR + W, NR * 4);
+            tile_multiply_add<2 * kSet + 1, 4 + kSet, 7>();
+        }
+    }
+    template <int kSet>
+    SPARSE_ATTN_INLINE void store() {
+        tile_store<2 * kSet>(at, NR * 4);
+        tile_store<2 * kSet + 1>(at + W, NR * 4);
+    }
+    // To scores of 16 bits: a unit is 1.
+    SPARSE_ATTN_INLINE void finish(const GroupScores& to) const {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; ++r) {
+            const float* sum = at + r * NR;
+            const Shorts score = as_shorts(_mm512_maskz_cvtps_epi32(0xffff, load(sum).v),
+                                           _mm512_maskz_cvtps_epi32(0xffff, load(sum + W).v));
+            cpu::SPARSE_ATTN_ISA::store(to.scores + r * to.stride, score);
+            to.marks[r * to.mark_stride] = marks_above(score, load_shorts(to.bounds + r * NR));
+        }
+    }
+};
+
+// The same by tiles of bfloat16: a panel is multiplied with each row group while it is in the first-level cache. The
+// registers of tiles are not renamed: one half is multiplied while the other is stored, and what was stored before
+// is finished.
+__attribute__((noinline)) inline void score_by_tiles(GroupScores to, const uint32_t* queries, int groups,
+                                                     const uint32_t* panels, Range some, int64_t word_count,
+                                                     int64_t panel_words) {
+    const Tiles tiles(MR);
+    TileSums sums[2];
+    GroupScores places[2];
+    int64_t begun = 0;  // products
+    const auto step = [&]<int kSet>(const uint32_t* rows, const uint32_t* panel, const GroupScores& place)
+                          __attribute__((always_inline)) {
+        if (panel) TileSums::multiply<kSet>(rows, panel, word_count);
+        if (begun > 1) sums[kSet].finish(places[kSet]);
+        if (begun > 0) sums[1 - kSet].template store<1 - kSet>();
+        places[kSet] = place;
+        ++begun;
+    };
+    const auto next = [&](const uint32_t* rows, const uint32_t* panel, const GroupScores& place)
+                          __attribute__((always_inline)) {
+        if (begun & 1)
+            step.template operator()<1>(rows, panel, place);
+        else
+            step.template operator()<0>(rows, panel, place);
+    };
+    for (int64_t n = some.begin; n < some.end; ++n)
+        for (int g = 0; g < groups; ++g)
+            next(queries + g * word_count * MR, panels + n * panel_words, to.group(g).panel(n - some.begin));
+    // What is under way.
+    if (begun == 0) return;
+    next(nullptr, nullptr, {});
+    sums[begun & 1].finish(places[begun & 1]);
+}
+#endif
+
+// The tiles of some of the panels and of row groups side by side; `most` is the shift of a panel of exponent 0.
+template <class Kind>
+inline void score_panels(GroupScores to, const uint32_t* queries, int groups, uint32_t* panels, Range some,
+                         int64_t head_dim, int32_t most) {
+    const int64_t word_count = rounded_words<Kind>(head_dim), size = rounded_panel_words<Kind>(head_dim);
+#if defined(SPARSE_ATTN_AMX)
+    if constexpr (kFloats<Kind>)
+        return score_by_tiles(to, queries, groups, panels, some, word_count, size);
+#endif
+    for (int g = 0; g < groups; ++g)
+        for (int64_t n = some.begin; n < some.end; ++n) {
+            uint32_t* panel = panels + n * size;
+            const int shift = minimum(31, most - facts_of<Kind>(panel, word_count)->exponent);
+            const GroupScores at = to.group(g).panel(n - some.begin);
+            rounded_tile<Kind>(at.scores, at.stride, queries + g * word_count * MR, panel, word_count, shift,
+                               at.bounds, at.marks, at.mark_stride);
+        }
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
