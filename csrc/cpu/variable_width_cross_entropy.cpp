@@ -181,9 +181,9 @@ void make_tiles(Problem& s) {
 void project(Problem& s, bool backward) {
     const cpu::CrossEntropyKernels& k = cpu::variable_width_cross_entropy_kernels();
     for (CrossEntropyBand& band : s.bands) {
-        band.projected = s.buffer(s.padded * band.width);
-        if (!backward) continue;
         const int64_t padded = k.padded_width(band.width);
+        band.projected = s.buffer(s.padded * padded);
+        if (!backward) continue;
         band.projected_cols = s.buffer(s.padded * padded);
         band.grad_projected = s.buffer(s.padded * padded);
     }

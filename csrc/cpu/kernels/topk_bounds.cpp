@@ -179,7 +179,10 @@ constexpr int64_t kBytesOfBudget = 96;
 // The products cost half of float32's, and bytes' a quarter; in return each row is rounded, keys at some
 // hundred times the price of a product.
 bool bounds_pay(const SelectParams& p) {
-#if defined(__AVX512BF16__)
+#if defined(SPARSE_ATTN_AMX)
+    const bool tiles = p.dtype == DType::kBFloat16;
+    const int64_t long_from = tiles ? 256 : 512, of_budget = tiles ? 2 : 4;
+#elif defined(__AVX512BF16__)
     // The full product multiplies pairs too.
     const bool pairs = p.dtype == DType::kBFloat16;
     const int64_t long_from = pairs ? 2048 : 512, of_budget = pairs ? 8 : 4;
@@ -199,8 +202,9 @@ bool bounds_pay(const SelectParams& p) {
 
 int bounds_bits(const SelectParams& p) {
 #if defined(SPARSE_ATTN_AMX)
-    (void)p;
-    return kTileBits;
+    // bfloat16 itself is not rounded; of other numbers tiles leave some keys more than pairs.
+    const bool much = p.key_length >= 1024 && p.key_length >= 32 * p.top_k;
+    return p.dtype == DType::kBFloat16 || much ? kTileBits : kPairBits;
 #elif defined(__AVX512VNNI__)
     return p.key_length >= kBytesOfBudget * p.top_k ? kByteBits : kPairBits;
 #else

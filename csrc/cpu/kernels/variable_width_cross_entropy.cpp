@@ -32,9 +32,12 @@ void project_of(const CrossEntropyParams& p, int64_t b, int64_t block, void* mem
     }
     pack_rows<S>(band.projected + block * kTokenBlock * steps<S>(width), projected, tokens, stride, width,
                  int64_t{1});
-    if (band.projected_cols)
-        pack_cols<S>(band.projected_cols + block * steps<S>(kTokenBlock) * padded, projected, tokens, stride,
-                     width, int64_t{1});
+    if (!band.projected_cols) return;
+    float* cols = band.projected_cols + block * steps<S>(kTokenBlock) * padded;
+    if constexpr (kTiled<S>)
+        pack_rows<S>(cols, projected, width, int64_t{1}, tokens, stride);
+    else
+        pack_cols<S>(cols, projected, tokens, stride, width, int64_t{1});
 }
 
 void cross_entropy_project(const CrossEntropyParams& p, int64_t band, int64_t block, void* scratch) {
@@ -95,10 +98,10 @@ void forward_block(const CrossEntropyParams& p, ClassTile tile, int64_t segment,
             Vec total[2] = {zero(), zero()};
             int64_t j = 0;
             for (; j + W < classes; j += 2 * W) {
-                total[0] = total[0] + exp(load(row + j) - broadcast(peak));
-                total[1] = total[1] + exp(load(row + j + W) - broadcast(peak));
+                total[0] = total[0] + exp_for<S>(load(row + j) - broadcast(peak));
+                total[1] = total[1] + exp_for<S>(load(row + j + W) - broadcast(peak));
             }
-            if (j < classes) total[0] = total[0] + exp(load(row + j) - broadcast(peak));
+            if (j < classes) total[0] = total[0] + exp_for<S>(load(row + j) - broadcast(peak));
             p.partial_sum[at + i] = p.partial_sum[at + i] * exp_of(before - peak) + sum(total[0] + total[1]);
             p.partial_max[at + i] = peak;
         }

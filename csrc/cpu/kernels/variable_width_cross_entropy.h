@@ -9,7 +9,7 @@
 
 namespace sparse_attn {
 
-constexpr int64_t kTokenBlock = 192;    // a multiple of every instruction set's tile rows (12, 6, 4)
+constexpr int64_t kTokenBlock = 192;    // a multiple of every instruction set's tile rows (32, 12, 6, 4)
 constexpr int64_t kClassTile = 256;     // classes of the widest tile
 constexpr int64_t kVocabSegments = 64;  // at most so many partial log-sum-exps per token
 
@@ -18,8 +18,8 @@ struct CrossEntropyBand {
     const void* projection;  // [D, w], contiguous, or null: w = D and the hidden state itself is used
     int64_t rows, width;     // n, w
     int64_t first;           // class number of row 0
-    float* projected;        // packed blocks of projected hidden states, as rows of A: N · w padded
-    float* projected_cols;   // the same as columns of B, for the backward, or null
+    float* projected;        // packed blocks of projected hidden states, as rows of A: N · w, both padded
+    float* projected_cols;   // the same as columns of B (of tiles rows of A) for the backward, or null
     float* grad_projected;   // [N padded, w padded], backward
     void* grad_table;        // [n, w], backward
     void* grad_projection;   // [D, w], backward, or null

@@ -12,7 +12,7 @@ struct BackwardScratch {
     float* by_class;    // Pairs: and again, [kTokenBlock / 2, kLogitStride] pairs of tokens
     float* rows;        // the tile's rows as columns of B: depth is the width
     float* rows_deep;   // and again: depth is the class
-    float* grad_table;  // [classes padded, width padded]
+    float* grad_table;  // [classes padded, width padded]; of tiles [width padded, classes padded]
 };
 SPARSE_ATTN_INLINE BackwardScratch backward_scratch(const CrossEntropyParams& p, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
@@ -41,6 +41,7 @@ void cross_entropy_backward_begin(const CrossEntropyParams& p, ClassTile tile, v
 }
 
 // logits → d loss / d logit, in place. What stands behind the tile's tokens and classes reaches no result.
+template <class S>
 inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t block, float* logits,
                           int64_t begin, int64_t end) {
     constexpr int W = Vec::W;
@@ -50,7 +51,7 @@ inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t b
         const int64_t n = block * kTokenBlock + i, target = p.target[n] - first;
         const Vec lse = broadcast(p.lse[n]), scale = broadcast(p.softmax_scale[n]);
         close_row(row, classes);
-        for (int64_t j = 0; j < classes; j += W) store(row + j, exp(load(row + j) - lse) * scale);
+        for (int64_t j = 0; j < classes; j += W) store(row + j, exp_for<S>(load(row + j) - lse) * scale);
         // Not the scale alone: 0 times an incoming gradient of NaN is NaN, and there are no weights then.
         if (p.class_weight != nullptr && p.smooth_scale[n] != 0.0f) {
             const Vec smooth = broadcast(-p.smooth_scale[n]);
@@ -66,6 +67,11 @@ inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t b
 // even; behind the last token and the last class stands what the other operand's zeros meet: a number, never
 // NaN of another token.
 inline void pair_up(const BackwardScratch& s, int64_t classes, int64_t begin, int64_t end) {
+    if constexpr (kTiled<Pairs>) {  // whole tiles
+        for (int64_t i = end; i < round_up(end, Pairs::kRows); ++i)
+            for (int64_t j = 0; j < round_up(classes, kTileCols); ++j) s.logits[i * kLogitStride + j] = 0.0f;
+        end = round_up(end, Pairs::kRows), classes = round_up(classes, kTileCols);
+    }
     for (int64_t i = begin; i < end; i += 2) {
         const float *even = s.logits + i * kLogitStride, *odd = even + kLogitStride;
         uint16_t* by_token = reinterpret_cast<uint16_t*>(s.by_token) + i * kLogitStride;
@@ -87,6 +93,18 @@ inline void pair_up(const BackwardScratch&, int64_t, int64_t, int64_t) {}
 template <bool kAdd, class S>
 inline void add_table_gradient(const BackwardScratch& s, const float* projected, int64_t classes,
                                int64_t padded, int64_t words) {
+#if defined(SPARSE_ATTN_AMX)
+    // What stands by class is a right operand: the gradient's transpose.
+    if constexpr (kTiled<S>) {
+        const int64_t stride = round_up(classes, kTileCols);
+        const Session<S> session;
+        for (int64_t i = 0; i < padded; i += S::kRows)
+            for (int64_t v = 0; v < classes; v += kTileCols)
+                multiply_tiles<kAdd>(s.grad_table + i * stride + v, stride, projected + i * words, words,
+                                     s.by_class + v, words, kLogitStride);
+        return;
+    }
+#endif
     const float* from = S::kDepth == 1 ? s.logits : s.by_class;
     for (int64_t j = 0; j < padded; j += kTileCols)
         for (int64_t v = 0; v < classes; v += kTileRows)
@@ -99,7 +117,7 @@ void backward_scores(const CrossEntropyParams& p, ClassTile tile, int64_t block,
     const CrossEntropyBand& band = p.bands[tile.band];
     const int64_t padded = round_up(band.width, kTileCols), classes = tile.end - tile.begin;
     tile_logits<S>(p, tile, block, s.rows, s.logits, [&](int64_t begin, int64_t end) {
-        differentiate(p, tile, block, s.logits, begin, end);
+        differentiate<S>(p, tile, block, s.logits, begin, end);
         if (S::kDepth == 2) pair_up(s, classes, begin, end);
     });
     const float* projected = band.projected_cols + block * steps<S>(kTokenBlock) * padded;
@@ -121,8 +139,9 @@ inline void add_hidden_gradient(const BackwardScratch& s, float* grad, int64_t t
                                 int64_t words) {
     constexpr int kStride = kLogitStride / S::kDepth;
     const float* from = S::kDepth == 1 ? s.logits : s.by_token;
+    [[maybe_unused]] const Session<S> session;
     for (int64_t j = 0; j < padded; j += kTileCols)
-        for (int64_t i = 0; i < tokens; i += kTileRows)
+        for (int64_t i = 0; i < tokens; i += S::kRows)
             gemm_tile<kStride, 1, kAdd, S>(grad + i * padded + j, padded, from + i * kStride,
                                            s.rows_deep + j * words, words);
 }
@@ -142,18 +161,23 @@ void cross_entropy_backward_hidden(const CrossEntropyParams& p, ClassTile tile, 
     });
 }
 
-template <class T>
-void end_of(const CrossEntropyParams& p, ClassTile tile, const float* grad) {
+template <class T, class S>
+void end_of(const CrossEntropyParams& p, ClassTile tile, const BackwardScratch& s) {
     const CrossEntropyBand& band = p.bands[tile.band];
-    const int64_t padded = round_up(band.width, kTileCols);
-    for (int64_t v = tile.begin; v < tile.end; ++v)
-        store_row(static_cast<T*>(band.grad_table) + v * band.width, grad + (v - tile.begin) * padded,
-                  band.width);
+    const int64_t padded = round_up(band.width, kTileCols), stride = round_up(tile.end - tile.begin, kTileCols);
+    for (int64_t v = tile.begin; v < tile.end; ++v) {
+        const float* grad = s.grad_table + (v - tile.begin) * padded;
+        if constexpr (kTiled<S>) {
+            for (int64_t i = 0; i < band.width; ++i) s.rows[i] = s.grad_table[i * stride + v - tile.begin];
+            grad = s.rows;
+        }
+        store_row(static_cast<T*>(band.grad_table) + v * band.width, grad, band.width);
+    }
 }
 
 void cross_entropy_backward_end(const CrossEntropyParams& p, ClassTile tile, void* scratch) {
-    const float* grad = backward_scratch(p, scratch).grad_table;
-    with_types(p, [&]<class T, class S>() { end_of<T>(p, tile, grad); });
+    const BackwardScratch s = backward_scratch(p, scratch);
+    with_types(p, [&]<class T, class S>() { end_of<T, S>(p, tile, s); });
 }
 
 // ---- from the projected hidden states back

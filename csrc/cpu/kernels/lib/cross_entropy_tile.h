@@ -31,7 +31,7 @@ SPARSE_ATTN_INLINE int64_t most_elements(const CrossEntropyParams& p) {
     int64_t most = 0;
     for (int64_t b = 0; b < p.band_count; ++b) {
         const int64_t width = round_up(p.bands[b].width, kTileCols);
-        const int64_t classes = round_up(classes_of(p.bands[b].width), kTileCols) + kTileRows;
+        const int64_t classes = round_up(classes_of(p.bands[b].width), kTileCols) + kTileCols;
         most = maximum(most, width * classes);
     }
     return most;
@@ -63,12 +63,19 @@ inline void tile_logits(const CrossEntropyParams& p, ClassTile tile, int64_t blo
     const int64_t words = steps<S>(band.width), tokens = block_rows(p, block),
                   classes = tile.end - tile.begin;
     const float* a = band.projected + block * kTokenBlock * words;
-    for (int64_t i = 0; i < tokens; i += kTileRows) {
+    [[maybe_unused]] const Session<S> session;
+    for (int64_t i = 0; i < tokens; i += S::kRows) {
         for (int64_t j = 0; j < classes; j += kTileCols)
             gemm_tile<1, kTileRows, false, S>(logits + i * kLogitStride + j, kLogitStride, a + i * words,
                                               rows + j * words, words);
-        finish(i, minimum(i + kTileRows, tokens));
+        finish(i, minimum<int64_t>(i + S::kRows, tokens));
     }
+}
+
+// e^x as exactly as numbers multiplied by S are.
+template <class S>
+SPARSE_ATTN_INLINE Vec exp_for(Vec x) {
+    return S::kDepth == 2 ? rough_exp(x) : exp(x);
 }
 
 // −inf behind the last class up to a whole vector: such a class weighs nothing.

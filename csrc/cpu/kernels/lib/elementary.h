@@ -32,6 +32,23 @@ SPARSE_ATTN_INLINE Vec exp(Vec x) {
     return where(not_le(x, broadcast(kLowest)), scale_by_power(p, n), zero());
 }
 
+// e^x to a relative 4e-6, in half the time: for what is rounded to bfloat16 afterwards. x as small as −inf; NaN stays
+// NaN.
+SPARSE_ATTN_INLINE Vec rough_exp(Vec x) {
+#if defined(__AVX512F__)
+    // 2^t = 2^⌊t⌋ · 2^r with r in [0, 1); minimax.
+    const Vec t = x * broadcast(1.44269504f), r = {_mm512_maskz_reduce_ps(0xffff, t.v, 0x09)};
+    Vec p = broadcast(1.353412e-2f);
+    p = fma(p, r, broadcast(5.201148e-2f));
+    p = fma(p, r, broadcast(0.2414428f));
+    p = fma(p, r, broadcast(0.69300381f));
+    p = fma(p, r, broadcast(1.0000026f));
+    return scale_by_power(p, t);  // of a power its whole part counts
+#else
+    return exp(x);
+#endif
+}
+
 // tanh x to about two units in the last place, near 0 too; ±1 from ±10 on; NaN stays NaN.
 SPARSE_ATTN_INLINE Vec tanh(Vec x) {
     // With m = e^y − 1, y = −2|x|: m / (m + 2) = −tanh |x|; m near 0 is not a difference of two large

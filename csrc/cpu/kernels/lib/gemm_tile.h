@@ -5,9 +5,11 @@
 //   packed A  [M / kTileRows groups][K][kTileRows]
 //   packed B  [N / kTileCols panels][K][kTileCols]
 //
-// What stands there is float32 and K the depth, or (Pairs below) two bfloat16 and K half the depth.
+// What stands there is float32 and K the depth, or (Pairs below) two bfloat16 and K half the depth. With AMX a product
+// of pairs is one of its tiles, two by two: rows of A stand one after another there, and K is a multiple of 16.
 #pragma once
 
+#include "amx.h"
 #include "convert.h"
 #include "scratch.h"
 
@@ -29,7 +31,7 @@ SPARSE_ATTN_INLINE int64_t padded_cols(int64_t cols) {
 
 // One step of a product: floats …
 struct Singles {
-    static constexpr int kDepth = 1;
+    static constexpr int kDepth = 1, kWordStep = 1, kRows = kTileRows;
     // Element k, k + 1, … of a column, of which `left` are there, as one word of a packed operand.
     template <class T>
     static SPARSE_ATTN_INLINE float word(const T* from, int64_t, int64_t /* left */) {
@@ -43,8 +45,14 @@ struct Singles {
 // … or pairs of bfloat16: twice the multiply-adds an instruction, summed in float32.
 struct Pairs {
     static constexpr int kDepth = 2;
+#if defined(SPARSE_ATTN_AMX)
+    static constexpr int kWordStep = 16, kRows = 32;
+#else
+    static constexpr int kWordStep = 1, kRows = kTileRows;
+#endif
     template <class T>
     static SPARSE_ATTN_INLINE float word(const T* from, int64_t stride, int64_t left) {
+        if (left <= 0) return 0.0f;
         const uint32_t high = left > 1 ? round_to_bfloat16(to_float(from[stride])) : 0u;
         return float_of(high << 16 | round_to_bfloat16(to_float(*from)));
     }
@@ -55,10 +63,14 @@ struct Pairs {
 #else
 using Pairs = Singles;
 #endif
+// Whether products are tiles of AMX.
+template <class S>
+constexpr bool kTiled = S::kWordStep > 1;
+
 // Words of `depth` numbers.
 template <class S>
 SPARSE_ATTN_INLINE int64_t steps(int64_t depth) {
-    return (depth + S::kDepth - 1) / S::kDepth;
+    return round_up((depth + S::kDepth - 1) / S::kDepth, S::kWordStep);
 }
 
 // Elements of packed A and packed B.
@@ -101,7 +113,16 @@ inline void pack_panels(float* to, int64_t width, const T* from, int64_t count, 
 template <class S = Singles, class T>
 SPARSE_ATTN_INLINE void pack_rows(float* to, const T* from, int64_t rows, int64_t row_stride, int64_t depth,
                                   int64_t depth_stride) {
-    pack_panels<S>(to, kTileRows, from, rows, row_stride, depth, depth_stride);
+    if constexpr (kTiled<S>) {
+        const int64_t words = steps<S>(depth), padded = round_up(rows, S::kRows);
+        for (int64_t i = 0; i < padded; ++i)
+            for (int64_t k = 0; k < words; ++k)
+                to[i * words + k] =
+                    S::word(from + i * row_stride + k * S::kDepth * depth_stride, depth_stride,
+                            i < rows ? depth - k * S::kDepth : 0);
+    } else {
+        pack_panels<S>(to, kTileRows, from, rows, row_stride, depth, depth_stride);
+    }
 }
 // B: depth × cols, element (k, j) at k·depth_stride + j·col_stride.
 template <class S = Singles, class T>
@@ -138,10 +159,61 @@ SPARSE_ATTN_INLINE void multiply_tile(float* c, int64_t ldc, const float* a, int
         }
 }
 
-// With strides of A that are known at compile time, and packed B.
+#if defined(SPARSE_ATTN_AMX)
+// The same of 2 × 2 tiles: A(r, k) at a[r·a_row + k]. Somebody holds Tiles(16).
+template <bool kAdd>
+SPARSE_ATTN_INLINE void multiply_tiles(float* c, int64_t ldc, const float* a, int64_t a_row, const float* b,
+                                       int64_t words, int64_t ldb = kTileCols) {
+    static_assert(kTileCols == 32);
+    const int64_t c_bytes = ldc * 4, a_bytes = a_row * 4, b_bytes = ldb * 4;
+    if constexpr (kAdd) {
+        tile_load<0>(c, c_bytes);
+        tile_load<1>(c + 16, c_bytes);
+        tile_load<2>(c + 16 * ldc, c_bytes);
+        tile_load<3>(c + 16 * ldc + 16, c_bytes);
+    } else {
+        tile_zero<0>();
+        tile_zero<1>();
+        tile_zero<2>();
+        tile_zero<3>();
+    }
+    for (int64_t k = 0; k < words; k += 16) {
+        tile_load<4>(a + k, a_bytes);
+        tile_load<6>(b + k * ldb, b_bytes);
+        tile_multiply_add<0, 4, 6>();
+        tile_load<7>(b + k * ldb + 16, b_bytes);
+        tile_multiply_add<1, 4, 7>();
+        tile_load<5>(a + 16 * a_row + k, a_bytes);
+        tile_multiply_add<2, 5, 6>();
+        tile_multiply_add<3, 5, 7>();
+    }
+    tile_store<0>(c, c_bytes);
+    tile_store<1>(c + 16, c_bytes);
+    tile_store<2>(c + 16 * ldc, c_bytes);
+    tile_store<3>(c + 16 * ldc + 16, c_bytes);
+}
+#endif
+
+// What products of pairs need of this thread for as long as it lives.
+template <class S>
+struct Session {
+#if defined(SPARSE_ATTN_AMX)
+    Tiles tiles{16};
+#endif
+};
+template <>
+struct Session<Singles> {};
+
+// With strides of A that are known at compile time (1 and kTileRows: packed A), and packed B.
 template <int kRowStride, int kDepthStride, bool kAdd, class S = Singles>
 __attribute__((noinline)) void gemm_tile(float* c, int64_t ldc, const float* a, const float* b,
                                          int64_t depth) {
+#if defined(SPARSE_ATTN_AMX)
+    if constexpr (kTiled<S>) {
+        static_assert(kDepthStride == 1 || kRowStride == 1);
+        return multiply_tiles<kAdd>(c, ldc, a, kDepthStride == 1 ? kRowStride : depth, b, depth);
+    }
+#endif
     multiply_tile<kAdd, S>(c, ldc, a, kRowStride, kDepthStride, b, kTileCols, depth);
 }
 
