@@ -143,6 +143,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("gather_backward"), py::arg("tile_key_backward"), py::arg("tile_backward"),
         "Changes them for this process.");
     m.def(
+        "backward_tiles_pay",
+        [](int64_t first, int64_t keys, int64_t top_k, int64_t width) {
+            return sparse_attn::backward_tiles_pay(sparse_attn::tile_costs(), first, keys, top_k, width);
+        },
+        py::arg("first"), py::arg("keys"), py::arg("top_k"), py::arg("width"),
+        "Whether the gradient of queries that see from `first` to `keys` keys is cheaper by tiles; width is "
+        "D + "
+        "Dv.");
+    m.def(
         "tiles_pay",
         [](int64_t visible, int64_t top_k, int64_t head_dim, int64_t value_dim) {
             return sparse_attn::tiles_pay(sparse_attn::tile_costs(), visible, top_k, head_dim, value_dim);

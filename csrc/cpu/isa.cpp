@@ -68,8 +68,8 @@ Choice choose() {
     SPARSE_ATTN_EACH_ISA(SPARSE_ATTN_OFFER, )
 #undef SPARSE_ATTN_OFFER
     if (cap != nullptr && !capped)
-        throw std::runtime_error("SPARSE_ATTN_CPU_ISA must be generic, avx2, avx512, avx512_bf16 or amx, got " +
-                                 std::string(cap));
+        throw std::runtime_error(
+            "SPARSE_ATTN_CPU_ISA must be generic, avx2, avx512, avx512_bf16 or amx, got " + std::string(cap));
     return best;
 }
 

@@ -21,23 +21,23 @@ SPARSE_ATTN_EXPORT const char* isa_name();
 }  // namespace sparse_attn::cpu
 
 // Weak: a set that has kernels for some ops alone leaves the others to the set below it.
-#define SPARSE_ATTN_DECLARE_FIND(isa, op, ...)                \
-    namespace isa {                                           \
-    [[gnu::weak]] void find_##op(const __VA_ARGS__*&);        \
+#define SPARSE_ATTN_DECLARE_FIND(isa, op, ...)         \
+    namespace isa {                                    \
+    [[gnu::weak]] void find_##op(const __VA_ARGS__*&); \
     }
 #define SPARSE_ATTN_NAME_FIND(isa, op) isa::find_##op,
 
 // Outside of all namespaces: makes cpu::op_kernels(), the table of type `…` that cpu/kernels fills.
-#define SPARSE_ATTN_FIND_KERNELS(op, ...)                                                            \
-    namespace sparse_attn::cpu {                                                                     \
-    SPARSE_ATTN_EACH_ISA(SPARSE_ATTN_DECLARE_FIND, op, __VA_ARGS__)                                  \
-    inline const __VA_ARGS__& op##_kernels() {                                                       \
-        using Table = const __VA_ARGS__;                                                             \
-        static void (*const kFind[])(Table*&) = {SPARSE_ATTN_EACH_ISA(SPARSE_ATTN_NAME_FIND, op)};   \
-        int at = static_cast<int>(isa());                                                            \
-        while (kFind[at] == nullptr) --at;                                                           \
-        Table* table = nullptr;                                                                      \
-        kFind[at](table);                                                                            \
-        return *table;                                                                               \
-    }                                                                                                \
+#define SPARSE_ATTN_FIND_KERNELS(op, ...)                                                          \
+    namespace sparse_attn::cpu {                                                                   \
+    SPARSE_ATTN_EACH_ISA(SPARSE_ATTN_DECLARE_FIND, op, __VA_ARGS__)                                \
+    inline const __VA_ARGS__& op##_kernels() {                                                     \
+        using Table = const __VA_ARGS__;                                                           \
+        static void (*const kFind[])(Table*&) = {SPARSE_ATTN_EACH_ISA(SPARSE_ATTN_NAME_FIND, op)}; \
+        int at = static_cast<int>(isa());                                                          \
+        while (kFind[at] == nullptr) --at;                                                         \
+        Table* table = nullptr;                                                                    \
+        kFind[at](table);                                                                          \
+        return *table;                                                                             \
+    }                                                                                              \
     }

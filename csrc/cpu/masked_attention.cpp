@@ -3,7 +3,9 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <mutex>
+#include <optional>
 
 #include "cpu/kernels/gathered_attention.h"
 
@@ -13,22 +15,37 @@ namespace sparse_attn {
 
 // ---- the choice
 
-// Measured on an EPYC (Zen 3, AVX2); `sparse-attn bench --calibrate` measures another machine.
-static TileCosts costs_in_use = {
-    .gather = 0.13,
-    .candidate = 3.5,
-    .tile_key = 1.8,
-    .tile = 0.028,
-    .gather_backward = 0.42,
-    .tile_key_backward = 0.6,
-    .tile_backward = 0.08,
-};
+// Measured on an EPYC (Zen 3, AVX2) and, of CPUs with tiles, on a Xeon (AVX-512 at 2.6 GHz);
+// `sparse-attn bench --calibrate` measures another machine.
+static TileCosts usual_costs() {
+    if (std::strcmp(cpu::isa_name(), "amx") == 0)
+        return {
+            .gather = 0.076,
+            .candidate = 1.32,
+            .tile_key = 1.23,
+            .tile = 0.0152,
+            .gather_backward = 0.188,
+            .tile_key_backward = 0.876,
+            .tile_backward = 0.0384,
+        };
+    return {
+        .gather = 0.13,
+        .candidate = 3.5,
+        .tile_key = 1.8,
+        .tile = 0.028,
+        .gather_backward = 0.42,
+        .tile_key_backward = 0.6,
+        .tile_backward = 0.08,
+    };
+}
+static std::optional<TileCosts> costs_in_use;
 static std::mutex costs_lock;
 static std::atomic<Ways> ways{Ways::kAuto};
 
 TileCosts tile_costs() {
     const std::lock_guard<std::mutex> guard(costs_lock);
-    return costs_in_use;
+    if (!costs_in_use) costs_in_use = usual_costs();
+    return *costs_in_use;
 }
 
 void set_tile_costs(const TileCosts& costs) {
@@ -63,6 +80,20 @@ bool tiles_pay_for(const TileCosts& c, int64_t named, int64_t span, int64_t widt
     const double components = static_cast<double>(width);
     return static_cast<double>(span) * (c.tile_key + c.tile * components) <=
            static_cast<double>(named) * components * c.gather;
+}
+
+bool backward_tiles_pay(const TileCosts& c, int64_t first, int64_t keys, int64_t top_k, int64_t width) {
+    const Ways which = ways;
+    if (which != Ways::kAuto) return which == Ways::kTiles && keys > 0;
+    // Without FMA each step of the tiles' long sums rounds twice.
+    if (keys < kFewKeys || cpu::isa() == cpu::Isa::generic) return false;
+    const double least = static_cast<double>(first), most = static_cast<double>(keys),
+                 kept = static_cast<double>(std::min(keys, top_k));
+    // Of rows that see fewer keys than they may keep all keys count.
+    const double whole = least >= kept ? 0.0 : most <= kept ? 1.0 : (kept - least) / (most - least);
+    const double named = whole * (least + kept) / 2 + (1.0 - whole) * kept;
+    return (least + most) / 2 * (c.tile_key_backward + c.tile_backward * static_cast<double>(width)) <=
+           named * static_cast<double>(width) * c.gather_backward;
 }
 
 // ---- values
@@ -189,35 +220,41 @@ void some_rows(const AttendParams& a, const Use& use) {
 
 }  // namespace
 
-bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel) {
-    const int64_t words = bit_words(a.key_length), rows = a.batch * a.groups * a.query_length, chunk = 64;
-    std::atomic<bool> once{true};
-    for_each_task(blocks(rows, chunk), 64, parallel, [&](int64_t n, char*) {
-        for (int64_t row = n * chunk; row < std::min(rows, (n + 1) * chunk); ++row) {
-            const int64_t list = row / a.query_length;
-            const Strides& s = a.indices_strides;
-            const int32_t* indices =
-                a.indices + list / a.groups * s.b + list % a.groups * s.h + row % a.query_length * s.t;
-            uint32_t *to = bits + row * words, twice = 0;
-            std::fill(to, to + words, 0u);
-            // Neighbours in a row are mostly of one word, which is kept at hand.
-            int64_t at = 0;
-            uint32_t word = 0;
-            for (int64_t i = 0; i < a.slots; ++i) {
-                const int64_t key = indices[i];
-                if (key < 0 || key >= a.key_length) continue;
-                if (key / 32 != at) {
-                    to[at] = word;
-                    at = key / 32;
-                    word = to[at];
-                }
-                const uint32_t bit = 1u << (key % 32);
-                twice |= word & bit;
-                word |= bit;
+bool bits_of_rows(const AttendParams& a, int64_t list, cpu::Range queries, uint32_t* bits) {
+    const int64_t words = bit_words(a.key_length);
+    const Strides& s = a.indices_strides;
+    uint32_t twice = 0;
+    for (int64_t row = queries.begin; row < queries.end; ++row) {
+        const int32_t* indices = a.indices + list / a.groups * s.b + list % a.groups * s.h + row * s.t;
+        uint32_t* to = bits + (list * a.query_length + row) * words;
+        std::fill(to, to + words, 0u);
+        // Neighbours in a row are mostly of one word, which is kept at hand.
+        int64_t at = 0;
+        uint32_t word = 0;
+        for (int64_t i = 0; i < a.slots; ++i) {
+            const int64_t key = indices[i];
+            if (key < 0 || key >= a.key_length) continue;
+            if (key / 32 != at) {
+                to[at] = word;
+                at = key / 32;
+                word = to[at];
             }
-            if (words > 0) to[at] = word;
-            if (twice) once = false;
+            const uint32_t bit = 1u << (key % 32);
+            twice |= word & bit;
+            word |= bit;
         }
+        if (words > 0) to[at] = word;
+    }
+    return twice == 0;
+}
+
+bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel) {
+    const int64_t chunk = 64, per_list = blocks(a.query_length, chunk);
+    std::atomic<bool> once{true};
+    for_each_task(a.batch * a.groups * per_list, 64, parallel, [&](int64_t n, char*) {
+        const int64_t first = n % per_list * chunk;
+        if (!bits_of_rows(a, n / per_list, {first, std::min(a.query_length, first + chunk)}, bits))
+            once = false;
     });
     return once;
 }

@@ -51,6 +51,8 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices);
 
 // [B, G, Tq, bit_words(Tk)] bits of the indices; false where a row names a key twice.
 bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel);
+// Those of the rows `queries` of list b · G + g alone.
+bool bits_of_rows(const AttendParams& a, int64_t list, cpu::Range queries, uint32_t* bits);
 
 // The tiles of that backward, whose p.bits are there. `then` is called when the rows are prepared.
 using TilesPrepared = std::function<void(MaskedBackwardParams&)>;

@@ -26,6 +26,11 @@ SPARSE_ATTN_EXPORT void set_tile_costs(const TileCosts&);
 SPARSE_ATTN_EXPORT bool tiles_pay(const TileCosts&, int64_t visible, int64_t top_k, int64_t head_dim,
                                   int64_t value_dim);
 
+// Whether the gradient of queries that see from `first` to all `keys` keys, each one key more or so, is
+// cheaper by tiles; `width` is D + Dv.
+SPARSE_ATTN_EXPORT bool backward_tiles_pay(const TileCosts&, int64_t first, int64_t keys, int64_t top_k,
+                                           int64_t width);
+
 enum class Ways { kAuto, kGather, kTiles };  // by cost; always the one or the other, where it can be
 SPARSE_ATTN_EXPORT void use_tiles(Ways);
 SPARSE_ATTN_EXPORT Ways tiles_used();

@@ -1,6 +1,8 @@
 // topk_attention on the CPU: selection and attention of a block of queries in one task.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+
 #include "cpu/kernels/gathered_attention.h"
 #include "cpu/masked_attention.h"
 #include "cpu/packed.h"
@@ -49,11 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_cpu(Tensor query, Tensor key, 
 }
 
 // The same output and LSE where nobody asks for the indices: dense tiles need none, and 4·K bytes a row are
-// more to write than all the rest where K is large.
-std::tuple<Tensor, Tensor> topk_attention_output_cpu(Tensor query, Tensor key, Tensor value, int64_t top_k,
-                                                     SPARSE_ATTN_RULE_PARAMETERS) {
-    const char* op = "topk_attention_output.cpu";
-    check_qkv(op, query, key, &value);
+// more to write than all the rest where K is large. The selection's bits, a bit a key, where they are wanted.
+std::tuple<Tensor, Tensor> attend_without_indices(const char* op, Tensor query, Tensor key, Tensor value,
+                                                  int64_t top_k, uint32_t* bits,
+                                                  SPARSE_ATTN_RULE_PARAMETERS) {
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     Selection s;
@@ -67,8 +68,12 @@ std::tuple<Tensor, Tensor> topk_attention_output_cpu(Tensor query, Tensor key, T
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     std::vector<uint8_t> done;
     p.indices = nullptr;
-    if (!attend_by_tiles(s, a, nullptr, done)) {
+    if (!attend_by_tiles(s, a, bits, done)) {
         const auto all = topk_attention_cpu(query, key, value, top_k, SPARSE_ATTN_RULE_ARGUMENTS);
+        if (bits) {
+            set_indices(a, op, std::get<2>(all));
+            bits_of_indices(a, bits, s.parallel);
+        }
         return {std::get<0>(all), std::get<1>(all)};
     }
     // The others keep few keys or see few: their rows of indices need not be longer than that.
@@ -92,8 +97,70 @@ std::tuple<Tensor, Tensor> topk_attention_output_cpu(Tensor query, Tensor key, T
     select_rest(s, attend.scratch_bytes(a), &done,
                 [&](int64_t b, int64_t group, cpu::Range queries, char* scratch) {
                     attend.run(a, {b, {group, group + 1}, queries}, scratch);
+                    if (bits) bits_of_rows(a, b * a.groups + group, queries, bits);
                 });
     return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> topk_attention_output_cpu(Tensor query, Tensor key, Tensor value, int64_t top_k,
+                                                     SPARSE_ATTN_RULE_PARAMETERS) {
+    const char* op = "topk_attention_output.cpu";
+    check_qkv(op, query, key, &value);
+    return attend_without_indices(op, query, key, value, top_k, nullptr, SPARSE_ATTN_RULE_ARGUMENTS);
+}
+
+// And the selection, int32 [B, G, Tq, ⌈Tk / 32⌉]: what a gradient by tiles needs, in Tk / 8 bytes a row.
+std::tuple<Tensor, Tensor, Tensor> topk_attention_bits_cpu(Tensor query, Tensor key, Tensor value,
+                                                           int64_t top_k, SPARSE_ATTN_RULE_PARAMETERS) {
+    const char* op = "topk_attention_bits.cpu";
+    check_qkv(op, query, key, &value);
+    Selection s;
+    prepare_selection(s, op, query, key, top_k, {SPARSE_ATTN_RULE_ARGUMENTS});
+    const SelectParams& p = s.params;
+    Tensor bits = torch::stable::new_empty(
+        query, {p.batch, p.rule.groups, p.query_length, bit_words(p.key_length)}, ScalarType::Int);
+    auto* words = static_cast<uint32_t*>(bits.mutable_data_ptr());
+    if (bits.numel()) std::memset(words, 0, bits.numel() * 4);
+    const auto found =
+        attend_without_indices(op, query, key, value, top_k, words, SPARSE_ATTN_RULE_ARGUMENTS);
+    return {std::get<0>(found), std::get<1>(found), bits};
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk_attention_bits_backward_cpu(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor bits,
+    Tensor out, Tensor lse, double scale, double softcap, std::optional<Tensor> sink_logits) {
+    const char* op = "topk_attention_bits_backward.cpu";
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    lse = torch::stable::contiguous(lse);
+    bits = torch::stable::contiguous(bits);
+    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+    MaskedBackwardParams p{};
+    AttendParams& f = p.forward;
+    f = attend_params(op, query, key, value, scale, softcap, sink_logits);
+    const bool fits = bits.dim() == 4 && bits.scalar_type() == ScalarType::Int && bits.size(0) == f.batch &&
+                      bits.size(1) == f.heads && bits.size(2) == f.query_length &&
+                      bits.size(3) == bit_words(f.key_length);
+    STD_TORCH_CHECK(fits, op, ": bits must be int32 [B, Hq, Tq, ceil(Tk / 32)]; got ", shape_of(bits));
+    f.groups = f.heads;
+    check_gradients(op, f, grad_out, grad_lse, lse);
+    check_out(op, f, query, out);
+    Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
+    Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
+    Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
+    if (f.batch == 0) return {grad_query, grad_key, grad_value};
+    f.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.bits = static_cast<const uint32_t*>(bits.const_data_ptr());
+    p.out = out.const_data_ptr(), p.out_strides = strides_of(out);
+    p.grad_out = grad_out.const_data_ptr(), p.grad_out_strides = strides_of(grad_out);
+    p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+    p.grad_query = grad_query.mutable_data_ptr();
+    p.grad_key = grad_key.mutable_data_ptr();
+    p.grad_value = grad_value.mutable_data_ptr();
+    walk_tiles(p, worth_threads(static_cast<double>(f.batch * f.heads) * f.query_length * f.key_length *
+                                (f.head_dim + f.value_dim)));
+    return {grad_query, grad_key, grad_value};
 }
 
 }  // namespace
@@ -105,8 +172,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "topk_attention_output.cpu(Tensor query, Tensor key, Tensor value, SymInt "
         "top_k, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
+    m.def(
+        "topk_attention_bits.cpu(Tensor query, Tensor key, Tensor value, SymInt "
+        "top_k, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse, Tensor bits)");
+    m.def(
+        "topk_attention_bits_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+        "Tensor "
+        "value, Tensor bits, Tensor out, Tensor lse, float scale, float softcap, Tensor? sink_logits) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("topk_attention.cpu", TORCH_BOX(&sparse_attn::topk_attention_cpu));
     m.impl("topk_attention_output.cpu", TORCH_BOX(&sparse_attn::topk_attention_output_cpu));
+    m.impl("topk_attention_bits.cpu", TORCH_BOX(&sparse_attn::topk_attention_bits_cpu));
+    m.impl("topk_attention_bits_backward.cpu", TORCH_BOX(&sparse_attn::topk_attention_bits_backward_cpu));
 }

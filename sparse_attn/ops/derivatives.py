@@ -150,6 +150,12 @@ def derivatives_wanted(arguments: Sequence[Any]) -> bool:
     return is_dynamo_compiling() or torch._C._are_functorch_transforms_active() or _wanted(arguments)
 
 
+def only_backward_wanted(arguments: Sequence[Any]) -> bool:
+    """Whether of all derivatives autograd's reverse mode alone is wanted, outside of compiled graphs."""
+    others = is_dynamo_compiling() or torch._C._are_functorch_transforms_active()
+    return not others and forward_ad._current_level < 0 and _wanted(arguments)
+
+
 def directly(overload: Any) -> Callable:
     """The op as this package calls it: autograd's key, which is Python, costs a small call a fifth of its time."""
 

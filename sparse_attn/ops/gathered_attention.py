@@ -44,10 +44,16 @@ def backward(call: Backward) -> dict[str, Tensor]:
         grad_out, grads.lse, s.query, s.key, s.value, s.indices, s.out, s.lse, s.scale, s.softcap,
         s.sink_logits, uses_atomics(),
     )  # fmt: skip
-    of_sinks = {}
+    return named_gradients(call, found, grad_out)
+
+
+def named_gradients(call: Backward, found: tuple[Tensor, ...], grad_out: Tensor) -> dict[str, Tensor]:
+    """The gradients of query, key and value, and that of `sink_logits` where it is wanted."""
+    s, grads = call.saved, call.grads
+    named = dict(zip(("query", "key", "value"), found, strict=True))
     if call.needs["sink_logits"]:
-        of_sinks["sink_logits"] = sink_gradient(s.sink_logits, s.out, s.lse, grad_out, grads.lse)
-    return dict(zip(("query", "key", "value"), found, strict=True)) | of_sinks
+        named["sink_logits"] = sink_gradient(s.sink_logits, s.out, s.lse, grad_out, grads.lse)
+    return named
 
 
 def sink_gradient(

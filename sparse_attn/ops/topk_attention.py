@@ -14,11 +14,12 @@ from sparse_attn.ops import gathered_attention, topk_select
 from sparse_attn.ops import key_index as key_indices
 from sparse_attn.ops import tail as tails
 from sparse_attn.ops.arguments import autocast, sizes_of
-from sparse_attn.ops.declare import Forward, Op
-from sparse_attn.ops.derivatives import derivatives_wanted
+from sparse_attn.ops.declare import Backward, Forward, Op
+from sparse_attn.ops.derivatives import derivatives_wanted, only_backward_wanted
 from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.shards import on_one_process, shardable
 from sparse_attn.rule import PackedRule, Rule
+from sparse_attn.wings import extension
 from sparse_attn.wings.base import Explanation, explain_call, measured
 
 
@@ -52,6 +53,45 @@ OUTPUT = Op(
     f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}) -> (Tensor out, Tensor lse)",
     lambda query, key, value, top_k, rule: gathered_attention.fake(query, key, value),
     batch="query key value out lse",
+)
+
+# And for calls that want a gradient: the selection as bits, ⌈Tk / 32⌉ words a row, of which the gradient is made by
+# dense tiles. No forward mode; no wing must have it.
+BITS_BACKWARD = Op(
+    "topk_attention_bits_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor bits, Tensor out, "
+    "Tensor lse, float scale, float softcap, Tensor? sink_logits) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    gathered_attention.fake_gradients,
+    gradient_of="attention",
+    batch="grad_out grad_lse query key value bits out lse grad_query grad_key grad_value",
+    shared="sink_logits",
+)
+
+
+def fake_bits(query, key, value, top_k, rule: PackedRule) -> tuple[Tensor, Tensor, Tensor]:
+    bits = query.new_empty((*query.shape[:3], (key.shape[2] + 31) // 32), dtype=torch.int32)
+    return *gathered_attention.fake(query, key, value), bits
+
+
+def backward_by_bits(call: Backward) -> dict[str, Tensor]:
+    s, grads = call.saved, call.grads
+    grad_out = torch.zeros_like(s.out) if grads.out is None else grads.out
+    found = BITS_BACKWARD.on(call.wing)(
+        grad_out, grads.lse, s.query, s.key, s.value, s.bits, s.out, s.lse, s.scale, s.softcap, s.sink_logits
+    )
+    return gathered_attention.named_gradients(call, found, grad_out)
+
+
+BITS = Op(
+    "topk_attention_bits",
+    f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}) -> "
+    "(Tensor out, Tensor lse, Tensor bits)",
+    fake_bits,
+    saved="query key value bits out lse scale softcap sink_logits",
+    constant="bits",
+    backward=backward_by_bits,
+    batch="query key value out lse bits",
 )
 FEW_KEPT = 512  # csrc/cpu/masked_attention.h: calls that keep fewer keys gather them, by their indices
 
@@ -93,7 +133,23 @@ def attend_best(
         arguments = query, key, value, top_k, *packed.parts()
         if not derivatives_wanted(arguments):
             return *OUTPUT.on(wing)(*arguments), query.new_empty(0, dtype=torch.int32)
+        if BITS.has(wing) and only_backward_wanted(arguments) and _by_bits(query, key, value, top_k, rule):
+            out, lse, _ = BITS.on(wing)(*arguments)
+            return out, lse, query.new_empty(0, dtype=torch.int32)
     return OP.on(wing)(query, key, value, top_k, *packed.parts())
+
+
+def _by_bits(query: Tensor, key: Tensor, value: Tensor, top_k: int, rule: Rule) -> bool:
+    """Whether the gradient of such a call is cheaper by dense tiles, as far as its shapes tell."""
+    if rule.share != "none" or rule.attn_mask is not None:
+        return False
+    queries, keys = query.shape[2], key.shape[2]
+    first = keys  # keys that the first query sees
+    if rule.is_causal:
+        if isinstance(rule.causal_offset, Tensor):
+            return False
+        first = max(1, min(keys, (keys - queries if rule.causal_offset is None else rule.causal_offset) + 1))
+    return extension.module.backward_tiles_pay(first, keys, top_k, query.shape[3] + value.shape[3])
 
 
 def attend_all(

@@ -66,6 +66,16 @@ def gradients(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return normal(2, 4, 5, 3, dtype=query.dtype), normal(2, 4, 5), normal(2, 4, 5)
 
 
+def bits_backward(draw: Draw) -> list:
+    query, key, value, _, scale, softcap, sinks = gathered(draw)
+    grad_out, grad_lse, lse = gradients(query)
+    words = (key.shape[2] + 31) // 32
+    bits = torch.randint(-(2**31), 2**31, (*query.shape[:3], words), dtype=torch.int32)
+    out = torch.empty_like(grad_out)
+    grads = grad_out, draw.choice((grad_lse, None))
+    return [*grads, query, key, value, bits, out, lse, scale, softcap, sinks]
+
+
 def gathered_backward(draw: Draw) -> list:
     *inputs, indices, scale, softcap, sinks = gathered(draw)
     grad_out, grad_lse, lse = gradients(inputs[0])
@@ -233,6 +243,8 @@ RIGHT = {
     "topk_select": select,
     "topk_attention": attend,
     "topk_attention_output": attend,
+    "topk_attention_bits": attend,
+    "topk_attention_bits_backward": bits_backward,
     "gathered_attention": gathered,
     "gathered_attention_backward": gathered_backward,
     "tail_attention": tail,

@@ -80,6 +80,53 @@ def test_output_without_indices_has_the_same_bits(name, tiles, monkeypatch):
             torch.testing.assert_close(alone, beside, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_gradient_by_bits_is_that_by_indices(name, dtype, monkeypatch):
+    """Where nobody asks for the indices the selection is kept as bits: the same numbers, and a fraction of the memory."""
+    monkeypatch.setattr(topk_attention, "FEW_KEPT", 1)
+    query, key, value = (normal(2, h, 150, 40, seed=h, dtype=dtype) for h in (4, 2, 2))
+    options = options_for(name, query, key)
+    sinks = normal(4).requires_grad_()
+    found, kept = [], []
+    for return_indices in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+        saved = []
+        with (
+            attention_by_tiles(True),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t),
+        ):
+            out, lse, *_ = sparse_attn.topk_attention(
+                *leaves, 90, return_lse=True, return_indices=return_indices, backend="cpu",
+                **{"sink_logits": sinks, **options},
+            )  # fmt: skip
+            weight = normal(*out.shape, seed=7)
+            loss = (out * weight).float().sum() + lse.where(lse.isfinite(), 0.0).square().sum()
+            found.append((out, lse, *torch.autograd.grad(loss, (*leaves, sinks), allow_unused=True)))
+        kept.append(sum(t.nbytes for t in saved if t.dtype == torch.int32 and t.dim() == 4))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    by_bits = not {"attn_mask", "share"} & options.keys() and not torch.is_tensor(
+        options.get("causal_offset")
+    )
+    assert (kept[1] < kept[0]) == by_bits
+
+
+def test_derivatives_that_bits_cannot_give_go_by_indices(monkeypatch):
+    monkeypatch.setattr(topk_attention, "FEW_KEPT", 1)
+    query, key, value = (normal(1, 2, 80, 16, seed=i) for i in range(3))
+    attend = lambda q: sparse_attn.topk_attention(q, key, value, 50, is_causal=True, backend="cpu")  # noqa: E731
+    with attention_by_tiles(True):
+        leaf = query.clone().requires_grad_()
+        (plain,) = torch.autograd.grad(attend(leaf).sum(), leaf)
+        torch.testing.assert_close(torch.func.grad(lambda q: attend(q).sum())(query), plain)
+        _, along = torch.func.jvp(attend, (query,), (torch.ones_like(query),))
+        torch.testing.assert_close(along.sum(), plain.sum())
+        with pytest.raises(NotImplementedError, match="first-order"):
+            (first,) = torch.autograd.grad(attend(leaf).sum(), leaf, create_graph=True)
+            first.sum().backward()
+
+
 def test_backward_goes_the_way_that_is_cheaper_for_all_rows_together():
     # Tiles would be the cheaper way for the rows around the 300th alone.
     inputs = [normal(1, 1, 1024, 64, seed=i) for i in range(3)]

@@ -53,7 +53,8 @@ void find_shift(const SelectParams& p, int64_t b, int64_t kv_head, void* packed_
     const Strides& s = p.key_strides;
     for (int64_t d = 0; d < p.head_dim; ++d) shift[d] = 0.0f;
 #if defined(SPARSE_ATTN_AMX)
-    if (p.dtype == DType::kBFloat16 && p.bounds_bits == kTileBits) return;  // as they are they round to themselves
+    if (p.dtype == DType::kBFloat16 && p.bounds_bits == kTileBits)
+        return;  // as they are they round to themselves
 #endif
     with_dtype(p.dtype, [&](auto type) __attribute__((always_inline)) {
         using T = decltype(type);
@@ -127,7 +128,7 @@ void pack_rounded(const SelectParams& p, int64_t b, int64_t kv_head, Range panel
                                  clamp<int64_t>(length - first, 0, W), s.t, s.d, p.head_dim, 1.0f, shift);
                 if constexpr (!kFloats<Kind>) rotate(columns[v], p.head_dim);
                 sizes[v] = Kind::kBits == kPairBits ? norms_of(columns[v], p.head_dim)
-                                             : largest_of_columns(columns[v], p.head_dim);
+                                                    : largest_of_columns(columns[v], p.head_dim);
                 shifted = max(sizes[v], shifted);
             }
             float norms[W];

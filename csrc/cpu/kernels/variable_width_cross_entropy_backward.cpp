@@ -164,7 +164,8 @@ void cross_entropy_backward_hidden(const CrossEntropyParams& p, ClassTile tile, 
 template <class T, class S>
 void end_of(const CrossEntropyParams& p, ClassTile tile, const BackwardScratch& s) {
     const CrossEntropyBand& band = p.bands[tile.band];
-    const int64_t padded = round_up(band.width, kTileCols), stride = round_up(tile.end - tile.begin, kTileCols);
+    const int64_t padded = round_up(band.width, kTileCols),
+                  stride = round_up(tile.end - tile.begin, kTileCols);
     for (int64_t v = tile.begin; v < tile.end; ++v) {
         const float* grad = s.grad_table + (v - tile.begin) * padded;
         if constexpr (kTiled<S>) {

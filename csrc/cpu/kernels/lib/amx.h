@@ -1,8 +1,11 @@
-// Intel's matrix registers (AMX): eight tiles of 16 rows of 64 bytes, and products of bfloat16 summed in float32.
+// Intel's matrix registers (AMX): eight tiles of 16 rows of 64 bytes, and products of bfloat16 summed in
+// float32.
 //
-//   C [m, 16] += A [m, 32] · B [32, 16]     A: rows of 32 bfloat16     B: 16 rows, of pairs (2k, 2k + 1) of 16 columns
+//   C [m, 16] += A [m, 32] · B [32, 16]     A: rows of 32 bfloat16     B: 16 rows, of pairs (2k, 2k + 1) of
+//   16 columns
 //
-// Subnormal numbers count as 0. Not the intrinsics: their loads do not tell the compiler that they read memory.
+// Subnormal numbers count as 0. Not the intrinsics: their loads do not tell the compiler that they read
+// memory.
 #pragma once
 
 #include "simd.h"
@@ -12,8 +15,8 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-// The shapes of this thread's tiles, for as long as it lives: tiles 0 to 5 have `rows` rows (A and C), 6 and 7 all
-// 16 (B).
+// The shapes of this thread's tiles, for as long as it lives: tiles 0 to 5 have `rows` rows (A and C), 6 and
+// 7 all 16 (B).
 class Tiles {
   public:
     explicit Tiles(int rows) {

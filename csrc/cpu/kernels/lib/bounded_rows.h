@@ -20,8 +20,9 @@ constexpr int64_t kBehind = 192;  // room that compression writes to
 SPARSE_ATTN_INLINE int64_t maxima_groups(int64_t keep) {
     return round_up(4 * keep, 8 * Shorts::N);
 }
-// Row groups that are scored together, behind a first one that says what to expect: tiles are multiplied faster
-// than panels come from the second-level cache. Where rows keep many keys their buffers would fill that cache.
+// Row groups that are scored together, behind a first one that says what to expect: tiles are multiplied
+// faster than panels come from the second-level cache. Where rows keep many keys their buffers would fill
+// that cache.
 template <class Kind>
 SPARSE_ATTN_INLINE int groups_together(const SelectParams& p) {
     return kFloats<Kind> && p.top_k <= 256 ? 3 : 1;
@@ -67,7 +68,8 @@ template <class Kind>
 SPARSE_ATTN_INLINE int64_t bounds_scratch_bytes(const SelectParams& p, int64_t column) {
     const int64_t buffer = bounded_capacity<Kind>(p.top_k) + kBehind;
     const int64_t chunk = chunk_keys<Kind>(p), rows = MR * groups_together<Kind>(p);
-    const int64_t row = buffer * 6 + score_stride(chunk) * 2 + mark_stride(chunk) * sizeof(Marks) + NR * 2 + 512;
+    const int64_t row =
+        buffer * 6 + score_stride(chunk) * 2 + mark_stride(chunk) * sizeof(Marks) + NR * 2 + 512;
     return rows * row + buffer * 24 + maxima_groups(p.top_k) * 2 +
            rounded_words<Kind>(p.head_dim) * (kBlockRows + W) * 4 + p.head_dim * W * 4 + column * 4 +
            round_up(p.head_dim, W) * 4 + 2048;

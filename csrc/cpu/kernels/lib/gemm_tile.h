@@ -5,8 +5,9 @@
 //   packed A  [M / kTileRows groups][K][kTileRows]
 //   packed B  [N / kTileCols panels][K][kTileCols]
 //
-// What stands there is float32 and K the depth, or (Pairs below) two bfloat16 and K half the depth. With AMX a product
-// of pairs is one of its tiles, two by two: rows of A stand one after another there, and K is a multiple of 16.
+// What stands there is float32 and K the depth, or (Pairs below) two bfloat16 and K half the depth. With AMX
+// a product of pairs is one of its tiles, two by two: rows of A stand one after another there, and K is a
+// multiple of 16.
 #pragma once
 
 #include "amx.h"
@@ -117,9 +118,8 @@ SPARSE_ATTN_INLINE void pack_rows(float* to, const T* from, int64_t rows, int64_
         const int64_t words = steps<S>(depth), padded = round_up(rows, S::kRows);
         for (int64_t i = 0; i < padded; ++i)
             for (int64_t k = 0; k < words; ++k)
-                to[i * words + k] =
-                    S::word(from + i * row_stride + k * S::kDepth * depth_stride, depth_stride,
-                            i < rows ? depth - k * S::kDepth : 0);
+                to[i * words + k] = S::word(from + i * row_stride + k * S::kDepth * depth_stride,
+                                            depth_stride, i < rows ? depth - k * S::kDepth : 0);
     } else {
         pack_panels<S>(to, kTileRows, from, rows, row_stride, depth, depth_stride);
     }

@@ -1,5 +1,5 @@
-// Rows rounded to whole numbers of 16 or of 8 bits, or to bfloat16, for the bounds of bounds.h: W rows at a time, component by
-// component (x[d][W]), so that every step is a vector of rows.
+// Rows rounded to whole numbers of 16 or of 8 bits, or to bfloat16, for the bounds of bounds.h: W rows at a
+// time, component by component (x[d][W]), so that every step is a vector of rows.
 //
 // A row is rotated before it is rounded: an orthogonal rotation of queries and keys alike changes no product
 // and spreads what stands in a few components over all of them, where it costs fewer bits.
@@ -113,8 +113,8 @@ SPARSE_ATTN_INLINE Vec norms_of(const float* x, int64_t head_dim) {
 
 #if defined(SPARSE_ATTN_AMX)
 SPARSE_ATTN_INLINE Vec nearest_bfloat16(Vec a) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v)), 16))};
+    return {
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v)), 16))};
 }
 #else
 SPARSE_ATTN_INLINE Vec nearest_bfloat16(Vec a) {
@@ -180,9 +180,8 @@ inline RoundedNorms round_columns(uint32_t* to, int64_t width, float* x, int64_t
     for (int64_t d = 0; d < head_dim; ++d) {
         const Vec a = load(x + d * W);
         // max() gives its second operand for a NaN, whose row is used by nobody.
-        const Vec number = kFloats<Kind>
-                               ? nearest_bfloat16(a * inverse)
-                               : zero() - max(zero() - max(round_even(a * inverse), least), least);
+        const Vec number = kFloats<Kind> ? nearest_bfloat16(a * inverse)
+                                         : zero() - max(zero() - max(round_even(a * inverse), least), least);
         const Vec error = a - scale * number;
         squares = fma(a, a, squares);
         errors = fma(error, error, errors);

@@ -1,9 +1,9 @@
-// Tiles of products of rounded numbers: MR queries × NR keys, summed in int32 or float32, of which 16 bits are
-// kept.
+// Tiles of products of rounded numbers: MR queries × NR keys, summed in int32 or float32, of which 16 bits
+// are kept.
 //
 // By pairs of 16 bits: all CPUs that have AVX2 multiply two pairs of them where they multiply one of float32.
-// By bytes: with VNNI twice as many again; elsewhere no faster than by pairs. By tiles of bfloat16: with AMX, 16
-// times as many as of float32. A panel is
+// By bytes: with VNNI twice as many again; elsewhere no faster than by pairs. By tiles of bfloat16: with AMX,
+// 16 times as many as of float32. A panel is
 //
 //   words    uint32 [ceil(D / 2), of tiles a multiple of 16, or ceil(D / 4)][NR]
 //   bytes    int32 [NR], −128 · Σ of the key's numbers, and int16 [NR], its scale as a part of the panel's,
@@ -163,7 +163,8 @@ SPARSE_ATTN_INLINE void add_products(const uint32_t* query, Sums a, Sums b, Sums
 }
 #endif
 
-// Where the scores of row groups go: those of a row side by side, a mark a panel, and a bound for each row, NR times.
+// Where the scores of row groups go: those of a row side by side, a mark a panel, and a bound for each row,
+// NR times.
 struct GroupScores {
     int16_t* scores;
     int64_t stride;
@@ -172,7 +173,8 @@ struct GroupScores {
     int64_t mark_stride;
 
     SPARSE_ATTN_INLINE GroupScores group(int64_t g) const {
-        return {scores + g * MR * stride, stride, bounds + g * MR * NR, marks + g * MR * mark_stride, mark_stride};
+        return {scores + g * MR * stride, stride, bounds + g * MR * NR, marks + g * MR * mark_stride,
+                mark_stride};
     }
     SPARSE_ATTN_INLINE GroupScores panel(int64_t n) const {
         return {scores + n * NR, stride, bounds, marks + n, mark_stride};
@@ -229,13 +231,14 @@ __attribute__((noinline)) inline void rounded_tile(int16_t* to, int64_t stride, 
 }
 
 #if defined(SPARSE_ATTN_AMX)
-// Sums of a row group, rows of words, with the keys of a panel, which tiles 2 · kSet and 2 · kSet + 1 hold until
-// they are stored.
+// Sums of a row group, rows of words, with the keys of a panel, which tiles 2 · kSet and 2 · kSet + 1 hold
+// until they are stored.
 struct TileSums {
     alignas(64) float at[MR * NR];
 
     template <int kSet>
-    static SPARSE_ATTN_INLINE void multiply(const uint32_t* queries, const uint32_t* panel, int64_t word_count) {
+    static SPARSE_ATTN_INLINE void multiply(const uint32_t* queries, const uint32_t* panel,
+                                            int64_t word_count) {
         static_assert(NV == 2 && W == 16);
         tile_zero<2 * kSet>();
         tile_zero<2 * kSet + 1>();
@@ -265,9 +268,9 @@ struct TileSums {
     }
 };
 
-// The same by tiles of bfloat16: a panel is multiplied with each row group while it is in the first-level cache. The
-// registers of tiles are not renamed: one half is multiplied while the other is stored, and what was stored before
-// is finished.
+// The same by tiles of bfloat16: a panel is multiplied with each row group while it is in the first-level
+// cache. The registers of tiles are not renamed: one half is multiplied while the other is stored, and what
+// was stored before is finished.
 __attribute__((noinline)) inline void score_by_tiles(GroupScores to, const uint32_t* queries, int groups,
                                                      const uint32_t* panels, Range some, int64_t word_count,
                                                      int64_t panel_words) {
@@ -277,19 +280,19 @@ __attribute__((noinline)) inline void score_by_tiles(GroupScores to, const uint3
     int64_t begun = 0;  // products
     const auto step = [&]<int kSet>(const uint32_t* rows, const uint32_t* panel, const GroupScores& place)
                           __attribute__((always_inline)) {
-        if (panel) TileSums::multiply<kSet>(rows, panel, word_count);
-        if (begun > 1) sums[kSet].finish(places[kSet]);
-        if (begun > 0) sums[1 - kSet].template store<1 - kSet>();
-        places[kSet] = place;
-        ++begun;
-    };
+                              if (panel) TileSums::multiply<kSet>(rows, panel, word_count);
+                              if (begun > 1) sums[kSet].finish(places[kSet]);
+                              if (begun > 0) sums[1 - kSet].template store<1 - kSet>();
+                              places[kSet] = place;
+                              ++begun;
+                          };
     const auto next = [&](const uint32_t* rows, const uint32_t* panel, const GroupScores& place)
                           __attribute__((always_inline)) {
-        if (begun & 1)
-            step.template operator()<1>(rows, panel, place);
-        else
-            step.template operator()<0>(rows, panel, place);
-    };
+                              if (begun & 1)
+                                  step.template operator()<1>(rows, panel, place);
+                              else
+                                  step.template operator()<0>(rows, panel, place);
+                          };
     for (int64_t n = some.begin; n < some.end; ++n)
         for (int g = 0; g < groups; ++g)
             next(queries + g * word_count * MR, panels + n * panel_words, to.group(g).panel(n - some.begin));
@@ -300,14 +303,14 @@ __attribute__((noinline)) inline void score_by_tiles(GroupScores to, const uint3
 }
 #endif
 
-// The tiles of some of the panels and of row groups side by side; `most` is the shift of a panel of exponent 0.
+// The tiles of some of the panels and of row groups side by side; `most` is the shift of a panel of exponent
+// 0.
 template <class Kind>
 inline void score_panels(GroupScores to, const uint32_t* queries, int groups, uint32_t* panels, Range some,
                          int64_t head_dim, int32_t most) {
     const int64_t word_count = rounded_words<Kind>(head_dim), size = rounded_panel_words<Kind>(head_dim);
 #if defined(SPARSE_ATTN_AMX)
-    if constexpr (kFloats<Kind>)
-        return score_by_tiles(to, queries, groups, panels, some, word_count, size);
+    if constexpr (kFloats<Kind>) return score_by_tiles(to, queries, groups, panels, some, word_count, size);
 #endif
     for (int g = 0; g < groups; ++g)
         for (int64_t n = some.begin; n < some.end; ++n) {
