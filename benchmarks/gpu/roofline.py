@@ -151,14 +151,23 @@ def selection(
     queries: int | None = None,
     share: int = 1,
     sampled: bool = True,
+    kv_heads: int | None = None,
+    packed: bool = True,
 ) -> Case:
     """A selection per head, or for `share` of them: causal, or of a few queries (decoding)."""
     halves, element = dtype != "float", 2 if dtype != "float" else 4
     causal, resident_queries = queries is None, halves and share == 1
     tile, rows = 64, queries or length
     capacity = budget + min(max(min(2 * budget, 1024), budget, 128), 4096) + tile
-    block_tiles = heads // share * math.ceil(rows / tile)
-    splits = 1 if causal else min(3 * 132 // heads, length // max(4 * budget, 512), max(1, 8192 // budget))
+    kv_heads = kv_heads or heads
+    pack = (
+        heads // kv_heads if resident_queries and rows < tile and packed else 1
+    )  # heads in the rows of one tile
+    sets = heads // share // pack
+    block_tiles = sets * math.ceil(pack * rows / tile)
+    splits = (
+        1 if causal else min(3 * 132 // block_tiles, length // max(4 * budget, 512), max(1, 8192 // budget))
+    )
     key_tiles = (length / tile + 1) / 2 if causal else length / tile / splits
     sample = Sample.of(budget) if sampled and resident_queries and splits == 1 else None
     row = rows_of_all_lengths(length / splits, causal, budget, capacity - tile, sample)
@@ -168,7 +177,7 @@ def selection(
     # Four keys of each of eight queries (float32: of two, on 16 lanes each) are a branch.
     group = row.grouped / row.scored
     cuts = max(row.cuts, 1e-9)
-    real = 1.0 if causal else queries / tile  # of a tile's rows, all but a few are empty when decoding
+    real = 1.0 if causal else pack * rows / tile  # of a tile's rows, all but a few are empty when decoding
 
     def turns(loop: Loop, around: tuple[Loop, ...]) -> float:
         if not around:
@@ -208,8 +217,8 @@ def selection(
         return 1.0
 
     def weight(loop: Loop, branch: Counter, around: tuple[Loop, ...]) -> float:
-        if count(branch, "LDG.E.U8"):
-            return 0.0  # a mask
+        if count(branch, "LDG.E.U8") or count(branch, "MUFU.RCP"):
+            return 0.0  # a mask, and where a row of it lies
         if count(branch, "LDS.128"):
             return 2 / key_tiles if causal else 0.0  # the diagonal
         if count(branch, "LDG.E.64"):  # a row that is read again
@@ -230,18 +239,20 @@ def selection(
         if resident_queries
         else f"select_gathered_kernel<{dtype}, false>"
     )
-    shared = 2208 + (2 * tile * (2 * dim + 16) if resident_queries else 4 * tile * (32 * element + 16))
+    shared = 2224 + (2 * tile * (2 * dim + 16) if resident_queries else 4 * tile * (32 * element + 16))
     tiles_read = 1 if resident_queries else 2 * share  # else queries are read again for every tile of keys
     name = {"BFloat": "bf16", "Half": "fp16", "float": "fp32"}[dtype]
     size = f"T{length // 1024}k causal" if causal else f"Tq{queries} Tk{length // 1024}k, {splits} pieces"
+    size += "" if packed else ", heads apart"
+    grouped = f"/{kv_heads}" if kv_heads < heads else ""
     sharing = f", {share} heads share" if share > 1 else "" if sampled else ", no sample"
     read = tiles_read * tiles_scored * bytes_of_tile
     return Case(
-        f"topk_select {name} H{heads} D{dim} K{budget} {size}{sharing}",
+        f"topk_select {name} H{heads}{grouped} D{dim} K{budget} {size}{sharing}",
         f"topk_select{'' if resident_queries else '_gathered'}", kernel, "4,096 scores", scores / 4096, 4,
         block_tiles * splits, shared, turns, 2.0 * tiles_scored * tile * tile * share * dim, halves,
         read + 32.0 * real * row.appended * block_tiles * splits * tile,
-        heads * (length + rows) * dim * element + 4.0 * heads // share * rows * budget, weight,
+        (kv_heads * length + heads * rows) * dim * element + 4.0 * heads // share * rows * budget, weight,
     )  # fmt: skip
 
 
@@ -265,7 +276,7 @@ def normalisers(dim: int, length: int = 16384, heads: int = 16) -> Case:
     scores = blocks * key_tiles * tile * tile
     return Case(
         f"topk_select bf16 H{heads} D{dim} T{length // 1024}k causal, log-sum-exp", "topk_select_gathered",
-        "score_lse_kernel<BFloat, false>", "4,096 scores", scores / 4096, 4, blocks, 2208 + 4 * tile * 80, turns,
+        "score_lse_kernel<BFloat, false>", "4,096 scores", scores / 4096, 4, blocks, 2224 + 4 * tile * 80, turns,
         2.0 * scores * dim, True, 2 * blocks * key_tiles * tile * dim * 2, 4.0 * heads * length * dim, weight,
     )  # fmt: skip
 
@@ -343,6 +354,8 @@ def cuda_cases() -> list[Case]:
         selection("BFloat", 256, 64), selection("float", 128, 64), selection("BFloat", 128, 64, share=4),
         normalisers(128),
         selection("BFloat", 128, 64, 131072, queries=1), selection("BFloat", 128, 512, 131072, queries=1),
+        selection("BFloat", 128, 64, 131072, heads=32, queries=1, kv_heads=8),
+        selection("BFloat", 128, 64, 131072, heads=32, queries=1, kv_heads=8, packed=False),
         tiles(False), tiles(True), vectors("forward"), vectors("backward, queries"), vectors("backward, keys"),
     ]  # fmt: skip
 

@@ -233,6 +233,48 @@ def test_few_queries_have_their_keys_in_pieces(wing, dtype, name, share):
         compare(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
 
 
+# (batch, query heads, key heads, queries): rows of a tile, of several tiles, and of one that ends within a head.
+PACKS = [(2, 8, 2, 1), (1, 4, 1, 3), (1, 6, 1, 30), (2, 9, 3, 40)]
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+@pytest.mark.parametrize(
+    "name", ["plain", "causal, window and sinks", "lengths", "starts", "mask", "a mask per head"]
+)
+@pytest.mark.parametrize("sizes", PACKS)
+def test_heads_with_the_same_keys_are_rows_of_one_tile(wing, dtype, name, sizes):
+    batch, heads, kv_heads, queries = sizes
+    query, key = (
+        integers(batch, heads, queries, 7, dtype=dtype),
+        integers(batch, kv_heads, 900, 7, dtype=dtype, seed=1),
+    )
+    options = {
+        "plain": {},
+        "causal, window and sinks": {
+            "is_causal": True,
+            "causal_offset": 890 - queries,
+            "window": 5,
+            "sinks": 3,
+        },
+        "lengths": {"key_lengths": torch.tensor([700, 13][:batch])},
+        "starts": {"key_starts": (torch.arange(batch * queries) * 97 % 880).view(batch, queries)},
+        "mask": {"attn_mask": mask(1, 1, queries, 900)},
+        "a mask per head": {"attn_mask": mask(batch, heads, queries, 900)},
+    }[name]
+    packed = Rule(**options).packed(query, key, 20)
+    assert select_call(Device(), query, key, 20, *packed.parts()).plan.packed == heads // kv_heads
+    assert_identical(wing.topk_select(query, key, 20, **options), query, key, 20, **options)
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+def test_packed_heads_in_pieces_and_in_every_schedule(wing, dtype):
+    query, key = integers(1, 4, 1, 7, dtype=dtype), integers(1, 1, 3000, 7, dtype=dtype, seed=1)
+    assert pieces(query, key, 50) > 1
+    results = [SimulatedWing(s).topk_select(query, key, 50) for s in SCHEDULES]
+    assert_identical(results[0], query, key, 50)
+    assert all(torch.equal(indices, results[0]) for indices in results[1:])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_special_values_in_pieces(wing, bad):
     """Of NaN and infinity more than there are slots, in the last pieces: they come first, the smaller index before."""

@@ -9,6 +9,7 @@
 // does not grow with Tq.
 //
 // Few queries (decoding): the keys are in pieces, a block has one, and the best of all pieces are merged.
+// Query heads with the same keys are rows of one block, which reads each key once for all of them.
 //
 // Heads that share a selection: topk_select_shared.cu.
 #include "topk_select.h"
@@ -59,25 +60,35 @@ struct Product {
     }
     // The next 64 rows, of which `count` exist, in the background; zeros past the end. from: the thread's
     // part of them, then of the rows after.
-    template <bool kKeys>
     __device__ static __forceinline__ void load(unsigned char* tile, const T*& from, const void* anything,
                                                 int64_t stride, int count, int dim, bool aligned) {
         const int chunk = threadIdx.x % kChunks * kVector, line = threadIdx.x / kChunks;
-        unsigned char* to = tile + (kKeys ? place_of(line) : line) * kPitch + 2 * chunk;
+        unsigned char* to = tile + place_of(line) * kPitch + 2 * chunk;
         if (aligned && dim == kDim && count >= kGemmTile) {
 #pragma unroll
             for (int i = 0; i < kGemmTile; i += kLines) {
-                copy_async_16(to + (kKeys ? place_of(i) : i) * kPitch, from, 16);
+                copy_async_16(to + place_of(i) * kPitch, from, 16);
                 from += kLines * stride;
             }
             return;
         }
 #pragma unroll 1
         for (int i = 0; i < kGemmTile; i += kLines) {
-            load_chunk(to + (kKeys ? place_of(i) : i) * kPitch, line + i < count ? from - chunk : nullptr,
+            load_chunk(to + place_of(i) * kPitch, line + i < count ? from - chunk : nullptr,
                        static_cast<const T*>(anything), chunk, dim, aligned);
             from += kLines * stride;
         }
+    }
+
+    // A tile of queries; row(i): the i-th, or null.
+    template <class Row>
+    __device__ static __forceinline__ void load_queries(unsigned char* tile, const Row& row,
+                                                        const void* anything, int dim, bool aligned) {
+        const int chunk = threadIdx.x % kChunks * kVector, line = threadIdx.x / kChunks;
+#pragma unroll 1
+        for (int i = line; i < kGemmTile; i += kLines)
+            load_chunk(tile + i * kPitch + 2 * chunk, row(i), static_cast<const T*>(anything), chunk, dim,
+                       aligned);
     }
 
     // The fragments of a tile of queries, times the sign of the scale: ranks need no more of it.
@@ -135,16 +146,21 @@ __global__ void __launch_bounds__(kGemmThreads, kDim <= 64    ? 3
         __syncthreads();
         const Work& work = shared.work;  // there, for registers are few
         unsigned char *current = dynamic_shared() + sizeof(SelectShared), *next = current + P::kBytes;
-        const T* queries = P::part(row_of<T>(p.query, p.query_strides, work.b, work.group, 0),
-                                   p.query_strides.t, work.first);
-        P::template load<false>(current, queries, p.query, p.query_strides.t,
-                                static_cast<int>(p.query_length - work.first), dim, aligned_query);
+        const int rows_left = static_cast<int>(packed_rows(call) - work.first);
+        P::load_queries(
+            current,
+            [&](int i) -> const T* {
+                const unsigned row = work.first + i, length = static_cast<unsigned>(p.query_length);
+                if (i >= rows_left) return nullptr;
+                return row_of<T>(p.query, p.query_strides, work.b, work.group + row / length, row % length);
+            },
+            p.query, dim, aligned_query);
         commit_copies();
         wait_copies<0>();
         __syncthreads();
         P product;
         product.take(current, p.rule.scale);
-        const bool idle = work.first + TileShape<T>::of_warp(0) >= p.query_length;
+        const bool idle = TileShape<T>::of_warp(0) >= rows_left;
         Rows<T> rows;
         rows.start(shared);
         // A sample, all keys with a threshold from it, and all keys without where that was too high.
@@ -160,15 +176,13 @@ __global__ void __launch_bounds__(kGemmThreads, kDim <= 64    ? 3
                 row_of<T>(p.key, p.key_strides, work.b, work.group / (p.heads / p.kv_heads), stride / 2),
                 tile.apart, tile.begin);
             if (tile.begin < tile.end)
-                P::template load<true>(current, keys, p.key, tile.apart, tile.end - tile.begin, dim,
-                                       aligned_key);
+                P::load(current, keys, p.key, tile.apart, tile.end - tile.begin, dim, aligned_key);
             commit_copies();
             for (int key = tile.begin; key < shared.tile.end; key += kGemmTile) {
                 wait_copies<0>();
                 __syncthreads();
                 const int left = shared.tile.end - key - kGemmTile;  // after this tile
-                if (left > 0)
-                    P::template load<true>(next, keys, p.key, shared.tile.apart, left, dim, aligned_key);
+                if (left > 0) P::load(next, keys, p.key, shared.tile.apart, left, dim, aligned_key);
                 commit_copies();
                 if (!idle) {
                     float sum[8][4];
@@ -246,8 +260,11 @@ SelectPlan select_plan(const SelectParams& p, int32_t device) {
     auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
     const int64_t budget = most(p.top_k, 1), rows = p.batch * p.rule.groups * p.query_length;
-    const int64_t tiles = most(p.batch * p.rule.groups * divide_up(p.query_length, kGemmTile), 1);
     SelectPlan plan{};
+    // Few queries (decoding): those of all heads that have their keys in common are one tile.
+    plan.packed = !is_gathered(p) && p.query_length < kGemmTile ? p.heads / p.kv_heads : 1;
+    const int64_t tiles =
+        most(p.batch * (p.rule.groups / plan.packed) * divide_up(plan.packed * p.query_length, kGemmTile), 1);
     // A row that no more keys than these can come to is never cut before its end.
     const int64_t room = least(most(most(least(2 * budget, kFewRoom), budget), kLeastRoom), kMostRoom);
     plan.capacity = least(budget + room, p.key_length) + kGemmTile;

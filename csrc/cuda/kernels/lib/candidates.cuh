@@ -185,10 +185,11 @@ __device__ __forceinline__ void keep(Chunk& chunk, const CandidateRow& row, cons
     __syncwarp();
 }
 
-// The mask of a tile's first query and the strides from there; null: none.
+// The mask of a tile's rows: `length` queries of one head after the other; null: none.
 struct MaskTile {
-    const uint8_t* at;
-    int64_t of_query, of_key;
+    const uint8_t* at;  // of the first head and query
+    int first, length;  // the tile's first row
+    int64_t of_head, of_query, of_key;
 };
 
 // How a tile of 64 queries and 64 keys lies in a thread, as GatheredGemm has it: some queries, and of each as
@@ -226,12 +227,14 @@ struct TileShape {
         const int at = key - first;
         return at <= 0 ? kAll : at >= kKeys ? 0 : kAll << at & kAll;
     }
-    // Those that its query r sees. mask: that of the block's first query, or null.
+    // Those that its query r sees.
     __device__ static __forceinline__ uint32_t seen(const RowRule& rule, const MaskTile& mask, int r,
                                                     int first) {
         uint32_t keys = from(rule.begin, first) & ~from(rule.end, first);
         if (mask.at == nullptr || keys == 0) return keys;
-        const uint8_t* at = mask.at + query(r) * mask.of_query + first * mask.of_key;
+        const int row = mask.first + query(r);
+        const uint8_t* at = mask.at + row / mask.length * mask.of_head + row % mask.length * mask.of_query +
+                            first * mask.of_key;
 #pragma unroll 1
         for (uint32_t key = 1; key < 1u << kKeys; key <<= 1, at += mask.of_key)
             if ((keys & key) != 0 && *at == 0) keys &= ~key;
@@ -254,10 +257,10 @@ struct RowSize {
 
 // A tile of queries and a piece of the keys.
 struct Work {
-    int64_t n;  // which tile
-    int b, group;
-    int split;  // which piece
-    int first;  // query
+    int64_t n;     // which tile
+    int b, group;  // the first of those that are packed
+    int split;     // which piece
+    int first;     // row: the queries of a group, then of the next
 };
 
 // What a block keeps in shared memory beside its tiles.

@@ -6,17 +6,22 @@
 
 namespace sparse_attn::cuda {
 
+// Rows of the groups that are packed, one after the other.
+__host__ __device__ inline int64_t packed_rows(const SelectCall& call) {
+    return call.plan.packed * call.select.query_length;
+}
 __device__ __forceinline__ int64_t works(const SelectCall& call) {
-    return call.select.batch * call.select.rule.groups * call.plan.splits *
-           divide_up(call.select.query_length, kGemmTile);
+    return call.select.batch * (call.select.rule.groups / call.plan.packed) * call.plan.splits *
+           divide_up(packed_rows(call), kGemmTile);
 }
 // Of a persistent block: tile n of all, the longest rows first, as causal ones are.
 __device__ __forceinline__ Work work_of(const SelectCall& call, int64_t n) {
-    const int64_t groups = call.select.rule.groups, splits = call.plan.splits;
-    const int64_t sets = call.select.batch * groups * splits, set = n % sets;
-    const int64_t tile = divide_up(call.select.query_length, kGemmTile) - 1 - n / sets;
-    return {n, static_cast<int>(set / splits / groups), static_cast<int>(set / splits % groups),
-            static_cast<int>(set % splits), static_cast<int>(tile * kGemmTile)};
+    const int64_t packs = call.select.rule.groups / call.plan.packed, splits = call.plan.splits;
+    const int64_t sets = call.select.batch * packs * splits, set = n % sets;
+    const int64_t tile = divide_up(packed_rows(call), kGemmTile) - 1 - n / sets;
+    return {n, static_cast<int>(set / splits / packs),
+            static_cast<int>(set / splits % packs * call.plan.packed), static_cast<int>(set % splits),
+            static_cast<int>(tile * kGemmTile)};
 }
 
 __device__ __forceinline__ RowSize row_size(const SelectCall& call, bool of_sample = false) {
@@ -64,22 +69,23 @@ __host__ __device__ inline int sampled(int end, int stride) {
 __device__ __forceinline__ SelectTile select_tile(const SelectCall& call, const Work& work,
                                                   SelectShared& shared, int stride = 1) {
     const SelectParams& p = call.select;
-    const int64_t length = keys_of(call, work.b), left = p.query_length - work.first;
+    const int64_t length = keys_of(call, work.b), left = packed_rows(call) - work.first;
     const int rows = left < kGemmTile ? static_cast<int>(left) : kGemmTile;
     if (threadIdx.x < kGemmTile) {
         RowRule rule{0, 0, 0, 2147483647};
         if (static_cast<int>(threadIdx.x) < rows) {
-            rule = row_rule(p, work.b, work.first + threadIdx.x, length);
+            rule = row_rule(p, work.b, (work.first + threadIdx.x) % p.query_length, length);
             if (stride > 1) rule = {sampled(rule.begin, stride), sampled(rule.end, stride), 0, 2147483647};
         }
         shared.rules[threadIdx.x] = rule;
     }
     if (threadIdx.x == 0) {
         const Strides& strides = p.rule.mask_strides;
-        shared.mask = {nullptr, strides.t, stride * strides.d};
+        shared.mask = {nullptr,   work.first, static_cast<int>(p.query_length),
+                       strides.h, strides.t,  stride * strides.d};
         if (p.rule.mask)
-            shared.mask.at = p.rule.mask + work.b * strides.b + work.group * strides.h +
-                             work.first * strides.t + stride / 2 * strides.d;
+            shared.mask.at =
+                p.rule.mask + work.b * strides.b + work.group * strides.h + stride / 2 * strides.d;
     }
     __syncthreads();
     int begin = 2147483647, end = 0, plain_begin = 0, plain_end = 2147483647;
@@ -113,7 +119,7 @@ __device__ __forceinline__ void write_best(const SelectCall& call, const Work& w
 #pragma unroll 1
     for (int i = 0; i < kWarpRows; ++i) {
         const int q = TileShape<T>::of_warp(i);
-        if (work.first + q >= p.query_length) break;
+        if (work.first + q >= packed_rows(call)) break;
         const RowRule rule = shared.rules[q];
         const uint32_t first = q * static_cast<uint32_t>(call.plan.capacity);
         const CandidateRow row{slots, first, shared.counts[q], rule, rule.forces()};
