@@ -22,33 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.gpu import sass
+from benchmarks.gpu.gpus import GPUS, Gpu, resident
 from benchmarks.gpu.sass import Kernel, Loop, count
-
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    processors: int
-    clock: float  # GHz
-    memory: float  # TB/s
-    cache: float  # TB/s, of the second level
-    tensor: float  # bf16 operations per clock and multiprocessor
-    legacy: float  # the same with mma.sync
-    multiply_add: float  # float32 operations per clock and multiprocessor
-    shared: int  # KiB of a multiprocessor
-
-
-GPUS = (
-    Gpu("A100", 108, 1.41, 2.0, 4.5, 2048, 2048, 128, 164),
-    Gpu("H100", 132, 1.75, 3.35, 5.5, 4096, 2540, 256, 228),
-    Gpu("H200", 132, 1.75, 4.8, 5.5, 4096, 2540, 256, 228),
-    Gpu("B200", 148, 1.85, 8.0, 9.0, 8192, 1270, 256, 228),
-)
-REGISTERS, WARPS, RESERVED = (
-    65536,
-    64,
-    1,
-)  # of a multiprocessor; KiB of shared memory that a block takes besides
+from benchmarks.gpu.streams import Sample, rows_of_all_lengths
 
 
 @dataclass(frozen=True)
@@ -68,7 +44,8 @@ class Case:
     halves: bool  # on tensor cores
     cache_bytes: float
     memory_bytes: float
-    weight: Callable[[Loop, Counter], float]  # of a block that a turn of a loop may pass by
+    # Of a block that a turn of a loop may pass by, with the loops around it.
+    weight: Callable[[Loop, Counter, tuple[Loop, ...]], float]
 
 
 @dataclass
@@ -96,7 +73,7 @@ def issued(loops: list[Loop], case: Case, around: tuple[Loop, ...] = ()) -> floa
     for loop in loops:
         turns = case.turns(loop, around)
         if turns:
-            own = loop.always.total() + sum(case.weight(loop, b) * b.total() for b in loop.branches)
+            own = loop.always.total() + sum(case.weight(loop, b, around) * b.total() for b in loop.branches)
             total += turns * (own + issued(loop.inner, case, (*around, loop)))
     return total
 
@@ -119,13 +96,6 @@ def tensor_macs(loop: Loop) -> float:
         elif match := re.match(r"HGMMA\.64x(\d+)x(\d+)", op):
             total += n * 64 * int(match[1]) * int(match[2]) / 4  # four warps have a part each
     return total
-
-
-def resident(registers: int, shared: int, warps: int, gpu: Gpu) -> int:
-    """Warps that a multiprocessor holds."""
-    by_registers = REGISTERS // (32 * -(-registers // 8) * 8 * warps)
-    by_shared = gpu.shared * 1024 // (shared + RESERVED * 1024)
-    return min(by_registers, by_shared, WARPS // warps) * warps
 
 
 def times(
@@ -167,24 +137,6 @@ def row_of(case: Case, kernel: Kernel) -> Row:
 # ---- selection
 
 
-def streamed(budget: int, keys: int, room: int, slack: int) -> tuple[float, float, float]:
-    """(cuts, appended candidates, keys whose group of 128 has a candidate) of a row with keys in random order.
-
-    A row of `room` slots is full: it keeps the budget and up to `slack` more, and from then on a key passes with the
-    chance that it is among the best `budget` of those seen so far.
-    """
-    seen = appended = grouped = float(min(keys, room))
-    cuts = 0.0
-    while seen < keys:
-        cuts += 1
-        chance = budget / seen
-        part = min(keys - seen, (room - budget - slack / 2) / chance)
-        appended += part * chance
-        grouped += part * (1 - (1 - chance) ** 128)
-        seen += part
-    return cuts, appended, grouped
-
-
 def _streams(loop: Loop) -> bool:
     """Whether it goes over tiles of keys: products, and candidates are appended."""
     return loop.count("STG.E.64") > 0 and any(inner.count("HMMA") or inner.count("FFMA") for inner in loop)
@@ -198,34 +150,47 @@ def selection(
     heads: int = 16,
     queries: int | None = None,
     share: int = 1,
+    sampled: bool = True,
+    kv_heads: int | None = None,
+    packed: bool = True,
 ) -> Case:
     """A selection per head, or for `share` of them: causal, or of a few queries (decoding)."""
     halves, element = dtype != "float", 2 if dtype != "float" else 4
     causal, resident_queries = queries is None, halves and share == 1
     tile, rows = 64, queries or length
     capacity = budget + min(max(min(2 * budget, 1024), budget, 128), 4096) + tile
-    block_tiles = heads // share * math.ceil(rows / tile)
-    splits = 1 if causal else min(3 * 132 // heads, length // max(4 * budget, 512), max(1, 8192 // budget))
+    kv_heads = kv_heads or heads
+    pack = (
+        heads // kv_heads if resident_queries and rows < tile and packed else 1
+    )  # heads in the rows of one tile
+    sets = heads // share // pack
+    block_tiles = sets * math.ceil(pack * rows / tile)
+    splits = (
+        1 if causal else min(3 * 132 // block_tiles, length // max(4 * budget, 512), max(1, 8192 // budget))
+    )
     key_tiles = (length / tile + 1) / 2 if causal else length / tile / splits
-    # Rows of all lengths, as causal ones are.
-    lengths = [length * (i + 0.5) / 32 for i in range(32)] if causal else [length / splits]
-    found = [streamed(budget, int(n), capacity - tile, budget // 8) for n in lengths]
-    cuts, appended, grouped = (sum(f[i] for f in found) / len(found) for i in range(3))
+    sample = Sample.of(budget) if sampled and resident_queries and splits == 1 else None
+    row = rows_of_all_lengths(length / splits, causal, budget, capacity - tile, sample)
+    streamed_tiles = (
+        key_tiles * row.scored / (length / 2 if causal else length / splits)
+    )  # all passes together
     # Four keys of each of eight queries (float32: of two, on 16 lanes each) are a branch.
-    group = grouped / (sum(lengths) / len(lengths))
-    chunks = math.ceil(capacity / 256)
-    real = 1.0 if causal else queries / tile  # of a tile's rows, all but a few are empty when decoding
+    group = row.grouped / row.scored
+    cuts = max(row.cuts, 1e-9)
+    real = 1.0 if causal else pack * rows / tile  # of a tile's rows, all but a few are empty when decoding
 
     def turns(loop: Loop, around: tuple[Loop, ...]) -> float:
         if not around:
             return 1.0  # over tiles of queries
         within = any(_streams(each) for each in around)
         if _streams(loop):
-            return key_tiles
-        if (loop.count("LDG.E.U16") and (resident_queries or not loop.count("LDGSTS"))) or loop.count(
-            "LDG.E.U8"
-        ):
-            return 0.0  # rows that are not of whole vectors, and masks
+            return streamed_tiles / row.passes
+        if not within and any(_streams(inner) for inner in loop.inner):
+            return row.passes
+        if loop.count("LDG.E.U16") and (resident_queries or not loop.count("LDGSTS")):
+            return 0.0  # rows that are not of whole vectors
+        if loop.count("LDG.E.U8") or loop.count("LD.E.U8"):
+            return 0.0  # masks
         if loop.count("STS") and loop.count("LDG") and not loop.count("LDGSTS"):
             return 0.0
         if loop.count("FFMA"):
@@ -237,25 +202,27 @@ def selection(
         if loop.count("LDGSTS"):
             return 64 * 32 * element / 16 / 128
         if loop.count("REDUX"):
-            return 16 * real * cuts / key_tiles if within else 16 * real
+            return 16 * real * row.cuts / streamed_tiles if within else 16 * real
         if loop.count("SHFL.UP"):
             return 1.5 if within else 2.5  # rounds of five bits
         if loop.count("VOTE") and loop.count("POPC"):
             # At the end candidates are written as indices, or as a part for the merge.
-            return chunks if within or (loop.count("STG.E.64") > 0) == (splits > 1) else 0.0
+            if within:
+                return row.kept_chunks / cuts
+            return row.last_chunks if (loop.count("STG.E.64") > 0) == (splits > 1) else 0.0
         if loop.count("ATOMS") or loop.count("LDG.E.64"):
-            return chunks
+            return row.cut_chunks / cuts if within else row.last_chunks
         if loop.count("STG") and not loop.count("REDUX"):
             return 0.0  # empty slots
         return 1.0
 
-    def weight(loop: Loop, branch: Counter) -> float:
-        if count(branch, "LDG.E.U8"):
-            return 0.0  # a mask
+    def weight(loop: Loop, branch: Counter, around: tuple[Loop, ...]) -> float:
+        if count(branch, "LDG.E.U8") or count(branch, "MUFU.RCP"):
+            return 0.0  # a mask, and where a row of it lies
         if count(branch, "LDS.128"):
             return 2 / key_tiles if causal else 0.0  # the diagonal
-        if count(branch, "LDG.E.64"):
-            return float(chunks > 1)  # a row that is read again
+        if count(branch, "LDG.E.64"):  # a row that is read again
+            return row.long_cuts / cuts if any(_streams(each) for each in around) else row.last_long
         if count(branch, "LDG.E.U16") or (
             not resident_queries and loop.count("LDGSTS") and count(branch, "STS")
         ):
@@ -264,6 +231,7 @@ def selection(
             return float(count(branch, "STG") > 0)
         return group if count(branch, "STG.E.64") else 1.0
 
+    tiles_scored = block_tiles * splits * streamed_tiles
     scores = block_tiles * splits * key_tiles * tile * tile * share
     bytes_of_tile = tile * dim * element
     kernel = (
@@ -271,18 +239,20 @@ def selection(
         if resident_queries
         else f"select_gathered_kernel<{dtype}, false>"
     )
-    shared = 2048 + 64 + (2 * tile * (2 * dim + 16) if resident_queries else 4 * tile * (32 * element + 16))
+    shared = 2224 + (2 * tile * (2 * dim + 16) if resident_queries else 4 * tile * (32 * element + 16))
     tiles_read = 1 if resident_queries else 2 * share  # else queries are read again for every tile of keys
     name = {"BFloat": "bf16", "Half": "fp16", "float": "fp32"}[dtype]
     size = f"T{length // 1024}k causal" if causal else f"Tq{queries} Tk{length // 1024}k, {splits} pieces"
-    sharing = f", {share} heads share" if share > 1 else ""
-    read = tiles_read * block_tiles * splits * key_tiles * bytes_of_tile
+    size += "" if packed else ", heads apart"
+    grouped = f"/{kv_heads}" if kv_heads < heads else ""
+    sharing = f", {share} heads share" if share > 1 else "" if sampled else ", no sample"
+    read = tiles_read * tiles_scored * bytes_of_tile
     return Case(
-        f"topk_select {name} H{heads} D{dim} K{budget} {size}{sharing}",
+        f"topk_select {name} H{heads}{grouped} D{dim} K{budget} {size}{sharing}",
         f"topk_select{'' if resident_queries else '_gathered'}", kernel, "4,096 scores", scores / 4096, 4,
-        block_tiles * splits, shared, turns, 2.0 * scores * dim, halves,
-        read + 32.0 * real * appended * block_tiles * splits * tile,
-        heads * (length + rows) * dim * element + 4.0 * heads // share * rows * budget, weight,
+        block_tiles * splits, shared, turns, 2.0 * tiles_scored * tile * tile * share * dim, halves,
+        read + 32.0 * real * row.appended * block_tiles * splits * tile,
+        (kv_heads * length + heads * rows) * dim * element + 4.0 * heads // share * rows * budget, weight,
     )  # fmt: skip
 
 
@@ -297,7 +267,7 @@ def normalisers(dim: int, length: int = 16384, heads: int = 16) -> Case:
             return dim / 32
         return 0.0 if around else 1.0  # rows that are not of whole vectors, and masks
 
-    def weight(loop: Loop, branch: Counter) -> float:
+    def weight(loop: Loop, branch: Counter, around: tuple[Loop, ...]) -> float:
         if any(count(branch, op) for op in ("LDG.E.U16", "LDG.E.U8", "STS")):
             return 0.0
         return 2 / key_tiles if count(branch, "LDS.128") else 1.0
@@ -306,7 +276,7 @@ def normalisers(dim: int, length: int = 16384, heads: int = 16) -> Case:
     scores = blocks * key_tiles * tile * tile
     return Case(
         f"topk_select bf16 H{heads} D{dim} T{length // 1024}k causal, log-sum-exp", "topk_select_gathered",
-        "score_lse_kernel<BFloat, false>", "4,096 scores", scores / 4096, 4, blocks, 2048 + 64 + 4 * tile * 80, turns,
+        "score_lse_kernel<BFloat, false>", "4,096 scores", scores / 4096, 4, blocks, 2224 + 4 * tile * 80, turns,
         2.0 * scores * dim, True, 2 * blocks * key_tiles * tile * dim * 2, 4.0 * heads * length * dim, weight,
     )  # fmt: skip
 
@@ -314,7 +284,7 @@ def normalisers(dim: int, length: int = 16384, heads: int = 16) -> Case:
 # ---- gathered attention
 
 
-def _plain(loop: Loop, branch: Counter) -> float:
+def _plain(loop: Loop, branch: Counter, around: tuple[Loop, ...]) -> float:
     """Rows are whole vectors, and sums are not made by atomics."""
     return float(not any(count(branch, op) for op in ("LDG.E.U16", "RED", "ATOMG")))
 
@@ -379,10 +349,13 @@ def vectors(which: str, heads: int = 16, budget: int = 512, dim: int = 128, leng
 def cuda_cases() -> list[Case]:
     return [
         selection("BFloat", 128, 64), selection("BFloat", 128, 128),
-        selection("BFloat", 128, 512), selection("BFloat", 64, 64),
+        selection("BFloat", 128, 512), selection("BFloat", 128, 512, sampled=False),
+        selection("BFloat", 128, 2048), selection("BFloat", 64, 64),
         selection("BFloat", 256, 64), selection("float", 128, 64), selection("BFloat", 128, 64, share=4),
         normalisers(128),
         selection("BFloat", 128, 64, 131072, queries=1), selection("BFloat", 128, 512, 131072, queries=1),
+        selection("BFloat", 128, 64, 131072, heads=32, queries=1, kv_heads=8),
+        selection("BFloat", 128, 64, 131072, heads=32, queries=1, kv_heads=8, packed=False),
         tiles(False), tiles(True), vectors("forward"), vectors("backward, queries"), vectors("backward, keys"),
     ]  # fmt: skip
 

@@ -114,7 +114,8 @@ class SelectParams(Structure):
 
 class SelectPlan(Structure):
     _fields_ = [
-        *((n, c_int64) for n in ("blocks", "capacity", "splits", "split_keys")),
+        *((n, c_int64) for n in ("blocks", "capacity", "packed", "splits", "split_keys")),
+        *((n, c_int64) for n in ("stride", "sample_budget")),
         *((f"{n}_bytes", c_int64) for n in ("candidate", "part", "lse", "lse_part")),
     ]
 

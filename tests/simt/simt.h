@@ -267,6 +267,13 @@ inline float one_zero_one_nan(float x) {
     return std::isnan(x) ? __uint_as_float(0x7fffffffu) : x + 0.f;
 }
 
+template <class Pair>
+void append_if(uint32_t condition, Pair* array, uint32_t& place, uint32_t first, uint32_t second) {
+    const uint32_t words[2] = {first, second};
+    if (!condition) return;
+    std::memcpy(static_cast<void*>(array + place++), words, sizeof words);
+}
+
 template <bool kBfloat>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct Fragments {

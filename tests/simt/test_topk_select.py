@@ -27,7 +27,7 @@ from ops.test_topk_select import (  # noqa: F401
 )
 
 from simt.device import SCHEDULES, Device
-from simt.params import select_call
+from simt.params import SelectPlan, select_call
 from simt.wing import SimulatedWing
 from sparse_attn.rule import Rule
 
@@ -95,6 +95,97 @@ def test_scores_over_the_whole_exponent_range(wing):
         assert_identical(wing.topk_select(query, key, top_k, scale=1.0), query, key, top_k, scale=1.0)
 
 
+# Against a first threshold from every 63rd key (budgets below 192) or every 21st, from the middle of each on.
+SAMPLED = torch.arange(2600) % 63 == 31, torch.arange(2600) % 21 == 10
+HOSTILE = {
+    "the sample has the best": lambda sampled: (
+        sampled * 9 + torch.arange(2600) % 3
+    ),  # too few beat its threshold
+    "the sample has the worst": lambda sampled: ~sampled * 9 + torch.arange(2600) % 3,  # nearly all beat it
+    "a plateau": lambda sampled: torch.full((2600,), 3),
+    "zeros of both signs": lambda sampled: (torch.arange(2600) > 2590) * 2,
+    "few above zeros": lambda sampled: (
+        (torch.arange(2600) % 100 == 0) * 1 - (torch.arange(2600) % 7 == 0) * 1
+    ),
+    "shuffled": lambda sampled: torch.arange(2600) * 2617 % 251,
+    "ascending": lambda sampled: torch.arange(2600) // 11,
+    "descending": lambda sampled: -torch.arange(2600) // 11,
+}
+SAMPLE_RULES = {
+    "plain": {},
+    "causal, window and sinks": {"is_causal": True, "causal_offset": 2599, "window": 20, "sinks": 5},
+    "lengths": {"key_lengths": torch.tensor([2001])},
+    "starts": {"key_starts": torch.tensor([[700]])},
+    "mask": {"attn_mask": mask(1, 1, 1, 2600)},
+    "a mask of the sample": {"attn_mask": SAMPLED[0].view(1, 1, 1, 2600)},
+    "a mask of the rest": {"attn_mask": ~SAMPLED[0].view(1, 1, 1, 2600)},
+}
+
+
+def sampled_call(query, key, top_k, **options) -> SelectPlan:
+    packed = Rule(**options).packed(query, key, top_k)
+    return select_call(Device(), query, key, top_k, *packed.parts()).plan
+
+
+def in_one_piece(query, key):
+    """Repeated for so many heads that the keys are in one piece, as when training."""
+    return query.repeat(1, 8, 1, 1), key.repeat(1, 8, 1, 1)
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+@pytest.mark.parametrize("top_k", [40, 64, 200])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_scores_against_the_sample(wing, dtype, name, top_k):
+    query, key = in_one_piece(*with_scores(HOSTILE[name](SAMPLED[top_k >= 192]), 8, dtype))
+    assert sampled_call(query, key, top_k).stride > 1
+    for scale in (1.0, -1.0):
+        assert_identical(wing.topk_select(query, key, top_k, scale=scale), query, key, top_k, scale=scale)
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+@pytest.mark.parametrize("rule", SAMPLE_RULES)
+@pytest.mark.parametrize("name", ["the sample has the best", "shuffled"])
+def test_rules_with_a_sample(wing, dtype, name, rule):
+    query, key = in_one_piece(*with_scores(HOSTILE[name](SAMPLED[0]), 8, dtype))
+    options = SAMPLE_RULES[rule]
+    assert sampled_call(query, key, 50, **options).stride == 63
+    assert_identical(wing.topk_select(query, key, 50, **options), query, key, 50, **options)
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+def test_some_rows_of_a_block_are_done_again(wing, dtype):
+    """Two queries: the sample has the best keys of one, and for the other it is like any keys."""
+    scores = [HOSTILE[name](SAMPLED[0]) for name in ("shuffled", "the sample has the best")]
+    rows = [with_scores(each, 8, dtype) for each in scores]
+    query = torch.cat(
+        [torch.cat([q, torch.zeros_like(q)], -1).roll(8 * i, -1) for i, (q, _) in enumerate(rows)], 2
+    )
+    key = torch.cat([k for _, k in rows], -1)
+    query, key = in_one_piece(query, key)
+    results = [SimulatedWing(s).topk_select(query, key, 50) for s in SCHEDULES]
+    assert_identical(results[0], query, key, 50)
+    assert all(torch.equal(indices, results[0]) for indices in results[1:])
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["sampled", "others", "many"])
+def test_special_values_in_a_sample(wing, dtype, bad, where):
+    query, key = torch.ones(1, 1, 1, 1), (torch.arange(2600) * 2617 % 251 + 1.0).view(1, 1, 2600, 1)
+    bad_keys = {"sampled": SAMPLED[0], "others": ~SAMPLED[0] & (torch.arange(2600) % 5 == 0)}.get(where)
+    bad_keys = torch.arange(2600) % 7 > 0 if bad_keys is None else bad_keys
+    key[0, 0, bad_keys] = bad
+    query, key = in_one_piece(query.to(dtype), key.to(dtype))
+    found = wing.topk_select(query, key, 40)
+    if bad < 0:
+        assert_identical(found, query, key, 40)
+        return
+    first = bad_keys.nonzero().flatten()[:40]
+    others = key[0, 0, :, 0].float().masked_fill(bad_keys, -1).sort(descending=True, stable=True).indices
+    expected = torch.cat([first, others[: 40 - len(first)]]).sort().values
+    assert all(row.tolist() == expected.tolist() for row in found[0, :, 0])
+
+
 def test_lengths_of_either_width(wing):
     query, key = integers(3, 2, 9, 7), integers(3, 2, 90, 7, seed=1)
     for dtype in (torch.int32, torch.int64):
@@ -140,6 +231,48 @@ def test_few_queries_have_their_keys_in_pieces(wing, dtype, name, share):
         assert pieces(query, key, top_k, **options) > 1
         compare = assert_identical if share == "none" else assert_best
         compare(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
+
+
+# (batch, query heads, key heads, queries): rows of a tile, of several tiles, and of one that ends within a head.
+PACKS = [(2, 8, 2, 1), (1, 4, 1, 3), (1, 6, 1, 30), (2, 9, 3, 40)]
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+@pytest.mark.parametrize(
+    "name", ["plain", "causal, window and sinks", "lengths", "starts", "mask", "a mask per head"]
+)
+@pytest.mark.parametrize("sizes", PACKS)
+def test_heads_with_the_same_keys_are_rows_of_one_tile(wing, dtype, name, sizes):
+    batch, heads, kv_heads, queries = sizes
+    query, key = (
+        integers(batch, heads, queries, 7, dtype=dtype),
+        integers(batch, kv_heads, 900, 7, dtype=dtype, seed=1),
+    )
+    options = {
+        "plain": {},
+        "causal, window and sinks": {
+            "is_causal": True,
+            "causal_offset": 890 - queries,
+            "window": 5,
+            "sinks": 3,
+        },
+        "lengths": {"key_lengths": torch.tensor([700, 13][:batch])},
+        "starts": {"key_starts": (torch.arange(batch * queries) * 97 % 880).view(batch, queries)},
+        "mask": {"attn_mask": mask(1, 1, queries, 900)},
+        "a mask per head": {"attn_mask": mask(batch, heads, queries, 900)},
+    }[name]
+    packed = Rule(**options).packed(query, key, 20)
+    assert select_call(Device(), query, key, 20, *packed.parts()).plan.packed == heads // kv_heads
+    assert_identical(wing.topk_select(query, key, 20, **options), query, key, 20, **options)
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+def test_packed_heads_in_pieces_and_in_every_schedule(wing, dtype):
+    query, key = integers(1, 4, 1, 7, dtype=dtype), integers(1, 1, 3000, 7, dtype=dtype, seed=1)
+    assert pieces(query, key, 50) > 1
+    results = [SimulatedWing(s).topk_select(query, key, 50) for s in SCHEDULES]
+    assert_identical(results[0], query, key, 50)
+    assert all(torch.equal(indices, results[0]) for indices in results[1:])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

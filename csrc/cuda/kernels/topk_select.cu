@@ -3,14 +3,18 @@
 // A block has 64 queries of one selection, their fragments in registers, and streams tiles of 64 keys through
 // the tensor cores (float32: the others). A score that beats its query's running threshold is appended to the
 // query's candidates, in the order of the keys; a row of candidates that runs full is cut to its best, which
-// raises the threshold (lib/candidates.cuh). What hides keys or keeps them always is looked at in the tiles
+// raises the threshold (lib/candidates.cuh). The first threshold comes from a sample of the keys, where there
+// are many. What hides keys or keeps them always is looked at in the tiles
 // that need it alone. Candidates belong to the blocks that a GPU runs at once, not to the queries: scratch
 // does not grow with Tq.
 //
 // Few queries (decoding): the keys are in pieces, a block has one, and the best of all pieces are merged.
+// Query heads with the same keys are rows of one block, which reads each key once for all of them.
 //
 // Heads that share a selection: topk_select_shared.cu.
 #include "topk_select.h"
+
+#include <cmath>
 
 #include "lib/select_tile.cuh"
 
@@ -22,6 +26,7 @@ constexpr int64_t kCandidateBytes = 512ll << 20;  // at most
 constexpr int64_t kLeastRoom = 128, kFewRoom = 1024, kMostRoom = 4096;
 constexpr int64_t kLeastPiece = 512;   // keys
 constexpr int64_t kMostMerged = 8192;  // candidates that a warp merges
+constexpr int64_t kLeastSampled = 32;  // a smaller budget gains less than the sample costs
 
 // Two 16-bit floats times the sign of `scale`: 0 makes them 0, what is not finite NaN.
 template <class T>
@@ -49,27 +54,41 @@ struct Product {
         return line % 16 / 2 * 8 + line / 16 * 2 + line % 2;
     }
 
-    // Rows [first, first + 64) of `count`, in the background; zeros past the end.
-    template <bool kKeys>
-    __device__ static __forceinline__ void load(unsigned char* tile, const T* rows, int64_t stride,
-                                                int64_t first, int64_t count, int dim, bool aligned) {
+    // Where the thread's part of the rows from `first` on begins.
+    __device__ static __forceinline__ const T* part(const T* rows, int64_t stride, int64_t first) {
+        return rows + (first + threadIdx.x / kChunks) * stride + threadIdx.x % kChunks * kVector;
+    }
+    // The next 64 rows, of which `count` exist, in the background; zeros past the end. from: the thread's
+    // part of them, then of the rows after.
+    __device__ static __forceinline__ void load(unsigned char* tile, const T*& from, const void* anything,
+                                                int64_t stride, int count, int dim, bool aligned) {
         const int chunk = threadIdx.x % kChunks * kVector, line = threadIdx.x / kChunks;
-        unsigned char* to = tile + (kKeys ? place_of(line) : line) * kPitch + 2 * chunk;
-        const T* from = rows + (first + line) * stride + chunk;
-        if (aligned && dim == kDim && first + kGemmTile <= count) {
+        unsigned char* to = tile + place_of(line) * kPitch + 2 * chunk;
+        if (aligned && dim == kDim && count >= kGemmTile) {
 #pragma unroll
             for (int i = 0; i < kGemmTile; i += kLines) {
-                copy_async_16(to + (kKeys ? place_of(i) : i) * kPitch, from, 16);
+                copy_async_16(to + place_of(i) * kPitch, from, 16);
                 from += kLines * stride;
             }
             return;
         }
 #pragma unroll 1
         for (int i = 0; i < kGemmTile; i += kLines) {
-            load_chunk(to + (kKeys ? place_of(i) : i) * kPitch,
-                       first + line + i < count ? from - chunk : nullptr, rows, chunk, dim, aligned);
+            load_chunk(to + place_of(i) * kPitch, line + i < count ? from - chunk : nullptr,
+                       static_cast<const T*>(anything), chunk, dim, aligned);
             from += kLines * stride;
         }
+    }
+
+    // A tile of queries; row(i): the i-th, or null.
+    template <class Row>
+    __device__ static __forceinline__ void load_queries(unsigned char* tile, const Row& row,
+                                                        const void* anything, int dim, bool aligned) {
+        const int chunk = threadIdx.x % kChunks * kVector, line = threadIdx.x / kChunks;
+#pragma unroll 1
+        for (int i = line; i < kGemmTile; i += kLines)
+            load_chunk(tile + i * kPitch + 2 * chunk, row(i), static_cast<const T*>(anything), chunk, dim,
+                       aligned);
     }
 
     // The fragments of a tile of queries, times the sign of the scale: ranks need no more of it.
@@ -119,49 +138,72 @@ __global__ void __launch_bounds__(kGemmThreads, kDim <= 64    ? 3
     using P = Product<T, kDim>;
     const SelectParams& p = call.select;
     SelectShared& shared = *reinterpret_cast<SelectShared*>(dynamic_shared());
-    const RowSize size = row_size(call);
     Candidate* slots = block_slots(call);
-    const int dim = static_cast<int>(p.head_dim);
-    for (int64_t n = blockIdx.x; n < works(call); n += gridDim.x) {
-        const Work work = work_of(call, n);
-        unsigned char *current = dynamic_shared() + sizeof(SelectShared), *next = current + P::kBytes;
-        const T* queries = row_of<T>(p.query, p.query_strides, work.b, work.group, 0);
-        const T* keys = row_of<T>(p.key, p.key_strides, work.b, work.group / (p.heads / p.kv_heads), 0);
+    const int dim = static_cast<int>(p.head_dim), capacity = static_cast<int>(call.plan.capacity);
+    for (int64_t n = blockIdx.x; n < works(call); n = shared.work.n + gridDim.x) {
         __syncthreads();
-        P::template load<false>(current, queries, p.query_strides.t, work.first, p.query_length, dim,
-                                aligned_query);
+        if (threadIdx.x == 0) shared.work = work_of(call, n);
+        __syncthreads();
+        const Work& work = shared.work;  // there, for registers are few
+        unsigned char *current = dynamic_shared() + sizeof(SelectShared), *next = current + P::kBytes;
+        const int rows_left = static_cast<int>(packed_rows(call) - work.first);
+        P::load_queries(
+            current,
+            [&](int i) -> const T* {
+                const unsigned row = work.first + i, length = static_cast<unsigned>(p.query_length);
+                if (i >= rows_left) return nullptr;
+                return row_of<T>(p.query, p.query_strides, work.b, work.group + row / length, row % length);
+            },
+            p.query, dim, aligned_query);
         commit_copies();
-        const SelectTile tile = select_tile(call, work, shared);
-        Rows<T> rows;
-        rows.start(shared);
         wait_copies<0>();
         __syncthreads();
         P product;
         product.take(current, p.rule.scale);
-        __syncthreads();
-        const bool idle = work.first + TileShape<T>::of_warp(0) >= p.query_length;
-        if (tile.begin < tile.end)
-            P::template load<true>(current, keys, p.key_strides.t, tile.begin, p.key_length, dim,
-                                   aligned_key);
-        commit_copies();
-        for (int key = tile.begin; key < tile.end; key += kGemmTile) {
-            wait_copies<0>();
+        const bool idle = TileShape<T>::of_warp(0) >= rows_left;
+        Rows<T> rows;
+        rows.start(shared);
+        // A sample, all keys with a threshold from it, and all keys without where that was too high.
+        for (int stride = static_cast<int>(call.plan.stride);;) {
             __syncthreads();
-            if (key + kGemmTile < tile.end)
-                P::template load<true>(next, keys, p.key_strides.t, key + kGemmTile, p.key_length, dim,
-                                       aligned_key);
-            commit_copies();
-            if (!idle) {
-                float sum[8][4];
-                product.multiply(sum, current);
-                rows.add(sum, key, tile.plain(key), slots, size.capacity, shared.rules, tile.mask,
-                         p.rule.mask_strides);
-                rows.make_room(slots, size, shared);
+            const SelectTile tile = select_tile(call, work, shared, stride);
+            const int place = static_cast<int>(call.plan.sample_budget);
+            if (stride > 1 && tile.end - tile.begin <= place + place / 4) {
+                stride = 1;  // too few
+                continue;
             }
-            unsigned char* const read = current;
-            current = next, next = read;
+            const T* keys = P::part(
+                row_of<T>(p.key, p.key_strides, work.b, work.group / (p.heads / p.kv_heads), stride / 2),
+                tile.apart, tile.begin);
+            if (tile.begin < tile.end)
+                P::load(current, keys, p.key, tile.apart, tile.end - tile.begin, dim, aligned_key);
+            commit_copies();
+            for (int key = tile.begin; key < shared.tile.end; key += kGemmTile) {
+                wait_copies<0>();
+                __syncthreads();
+                const int left = shared.tile.end - key - kGemmTile;  // after this tile
+                if (left > 0) P::load(next, keys, p.key, shared.tile.apart, left, dim, aligned_key);
+                commit_copies();
+                if (!idle) {
+                    float sum[8][4];
+                    product.multiply(sum, current);
+                    rows.add(sum, key, shared.tile.plain(key), slots, capacity, shared);
+                    const bool guessing = left <= 0 && stride > 1;
+                    rows.cut_rows(slots, guessing ? place : capacity - kGemmTile, !guessing, shared);
+                }
+                unsigned char* const read = current;
+                current = next, next = read;
+            }
+            wait_copies<0>();
+            if (stride > 1) {
+                rows.guess(shared);
+                stride = 1;
+            } else if (rows.guessed_too_high(shared)) {
+                rows.start(shared);
+            } else {
+                break;
+            }
         }
-        wait_copies<0>();
         write_best(call, work, slots, rows, shared);
     }
 }
@@ -175,7 +217,7 @@ __global__ void __launch_bounds__(kGemmThreads) merge_kernel(const SelectCall ca
     const int64_t b = place / p.query_length / p.rule.groups;
     const RowRule rule = row_rule(p, b, place % p.query_length, keys_of(call, b));
     const int count = static_cast<int>(call.plan.splits * p.top_k);
-    const CandidateRow row{static_cast<const Candidate*>(call.parts) + place * count, count, rule, true};
+    const CandidateRow row{static_cast<const Candidate*>(call.parts) + place * count, 0, count, rule, true};
     int32_t* bins = reinterpret_cast<int32_t*>(dynamic_shared()) + kBins * warp;
     int32_t* out = p.indices + place * p.top_k;
     Chunk chunk;
@@ -202,14 +244,27 @@ bool is_gathered(const SelectParams& p) {
     return p.dtype == DType::kFloat32 || p.rule.groups < p.heads;
 }
 
+// A first threshold from every stride-th key: its score of place sample_budget there. Of the best K keys of a
+// row K / stride are expected in the sample; the place lies four standard deviations beyond, so that of a
+// hundred thousand rows in random order a few are done again. The stride is odd: keys often repeat with a
+// power of two. benchmarks/gpu/streams.py has the same.
+void sample_keys(SelectPlan& plan, int budget) {
+    plan.stride = budget < 192 ? 63 : 21;
+    const double expected = static_cast<double>(budget) / static_cast<double>(plan.stride);
+    plan.sample_budget = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 3);
+}
+
 }  // namespace
 
 SelectPlan select_plan(const SelectParams& p, int32_t device) {
     auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
     const int64_t budget = most(p.top_k, 1), rows = p.batch * p.rule.groups * p.query_length;
-    const int64_t tiles = most(p.batch * p.rule.groups * divide_up(p.query_length, kGemmTile), 1);
     SelectPlan plan{};
+    // Few queries (decoding): those of all heads that have their keys in common are one tile.
+    plan.packed = !is_gathered(p) && p.query_length < kGemmTile ? p.heads / p.kv_heads : 1;
+    const int64_t tiles =
+        most(p.batch * (p.rule.groups / plan.packed) * divide_up(plan.packed * p.query_length, kGemmTile), 1);
     // A row that no more keys than these can come to is never cut before its end.
     const int64_t room = least(most(most(least(2 * budget, kFewRoom), budget), kLeastRoom), kMostRoom);
     plan.capacity = least(budget + room, p.key_length) + kGemmTile;
@@ -227,6 +282,9 @@ SelectPlan select_plan(const SelectParams& p, int32_t device) {
         plan.split_keys = divide_up(divide_up(p.key_length, pieces), kGemmTile) * kGemmTile;
         plan.splits = divide_up(p.key_length, plan.split_keys);
     }
+    plan.stride = 1;
+    if (!is_gathered(p) && plan.splits == 1 && budget >= kLeastSampled)
+        sample_keys(plan, static_cast<int>(budget));
     plan.blocks = least(blocks, tiles * plan.splits);
     plan.candidate_bytes = plan.blocks * block_bytes;
     plan.part_bytes =

@@ -12,7 +12,10 @@ constexpr int64_t kMostSelectDim = 256;
 struct SelectPlan {
     int64_t blocks;              // that are launched: what the GPU works on at once
     int64_t capacity;            // candidates of a query, of each of a block's 64
+    int64_t packed;              // groups whose queries are rows of the same tiles
     int64_t splits, split_keys;  // pieces that the keys are in, and keys of a piece
+    int64_t stride;         // each stride-th key is in the sample of a row's first threshold; 1: no sample
+    int64_t sample_budget;  // the threshold is the score of this place in the sample
     int64_t candidate_bytes, part_bytes, lse_bytes, lse_part_bytes;  // of scratch
 };
 SelectPlan select_plan(const SelectParams& p, int32_t device);

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kGemmThreads, 3)
     const int64_t h = blockIdx.y;
     const int splits = static_cast<int>(call.plan.splits),
               tile_of_queries = (gridDim.x - 1 - blockIdx.x) / splits;
-    const Work work{static_cast<int>(blockIdx.z), static_cast<int>(h / (p.heads / p.rule.groups)),
+    const Work work{0, static_cast<int>(blockIdx.z), static_cast<int>(h / (p.heads / p.rule.groups)),
                     static_cast<int>(blockIdx.x % splits), tile_of_queries * kGemmTile};
     const SelectTile tile = select_tile(call, work, shared);
     const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
@@ -56,9 +56,8 @@ __global__ void __launch_bounds__(kGemmThreads, 3)
         const int first = key + Shape::first_key();
 #pragma unroll
         for (int r = 0; r < Shape::kQueries; ++r) {
-            const uint32_t seen = tile.plain(key) ? ~0u
-                                                  : Shape::seen(shared.rules[Shape::query(r)], tile.mask,
-                                                                p.rule.mask_strides, r, first);
+            const uint32_t seen =
+                tile.plain(key) ? ~0u : Shape::seen(shared.rules[Shape::query(r)], shared.mask, r, first);
             float score[Shape::kKeys], most = maximum[r];
 #pragma unroll
             for (int c = 0; c < Shape::kKeys; ++c) {
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
     const SelectParams& p = call.select;
     SelectShared& shared = *reinterpret_cast<SelectShared*>(dynamic_shared());
     unsigned char* tiles = dynamic_shared() + sizeof(SelectShared);
-    const RowSize size = row_size(call);
+    const int capacity = static_cast<int>(call.plan.capacity);
     Candidate* slots = block_slots(call);
     const int64_t share = p.heads / p.rule.groups;
     const Scoring<kCapped> scoring(p.rule.scale, p.rule.softcap);
@@ -122,7 +121,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
     for (int64_t n = blockIdx.x; n < works(call); n += gridDim.x) {
         const Work work = work_of(call, n);
         __syncthreads();
-        const SelectTile tile = select_tile(call, work, shared);
+        select_tile(call, work, shared);
+        const SelectTile& tile = shared.tile;  // there, for registers are few
         Rows<T> rows;
         rows.start(shared);
         for (int key = tile.begin; key < tile.end; key += kGemmTile) {
@@ -153,9 +153,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
                     }
                 }
             }
-            rows.add(rank, key, tile.plain(key), slots, size.capacity, shared.rules, tile.mask,
-                     p.rule.mask_strides);
-            rows.make_room(slots, size, shared);
+            rows.add(rank, key, tile.plain(key), slots, capacity, shared);
+            rows.cut_rows(slots, capacity - kGemmTile, true, shared);
         }
         write_best(call, work, slots, rows, shared);
     }

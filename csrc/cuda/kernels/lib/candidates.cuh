@@ -3,7 +3,9 @@
 // keys throughout, so that ties fall to the smaller key and the result ascends; no order of threads shows in
 // it.
 //
-// Of n keys in random order a row of capacity 2 K is cut log2(n / K) times; each cut raises the threshold.
+// Of n keys in random order a row of capacity 2 K is cut log2(n / K) times; each cut raises the threshold. A
+// first threshold from a sample of the keys spares most cuts. It is a guess, set low: a row that it leaves
+// with too few candidates is done again without.
 #pragma once
 
 #include "attention.cuh"
@@ -40,9 +42,17 @@ __device__ __forceinline__ float score_of(uint32_t rank) {
     return __uint_as_float(rank ^ (~static_cast<uint32_t>(static_cast<int32_t>(rank) >> 31) | 0x80000000u));
 }
 
+// The float before, of those that scores can be (no −0); NaN before −inf, which every score beats.
+__device__ __forceinline__ float float_before(float score) {
+    constexpr uint32_t kMinusZero = 0x7fffffffu;
+    const uint32_t rank = rank_of(score) - 1;
+    return score_of(rank == kMinusZero ? rank - 1 : rank);
+}
+
 // A row as it is cut. special: some are always kept, or there may be some that are none.
 struct CandidateRow {
-    const Candidate* at;
+    const Candidate* slots;
+    uint32_t first;  // slot
     int count;
     RowRule rule;
     bool special;
@@ -57,11 +67,12 @@ struct Chunk {
     __device__ __forceinline__ void load(const CandidateRow& row, int first) {
         first += static_cast<int>(threadIdx.x % 32);
         const int left = row.count - first;
+        const Candidate* at = row.slots + (row.first + first);
         Candidate own[kOwn];
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
             own[i] = Candidate{0.f, -1};  // else the registers would be kept from the load before
-            if (32 * i < left) own[i] = row.at[first + 32 * i];
+            if (32 * i < left) own[i] = at[32 * i];
         }
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
@@ -174,6 +185,13 @@ __device__ __forceinline__ void keep(Chunk& chunk, const CandidateRow& row, cons
     __syncwarp();
 }
 
+// The mask of a tile's rows: `length` queries of one head after the other; null: none.
+struct MaskTile {
+    const uint8_t* at;  // of the first head and query
+    int first, length;  // the tile's first row
+    int64_t of_head, of_query, of_key;
+};
+
 // How a tile of 64 queries and 64 keys lies in a thread, as GatheredGemm has it: some queries, and of each as
 // many keys in a row, if key j of the tile is the product's column column_of(j). A query is one warp's.
 template <class T>
@@ -209,30 +227,52 @@ struct TileShape {
         const int at = key - first;
         return at <= 0 ? kAll : at >= kKeys ? 0 : kAll << at & kAll;
     }
-    // Those that its query r sees. mask: that of the block's first query, or null.
-    __device__ static __forceinline__ uint32_t seen(const RowRule& rule, const uint8_t* mask,
-                                                    const Strides& strides, int r, int first) {
+    // Those that its query r sees.
+    __device__ static __forceinline__ uint32_t seen(const RowRule& rule, const MaskTile& mask, int r,
+                                                    int first) {
         uint32_t keys = from(rule.begin, first) & ~from(rule.end, first);
-        if (mask == nullptr || keys == 0) return keys;
-        const uint8_t* at = mask + query(r) * strides.t + first * strides.d;
+        if (mask.at == nullptr || keys == 0) return keys;
+        const int row = mask.first + query(r);
+        const uint8_t* at = mask.at + row / mask.length * mask.of_head + row % mask.length * mask.of_query +
+                            first * mask.of_key;
 #pragma unroll 1
-        for (uint32_t key = 1; key < 1u << kKeys; key <<= 1, at += strides.d)
+        for (uint32_t key = 1; key < 1u << kKeys; key <<= 1, at += mask.of_key)
             if ((keys & key) != 0 && *at == 0) keys &= ~key;
         return keys;
     }
 };
 
-// What a block keeps in shared memory beside its tiles.
-struct SelectShared {
-    RowRule rules[kGemmTile];
-    int32_t counts[kGemmTile];
-    float bars[kGemmTile];  // what a later score must beat; NaN: nothing yet
-    int32_t bins[kGemmThreads / 32][kBins];
+struct SelectTile {
+    int begin, end;              // keys of the piece that some of the queries see; begin is a multiple of 64
+    int plain_begin, plain_end;  // keys that all of them see, and none keeps always; multiples of 64
+    int64_t apart;               // from a key to the next in memory
+
+    __device__ __forceinline__ bool plain(int key) const { return key >= plain_begin && key < plain_end; }
 };
 
 // Of a row: how many are wanted, how many more a cut may leave, and how many it holds.
 struct RowSize {
     int budget, slack, capacity;
+};
+
+// A tile of queries and a piece of the keys.
+struct Work {
+    int64_t n;     // which tile
+    int b, group;  // the first of those that are packed
+    int split;     // which piece
+    int first;     // row: the queries of a group, then of the next
+};
+
+// What a block keeps in shared memory beside its tiles.
+struct alignas(16) SelectShared {
+    RowRule rules[kGemmTile];
+    MaskTile mask;
+    SelectTile tile;
+    Work work;
+    RowSize size;
+    int32_t counts[kGemmTile];
+    float bars[kGemmTile];  // what a later score must beat; NaN: nothing yet
+    int32_t bins[kGemmThreads / 32][kBins];
 };
 
 // A thread's share of the block's candidates.
@@ -251,11 +291,9 @@ struct Rows {
     }
 
     // Appends what passes of a tile of keys from `first` on; `plain`: every query sees all of them and none
-    // is kept always. mask: that of the block's first query. A warp's lanes are together, and its rows have
-    // room.
+    // is kept always. A warp's lanes are together, and its rows have room.
     __device__ __forceinline__ void add(const float (&sum)[8][4], int first, bool plain, Candidate* slots,
-                                        int capacity, const RowRule* rules, const uint8_t* mask,
-                                        const Strides& mask_strides) {
+                                        int capacity, const SelectShared& shared) {
         const int lane = threadIdx.x % 32;
         first += Shape::first_key();
         uint32_t passes[kQueries];
@@ -269,9 +307,9 @@ struct Rows {
         if (!plain) {
 #pragma unroll
             for (int r = 0; r < kQueries; ++r) {
-                const RowRule rule = rules[Shape::query(r)];
+                const RowRule rule = shared.rules[Shape::query(r)];
                 passes[r] |= ~Shape::from(rule.sinks_end, first) | Shape::from(rule.window_start, first);
-                passes[r] &= Shape::seen(rule, mask, mask_strides, r, first);
+                passes[r] &= Shape::seen(rule, shared.mask, r, first);
             }
         }
         // How many pass before this lane, and in all: a byte for each query.
@@ -293,8 +331,7 @@ struct Rows {
         }
 #pragma unroll
         for (int r = 0; r < kQueries; ++r) {
-            Candidate* to = slots + (static_cast<int64_t>(Shape::query(r)) * capacity + count[r] +
-                                     (before[r / 4] >> 8 * (r % 4) & 255));
+            uint32_t to = Shape::query(r) * capacity + count[r] + (before[r / 4] >> 8 * (r % 4) & 255);
             count[r] += all[r / 4] >> 8 * (r % 4) & 255;
 #pragma unroll
             for (int group = 0; group < kKeys;
@@ -302,28 +339,34 @@ struct Rows {
                 if (!__any_sync(kWarp, passes[r] >> group & 15)) continue;
 #pragma unroll
                 for (int c = group; c < group + 4; ++c)
-                    if (passes[r] >> c & 1) *to++ = Candidate{Shape::value(sum, r, c), first + c};
+                    append_if(passes[r] & 1u << c, slots, to, __float_as_uint(Shape::value(sum, r, c)),
+                              first + c);
             }
         }
     }
 
-    // Cuts the warp's rows that have no room for another tile.
-    __device__ __forceinline__ void make_room(Candidate* slots, const RowSize& size, SelectShared& shared) {
-        int most = 0;
+    // Cuts the warp's rows that hold more than `most`: all but a tile of their slots, or with to_go_on false
+    // what a sample is cut to at its end, of which the threshold alone is wanted.
+    __device__ __forceinline__ void cut_rows(Candidate* slots, int most, bool to_go_on,
+                                             SelectShared& shared) {
+        int longest = 0;
 #pragma unroll
-        for (int r = 0; r < kQueries; ++r) most = count[r] > most ? count[r] : most;
-        if (!__any_sync(kWarp, most + kGemmTile > size.capacity)) return;
+        for (int r = 0; r < kQueries; ++r) longest = count[r] > longest ? count[r] : longest;
+        if (!__any_sync(kWarp, longest > most)) return;
         write_counts(shared);
 #pragma unroll 1
         for (int i = 0; i < kWarpRows; ++i) {
             const int q = Shape::of_warp(i), full = shared.counts[q];
-            if (full + kGemmTile <= size.capacity) continue;
-            Candidate* to = slots + static_cast<int64_t>(q) * size.capacity;
-            const CandidateRow row{to, full, shared.rules[q], shared.rules[q].forces()};
+            if (full <= most) continue;
+            const RowSize size = shared.size;
+            const uint32_t to = q * size.capacity;
+            const CandidateRow row{slots, to, full, shared.rules[q], shared.rules[q].forces()};
             Chunk chunk;
             const Cut cut = find_cut(chunk, row, size.budget, size.slack, shared.bins[threadIdx.x / 32]);
-            keep(chunk, row, cut,
-                 [&](int at, uint32_t rank, int32_t key) { to[at] = Candidate{score_of(rank), key}; });
+            if (to_go_on)
+                keep(chunk, row, cut, [&](int at, uint32_t rank, int32_t key) {
+                    slots[to + at] = Candidate{score_of(rank), key};
+                });
             if (threadIdx.x % 32 == 0) {
                 shared.counts[q] = cut.kept;
                 shared.bars[q] = score_of(cut.low < kInfinity ? cut.low : kInfinity);
@@ -333,6 +376,28 @@ struct Rows {
 #pragma unroll
         for (int r = 0; r < kQueries; ++r)
             count[r] = shared.counts[Shape::query(r)], bar[r] = shared.bars[Shape::query(r)];
+    }
+
+    // After a sample, whose rows are cut to the budget of one: the keys begin anew, with a guess.
+    __device__ __forceinline__ void guess(SelectShared& shared) {
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < kQueries; ++r) {
+            count[r] = 0, bar[r] = float_before(bar[r]);
+            if (threadIdx.x % kLanes == 0) shared.bars[Shape::query(r)] = bar[r];
+        }
+    }
+    // Whether a guess has left one of the block's rows with less than the budget; the block's threads
+    // together.
+    __device__ __forceinline__ bool guessed_too_high(SelectShared& shared) const {
+        write_counts(shared);
+        __syncthreads();
+        bool found = false;
+#pragma unroll
+        for (int q = threadIdx.x % 32; q < kGemmTile; q += 32)
+            found |= shared.counts[q] < shared.size.budget && shared.bars[q] == shared.bars[q];
+        __syncthreads();
+        return __any_sync(kWarp, found);
     }
 
     // For the other lanes of the warp.
