@@ -210,18 +210,20 @@ _kept = _Kept()
 
 
 def _put(config: Any, first: int, chosen: Chosen) -> None:
+    name = f"{_ATTRIBUTE}_{first}"
     if torch.compiler.is_compiling():
-        setattr(config, f"{_ATTRIBUTE}_{first}", chosen)
+        setattr(config, name, chosen)
         return
+    config.__dict__.pop(name, None)  # of a graph whose call failed
     key = id(config), first
     _kept.of[key] = weakref.ref(config, lambda _, of=_kept.of: of.pop(key, None)), chosen
 
 
 def _take(config: Any, first: int, last: bool) -> Chosen | None:
     """With `last` it is gone afterwards."""
-    if torch.compiler.is_compiling():
-        name = f"{_ATTRIBUTE}_{first}"
-        found = getattr(config, name, None)
+    name = f"{_ATTRIBUTE}_{first}"
+    found = getattr(config, name, None)
+    if found is not None or torch.compiler.is_compiling():  # also of a graph that ended before this layer
         if last and found is not None:
             delattr(config, name)
         return found

@@ -212,6 +212,11 @@ def test_one_graph(options):
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     for mask in (None, padding("left")):
         close(logits(compiled, ids(), mask), logits(ours, ids(), mask))
+    # Layers that are graphs of their own, the second of them eager.
+    broken = copy.deepcopy(ours)
+    attention = broken.model.layers[0].self_attn
+    attention.forward = torch.compile(attention.forward, fullgraph=True, backend="eager")
+    close(logits(broken, ids()), logits(ours, ids()))
     past = transformers.StaticCache(config=ours.config, max_cache_len=LENGTH)
     made = [logits(ours, ids()[:, :10], **cached(past))]
     for t in range(10, 12):
