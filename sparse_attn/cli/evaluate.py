@@ -33,7 +33,8 @@ Results are kept in --out after each step, and what is there is not run again: a
 
 EPILOG = f"""\
 selectors: {", ".join(NAMES)};
-  with /kv or /all where heads share a selection, with +tail or +blocks where means of what is left out are added
+  with /kv or /all where heads share a selection, /reuse2 where two layers do, and with +tail or +blocks where means of
+  what is left out are added
 
 examples:
   sparse-attn evaluate --model DIR --text a.txt b.txt --selector exact exact/kv exact+tail --budget 5% 12.5%

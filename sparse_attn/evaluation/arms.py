@@ -22,11 +22,12 @@ class Arm:
     """One way of choosing keys.
 
     Args:
-        text: as it is written: NAME, NAME/SHARE, NAME+TAIL or NAME/SHARE+TAIL. NAME is one of NAMES: a selector of
-            `sparse_attn.integrations.transformers.configure`, "hierarchical"
+        text: as it is written: NAME, then, where they are wanted, /SHARE, /reuseN and +TAIL. NAME is one of NAMES: a
+            selector of `sparse_attn.integrations.transformers.configure`, "hierarchical"
             (:class:`sparse_attn.selection.Hierarchical`), or "window" (the last keys, and four sinks); SHARE is "kv" or
-            "all"; TAIL is one of TAILS: "tail" gives the mass of the keys left out to the mean of their values,
-            "blocks" counts them by means of whole blocks.
+            "all"; of /reuseN every N-th layer selects, N at least 2, and those behind it attend to the same keys; TAIL
+            is one of TAILS: "tail" gives the mass of the keys left out to the mean of their values, "blocks" counts
+            them by means of whole blocks.
 
     Raises:
         TypeError, ValueError: the text is none of these.
@@ -35,17 +36,21 @@ class Arm:
     text: str
     name: str = field(init=False)
     share: str = field(init=False)
+    reuse: int = field(init=False)  # layers with one selection
     tail: str = field(init=False)  # "": none
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise TypeError(f"a selector must be a name, got {checks.describe(self.text)}")
         body, plus, tail = self.text.partition("+")
-        name, slash, share = body.partition("/")
-        if name not in NAMES or (plus and tail not in TAILS) or (slash and share not in ("kv", "all")):
+        name, *marks = body.split("/")
+        shares = [m for m in marks if m in ("kv", "all")]
+        share, reuse = "".join(shares), _reuse_of([m for m in marks if m not in shares])
+        if name not in NAMES or (plus and tail not in TAILS) or len(shares) > 1 or reuse is None:
             raise ValueError(
-                f"a selector must be one of {', '.join(NAMES)}, with /kv or /all where heads share it and +tail or "
-                f"+blocks where means of what is left out are added, got {self.text!r}"
+                f"a selector must be one of {', '.join(NAMES)}, with /kv or /all where heads share it, /reuse2 where "
+                "two layers do, and +tail or +blocks where means of what is left out are added, "
+                f"got {self.text!r}"
             )
         if share and name == "indexer":
             raise ValueError(
@@ -53,7 +58,12 @@ class Arm:
             )
         if tail and name in ("blocks", "window"):
             raise ValueError(f"+{tail} goes with selections of tokens by score, got {self.text!r}")
-        for attribute, value in (("name", name), ("share", share or "none"), ("tail", tail)):
+        for attribute, value in (
+            ("name", name),
+            ("share", share or "none"),
+            ("reuse", reuse),
+            ("tail", tail),
+        ):
             object.__setattr__(self, attribute, value)
 
     @property
@@ -79,6 +89,8 @@ class Arm:
     def options(self, keys: int) -> dict[str, Any]:
         """Arguments of `configure`."""
         options: dict[str, Any] = {"top_k": keys, "share": self.share, "selector": self.name}
+        if self.reuse > 1:
+            options["reuse"] = self.reuse
         if self.tail:
             options["residual"] = TAILS[self.tail]
         if self.name == "hierarchical":
@@ -86,6 +98,15 @@ class Arm:
         if self.name == "window":
             options |= {"selector": "exact", "window": keys - SINKS, "sinks": SINKS}
         return options
+
+
+def _reuse_of(marks: list[str]) -> int | None:
+    """N of "reuseN"; 1 without a mark, None where there is another one."""
+    if not marks:
+        return 1
+    number = marks[0].removeprefix("reuse")
+    known = len(marks) == 1 and number != marks[0] and number.isdecimal() and int(number) > 1
+    return int(number) if known else None
 
 
 def keys_of(budget: str, length: int) -> int:

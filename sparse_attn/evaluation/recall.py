@@ -42,6 +42,8 @@ def recalls(model: torch.nn.Module, tokens: Tensor, arms: Sequence[tuple[Arm, in
     budgets = sorted({keys for _, keys in arms})
     sums: dict[tuple[str, int], list[tuple[float, float]]] = {}
     before: dict[int, Selection] = {}
+    reused: dict[tuple[str, int], Selection] = {}  # of the layer that chose last
+    layers: list[int] = []  # that were looked at
 
     @torch.no_grad()
     def look(given: Given) -> None:
@@ -59,9 +61,13 @@ def recalls(model: torch.nn.Module, tokens: Tensor, arms: Sequence[tuple[Arm, in
         best = {keys: Exact().select(query, key, keys, rule) for keys in budgets}
         found = {(REUSED, keys): chosen for keys, chosen in before.items()}
         for arm, keys in arms:
+            if len(layers) % arm.reuse:
+                found[arm.text, keys] = reused[arm.text, keys]
+                continue
             selector, kept = _selector(arm, keys, given, rows)
             own = Rule(**seen, **kept, **scoring, share=arm.share)
-            found[arm.text, keys] = selector.select(query, key, keys, own)
+            found[arm.text, keys] = reused[arm.text, keys] = selector.select(query, key, keys, own)
+        layers.append(given.module.layer_idx)
         packed = rule.packed(query, key)
         visible = VisibleKeys(key, packed).of(slice(0, query.shape[2]))[0]
         scores = capped(products(query.float(), key.float()) * packed.scale, packed.softcap)
@@ -74,9 +80,9 @@ def recalls(model: torch.nn.Module, tokens: Tensor, arms: Sequence[tuple[Arm, in
     with watching(model, look, attention_layers(model).values()) as run:
         run(tokens[None])
     result = []
-    for (name, keys), layers in sums.items():
-        recall, mass = (sum(x) / len(layers) for x in zip(*layers, strict=True))
-        result.append(Found(name, keys, recall, mass, min(m for _, m in layers)))
+    for (name, keys), each in sums.items():
+        recall, mass = (sum(x) / len(each) for x in zip(*each, strict=True))
+        result.append(Found(name, keys, recall, mass, min(m for _, m in each)))
     return result
 
 

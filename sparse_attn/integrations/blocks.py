@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn.integrations.reuse import Chosen, Turn
 from sparse_attn.integrations.selectors import BLOCK
 from sparse_attn.integrations.visibility import Visibility
 from sparse_attn.ops.varlen_blocks import varlen_block_attention, varlen_block_select
+from sparse_attn.selection import Selection, Selector
 
 
 def holds_documents(seen: Visibility, query: Tensor, key: Tensor) -> bool:
@@ -26,6 +28,8 @@ def attend_documents(
     seen: Visibility,
     options: dict[str, Any],
     scores: dict[str, Any],  # parts of the rule
+    selector: Selector,
+    turn: Turn | None,
 ) -> Tensor:  # [B, Hq, T, Dv]
     """`selector="blocks"` as a packed call; padding in front is a document of its own, of no interest."""
     batch, _, length, _ = query.shape
@@ -34,11 +38,16 @@ def attend_documents(
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     where = cu_seq, None, longest, longest
     common = {"is_causal": True, "backend": options["backend"], **scores}
-    with torch.no_grad():
-        blocks = varlen_block_select(
-            q, k, *where, options["top_k"] // BLOCK, block_size=BLOCK, query_tile=BLOCK,
-            share=options["share"], **common,
-        )  # fmt: skip
+    if isinstance(selector, Chosen):
+        blocks = selector.selection.indices
+    else:
+        with torch.no_grad():
+            blocks = varlen_block_select(
+                q, k, *where, options["top_k"] // BLOCK, block_size=BLOCK, query_tile=BLOCK,
+                share=options["share"], **common,
+            )  # fmt: skip
+    if turn is not None:
+        turn.leave(Selection(blocks, BLOCK, BLOCK))
     out = varlen_block_attention(q, k, v, blocks, *where, block_size=BLOCK, query_tile=BLOCK, **common)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, length)).transpose(1, 2)

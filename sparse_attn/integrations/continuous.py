@@ -105,3 +105,5 @@ def refuse(options: dict[str, Any]) -> None:
         )
     if options["residual"]:
         raise ValueError("continuous batching takes residual=False")
+    if options["reuse"] is not None:
+        raise ValueError("continuous batching selects in every layer: reuse=1")

@@ -20,6 +20,7 @@ from sparse_attn.files import parse_json, refusal
 from sparse_attn.integrations import index_cache
 from sparse_attn.integrations.calls import OfThisCall
 from sparse_attn.integrations.options import NAME
+from sparse_attn.integrations.reuse import follows
 from sparse_attn.integrations.saved import tensors_beside
 from sparse_attn.integrations.watching import layer_inputs
 from sparse_attn.nn import Indexer
@@ -225,6 +226,7 @@ def uses_indexer(module: torch.nn.Module) -> bool:
         return False
     layers = getattr(module.config, "sparse_attn_layers", None)
     chosen = layers is None or module.layer_idx in layers
+    chosen = chosen and not follows(module, getattr(module.config, "sparse_attn_reuse", None))
     return chosen and getattr(module.config, "sparse_attn_selector", "exact") == "indexer"
 
 

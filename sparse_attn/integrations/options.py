@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "layers": None,
     "backend": None,
     "key_index": True,
+    "reuse": None,
 }
 # Arguments of other attention functions that change what comes out.
 UNKNOWN = (

@@ -51,6 +51,8 @@ def refuse(
         raise NotImplementedError(
             f"{INSIDE} is sparse in every layer: dense attention is torch's own to split"
         )
+    if options["reuse"] is not None:
+        raise NotImplementedError(f"{INSIDE} selects in every layer: reuse=1")
     if indices is not None:
         raise NotImplementedError(f"{INSIDE} takes no indices of a model's own, which {name} gives")
     if not causal:

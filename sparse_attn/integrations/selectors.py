@@ -72,7 +72,9 @@ def check_named(model: torch.nn.Module, selector: Any, options: dict[str, Any]) 
         )
     check = _NAMED[selector].check
     if check is not None:
-        check(model, options["top_k"], kept(options), options["layers"])
+        groups = options["reuse"]
+        layers = options["layers"] if groups is None else [group[0] for group in groups]
+        check(model, options["top_k"], kept(options), layers)
 
 
 def remember(model: torch.nn.Module, selector: Selector) -> None:

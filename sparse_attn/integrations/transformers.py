@@ -24,8 +24,10 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.integrations import blocks, continuous, parts, refusals
 from sparse_attn.integrations import key_index as key_indices
+from sparse_attn.integrations import reuse as reused
 from sparse_attn.integrations.indexers import (
     add_indexers,
+    attention_layers,
     index_of,
     indexers,
     load_indexers,
@@ -52,7 +54,7 @@ from sparse_attn.integrations.visibility import Visibility, scores_of
 from sparse_attn.ops.key_index import KeyIndex
 from sparse_attn.ops.shards import refuse_context
 from sparse_attn.rule import Rule
-from sparse_attn.selection import Exact, FromIndexer, Selection, Selector, attend, select_and_attend
+from sparse_attn.selection import Exact, Selection, Selector, attend, select_and_attend
 from sparse_attn.wings.base import check_name
 
 __all__ = [
@@ -99,6 +101,7 @@ def configure(
     layers: Iterable[int] | None = None,
     backend: str | None = None,
     key_index: bool = True,
+    reuse: int | Iterable[int] = 1,
     self_test: bool | Mapping[str, Any] = True,
 ) -> torch.nn.Module:
     """Sets the options of every attention layer of `model` and makes it use this package's attention.
@@ -128,6 +131,9 @@ def configure(
         backend: force one wing; None chooses.
         key_index: keep a :class:`sparse_attn.KeyIndex` beside each layer of a key/value cache, where decoding on a CPU
             by exact selection gains by it: the same tokens for D + 12 bytes more a key. False keeps none.
+        reuse: every so many sparse layers one selects, and those behind it, up to the next that does, attend to the
+            keys that it chose; or the numbers of the layers that select. For models with one attention module a layer;
+            layers with one selection see the same keys, and have the same heads unless `share` is "all".
         self_test: run the model once on a few tokens, to see that each attention layer that is meant reaches this
             package and what it asks for. A mapping gives the keyword arguments of that forward, for a model that
             needs more than tokens; False leaves it out, and some refusals to the first forward.
@@ -166,6 +172,7 @@ def configure(
         check_name(backend)
     if not isinstance(self_test, Mapping):
         checks.boolean("self_test", self_test)
+    reuse = reused.check_reuse(reuse)
     refusals.refuse_no_model(model)
     options = {
         "top_k": top_k,
@@ -177,9 +184,12 @@ def configure(
         "layers": layers,
         "backend": backend,
         "key_index": checks.boolean("key_index", key_index),
+        "reuse": None,
     }
     meant = meant_layers(model, layers)
     refusals.refuse_unreachable(model, meant)
+    if reuse != 1:
+        options["reuse"] = reused.groups_among(reuse, attention_layers(model), layers)
     check_named(model, selector, options)
     register()
     with unchanged_if_refused(model):
@@ -234,12 +244,15 @@ def attention_forward(
     # Also where the layer is dense: it is of this call.
     index = index_of(module) if uses_indexer(module) else None
     if _is_dense(module, key, options):
-        out = seen.dense_attention(query, key, value, scores)
-    else:
-        selector = selector_of(module, options, index)
-        refusals.refuse_sharded(module, query, options, index, selector)
-        beside = key_indices.index_of(module, query, key, options)
-        out = _sparse(query, key, value, selector, seen, options, scores, beside)
+        return seen.dense_attention(query, key, value, scores).transpose(1, 2), None
+    turn = reused.turn_of(module, options, attention_mask, query, key)
+    if turn is not None and not turn.selects:
+        out = _sparse(query, key, value, turn.chosen(), seen, options, scores)
+        return out.transpose(1, 2), None
+    selector = selector_of(module, options, index)
+    refusals.refuse_sharded(module, query, options, index, selector)
+    beside = key_indices.index_of(module, query, key, options)
+    out = _sparse(query, key, value, selector, seen, options, scores, beside, turn)
     return out.transpose(1, 2), None
 
 
@@ -298,9 +311,10 @@ def _sparse(
     options: dict[str, Any],
     scores: dict[str, Any],  # parts of the rule
     index: KeyIndex | None = None,  # of the first keys, for exact selection
+    turn: reused.Turn | None = None,  # what it chooses is for other layers, too
 ) -> Tensor:  # [B, Hq, Tq, Dv]
     sinks = max(0, options["sinks"] - seen.dropped)
-    known = selector.key.shape[2] if isinstance(selector, FromIndexer) else None
+    known = reused.known_of(selector)
     if known is not None and seen.behind is not None:
         # The index keys are those of the queries and of what came before, whatever room a static cache has.
         seen = replace(seen, offset=known - seen.query_length, behind=None)
@@ -310,7 +324,7 @@ def _sparse(
         if maskless(options["selector"], options["residual"]):
             seen = refusals.without_padding_behind(seen)
         if options["selector"] == "blocks" and blocks.holds_documents(seen, query, key):
-            return blocks.attend_documents(query, key, value, seen, options, scores)
+            return blocks.attend_documents(query, key, value, seen, options, scores, selector, turn)
     else:
         seen = seen.in_a_mask(query.device)
     if sinks:
@@ -327,6 +341,8 @@ def _sparse(
         seen = seen.of_first_keys(index.length)
         key, value = key[:, :, : index.length], value[:, :, : index.length]
         selector = Exact(options["backend"], index)
+    if turn is not None:
+        selector = turn.leaving(selector, known)
     rule = seen.rule(share=options["share"], window=options["window"], sinks=sinks, **scores)
     return select_and_attend(
         query, key, value, options["top_k"], selector, rule, tail=tail_of(options), backend=options["backend"]

@@ -66,7 +66,8 @@ def encode(text: str) -> list[int]:
 
 
 def test_text_is_what_plain_pytorch_says(model, tmp_path):
-    plan = Plan(["exact/kv+tail", "exact+blocks", "window"], ["10%"], [LENGTH], ["text"])
+    selectors = ["exact/kv+tail", "exact+blocks", "window", "exact/reuse2", "exact/kv/reuse3+blocks"]
+    plan = Plan(selectors, ["10%"], [LENGTH], ["text"])
     store = Store(tmp_path / "results.json", {"model": "m"})
     sparse_transformers.configure(
         model, top_k=7, sinks=2
@@ -91,6 +92,8 @@ def test_text_is_what_plain_pytorch_says(model, tmp_path):
         ("exact+blocks", {"residual": "blocks"}),
         ("window", {"window": 20, "sinks": 4}),
         ("exact", {}),
+        ("exact/reuse2", {"reuse": 2}),
+        ("exact/kv/reuse3+blocks", {"share": "kv", "reuse": 3, "residual": "blocks"}),
     ):
         sparse_transformers.configure(model, top_k=24, **options)
         sparse = log_probabilities()
@@ -175,7 +178,7 @@ def test_tables_and_picture(model, tmp_path):
 def test_recall_counts(model):
     """Against a matrix of all scores."""
     tokens = documents(1)[0].tokens[:-1]
-    arms = Plan(["window", "exact/all"], ["24"], [LENGTH], ["recall"]).pairs(LENGTH)
+    arms = Plan(["window", "exact/all", "exact/reuse2"], ["24"], [LENGTH], ["recall"]).pairs(LENGTH)
     found = {f.arm: f for f in recalls(model, tokens, arms)}
     assert found["exact"].recall == 1.0
     layers = []
@@ -200,6 +203,8 @@ def test_recall_counts(model):
     reused = [float((a & b).sum()) / float(b.sum()) for a, b in itertools.pairwise(bests)]
     assert found[REUSED].recall == pytest.approx(sum(reused) / 2, abs=1e-3)
     assert found["window"].recall < found["exact/all"].recall < 1
+    # Of three layers the second attends to what the first chose, and the third chooses for itself.
+    assert found["exact/reuse2"].recall == pytest.approx((2 + reused[0]) / 3, abs=1e-3)
 
 
 def test_blocks_are_counted_by_their_tokens():
@@ -303,6 +308,9 @@ def test_errors(model, tmp_path):
     for wrong, match in (
         ({"selectors": ["astrology"]}, "selector must be one of exact, int8"),
         ({"selectors": ["exact/none"]}, "got 'exact/none'"),
+        ({"selectors": ["exact/reuse1"]}, "/reuse2 where two layers do, .* got 'exact/reuse1'"),
+        ({"selectors": ["exact/reuse2/reuse2"]}, "got 'exact/reuse2/reuse2'"),
+        ({"selectors": ["exact/kv/all"]}, "got 'exact/kv/all'"),
         ({"selectors": ["indexer/kv"]}, "own groups say who shares"),
         ({"selectors": ["blocks+tail"]}, r"\+tail goes with selections of tokens"),
         ({"selectors": []}, "selectors must hold at least one"),
