@@ -66,6 +66,7 @@ class Config:
 
 
 FEW_QUERIES = 64  # a decoding step, a draft of a few tokens: nothing fills tiles of 128
+LARGEST_WINDOW = 2**31 - 1  # no sequence is longer
 SCRATCH_BYTES = 1 << 30  # of candidates: fewer programs where the budget is a large part of a long context
 
 # Layouts are converted with shuffles there, which holds more registers: smaller tiles keep them from being spilled.
@@ -200,10 +201,12 @@ def select(
     # Positions beyond every key are all alike; like this their sums stay within 32 bits.
     window_offset = min(max(rule.causal_offset - rule.window, -query_length - 1), key_length)
     causal_offset = min(max(rule.causal_offset, -query_length), key_length)
+    if rule.causal_offsets is not None:
+        window_offset = -min(rule.window, LARGEST_WINDOW)
     first_kept = rule.first_kept(key_length)
     mask = None if rule.attn_mask is None else rule.attn_mask.view(torch.uint8)
-    key_lengths, starts = rule.key_lengths, rule.key_starts
-    starts_strides = (0, 0) if starts is None else starts.stride()
+    key_lengths, starts, offsets = rule.key_lengths, rule.key_starts, rule.causal_offsets
+    of_queries_strides = tuple(n for t in (starts, offsets) for n in ((0, 0) if t is None else t.stride()))
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     block_d = max(
         32 if rounded else 16, triton.next_power_of_2(head_dim)
@@ -230,16 +233,17 @@ def select(
         if by_mass:
             per_head = query.new_empty((batch, heads, query_length), dtype=torch.float32)
             log_sum_exp[(batch * heads * blocks,)](
-                query, key, mask, key_lengths, starts, words, key_scale, query_scale, rule.sink_logits, per_head,
-                *query.stride(), *key.stride(), *mask_strides, *starts_strides, heads, query_length, key_length,
+                query, key, mask, key_lengths, starts, offsets, words, key_scale, query_scale, rule.sink_logits,
+                per_head,
+                *query.stride(), *key.stride(), *mask_strides, *of_queries_strides, heads, query_length, key_length,
                 head_dim, causal_offset, window_offset, first_kept, *scoring, blocks, *of_blocks,
                 is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
         select_tiles[(programs,)](
-            query, key, mask, key_lengths, starts, words, key_scale, query_scale, per_head, slots, counts, thresholds,
-            queue, found,
-            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *starts_strides,
+            query, key, mask, key_lengths, starts, offsets, words, key_scale, query_scale, per_head, slots, counts,
+            thresholds, queue, found,
+            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *of_queries_strides,
             groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, first_kept,
             *scoring, tiles * splits, blocks, splits, split_length, *of_blocks, weights is not None,
             1 if sharing > 1 or weights is not None else (scale > 0) - (scale < 0),
@@ -252,7 +256,7 @@ def select(
             capacity = triton.next_power_of_2(width)
             cut = _cut_shape(c, 32, capacity)
             merge_pieces[(triton.cdiv(rows, cut[0]),)](
-                found, indices, scores, starts, *starts_strides, rows, groups, query_length, key_length,
+                found, indices, scores, starts, offsets, *of_queries_strides, rows, groups, query_length, key_length,
                 width, budget, window_offset, first_kept,
                 is_causal, capacity, *cut, num_warps=c.num_warps,
             )  # fmt: skip

@@ -38,8 +38,11 @@ def _scales(dtype: str) -> dict[str, str | None]:
     return dict.fromkeys(("query_scale", "key_scale"), "*fp32" if dtype == "i8" else None)
 
 
-def _starts_strides(packed: bool) -> dict[str, int]:
-    return {"starts_b": LENGTH if packed else 0, "starts_t": int(packed)}
+def _of_queries(packed: bool) -> dict[str, int | str | None]:
+    """Where each query of packed sequences has a first key and a causal offset of its own."""
+    strides = {f"{name}_{axis}": n for name in ("starts", "offsets") for axis, n in (("b", LENGTH), ("t", 1))}
+    tensors = dict.fromkeys(("starts", "offsets"), "*i64" if packed else None)
+    return {**tensors, **(strides if packed else dict.fromkeys(strides, 0))}
 
 
 def select(
@@ -67,7 +70,7 @@ def select(
     name += "" if sharing == 1 else f" indexer of {sharing}" if weighted else f" share {sharing}"
     name += " blocks" if among else ""
     name += (
-        (" starts" if packed else "")
+        (" packed" if packed else "")
         + (" mask" if masked else "")
         + (" split" if split else "")
         + (" scores" if with_scores else "")
@@ -79,7 +82,6 @@ def select(
         "key": f"*{dtype}",
         "mask": "*u8" if masked else None,
         "lengths": "*i32" if masked else None,
-        "starts": "*i64" if packed else None,
         **_blocks(among),
         **_scales(dtype),
         "per_head": "*fp32" if sharing > 1 or weighted else None,
@@ -92,7 +94,7 @@ def select(
         **_strides("query", head_dim),
         **_strides("key", head_dim),
         **_mask_strides(masked),
-        **_starts_strides(packed),
+        **_of_queries(packed),
         "groups": HEADS // sharing,
         "query_length": queries,
         "key_length": LENGTH,
@@ -143,7 +145,6 @@ def lse(
         "key": f"*{dtype}",
         "mask": None,
         "lengths": None,
-        "starts": "*i64" if packed else None,
         **_blocks(among),
         **_scales(dtype),
         "sink_logits": "*fp32" if capped else None,
@@ -151,7 +152,7 @@ def lse(
         **_strides("query", head_dim),
         **_strides("key", head_dim),
         **_mask_strides(False),
-        **_starts_strides(packed),
+        **_of_queries(packed),
         "heads": HEADS,
         "query_length": LENGTH,
         "key_length": LENGTH,
@@ -170,7 +171,7 @@ def lse(
         "BLOCK_D": head_dim,
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
-    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "") + (" starts" if packed else "")
+    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "") + (" packed" if packed else "")
     name += " blocks" if among else ""
     name += ", cap and sinks" if capped else ""
     return Case(name, log_sum_exp, arguments, c.num_warps, c.num_stages, targets=targets)
@@ -184,8 +185,7 @@ def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
         "slots": "*i64",
         "indices": "*i32",
         "scores": "*fp32",
-        "starts": "*i64" if packed else None,
-        **_starts_strides(packed),
+        **_of_queries(packed),
         "rows": LENGTH,
         "groups": HEADS,
         "query_length": 1,
@@ -201,7 +201,7 @@ def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
         "STEP": step,
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
-    name = f"merge K{budget} of {splits}" + (" amd" if amd else "") + (" starts" if packed else "")
+    name = f"merge K{budget} of {splits}" + (" amd" if amd else "") + (" packed" if packed else "")
     return Case(name, merge_pieces, arguments, c.num_warps, 2, targets=targets)
 
 

@@ -17,7 +17,8 @@ from .candidates import (
     score_of,
 )
 from .dot import dot
-from .shared_scores import attention_mass, first_keys, indexer_scores, scaled
+from .shared_scores import attention_mass, indexer_scores, scaled
+from .visible_keys import first_keys, last_keys, window_starts
 
 
 @triton.jit
@@ -121,6 +122,7 @@ def select_tiles(
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    offsets,  # int [B, Tq] or None: causal offsets, where each query has its own
     words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone may be chosen, or None
     key_scale,  # float32 [B, Hkv, Tk]: of keys that are rounded to int8, or None
     query_scale,  # float32 [B, Hq, Tq]: of queries likewise, or None
@@ -145,6 +147,8 @@ def select_tiles(
     mask_k,
     starts_b,
     starts_t,
+    offsets_b,
+    offsets_t,
     groups,
     query_length,
     key_length,
@@ -206,10 +210,16 @@ def select_tiles(
         if lengths is not None:
             length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
         if IS_CAUSAL:
-            row_end = tl.minimum(tl.maximum(position + causal_offset + 1, 0), length)
-            window_start = position + window_offset + 1
-            tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
-            plain_end = tl.minimum(first_row + tl.minimum(causal_offset, window_offset) + 1, length)
+            row_end = last_keys(offsets, batch, position, offsets_b, offsets_t, causal_offset, length)
+            window_start = window_starts(
+                offsets, batch, position, offsets_b, offsets_t, window_offset, key_length
+            )
+            if offsets is None:
+                tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+                plain_end = tl.minimum(first_row + tl.minimum(causal_offset, window_offset) + 1, length)
+            else:
+                tile_end = tl.max(row_end, 0)
+                plain_end = tl.min(tl.minimum(row_end, window_start), 0)
         else:
             row_end = tl.zeros_like(position) + length
             window_start = tl.zeros_like(position) + LARGEST
@@ -264,7 +274,10 @@ def select_tiles(
                     some = first + tl.arange(0, ROWS)
                     some_start = LARGEST + tl.zeros_like(some)
                     if IS_CAUSAL:
-                        some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+                        some_start = window_starts(
+                            offsets, batch, tl.minimum(first_row + some, last_row), offsets_b, offsets_t, window_offset,
+                            key_length,
+                        )  # fmt: skip
                     some_kept = first_kept
                     if starts is not None:
                         some_kept = _kept_until(
@@ -370,7 +383,10 @@ def select_tiles(
             valid = first_row + some < query_length
             some_start = LARGEST + tl.zeros_like(some)
             if IS_CAUSAL:
-                some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+                some_start = window_starts(
+                    offsets, batch, tl.minimum(first_row + some, last_row), offsets_b, offsets_t, window_offset,
+                    key_length,
+                )  # fmt: skip
             some_kept = first_kept
             if starts is not None:
                 some_kept = _kept_until(
@@ -439,8 +455,11 @@ def merge_pieces(
     indices,  # int32 [rows, K]
     scores,  # float32 [rows, K] or None
     starts,  # int [B, Tq] or None
+    offsets,  # int [B, Tq] or None
     starts_b,
     starts_t,
+    offsets_b,
+    offsets_t,
     rows,
     groups,
     query_length,
@@ -461,12 +480,12 @@ def merge_pieces(
     row = tl.minimum(row, rows - 1)
     count = tl.zeros([ROWS], tl.int32) + width
     start = LARGEST + tl.zeros_like(count)
+    batch, position = row // query_length // groups, (row % query_length).to(tl.int32)
     if IS_CAUSAL:
-        start = (row % query_length).to(tl.int32) + window_offset + 1
+        start = window_starts(offsets, batch, position, offsets_b, offsets_t, window_offset, key_length)
     kept = first_kept
     if starts is not None:
-        batch = row // query_length // groups
-        kept = _kept_until(starts, batch, row % query_length, starts_b, starts_t, key_length, first_kept)
+        kept = _kept_until(starts, batch, position, starts_b, starts_t, key_length, first_kept)
     _emit(
         slots + row * width, count, valid, kept, start, budget,
         row * budget, indices, scores, False, CAPACITY, CHUNK, STEP,

@@ -10,6 +10,7 @@ import triton.language as tl
 from .among import in_blocks
 from .dot import dot
 from .soft_cap import capped
+from .visible_keys import first_keys, last_keys, window_starts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -147,13 +148,6 @@ def attention_mass(
     return mass
 
 
-@triton.jit
-def first_keys(starts, batch, position, starts_b, starts_t, length):
-    """Where the keys of each query begin, int32 in [0, length]: starts int [B, Tq], position int32 [Q]."""
-    first = tl.load(starts + batch * starts_b + position.to(tl.int64) * starts_t)
-    return tl.minimum(tl.maximum(first, 0), length).to(tl.int32)
-
-
 @triton.jit(
     do_not_specialize=[
         "query_length", "key_length", "causal_offset", "window_offset", "first_kept", "query_blocks", "block_count",
@@ -166,6 +160,7 @@ def log_sum_exp(
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    offsets,  # int [B, Tq] or None: causal offsets, where each query has its own
     words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone count, or None
     key_scale,  # float32 [B, Hkv, Tk]: of rounded keys, or None
     query_scale,  # float32 [B, Hq, Tq]: of rounded queries, or None
@@ -185,6 +180,8 @@ def log_sum_exp(
     mask_k,
     starts_b,
     starts_t,
+    offsets_b,
+    offsets_t,
     heads,
     query_length,
     key_length,
@@ -225,8 +222,11 @@ def log_sum_exp(
     row_end = tl.zeros_like(position) + length
     tile_end = length
     if IS_CAUSAL:
-        row_end = tl.minimum(tl.maximum(position + causal_offset + 1, 0), length)
-        tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+        row_end = last_keys(offsets, batch, position, offsets_b, offsets_t, causal_offset, length)
+        if offsets is None:
+            tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+        else:
+            tile_end = tl.max(row_end, 0)
     query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
     key_head = key + batch * key_b + (head // REPEAT) * key_h
     queries = tl.load(
@@ -245,7 +245,9 @@ def log_sum_exp(
         kept_end = tl.zeros_like(position) + first_kept
         window_start = row_end
         if IS_CAUSAL:
-            window_start = position + window_offset + 1
+            window_start = window_starts(
+                offsets, batch, position, offsets_b, offsets_t, window_offset, key_length
+            )
 
     tile_start = 0
     if starts is not None:

@@ -127,6 +127,7 @@ def attend_tiles(
     words,  # int32 [B, G, chunk, N · words], or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    causal_offsets,  # int [B, Tq] or None
     sink_logits,  # float32 [Hq], contiguous, or None
     extremes,  # float32 [2]: the smallest and the largest value
     out,  # [B, Hq, Tq, Dv], contiguous
@@ -136,6 +137,7 @@ def attend_tiles(
     value_b, value_h, value_t, value_d,
     blocks_b, blocks_g, blocks_n, blocks_m,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     programs,  # B · units
     units,
     shared,  # heads in a unit
@@ -177,7 +179,20 @@ def attend_tiles(
     )
     kv_head = (unit * kv_heads // units).to(tl.int64)
     low, high = row_limits(
-        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+        t,
+        present,
+        b,
+        lengths,
+        starts,
+        starts_b,
+        starts_t,
+        causal_offsets,
+        causal_offsets_b,
+        causal_offsets_t,
+        key_length,
+        causal_offset,
+        IS_CAUSAL,
+        UNIT,
     )
     high = tl.minimum(high, key_rows)
     tile_low, tile_high = tl.min(tl.where(present, low, key_rows), 0), tl.max(high, 0)

@@ -119,6 +119,7 @@ def tile_queries(
     words,  # int32 [B, G, chunk, N · words], or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    causal_offsets,  # int [B, Tq] or None
     out,  # [B, Hq, Tq, Dv], contiguous, or None
     lse,  # float32 [B, Hq, Tq], contiguous
     deltas,  # float32 [B, Hq, Tq], written
@@ -129,6 +130,7 @@ def tile_queries(
     value_b, value_h, value_t, value_d,
     blocks_b, blocks_g, blocks_n, blocks_m,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     programs,  # B · units
     units,
     shared,  # heads in a unit
@@ -170,7 +172,20 @@ def tile_queries(
     )
     kv_head = (unit * kv_heads // units).to(tl.int64)
     low, high = row_limits(
-        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+        t,
+        present,
+        b,
+        lengths,
+        starts,
+        starts_b,
+        starts_t,
+        causal_offsets,
+        causal_offsets_b,
+        causal_offsets_t,
+        key_length,
+        causal_offset,
+        IS_CAUSAL,
+        UNIT,
     )
     high = tl.minimum(high, key_rows)
     tile_low, tile_high = tl.min(tl.where(present, low, key_rows), 0), tl.max(high, 0)
@@ -231,10 +246,11 @@ def _key_step(
     inside,
     grad_key,  # float32 [BLOCK_K, D]
     grad_value,  # float32 [BLOCK_K, Dv]
-    grad_out, query, words, lengths, starts, lse, deltas,  # as in `tile_keys`
+    grad_out, query, words, lengths, starts, causal_offsets, lse, deltas,  # as in `tile_keys`
     grad_b, grad_h, grad_t, grad_d,
     query_b, query_h, query_t, query_d,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     b, unit, units, shared, groups, query_length, chunk, first_query, key_length, key_rows, causal_offset,
     factor,
     bound,
@@ -250,7 +266,20 @@ def _key_step(
     """(grad_key, grad_value) with what BLOCK_M rows of queries add."""
     present, local, t, head = rows_of_unit(row, end, first_query, unit, shared)
     low, high = row_limits(
-        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+        t,
+        present,
+        b,
+        lengths,
+        starts,
+        starts_b,
+        starts_t,
+        causal_offsets,
+        causal_offsets_b,
+        causal_offsets_t,
+        key_length,
+        causal_offset,
+        IS_CAUSAL,
+        UNIT,
     )
     far = t.to(tl.int64)
     queries = load_rows(
@@ -287,6 +316,7 @@ def tile_keys(
     words,  # int32 [B, G, chunk, N · words], or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    causal_offsets,  # int [B, Tq] or None
     lse,  # float32 [B, Hq, Tq], contiguous
     deltas,  # float32 [B, Hq, Tq]
     grad_key,  # [B, Hkv, N, D], contiguous; without lists float32 [pieces, B, Hkv, N, D]
@@ -296,6 +326,7 @@ def tile_keys(
     key_b, key_h, key_t, key_d,
     value_b, value_h, value_t, value_d,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     programs,  # pieces · B · Hkv
     units,
     shared,  # heads in a unit
@@ -370,28 +401,38 @@ def tile_keys(
                 end = tl.minimum((tile + 1) * query_tile, chunk) * shared
                 to_key, to_value = _key_step(
                     row, end, keys, values, place, inside, to_key, to_value, grad_out, query, words, lengths, starts,
-                    lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t, query_d, starts_b,
-                    starts_t, b, unit, units, shared, groups, query_length, chunk, first_query, key_length, key_rows,
-                    causal_offset, factor, bound,
+                    causal_offsets, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t, query_d,
+                    starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit, units, shared, groups,
+                    query_length, chunk, first_query, key_length, key_rows, causal_offset, factor, bound,
                     IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
                 entry = next_entry
         else:
             start = program // (programs // pieces) * piece
             end = tl.minimum(start + piece, chunk * shared)
-            if IS_CAUSAL:  # the first query that sees the first of these rows
+            if IS_CAUSAL and causal_offsets is None:  # the first query that sees the first of these rows
                 sees = (
                     (block * block_size + tl.program_id(0) % parts * BLOCK_K + 1) * UNIT - 1 - causal_offset
                 )
                 start = tl.maximum(start, (sees - first_query) * shared // BLOCK_M * BLOCK_M)
             for base_row in range(start, end, BLOCK_M):
-                to_key, to_value = _key_step(
-                    base_row + tl.arange(0, BLOCK_M), end, keys, values, place, inside, to_key, to_value, grad_out,
-                    query, words, lengths, starts, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h,
-                    query_t, query_d, starts_b, starts_t, b, unit, units, shared, groups, query_length, chunk,
-                    first_query, key_length, key_rows, causal_offset, factor, bound,
-                    IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
-                )  # fmt: skip
+                row = base_row + tl.arange(0, BLOCK_M)
+                wanted = True
+                if causal_offsets is not None:  # sequences end to end: most queries are of another one
+                    present, _, t, _ = rows_of_unit(row, end, first_query, unit, shared)
+                    low, high = row_limits(
+                        t, present, b, lengths, starts, starts_b, starts_t, causal_offsets, causal_offsets_b,
+                        causal_offsets_t, key_length, causal_offset, IS_CAUSAL, UNIT,
+                    )  # fmt: skip
+                    wanted = (tl.max(high, 0) > tl.min(place, 0)) & (tl.min(low, 0) <= tl.max(place, 0))
+                if wanted:
+                    to_key, to_value = _key_step(
+                        row, end, keys, values, place, inside, to_key, to_value, grad_out, query, words, lengths,
+                        starts, causal_offsets, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t,
+                        query_d, starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit, units, shared, groups,
+                        query_length, chunk, first_query, key_length, key_rows, causal_offset, factor, bound,
+                        IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+                    )  # fmt: skip
 
     column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE)
     at = program.to(tl.int64) * key_rows + far
