@@ -27,6 +27,9 @@ def _mask_strides(masked: bool) -> dict[str, int]:
 def _blocks(among: bool) -> dict[str, int | str | None]:
     return {
         "words": "*i32" if among else None,
+        "table": None,
+        "pages": 0,
+        "PAGE": 1,
         "block_size": 64 if among else 1,
         "block_count": LENGTH // 64 if among else 0,
         "query_tile": 64 if among else 1,
@@ -64,7 +67,7 @@ def select(
 ) -> Case:
     queries = topk_select.FEW_QUERIES if split else LENGTH
     heavy = sharing > 1 or masked or split or among
-    c = topk_select.configs(ELEMENT[dtype], head_dim, budget, amd, heavy)[candidate]
+    c = topk_select.configs(ELEMENT[dtype], head_dim, budget, amd, heavy, queries)[candidate]
     rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
     name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
     name += "" if sharing == 1 else f" indexer of {sharing}" if weighted else f" share {sharing}"
@@ -116,6 +119,7 @@ def select(
         "SHARING": sharing,
         "REPEAT": sharing,
         "SPLIT": split,
+        "PACK": 1,
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "BLOCK_D": head_dim,
@@ -139,7 +143,7 @@ def both(*arguments, **options) -> list[Case]:
 def lse(
     dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False, among: bool = False
 ) -> Case:
-    c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True)[0]
+    c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True, LENGTH)[0]
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
@@ -178,7 +182,7 @@ def lse(
 
 
 def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
-    c = topk_select.configs(2, 128, budget, amd, False)[0]
+    c = topk_select.configs(2, 128, budget, amd, False, LENGTH)[0]
     capacity = 1 << (splits * budget - 1).bit_length()
     rows, chunk, step = topk_select._cut_shape(c, 32, capacity)
     arguments = {
@@ -225,8 +229,9 @@ def cases() -> list[Case]:
         ("fp32", 128, 256),
         ("bf16", 256, 64),
     ):
-        # 12 bytes outside of the loop over the keys: wider rows leave no smaller tile that the tensor cores take.
-        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=head_dim == 256)
+        # 12 and 16 bytes outside of the loop over the keys: wider rows leave no smaller tile that the tensor cores take.
+        wide = head_dim == 256 or (dtype, head_dim) == ("fp32", 64)
+        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=wide)
     found += both("bf16", 128, 64, masked=True)
     found += both("bf16", 128, 64, split=True)
     found += both("bf16", 128, 64, packed=True)
@@ -235,7 +240,7 @@ def cases() -> list[Case]:
     found += both("bf16", 64, 256, sharing=4, capped=True)
     for amd in (False, True):
         for dtype in ("bf16", "fp32"):
-            some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False)
+            some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False, LENGTH)
             found += [select(dtype, 64, 64, amd=amd, candidate=n) for n in range(1, len(some))]
     for amd in (False, True):
         for packed in (False, True):

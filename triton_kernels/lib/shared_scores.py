@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .among import in_blocks
 from .dot import dot
+from .pages import follows, key_places, last_of_tile
 from .soft_cap import capped
 from .visible_keys import first_keys, last_keys, window_starts
 
@@ -69,11 +70,11 @@ def indexer_scores(
     key_scale,  # pointer to the scales of rounded keys, or None
     query_h,
     query_d,
-    key_t,
     key_d,
     query_length,
     head,  # number of the first head
     index,  # int32 [BN]
+    place,  # int64 [BN]: where they lie
     exists,  # int1 [BN]
     inside_depth,
     depth,
@@ -83,7 +84,7 @@ def indexer_scores(
 ):
     """Σ over the heads of weight · max(0, q·k), float32 [BN, BM]; scales of rounded queries are in the weights."""
     keys = tl.load(
-        key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
+        key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
         mask=exists[:, None] & inside_depth[None, :],
         other=0.0,
     )
@@ -113,12 +114,12 @@ def attention_mass(
     query_h,
     query_d,
     key_h,
-    key_t,
     key_d,
     query_length,
     key_length,
     head,  # number of the first head
     index,  # int32 [BN]
+    place,  # int64 [BN]: where they lie
     exists,  # int1 [BN]
     inside_depth,
     depth,
@@ -139,7 +140,7 @@ def attention_mass(
             query_scale_of = query_scale + (this - head) * query_length
         score = _head_scores(
             query_rows + (this - head) * query_h,
-            key_head + (this // REPEAT - head // REPEAT) * key_h + index.to(tl.int64) * key_t,
+            key_head + (this // REPEAT - head // REPEAT) * key_h + place,
             key_scale_of, query_scale_of, query_d, key_d, index, exists, inside_depth, depth, factor, bound,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -151,7 +152,7 @@ def attention_mass(
 @triton.jit(
     do_not_specialize=[
         "query_length", "key_length", "causal_offset", "window_offset", "first_kept", "query_blocks", "block_count",
-        "query_tiles",
+        "query_tiles", "pages",
     ]
 )  # fmt: skip
 def log_sum_exp(
@@ -161,6 +162,7 @@ def log_sum_exp(
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
     offsets,  # int [B, Tq] or None: causal offsets, where each query has its own
+    table,  # int32 [S · pages]: of keys in pages, or None
     words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone count, or None
     key_scale,  # float32 [B, Hkv, Tk]: of rounded keys, or None
     query_scale,  # float32 [B, Hq, Tq]: of rounded queries, or None
@@ -191,11 +193,13 @@ def log_sum_exp(
     first_kept,
     factor,  # the scale; with a cap scale / softcap
     bound,  # softcap, or None
-    query_blocks,
+    query_blocks,  # with pages as many as queries, of which those that follow another have nothing to do
+    pages,
     block_size,
     block_count,
     query_tile,
     query_tiles,
+    PAGE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SHARING: tl.constexpr,
     REPEAT: tl.constexpr,
@@ -214,8 +218,15 @@ def log_sum_exp(
     flat_head = tl.program_id(0) // query_blocks
     batch = (flat_head // heads).to(tl.int64)
     head = (flat_head % heads).to(tl.int64)
-    last_row = tl.minimum(block * BLOCK_M + BLOCK_M, query_length) - 1
-    position = tl.minimum(block * BLOCK_M + row, last_row)
+    if table is None:
+        first_row = block * BLOCK_M
+        last_row = tl.minimum(first_row + BLOCK_M, query_length) - 1
+    else:
+        first_row = block
+        if follows(first_row, starts, batch, starts_b, starts_t, BLOCK_M):
+            return
+        last_row = last_of_tile(first_row, starts, batch, starts_b, starts_t, query_length, BLOCK_M, BLOCK_M)
+    position = tl.minimum(first_row + row, last_row)
     length = key_length
     if lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
@@ -264,9 +275,10 @@ def log_sum_exp(
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     for first in range(tile_start, tile_end, BLOCK_N):
         index = first + column
+        place, exists = key_places(first, index, index < tile_end, table, pages, key_b, key_t, PAGE, BLOCK_N)
         keys = tl.load(
-            key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
-            mask=(index < tile_end)[:, None] & inside_depth[None, :],
+            key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
+            mask=exists[:, None] & inside_depth[None, :],
             other=0.0,
         )
         score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
@@ -274,6 +286,8 @@ def log_sum_exp(
         seen = (index[:, None] < row_end[None, :]) & (score == score)
         if starts is not None:
             seen &= index[:, None] >= row_start[None, :]
+        if table is not None:
+            seen &= exists[:, None]
         if mask is not None:
             seen &= (
                 tl.load(mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=seen, other=0) != 0
@@ -289,7 +303,7 @@ def log_sum_exp(
     lse = tl.where(top == float("inf"), top, top + tl.log(total))
     lse = tl.where(top == float("-inf"), float("inf"), lse)
     tl.store(
-        shift + (flat_head.to(tl.int64) * query_length + block * BLOCK_M + row),
+        shift + (flat_head.to(tl.int64) * query_length + first_row + row),
         lse,
-        mask=block * BLOCK_M + row < query_length,
+        mask=first_row + row <= last_row,
     )
