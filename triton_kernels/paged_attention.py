@@ -23,7 +23,7 @@ def paged_attention(
     block_table: Tensor,  # int32 [S, pages]
     top_k: int,
     rule: PackedRule,
-    *_index: Tensor | None,  # of a PagedKeyIndex, which changes no result
+    *index: Tensor | None,  # of a PagedKeyIndex, which changes no result
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [T, Hq, Dv], lse [T, Hq], int32 [1, G, T, K]
     pages = pages_of(key, block_table)
     fused = rule.groups == query.shape[1] and min(top_k, pages.keys) <= LARGEST_BUDGET

@@ -23,7 +23,7 @@ def paged_select(
     block_table: Tensor,  # int32 [S, pages]: key j of the rule lies in page block_table[j // page size]
     top_k: int,
     rule: PackedRule,
-    *_index: Tensor | None,  # of a PagedKeyIndex, which changes no result
+    *index: Tensor | None,  # of a PagedKeyIndex, which changes no result
 ) -> Tensor:  # int32 [1, G, T, K]
     return select(query, key, top_k, rule, pages=pages_of(key, block_table))[0]
 

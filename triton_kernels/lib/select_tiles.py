@@ -143,6 +143,8 @@ def _next_tile(
         "block_count",
         "query_tiles",
         "pages",
+        "starts_b",
+        "offsets_b",
     ]
 )
 def select_tiles(
@@ -513,7 +515,11 @@ def _emit(
             tl.store(scores + place[:, None] + column[None, :], float("-inf"), mask=empty)
 
 
-@triton.jit(do_not_specialize=["rows", "query_length", "key_length", "width", "window_offset", "first_kept"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "query_length", "key_length", "width", "window_offset", "first_kept", "starts_b", "offsets_b",
+    ]
+)  # fmt: skip
 def merge_pieces(
     slots,  # int64 [rows, splits · K], ascending keys, index −1 where empty
     indices,  # int32 [rows, K]

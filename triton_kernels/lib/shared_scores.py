@@ -152,7 +152,7 @@ def attention_mass(
 @triton.jit(
     do_not_specialize=[
         "query_length", "key_length", "causal_offset", "window_offset", "first_kept", "query_blocks", "block_count",
-        "query_tiles", "pages",
+        "query_tiles", "pages", "starts_b", "offsets_b",
     ]
 )  # fmt: skip
 def log_sum_exp(

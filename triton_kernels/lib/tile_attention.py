@@ -114,7 +114,7 @@ def _weigh(
 
 VARYING = (
     "programs", "query_length", "chunk", "first_query", "key_length", "key_rows", "causal_offset", "query_tile",
-    "block_size", "subs",
+    "block_size", "subs", "starts_b", "causal_offsets_b",
 )  # fmt: skip
 
 
