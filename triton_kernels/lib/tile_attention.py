@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .common import LN2, grid_of, is_half, outer_program, rounded
 from .dot import dot
-from .rows import load_rows
+from .rows import load_rows, multiply_rows
 from .soft_cap import capped
 from .softmax import first_of_softmax, softmax_step
 from .tile_rows import Shape, row_block, row_limits, rows_of_unit, seen_and_bias, strides, words_of_rows
@@ -91,9 +91,9 @@ def _weigh(
 ):  # fmt: skip
     """One step: (largest, total, mean)."""
     row = place.to(tl.int64)
-    keys = load_rows(key, row, inside, key_t, key_d, DIM, BLOCK_DIM)
+    _, scores = multiply_rows(queries, key, row, inside, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K)
     values = load_rows(value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
-    scores = capped(dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor, bound)
+    scores = capped(scores * factor, bound)
     seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
     scores = tl.where(seen, scores + bias, float("-inf"))
     weights, shrink, largest, total = softmax_step(scores, largest, total)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .common import is_half, outer_program, rounded
 from .dot import dot
-from .rows import load_rows
+from .rows import load_rows, multiply_rows
 from .softmax import base_of, gradient_step
 from .tile_attention import VARYING, block_of, listed_place, listed_steps
 from .tile_rows import row_block, row_limits, rows_of_unit, seen_and_bias, words_of_rows
@@ -49,10 +49,11 @@ def _query_step(
 ):  # fmt: skip
     """(delta, gradient) with one step added to the one that is sought."""
     row = place.to(tl.int64)
-    keys = load_rows(key, row, inside, key_t, key_d, DIM, BLOCK_DIM)
-    values = load_rows(value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
-    scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
-    slopes = dot(grads, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
+    keys, scores = multiply_rows(queries, key, row, inside, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K)
+    _, slopes = multiply_rows(
+        grads, value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K
+    )
+    scores *= factor
     seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
     if ONLY_DELTA:
         weights, _ = gradient_step(scores, slopes, bias, seen, base[:, None], 0.0, bound)
