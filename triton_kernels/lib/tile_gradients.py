@@ -1,9 +1,8 @@
 """The backward of `block_attention` and of `block_tail`: queries in their own order for dQ, rows of keys in theirs.
 
 With P the probabilities and δ = Σ dO ∘ O − dLSE of a row: dS = P ∘ (dO·Vᵀ − δ), dQ = s·dS·K, dK = s·dSᵀ·Q,
-dV = Pᵀ·dO. `tile_queries` makes dQ and writes δ down; where the outputs are not at hand it finds ΣP ∘ dO·Vᵀ in a
-walk of its own. `tile_keys` has some rows of keys and walks the tiles of queries that chose their block, in the order
-of the queries, or all queries that see them: one order, so the result never differs.
+dV = Pᵀ·dO. `tile_queries` makes dQ and writes δ down. `tile_keys` has some rows of keys and walks the tiles of queries
+that chose their block, in the order of the queries, or all that see them: one order, so the result never differs.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ def _query_step(
     factor,
     bound,
     UNIT: tl.constexpr,
-    ONLY_DELTA: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -47,7 +45,7 @@ def _query_step(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(delta, gradient) with one step added to the one that is sought."""
+    """dQ with one step added."""
     row = place.to(tl.int64)
     keys, scores = multiply_rows(queries, key, row, inside, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K)
     _, slopes = multiply_rows(
@@ -55,13 +53,8 @@ def _query_step(
     )
     scores *= factor
     seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
-    if ONLY_DELTA:
-        weights, _ = gradient_step(scores, slopes, bias, seen, base[:, None], 0.0, bound)
-        delta += tl.sum(tl.where(seen, weights * slopes, 0.0), axis=1)
-    else:
-        _, slopes = gradient_step(scores, slopes, bias, seen, base[:, None], delta[:, None], bound)
-        gradient = dot(rounded(slopes, keys.dtype), keys, gradient)
-    return delta, gradient
+    _, slopes = gradient_step(scores, slopes, bias, seen, base[:, None], delta[:, None], bound)
+    return dot(rounded(slopes, keys.dtype), keys, gradient)
 
 
 @triton.jit
@@ -75,7 +68,6 @@ def _query_walk(
     factor,
     bound,
     UNIT: tl.constexpr,
-    ONLY_DELTA: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -91,9 +83,9 @@ def _query_walk(
             next_block = block_of(blocks_of, blocks_m, (step + 1) // parts, slots)
             place, inside = listed_place(block, step % parts, block_size, key_rows, BLOCK_K)
             inside &= (place >= tile_low) & (place < tile_high)
-            delta, gradient = _query_step(
+            gradient = _query_step(
                 queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
-                value_t, value_d, factor, bound, UNIT, ONLY_DELTA, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
+                value_t, value_d, factor, bound, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
                 BLOCK_K,
             )  # fmt: skip
             block = next_block
@@ -101,12 +93,12 @@ def _query_walk(
         for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
             inside = (place >= tile_low) & (place < tile_high)
-            delta, gradient = _query_step(
+            gradient = _query_step(
                 queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
-                value_t, value_d, factor, bound, UNIT, ONLY_DELTA, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
+                value_t, value_d, factor, bound, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
                 BLOCK_K,
             )  # fmt: skip
-    return delta, gradient
+    return gradient
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -121,7 +113,7 @@ def tile_queries(
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
     causal_offsets,  # int [B, Tq] or None
-    out,  # [B, Hq, Tq, Dv], contiguous, or None
+    out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
     deltas,  # float32 [B, Hq, Tq], written
     grad_query,  # [B, Hq, Tq, D], contiguous
@@ -210,23 +202,15 @@ def tile_queries(
         ]
     at = (b * units * shared + head) * query_length + t
     base = base_of(tl.load(lse + at, mask=present, other=float("-inf")))
-    delta = tl.zeros((BLOCK_M,), tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
-    if out is not None:
-        outs = load_rows(out, at, present, VALUE_DIM, 1, VALUE_DIM, BLOCK_VALUE)
-        delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), axis=1)
-    else:
-        delta, gradient = _query_walk(
-            queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient,
-            key_t, key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT, True,
-            DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+    outs = load_rows(out, at, present, VALUE_DIM, 1, VALUE_DIM, BLOCK_VALUE)
+    delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), axis=1)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + at, mask=present, other=0.0)
     tl.store(deltas + at, delta, mask=present)
-    delta, gradient = _query_walk(
+    gradient = _query_walk(
         queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient, key_t,
-        key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT, False,
+        key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT,
         DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     column = tl.arange(0, BLOCK_DIM)
