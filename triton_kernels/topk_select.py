@@ -240,10 +240,10 @@ def select(
         busy = blocks if pages is None else min(blocks, triton.cdiv(query_length, per_tile) + sequences)
         of_query = batch * (groups // packed)
         tiles = of_query * blocks
-        programs = _programs(_processors(query.device), c)
+        held = _programs(_processors(query.device), c)
         longest = key_length if pages is None else pages.room
-        splits, split_length = _splits(of_query * busy, programs, longest, budget, c.block_n)
-        programs = min(programs, tiles * splits)
+        splits, split_length = _splits(of_query * busy, held, longest, budget, c.block_n)
+        programs = min(held, tiles * splits)
         found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)
         slots = query.new_empty((programs, c.block_m, c.capacity + c.block_n), dtype=torch.int64)
         counts = query.new_empty((programs, c.block_m), dtype=torch.int32)
@@ -255,15 +255,19 @@ def select(
         of_pages = (None, 0, 1) if pages is None else (pages.table, pages.count, pages.size)
         of_blocks = of_pages[1], block_size, count, query_tile, query_tiles
         if by_mass:
-            per_head = query.new_empty((batch, heads, query_length), dtype=torch.float32)
-            log_sum_exp[(batch * heads * blocks,)](
+            parts = max(1, min(held // (batch * heads * busy), longest // (16 * c.block_n)))
+            lse = query.new_empty((parts, batch, heads, query_length), dtype=torch.float32)
+            log_sum_exp[(batch * heads * blocks, parts)](
                 query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale,
-                rule.sink_logits, per_head, *query.stride(), *key.stride(), *mask_strides, *of_queries_strides, heads,
+                rule.sink_logits, lse, *query.stride(), *key.stride(), *mask_strides, *of_queries_strides, heads,
                 query_length, key_length, head_dim, causal_offset, window_offset, first_kept, *scoring, blocks,
-                *of_blocks,
-                of_pages[2], is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
+                parts, *of_blocks, of_pages[2], is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
+            per_head = lse[0]
+            if parts > 1:
+                per_head = lse.logsumexp(0)
+                per_head.masked_fill_(per_head == -torch.inf, torch.inf)
         select_tiles[(programs,)](
             query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale, per_head, slots,
             counts, thresholds, queue, found,

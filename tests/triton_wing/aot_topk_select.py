@@ -167,6 +167,7 @@ def lse(
         "factor": 0.1,
         "bound": 0.2 if capped else None,
         "query_blocks": LENGTH // c.block_m,
+        "splits": 1,
         "IS_CAUSAL": True,
         "SHARING": 4,
         "REPEAT": 4,

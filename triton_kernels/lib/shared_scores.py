@@ -152,7 +152,7 @@ def attention_mass(
 @triton.jit(
     do_not_specialize=[
         "query_length", "key_length", "causal_offset", "window_offset", "first_kept", "query_blocks", "block_count",
-        "query_tiles", "pages", "starts_b", "offsets_b",
+        "query_tiles", "pages", "starts_b", "offsets_b", "splits",
     ]
 )  # fmt: skip
 def log_sum_exp(
@@ -167,7 +167,7 @@ def log_sum_exp(
     key_scale,  # float32 [B, Hkv, Tk]: of rounded keys, or None
     query_scale,  # float32 [B, Hq, Tq]: of rounded queries, or None
     sink_logits,  # float32 [Hq] or None
-    shift,  # float32 [B, Hq, Tq], written
+    shift,  # float32 [splits, B, Hq, Tq], written
     query_b,
     query_h,
     query_t,
@@ -194,6 +194,7 @@ def log_sum_exp(
     factor,  # the scale; with a cap scale / softcap
     bound,  # softcap, or None
     query_blocks,  # with pages as many as queries, of which those that follow another have nothing to do
+    splits,  # of each tile's keys
     pages,
     block_size,
     block_count,
@@ -208,12 +209,13 @@ def log_sum_exp(
     BLOCK_D: tl.constexpr,
 ):
     """LSE of each query over the keys it sees and its head's sink, NaN left out; +inf where that is −inf, so that
-    exp(x − it) is 0.
+    exp(x − it) is 0. Where keys are split, of each part; the sink is in the first, and −inf stays.
     """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_D)
     inside_depth = depth < head_dim
+    split = tl.program_id(1)
     block = query_blocks - 1 - tl.program_id(0) % query_blocks
     flat_head = tl.program_id(0) // query_blocks
     batch = (flat_head // heads).to(tl.int64)
@@ -271,9 +273,12 @@ def log_sum_exp(
     total = tl.zeros([BLOCK_M], tl.float32)
     if sink_logits is not None:
         sink = tl.load(sink_logits + head)
-        top = tl.maximum(top, tl.where(sink == sink, sink, float("-inf")))
+        top = tl.maximum(top, tl.where((sink == sink) & (split == 0), sink, float("-inf")))
         total = tl.where(top == float("-inf"), 0.0, 1.0)
-    for first in range(tile_start, tile_end, BLOCK_N):
+    part = tl.cdiv(tl.cdiv(tl.maximum(tile_end - tile_start, 0), BLOCK_N), splits) * BLOCK_N
+    for first in range(
+        tile_start + split * part, tl.minimum(tile_start + (split + 1) * part, tile_end), BLOCK_N
+    ):
         index = first + column
         place, exists = key_places(first, index, index < tile_end, table, pages, key_b, key_t, PAGE, BLOCK_N)
         keys = tl.load(
@@ -301,9 +306,11 @@ def log_sum_exp(
         total = total * tl.exp2((top - base) * LOG2_E) + tl.sum(tl.exp2((score - base[None, :]) * LOG2_E), 0)
         top = higher
     lse = tl.where(top == float("inf"), top, top + tl.log(total))
-    lse = tl.where(top == float("-inf"), float("inf"), lse)
+    rows = (tl.num_programs(0) // query_blocks).to(tl.int64)  # B · Hq
+    if splits == 1:
+        lse = tl.where(top == float("-inf"), float("inf"), lse)
     tl.store(
-        shift + (flat_head.to(tl.int64) * query_length + first_row + row),
+        shift + ((split * rows + flat_head) * query_length + first_row + row),
         lse,
         mask=first_row + row <= last_row,
     )
