@@ -29,6 +29,7 @@ def block_attention_backward(
     key: Tensor,  # [B, Hkv, Tk, D]
     value: Tensor,  # [B, Hkv, Tk, Dv]
     blocks: Tensor,  # int32 [B, G, N, M]
+    out: Tensor,  # [B, Hq, Tq, Dv]
     lse: Tensor,  # float32 [B, Hq, Tq]
     block_size: int,
     query_tile: int,
@@ -53,7 +54,7 @@ def block_attention_backward(
     launch(
         "block_attention_backward queries", tile_queries, query_configs(*sizes), query, shape, tiles, rows,
         grad_lse=None if grad_lse is None else grad_lse.contiguous(), blocks=blocks,
-        **strides("blocks", blocks, "bgnm"), out=None, grad_query=grads[0], **both,
+        **strides("blocks", blocks, "bgnm"), out=out.contiguous(), grad_query=grads[0], **both,
     )  # fmt: skip
     count = triton.cdiv(shape.key_rows, block_size)
     order, offsets = entries_by_key(blocks, count)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .lib.common import LN2, LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
 from .lib.dot import dot
-from .lib.rows import gather_rows, load_rows, vector_configs
+from .lib.rows import gather_rows, load_rows, multiply_rows, vector_configs
 from .lib.soft_cap import capped, factors
 from .lib.softmax import first_of_softmax, softmax_step
 from .lib.tuning import distinct, run_tuned, size_class
@@ -76,10 +76,9 @@ def _tile(
     mean = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
     for start in range(0, budget, BLOCK_K):
         row, filled = gather_rows(rows_of, start, indices_k, budget, key_length, BLOCK_K)
-        keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM)
+        _, scores = multiply_rows(queries, key, row, filled, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
-        scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
-        scores = tl.where(filled[None, :], capped(scores, bound), float("-inf"))
+        scores = tl.where(filled[None, :], capped(scores * factor, bound), float("-inf"))
         weights, shrink, largest, total = softmax_step(scores, largest, total)
         mean = dot(rounded(weights, values.dtype), values, mean * shrink[:, None])
 

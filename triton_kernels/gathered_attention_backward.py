@@ -32,8 +32,8 @@ from torch import Tensor
 from .lib.common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
 from .lib.dot import dot
 from .lib.gathered_attention_sums import entries_by_key, sum_configs, sum_entries, sum_queries
-from .lib.rows import gather_rows, load_rows, vector_configs
-from .lib.soft_cap import factors, tanh
+from .lib.rows import gather_rows, load_rows, multiply_rows, vector_configs
+from .lib.soft_cap import factors
 from .lib.softmax import base_of, gradient_step
 from .lib.tuning import run_tuned, size_class
 
@@ -116,10 +116,13 @@ def _tile_queries(
     gradient = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
     for start in range(0, budget, BLOCK_K):
         row, filled = gather_rows(rows_of, start, indices_k, budget, key_length, BLOCK_K)
-        keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM)
-        values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
-        scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
-        slopes = dot(grads, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
+        keys, scores = multiply_rows(
+            queries, key, row, filled, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K
+        )
+        values, slopes = multiply_rows(
+            grads, value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K
+        )
+        scores *= factor
         real = filled[None, :] & present[:, None]  # 0 · inf of a head that is not there is NaN too
         weights, slopes = gradient_step(scores, slopes, 0.0, real, base[:, None], delta[:, None], bound)
         slopes, weights = rounded(slopes, keys.dtype), rounded(weights, values.dtype)
@@ -221,14 +224,8 @@ def _vector_queries(
         keys = load_rows(key, row, filled, key_t, key_d, DIM, BLOCK_DIM).to(tl.float32)
         values = load_rows(value, row, filled, value_t, value_d, VALUE_DIM, BLOCK_VALUE).to(tl.float32)
         scores = tl.sum(keys * vector[None, :], axis=1) * factor
-        if bound is not None:
-            bent = tanh(scores)
-            scores = bent * bound
-        weights = tl.where(filled, tl.exp2(scores - base), 0.0)
-        slopes = weights * (tl.sum(values * grad[None, :], axis=1) - delta)
-        if bound is not None:
-            slopes *= 1.0 - bent * bent
-        slopes = tl.where(filled, slopes, 0.0)
+        of_values = tl.sum(values * grad[None, :], axis=1)
+        weights, slopes = gradient_step(scores, of_values, 0.0, filled, base, delta, bound)
         gradient += slopes[:, None] * keys
         total += weights
         if ATOMICS:

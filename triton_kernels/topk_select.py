@@ -43,6 +43,7 @@ from sparse_attn.rule import PackedRule
 
 from .lib.among import words_of_blocks
 from .lib.dot import INTERPRETED
+from .lib.pages import Pages
 from .lib.round_rows import rounded as rounded_rows
 from .lib.select_tiles import merge_pieces, select_tiles
 from .lib.shared_scores import log_sum_exp
@@ -66,6 +67,7 @@ class Config:
 
 
 FEW_QUERIES = 64  # a decoding step, a draft of a few tokens: nothing fills tiles of 128
+LARGEST_WINDOW = 2**31 - 1  # no sequence is longer
 SCRATCH_BYTES = 1 << 30  # of candidates: fewer programs where the budget is a large part of a long context
 
 # Layouts are converted with shuffles there, which holds more registers: smaller tiles keep them from being spilled.
@@ -78,6 +80,7 @@ def configs(
     budget: int,
     amd: bool,
     heavy: bool,  # a mask and shared selections need registers too, and few queries no large tile
+    rows: int,  # that a tile has at most: where they are few, keys are read as fast as memory gives them
 ) -> list[Config]:
     """By the shape class: the first, and others that may be faster (fewer keys or queries, or more warps at once)."""
     wide = triton.next_power_of_2(head_dim) * element_size  # bytes of a row
@@ -103,8 +106,13 @@ def configs(
             max_registers=None if wide_floats or amd else 255,
         )
 
+    few = max(16, triton.next_power_of_2(rows))
     if capacity >= 4096:  # scratch memory grows with capacity · block_m
-        return [sized(32 if capacity <= 8192 else 16, 16 if wide_floats else 32, 2 if amd else 4)]
+        block_m = min(few, 32 if capacity <= 8192 else 16)
+        return [sized(block_m, 16 if wide_floats else 32, 2 if amd else 4)]
+    if few <= 32 and not wide_floats:
+        block_n = 32 if amd or floats or wide >= 512 else 64
+        return [sized(few, block_n, 2 if amd else 4), sized(few, block_n // 2, 2)]
     if amd:  # with 64 KiB of shared memory
         block_n = 16 if wide_floats else 32
         return [sized(64, block_n, 2), sized(64, block_n, 4), sized(32, block_n, 2)]
@@ -172,10 +180,12 @@ def select(
     rounded: bool = False,
     among: Among | None = None,
     weights: Tensor | None = None,  # float32 [B, Hq, Tq]: of an indexer's heads
+    pages: Pages
+    | None = None,  # key is [P, Hkv, page size, D] then, B is 1, and the rule's Tk that of all pages
 ) -> tuple[Tensor, Tensor | None]:  # indices int32 [B, G, Tq, K], scores float32 [B, G, Tq, K]
     """The selection and, if wanted, what ranked each key: sign(scale) · q·k, or its mass; −inf in an empty slot."""
     batch, heads, query_length, head_dim = query.shape
-    kv_heads, key_length = key.shape[1], key.shape[2]
+    kv_heads, key_length = key.shape[1], key.shape[2] if pages is None else pages.keys
     budget = min(top_k, key_length)
     groups, is_causal, scale = rule.groups, rule.is_causal, rule.scale
     shape = (batch, groups, query_length, budget)
@@ -191,6 +201,11 @@ def select(
         query_scale = None
     sharing, repeat = heads // groups, heads // kv_heads
     by_mass = sharing > 1 and weights is None
+    sequences = 1 if pages is None else max(1, key_length // max(1, pages.room))
+    mean_length = triton.cdiv(query_length, sequences)  # queries of a sequence
+    # Heads of a key head may be in one tile, where the queries alone leave it empty.
+    rows = mean_length * repeat if sharing == 1 and weights is None else mean_length
+    together = rows > mean_length and rows <= FEW_QUERIES
     words, count, block_size, query_tile, query_tiles = None, 0, 1, 1, 0
     if among is not None:
         # Larger blocks and tiles than the sequences change nothing.
@@ -200,10 +215,14 @@ def select(
     # Positions beyond every key are all alike; like this their sums stay within 32 bits.
     window_offset = min(max(rule.causal_offset - rule.window, -query_length - 1), key_length)
     causal_offset = min(max(rule.causal_offset, -query_length), key_length)
+    if rule.causal_offsets is not None:
+        window_offset = -min(rule.window, LARGEST_WINDOW)
     first_kept = rule.first_kept(key_length)
     mask = None if rule.attn_mask is None else rule.attn_mask.view(torch.uint8)
-    key_lengths, starts = rule.key_lengths, rule.key_starts
-    starts_strides = (0, 0) if starts is None else starts.stride()
+    key_lengths, starts, offsets = rule.key_lengths, rule.key_starts, rule.causal_offsets
+    if pages is not None and starts is None:
+        starts = query.new_zeros((1, query_length), dtype=torch.int32)
+    of_queries_strides = tuple(n for t in (starts, offsets) for n in ((0, 0) if t is None else t.stride()))
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     block_d = max(
         32 if rounded else 16, triton.next_power_of_2(head_dim)
@@ -213,11 +232,18 @@ def select(
     amd = torch.version.hip is not None
 
     def launch(c: Config) -> None:
-        blocks = triton.cdiv(query_length, c.block_m)
-        tiles = batch * groups * blocks
-        programs = _programs(_processors(query.device), c)
-        splits, split_length = _splits(tiles, programs, key_length, budget, c.block_n)
-        programs = min(programs, tiles * splits)
+        packed = max(n for n in range(1, repeat + 1) if repeat % n == 0 and n <= c.block_m) if together else 1
+        per_tile = c.block_m // packed
+        # The loop at the edges of causal attention is short, but has all keys where there is no other.
+        all_edges = mask is not None or words is not None or pages is not None or packed > 1
+        blocks = triton.cdiv(query_length, per_tile) if pages is None else query_length
+        busy = blocks if pages is None else min(blocks, triton.cdiv(query_length, per_tile) + sequences)
+        of_query = batch * (groups // packed)
+        tiles = of_query * blocks
+        held = _programs(_processors(query.device), c)
+        longest = key_length if pages is None else pages.room
+        splits, split_length = _splits(of_query * busy, held, longest, budget, c.block_n)
+        programs = min(held, tiles * splits)
         found = indices if splits == 1 else query.new_empty((*shape[:3], splits, budget), dtype=torch.int64)
         slots = query.new_empty((programs, c.block_m, c.capacity + c.block_n), dtype=torch.int64)
         counts = query.new_empty((programs, c.block_m), dtype=torch.int32)
@@ -226,25 +252,31 @@ def select(
         cut = _cut_shape(c, c.block_m, c.capacity)
         limit = {"maxnreg": c.max_registers} if query.device.type == "cuda" and not amd else {}
         per_head = weights
-        of_blocks = block_size, count, query_tile, query_tiles
+        of_pages = (None, 0, 1) if pages is None else (pages.table, pages.count, pages.size)
+        of_blocks = of_pages[1], block_size, count, query_tile, query_tiles
         if by_mass:
-            per_head = query.new_empty((batch, heads, query_length), dtype=torch.float32)
-            log_sum_exp[(batch * heads * blocks,)](
-                query, key, mask, key_lengths, starts, words, key_scale, query_scale, rule.sink_logits, per_head,
-                *query.stride(), *key.stride(), *mask_strides, *starts_strides, heads, query_length, key_length,
-                head_dim, causal_offset, window_offset, first_kept, *scoring, blocks, *of_blocks,
-                is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
+            parts = max(1, min(held // (batch * heads * busy), longest // (16 * c.block_n)))
+            lse = query.new_empty((parts, batch, heads, query_length), dtype=torch.float32)
+            log_sum_exp[(batch * heads * blocks, parts)](
+                query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale,
+                rule.sink_logits, lse, *query.stride(), *key.stride(), *mask_strides, *of_queries_strides, heads,
+                query_length, key_length, head_dim, causal_offset, window_offset, first_kept, *scoring, blocks,
+                parts, *of_blocks, of_pages[2], is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
+            per_head = lse[0]
+            if parts > 1:
+                per_head = lse.logsumexp(0)
+                per_head.masked_fill_(per_head == -torch.inf, torch.inf)
         select_tiles[(programs,)](
-            query, key, mask, key_lengths, starts, words, key_scale, query_scale, per_head, slots, counts, thresholds,
-            queue, found,
-            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *starts_strides,
-            groups, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset, first_kept,
-            *scoring, tiles * splits, blocks, splits, split_length, *of_blocks, weights is not None,
+            query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale, per_head, slots,
+            counts, thresholds, queue, found,
+            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *of_queries_strides,
+            groups // packed, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset,
+            first_kept, *scoring, tiles * splits, blocks, splits, split_length, *of_blocks, weights is not None,
             1 if sharing > 1 or weights is not None else (scale > 0) - (scale < 0),
-            is_causal, sharing, repeat, splits > 1,
-            c.block_m, c.block_n, block_d, c.capacity, *cut, 1 if mask is None and words is None else c.num_stages,
+            is_causal, sharing, repeat, splits > 1, packed, of_pages[2],
+            c.block_m, c.block_n, block_d, c.capacity, *cut, c.num_stages if all_edges else 1,
             num_warps=c.num_warps, num_stages=c.num_stages, **limit,
         )  # fmt: skip
         if splits > 1:
@@ -252,7 +284,7 @@ def select(
             capacity = triton.next_power_of_2(width)
             cut = _cut_shape(c, 32, capacity)
             merge_pieces[(triton.cdiv(rows, cut[0]),)](
-                found, indices, scores, starts, *starts_strides, rows, groups, query_length, key_length,
+                found, indices, scores, starts, offsets, *of_queries_strides, rows, groups, query_length, key_length,
                 width, budget, window_offset, first_kept,
                 is_causal, capacity, *cut, num_warps=c.num_warps,
             )  # fmt: skip
@@ -262,7 +294,7 @@ def select(
             "topk_select",
             (
                 *(query.dtype, head_dim, sharing, is_causal, mask is not None or starts is not None),
-                *(among is not None, weights is not None),
+                *(among is not None, weights is not None, together, 0 if pages is None else pages.size),
                 *(size_class(budget), size_class(key_length), size_class(batch * groups * query_length)),
             ),
             configs(
@@ -270,7 +302,8 @@ def select(
                 head_dim,
                 budget,
                 amd,
-                sharing > 1 or mask is not None or among is not None or query_length <= FEW_QUERIES,
+                sharing > 1 or mask is not None or among is not None or mean_length <= FEW_QUERIES,
+                rows if together else mean_length,
             ),
             launch,
             query.device,

@@ -26,13 +26,14 @@ BENCHMARKS = Path(__file__).resolve().parents[1]
 # section → seconds it may take, what tells most first; a build and all of them fit into ten minutes
 SECTIONS = {
     "ceilings": 30,
-    "topk_attention": 90,
+    "topk_attention": 80,
     "topk_select": 60,
-    "gathered_attention": 90,
+    "serving": 50,
+    "gathered_attention": 70,
     "block_attention": 40,
     "cheap_selection": 40,
-    "loss": 50,
-    "embedding": 50,
+    "loss": 40,
+    "embedding": 40,
     "memory": 30,
     "first_call": 50,
 }
@@ -53,7 +54,7 @@ def run_section(name: str, dry: bool) -> Iterator[dict]:
     """The rows of one section, measured in this process."""
     import torch
 
-    from benchmarks.gpu import attention, first_call, tokens
+    from benchmarks.gpu import attention, first_call, serving, tokens
     from benchmarks.gpu.timing import Device, ceilings
 
     torch.set_num_threads(1 if dry else 8)
@@ -61,7 +62,7 @@ def run_section(name: str, dry: bool) -> Iterator[dict]:
     if name == "ceilings":
         yield from ceilings(device)
         return
-    modules = {"embedding": tokens, "loss": tokens, "first_call": first_call}
+    modules = {"embedding": tokens, "loss": tokens, "first_call": first_call, "serving": serving}
     module = modules.get(name, attention)
     yield from getattr(module, name)(device)
 

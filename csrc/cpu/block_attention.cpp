@@ -131,7 +131,8 @@ std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor 
 
 std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor blocks_of,
-    Tensor lse, int64_t block_size, int64_t query_tile, SPARSE_ATTN_RULE_PARAMETERS) {
+    Tensor /*out: ΣP∘dO·Vᵀ is summed from values that nobody rounded*/, Tensor lse, int64_t block_size,
+    int64_t query_tile, SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "block_attention_backward.cpu";
     check_qkv(op, query, key, &value);
     lse = torch::stable::contiguous(lse);
@@ -182,7 +183,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
         "SymInt query_tile, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
     m.def(
         "block_attention_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
-        "value, Tensor blocks, Tensor lse, SymInt block_size, SymInt query_tile, " SPARSE_ATTN_RULE_SCHEMA
+        "value, Tensor blocks, Tensor out, Tensor lse, SymInt block_size, SymInt "
+        "query_tile, " SPARSE_ATTN_RULE_SCHEMA
         ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {

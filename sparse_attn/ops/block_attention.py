@@ -23,11 +23,11 @@ def fake(query, key, value, blocks, *options) -> tuple[Tensor, Tensor]:
 
 BACKWARD = Op(
     "block_attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor lse, {_SIZES}) -> "
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_SIZES}) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     gathered_attention.fake_gradients,
     gradient_of="attention",
-    batch="grad_out grad_lse query key value blocks lse grad_query grad_key grad_value",
+    batch="grad_out grad_lse query key value blocks out lse grad_query grad_key grad_value",
 )
 
 
@@ -36,8 +36,9 @@ def backward(call: Backward) -> dict[str, Tensor]:
     if grad_out is None:
         grad_out = s.query.new_zeros((*s.query.shape[:3], s.value.shape[3]))
     found = BACKWARD.on(call.wing)(
-        grad_out, call.grads.lse, s.query, s.key, s.value, s.blocks, s.lse, s.block_size, s.query_tile,
-        s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale, s.softcap, s.sink_logits,
+        grad_out, call.grads.lse, s.query, s.key, s.value, s.blocks, s.out, s.lse, s.block_size,
+        s.query_tile, s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale, s.softcap,
+        s.sink_logits,
     )  # fmt: skip
     of_sinks = {}
     if call.needs["sink_logits"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_attn.rule import EVERYWHERE
+from sparse_attn.rule import EVERYWHERE, OFFSETS
 from sparse_attn.wings.base import Wing, register
 
 PACKAGE = "sparse_attn.triton_kernels"
@@ -127,7 +127,7 @@ TRITON_WING = Wing(
     implementations={op: _on_first_call(op) for op in OPS},
     why_not=_why_not,
     limits=LIMITS,
-    rule=EVERYWHERE,
+    rule=EVERYWHERE | {OFFSETS},
     # The interpreter is thousands of times slower than any other wing: nobody gets it without a word.
     by_name_only=interpreted,
 )

@@ -134,7 +134,7 @@ def blocks(draw: Draw) -> list:
 def blocks_backward(draw: Draw) -> list:
     query, key, value, chosen, *options = blocks(draw)
     grad_out, grad_lse, lse = gradients(query)
-    return [grad_out, grad_lse, query, key, value, chosen, lse, *options]
+    return [grad_out, grad_lse, query, key, value, chosen, torch.zeros_like(grad_out), lse, *options]
 
 
 def indexer(draw: Draw) -> list:

@@ -52,9 +52,17 @@ class WingUnderTest:
         own = next(w for w in base.wings() if w.name == self.name)
         if needs not in own.implementations or own.limits.get(option) == 0:
             pytest.skip(f"the {self.name} wing has no {op}")
+        return self.call(op, *args, **kwargs)
+
+    def call(self, function: str, *args, **kwargs):
+        """Any function of the package that takes a backend."""
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), (args, kwargs))
-        results = getattr(sparse_attn, op)(*args, backend=self.name, **kwargs)
+        results = getattr(sparse_attn, function)(*args, backend=self.name, **kwargs)
         return tree_map_only(torch.Tensor, lambda t: t.cpu(), results)
+
+    def refuses_offsets(self, op: str = "topk_select") -> str | None:
+        """Likewise of packed sequences and pages, whose queries have causal offsets of their own."""
+        return self.refuses(op, rule=Rule(is_causal=True, causal_offset=torch.zeros(1, dtype=torch.int64)))
 
     @property
     def topk_select(self):

@@ -10,6 +10,7 @@ from helpers import compare, oracle
 from helpers.inputs import integers, normal
 from helpers.pairwise import rows
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 import sparse_attn
 
@@ -30,13 +31,18 @@ class Cache(NamedTuple):
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        cu_seq = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (self.queries, self.used)]
+        device = self.table.device
+        cu_seq = [torch.tensor([0, *lengths]).cumsum(0).to(device) for lengths in (self.queries, self.used)]
         return *cu_seq, max(self.queries, default=0), max(self.used, default=0)
+
+    def on(self, device: str) -> Cache:
+        tensors = self.query, self.pages, self.packed, self.table
+        return Cache(*tree_map(lambda t: t.to(device), tensors), self.queries, self.used)
 
     def over_pages(self, function: str, *tensors: Tensor, **options):
         cu_seq_q, _, max_q, max_k = self.bounds
         top_k = (6,) if "topk" in function else ()
-        used = torch.tensor(self.used, dtype=torch.int64)
+        used = torch.tensor(self.used, dtype=torch.int64, device=self.table.device)
         given = {"seqused_k": used, "block_table": self.table} | options
         return getattr(sparse_attn, function)(
             self.query, *tensors, cu_seq_q, None, max_q, max_k, *top_k, **given
@@ -51,7 +57,7 @@ class Cache(NamedTuple):
     def physical(self, indices: Tensor) -> Tensor:
         """[T, G, K], by the definition: page · page size + place."""
         size = self.pages[0].shape[1]
-        of_query = torch.repeat_interleave(torch.tensor(self.queries))
+        of_query = torch.repeat_interleave(torch.tensor(self.queries)).to(self.table.device)
         page = self.table[of_query[:, None, None], (indices.clamp(min=0) // size).long()]
         return torch.where(indices >= 0, page * size + indices % size, -1).to(torch.int32)
 
@@ -156,9 +162,10 @@ PAIRS = rows(
 @pytest.mark.parametrize("row", PAIRS, ids=[str(n) for n in range(len(PAIRS))])
 def test_it_is_the_call_over_keys_end_to_end(wing, dtype, row):
     lengths, size, share, options, make, layout, shared = row
-    if wing.name not in ("cpu", "reference"):
+    if wing.refuses_offsets("paged_attention"):
         pytest.skip(f"the {wing.name} wing has no pages, and says so")
-    own = cache(*LENGTHS[lengths], size, dtype=dtype, make=make, layout=layout, shared=shared)
+    own = cache(*LENGTHS[lengths], size, dtype=dtype, make=make, layout=layout, shared=shared).on(wing.device)
+    options = tree_map_only(Tensor, lambda t: t.to(wing.device), options)
     options = {**options, "share": share, "backend": wing.name}
     out, lse, indices = own.attention(**options, **FLAGS)
     assert out.is_contiguous()
@@ -179,19 +186,23 @@ def test_it_is_the_call_over_keys_end_to_end(wing, dtype, row):
             "varlen_gathered_attention", *own.pages, chosen, physical_indices=flag, return_lse=True,
             backend=wing.name, **scoring,
         )  # fmt: skip
-        assert torch.equal(again[0], out)
-        assert torch.equal(again[1], lse)
+        if wing.name == "triton":  # its one kernel for both does not sum as the other one does
+            torch.testing.assert_close(again, (out, lse), atol=2e-2, rtol=2e-2)
+        else:
+            assert torch.equal(again[0], out)
+            assert torch.equal(again[1], lse)
 
 
 @pytest.mark.parametrize("share", ["none", "kv", "all"])
 @pytest.mark.parametrize("lengths", list(LENGTHS))
 @pytest.mark.parametrize("size", [1, 16, 64])
 def test_each_sequence_against_float64(wing, dtype, lengths, share, size):
-    if wing.name not in ("cpu", "reference"):
+    if wing.refuses_offsets("paged_attention"):
         pytest.skip(f"the {wing.name} wing has no pages, and says so")
     own = cache(*LENGTHS[lengths], size, dtype=dtype)
     options = {"is_causal": True, "window": 2, "sinks": 1, "share": share}
-    out, lse, indices = own.attention(**options, **FLAGS, backend=wing.name)
+    found = own.on(wing.device).attention(**options, **FLAGS, backend=wing.name)
+    out, lse, indices = (t.cpu() for t in found)
     at_q = at_k = 0
     for count, used in zip(own.queries, own.used, strict=True):
         q = own.query[at_q : at_q + count].transpose(0, 1)[None]
@@ -298,7 +309,7 @@ def test_it_compiles_to_one_graph():
 @pytest.mark.parametrize("queries", [3, 20])
 def test_a_direct_call_follows_no_entry_that_is_no_page(wing, op, entry, queries):
     """Keys of such pages do not exist."""
-    if wing.name not in ("cpu", "reference"):
+    if wing.refuses_offsets("paged_attention"):
         pytest.skip(f"the {wing.name} wing has no pages, and says so")
     query = normal(1, 2, queries, 4)
     key = normal(3, 1, 16, 4)
@@ -306,7 +317,9 @@ def test_a_direct_call_follows_no_entry_that_is_no_page(wing, op, entry, queries
     starts, offsets = torch.zeros(1, queries, dtype=torch.int64), 47 - torch.arange(queries)[None]
     rule = None, None, starts, offsets, [1, 0, 0, 18, 2], 0.5, 0.0, None
     tensors = (query, key) if op == "paged_select" else (query, key, key)
-    found = getattr(getattr(torch.ops.sparse_attn, op), wing.name)(*tensors, table, 40, *rule, *NO_INDEX)
+    call = getattr(getattr(torch.ops.sparse_attn, op), wing.name)
+    given = tree_map_only(Tensor, lambda t: t.to(wing.device), (*tensors, table, 40, *rule, *NO_INDEX))
+    found = tree_map_only(Tensor, lambda t: t.cpu(), call(*given))
     indices = found if op == "paged_select" else found[2]
     there = [*range(16), *range(32, 48)]
     assert indices[0].tolist() == [[[*there, *[-1] * 8]] * queries] * 2
@@ -401,10 +414,9 @@ def test_what_pages_do_not_have_is_refused():
         sparse_attn.varlen_gathered_attention(
             own.query, *own.packed, chosen, *own.bounds, physical_indices=True
         )
-    for name in ("cuda", "triton"):
-        if name in {w.name for w in sparse_attn.wings.base.wings()}:
-            with pytest.raises(ValueError, match=f"backend='{name}' cannot run varlen_topk_attention"):
-                own.attention(backend=name)
+    if "cuda" in {w.name for w in sparse_attn.wings.base.wings()}:
+        with pytest.raises(ValueError, match="backend='cuda' cannot run varlen_topk_attention"):
+            own.attention(backend="cuda")
 
 
 def test_physical_indices_that_are_no_keys_are_empty_slots():

@@ -476,7 +476,7 @@ def test_wrong_sinks_are_refused_in_a_direct_call(op, sinks):
         "gathered_attention": (QUERY, KEY, VALUE, indices, *rule[-3:]),
         "gathered_attention_backward": (out, None, QUERY, KEY, VALUE, indices, out, lse, *rule[-3:], False),
         "block_attention": (*blocks, 5, 3, *rule),
-        "block_attention_backward": (out, None, *blocks, lse, 5, 3, *rule),
+        "block_attention_backward": (out, None, *blocks, out, lse, 5, 3, *rule),
     }[op]
     with pytest.raises(RuntimeError, match=r"sink_logits must be float32 \[Hq\], contiguous"):
         overload(op, "cpu")(*arguments)

@@ -21,7 +21,7 @@ FLAGS = {"return_lse": True, "return_indices": True}
 def _known(request):
     """A wing without offsets of queries refuses packed calls, in one clause; it has no other test here."""
     wing = request.node.callspec.params.get("wing") if hasattr(request.node, "callspec") else None
-    if wing is None or wing.name in ("cpu", "reference"):
+    if wing is None or wing.refuses_offsets() is None:
         return
     with pytest.raises(ValueError, match=r"it has no .*causal_offsets"):
         wing.varlen_topk_select(
@@ -103,19 +103,21 @@ def test_each_sequence_is_what_it_is_alone(wing, dtype, row):
     lengths = LENGTHS[lengths]
     make = {"normal": normal, "integers": integers}[make]
     inputs = pack(*lengths, dtype=dtype, make=make, behind=behind)
-    options = {**options, "share": share, "sinks": sinks, "backend": wing.name}
-    found = sparse_attn.varlen_topk_attention(*inputs, 6, **options, **FLAGS)
-    assert torch.equal(found[2], sparse_attn.varlen_topk_select(*inputs[:2], *inputs[3:], 6, **options))
-    for where, expected in alone(inputs[:3], *lengths, 6, **options):
+    options = {**options, "share": share, "sinks": sinks}
+    found = wing.call("varlen_topk_attention", *inputs, 6, **options, **FLAGS)
+    assert torch.equal(found[2], wing.call("varlen_topk_select", *inputs[:2], *inputs[3:], 6, **options))
+    itself = {"backend": wing.name if wing.device == "cpu" else None}
+    for where, expected in alone(inputs[:3], *lengths, 6, **options, **itself):
         if wing.name == "cpu":
             assert_equal_alone(found, expected, where)
         else:  # its products may sum in another order
             torch.testing.assert_close(found[1][where], expected[1], atol=2e-2, rtol=2e-2)
-    replayed = sparse_attn.varlen_gathered_attention(
-        *inputs[:3], found[2], *inputs[3:], return_lse=True, backend=wing.name
-    )
-    assert torch.equal(replayed[0], found[0])
-    assert torch.equal(replayed[1], found[1])
+    replayed = wing.call("varlen_gathered_attention", *inputs[:3], found[2], *inputs[3:], return_lse=True)
+    if wing.name == "triton":  # its one kernel for both does not sum as the other one does
+        torch.testing.assert_close(replayed, found[:2], atol=2e-2, rtol=2e-2)
+    else:
+        assert torch.equal(replayed[0], found[0])
+        assert torch.equal(replayed[1], found[1])
     total = sum(lengths[0])
     assert bool((found[0][total:] == 0).all())
     assert bool(found[1][total:].isneginf().all())

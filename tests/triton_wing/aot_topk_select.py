@@ -27,6 +27,9 @@ def _mask_strides(masked: bool) -> dict[str, int]:
 def _blocks(among: bool) -> dict[str, int | str | None]:
     return {
         "words": "*i32" if among else None,
+        "table": None,
+        "pages": 0,
+        "PAGE": 1,
         "block_size": 64 if among else 1,
         "block_count": LENGTH // 64 if among else 0,
         "query_tile": 64 if among else 1,
@@ -38,8 +41,11 @@ def _scales(dtype: str) -> dict[str, str | None]:
     return dict.fromkeys(("query_scale", "key_scale"), "*fp32" if dtype == "i8" else None)
 
 
-def _starts_strides(packed: bool) -> dict[str, int]:
-    return {"starts_b": LENGTH if packed else 0, "starts_t": int(packed)}
+def _of_queries(packed: bool) -> dict[str, int | str | None]:
+    """Where each query of packed sequences has a first key and a causal offset of its own."""
+    strides = {f"{name}_{axis}": n for name in ("starts", "offsets") for axis, n in (("b", LENGTH), ("t", 1))}
+    tensors = dict.fromkeys(("starts", "offsets"), "*i64" if packed else None)
+    return {**tensors, **(strides if packed else dict.fromkeys(strides, 0))}
 
 
 def select(
@@ -61,13 +67,13 @@ def select(
 ) -> Case:
     queries = topk_select.FEW_QUERIES if split else LENGTH
     heavy = sharing > 1 or masked or split or among
-    c = topk_select.configs(ELEMENT[dtype], head_dim, budget, amd, heavy)[candidate]
+    c = topk_select.configs(ELEMENT[dtype], head_dim, budget, amd, heavy, queries)[candidate]
     rows, chunk, step = topk_select._cut_shape(c, c.block_m, c.capacity)
     name = f"{dtype} D{head_dim} K{budget}" + (" amd" if amd else "")
     name += "" if sharing == 1 else f" indexer of {sharing}" if weighted else f" share {sharing}"
     name += " blocks" if among else ""
     name += (
-        (" starts" if packed else "")
+        (" packed" if packed else "")
         + (" mask" if masked else "")
         + (" split" if split else "")
         + (" scores" if with_scores else "")
@@ -79,7 +85,6 @@ def select(
         "key": f"*{dtype}",
         "mask": "*u8" if masked else None,
         "lengths": "*i32" if masked else None,
-        "starts": "*i64" if packed else None,
         **_blocks(among),
         **_scales(dtype),
         "per_head": "*fp32" if sharing > 1 or weighted else None,
@@ -92,7 +97,7 @@ def select(
         **_strides("query", head_dim),
         **_strides("key", head_dim),
         **_mask_strides(masked),
-        **_starts_strides(packed),
+        **_of_queries(packed),
         "groups": HEADS // sharing,
         "query_length": queries,
         "key_length": LENGTH,
@@ -114,6 +119,7 @@ def select(
         "SHARING": sharing,
         "REPEAT": sharing,
         "SPLIT": split,
+        "PACK": 1,
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "BLOCK_D": head_dim,
@@ -137,13 +143,12 @@ def both(*arguments, **options) -> list[Case]:
 def lse(
     dtype: str, head_dim: int, amd: bool, packed: bool, capped: bool = False, among: bool = False
 ) -> Case:
-    c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True)[0]
+    c = topk_select.configs(ELEMENT[dtype], head_dim, 64, amd, True, LENGTH)[0]
     arguments = {
         "query": f"*{dtype}",
         "key": f"*{dtype}",
         "mask": None,
         "lengths": None,
-        "starts": "*i64" if packed else None,
         **_blocks(among),
         **_scales(dtype),
         "sink_logits": "*fp32" if capped else None,
@@ -151,7 +156,7 @@ def lse(
         **_strides("query", head_dim),
         **_strides("key", head_dim),
         **_mask_strides(False),
-        **_starts_strides(packed),
+        **_of_queries(packed),
         "heads": HEADS,
         "query_length": LENGTH,
         "key_length": LENGTH,
@@ -162,6 +167,7 @@ def lse(
         "factor": 0.1,
         "bound": 0.2 if capped else None,
         "query_blocks": LENGTH // c.block_m,
+        "splits": 1,
         "IS_CAUSAL": True,
         "SHARING": 4,
         "REPEAT": 4,
@@ -170,22 +176,21 @@ def lse(
         "BLOCK_D": head_dim,
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
-    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "") + (" starts" if packed else "")
+    name = f"LSE {dtype} D{head_dim}" + (" amd" if amd else "") + (" packed" if packed else "")
     name += " blocks" if among else ""
     name += ", cap and sinks" if capped else ""
     return Case(name, log_sum_exp, arguments, c.num_warps, c.num_stages, targets=targets)
 
 
 def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
-    c = topk_select.configs(2, 128, budget, amd, False)[0]
+    c = topk_select.configs(2, 128, budget, amd, False, LENGTH)[0]
     capacity = 1 << (splits * budget - 1).bit_length()
     rows, chunk, step = topk_select._cut_shape(c, 32, capacity)
     arguments = {
         "slots": "*i64",
         "indices": "*i32",
         "scores": "*fp32",
-        "starts": "*i64" if packed else None,
-        **_starts_strides(packed),
+        **_of_queries(packed),
         "rows": LENGTH,
         "groups": HEADS,
         "query_length": 1,
@@ -201,7 +206,7 @@ def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
         "STEP": step,
     }
     targets = ("gfx942",) if amd else ("sm_80", "sm_90", "sm_100")
-    name = f"merge K{budget} of {splits}" + (" amd" if amd else "") + (" starts" if packed else "")
+    name = f"merge K{budget} of {splits}" + (" amd" if amd else "") + (" packed" if packed else "")
     return Case(name, merge_pieces, arguments, c.num_warps, 2, targets=targets)
 
 
@@ -225,8 +230,9 @@ def cases() -> list[Case]:
         ("fp32", 128, 256),
         ("bf16", 256, 64),
     ):
-        # 12 bytes outside of the loop over the keys: wider rows leave no smaller tile that the tensor cores take.
-        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=head_dim == 256)
+        # Some bytes: wider rows leave no smaller tile that the tensor cores take, and float32 none of registers.
+        wide = head_dim == 256 or (dtype, head_dim) == ("fp32", 64)
+        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=wide)
     found += both("bf16", 128, 64, masked=True)
     found += both("bf16", 128, 64, split=True)
     found += both("bf16", 128, 64, packed=True)
@@ -235,7 +241,7 @@ def cases() -> list[Case]:
     found += both("bf16", 64, 256, sharing=4, capped=True)
     for amd in (False, True):
         for dtype in ("bf16", "fp32"):
-            some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False)
+            some = topk_select.configs(ELEMENT[dtype], 64, 64, amd, False, LENGTH)
             found += [select(dtype, 64, 64, amd=amd, candidate=n) for n in range(1, len(some))]
     for amd in (False, True):
         for packed in (False, True):

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -22,7 +23,7 @@ from triton_wing import aot
 
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
-    torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "sanitize_overflow")
 
@@ -87,6 +88,50 @@ def whole_blocks() -> Iterator[Step]:
     yield "backward", lambda: out[0].sum().backward()
 
 
+def packed() -> Iterator[Step]:
+    """varlen_topk_attention, 16 heads, bf16, D 128, K 64, causal, two documents."""
+    inputs = torch.zeros(3, 512, 16, 128, dtype=torch.bfloat16, requires_grad=True).unbind(0)
+    where, out = (torch.tensor([0, 200, 512]), None, 312, 312, 64), []
+    yield (
+        "forward",
+        lambda: out.append(sparse_attn.varlen_topk_attention(*inputs, *where, is_causal=True, backend="triton")),
+    )  # fmt: skip
+    yield "backward", lambda: out[0].sum().backward()
+
+
+def step(share: str) -> Iterator[Step]:
+    """A token each of 16 sequences in pages of 64, 32 heads in 8 groups, bf16, D 128, K 64."""
+    query = torch.zeros(16, 32, 128, dtype=torch.bfloat16)
+    key = torch.zeros(1, 64, 8, 128, dtype=torch.bfloat16).expand(64, -1, -1, -1)
+    table, used = torch.arange(64, dtype=torch.int32).view(16, 4), torch.full((16,), 256)
+    where = torch.arange(17), None, 1, 256, 64
+    options = {
+        "seqused_k": used,
+        "block_table": table,
+        "is_causal": True,
+        "share": share,
+        "backend": "triton",
+    }
+    yield "forward", lambda: sparse_attn.varlen_topk_attention(query, key, key, *where, **options)
+
+
+def cheap(name: str) -> Iterator[Step]:
+    """indexer_select of 32 heads, quantized_select and refine_blocks, bf16, D 64 and 128, K 64, causal."""
+    query, key = torch.zeros(2, 1, 16, 512, 128, dtype=torch.bfloat16).unbind(0)
+    small = torch.zeros(1, 32, 512, 64, dtype=torch.bfloat16)
+    options = {"is_causal": True, "backend": "triton"}
+    calls = {
+        "indexer_select": lambda: sparse_attn.indexer_select(
+            small, small[:, :1], torch.zeros(1, 32, 512), 64, **options
+        ),
+        "quantized_select": lambda: sparse_attn.quantized_select(query, key, 64, **options),
+        "refine_blocks": lambda: sparse_attn.refine_blocks(
+            query, key, torch.zeros(1, 16, 8, 4, dtype=torch.int32), 64, **options
+        ),
+    }
+    yield "forward", calls[name]
+
+
 def bands(op: str) -> Iterator[Step]:
     """Widths 512, 128 and 32 of a vocabulary of 50,257, bf16, 1,024 tokens."""
     rows, widths = (2000, 8000, 40257), (512, 128, 32)
@@ -118,6 +163,10 @@ CALLS = {
     "topk_attention, share all": lambda: select_and_attend("all"),
     "topk_attention, tail of blocks": lambda: select_and_attend("none", "blocks"),
     "block_attention": whole_blocks,
+    "varlen_topk_attention": packed,
+    "varlen_topk_attention in pages": lambda: step("none"),
+    "the same, share kv": lambda: step("kv"),
+    **{name: partial(cheap, name) for name in ("indexer_select", "quantized_select", "refine_blocks")},
     "variable_width_embedding": lambda: bands("embedding"),
     "variable_width_cross_entropy": lambda: bands("loss"),
 }

@@ -101,6 +101,31 @@ def test_a_growing_cache_compiles_once(share):
     assert len(set().union(*split)) <= 2 + 2
 
 
+@pytest.mark.parametrize("share", ["none", "kv"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_steps_of_a_server_compile_once(share, paged):
+    """Sequences come and go, and caches grow: a step of any of them, of few tokens each."""
+
+    def step(sequences, used):
+        query = torch.zeros(sequences, 8, 64, dtype=torch.bfloat16)
+        cu_seq = torch.arange(sequences + 1)
+        options = {"is_causal": True, "window": 2, "sinks": 1, "share": share, "backend": "triton"}
+        if paged:
+            table = torch.zeros(sequences, -(-used // 16) + 1, dtype=torch.int32)
+            key = torch.zeros(7 + sequences, 16, 2, 64, dtype=torch.bfloat16)
+            options |= {"seqused_k": torch.full((sequences,), used), "block_table": table}
+            where = cu_seq, None, 1, used
+        else:
+            key = torch.zeros(sequences * used, 2, 64, dtype=torch.bfloat16)
+            where = cu_seq, cu_seq * used, 1, used
+        return compiled(lambda: sparse_attn.varlen_topk_attention(query, key, key, *where, 16, **options))
+
+    # Tiles of 16, 32 and more rows; keys split over programs and not.
+    known = set().union(*(step(n, used) for n, used in ((1, 64), (8, 64), (16, 64), (16, 32))))
+    for sequences, used in ((1, 33), (16, 48), (2, 100), (5, 96), (16, 17)):
+        assert step(sequences, used) <= known, f"{sequences} sequences of {used} keys"
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_batches_and_lengths_compile_once(kv_heads):
     """Forward and backward of training on sequences and batches of any size."""

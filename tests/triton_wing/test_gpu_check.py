@@ -65,7 +65,7 @@ def test_dry_run(tmp_path):
     ours = [r for r in results["rows"] if r["contender"].startswith("ours")]
     assert {r["section"] for r in ours} == {
         *("gathered_attention", "topk_attention", "topk_select", "block_attention", "cheap_selection"),
-        *("embedding", "loss", "memory", "first_call"),
+        *("embedding", "loss", "memory", "first_call", "serving"),
     }
     assert not [r for r in ours if r.get("error")]
     if importlib.util.find_spec("matplotlib"):

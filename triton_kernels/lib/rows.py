@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dot import dot
 from .tuning import distinct
 
 
@@ -37,6 +38,24 @@ def load_rows(
     column = tl.arange(0, BLOCK_DIM)
     place = start + row[:, None] * stride_row + (column.to(tl.int64) * stride_column)[None, :]
     return tl.load(place, mask=valid[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def multiply_rows(
+    left,  # [M, BLOCK_DIM]
+    start,  # first element of a [T, D]
+    row,  # int64 [K]
+    valid,  # bool [K]
+    stride_row,
+    stride_column,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
+    """(the rows [K, BLOCK_DIM], their products with each of `left` float32 [M, K])."""
+    rows = load_rows(start, row, valid, stride_row, stride_column, DIM, BLOCK_DIM)
+    return rows, dot(left, tl.trans(rows), tl.zeros((M, K), tl.float32))
 
 
 def vector_configs(dim: int, value_dim: int, elements: int) -> list[dict[str, int]]:

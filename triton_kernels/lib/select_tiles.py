@@ -17,7 +17,9 @@ from .candidates import (
     score_of,
 )
 from .dot import dot
-from .shared_scores import attention_mass, first_keys, indexer_scores, scaled
+from .pages import follows, key_places, last_of_tile
+from .shared_scores import attention_mass, indexer_scores, scaled
+from .visible_keys import first_keys, last_keys, window_starts
 
 
 @triton.jit
@@ -43,12 +45,12 @@ def _ranks(
     query_h,
     query_d,
     key_h,
-    key_t,
     key_d,
     query_length,
     key_length,
     head,
     index,  # int32 [BN]
+    place,  # int64 [BN]: where they lie
     exists,  # bool [BN]
     inside_depth,
     depth,
@@ -64,13 +66,13 @@ def _ranks(
     """What ranks these keys for these queries, float32 [BN, BM]."""
     if WEIGHTED:
         score = indexer_scores(
-            query_rows, key_head, per_head, key_scale, query_h, query_d, key_t, key_d, query_length, head, index,
-            exists, inside_depth, depth, SHARING, BLOCK_M, BLOCK_N,
+            query_rows, key_head, per_head, key_scale, query_h, query_d, key_d, query_length, head, index,
+            place, exists, inside_depth, depth, SHARING, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif SHARING > 1:
         score = attention_mass(
-            query_rows, key_head, per_head, key_scale, query_scale, query_h, query_d, key_h, key_t, key_d,
-            query_length, key_length, head, index, exists, inside_depth, depth, factor, bound,
+            query_rows, key_head, per_head, key_scale, query_scale, query_h, query_d, key_h, key_d,
+            query_length, key_length, head, index, place, exists, inside_depth, depth, factor, bound,
             SHARING, REPEAT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
@@ -78,7 +80,7 @@ def _ranks(
         if not WHOLE:
             wanted = exists[:, None] & inside_depth[None, :]
         keys = tl.load(
-            key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
+            key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
             mask=wanted,
             other=0.0,
         )
@@ -100,6 +102,33 @@ def _kept_until(starts, batch, position, starts_b, starts_t, length, first_kept)
     return (first + tl.minimum(first_kept, length - first))[:, None]
 
 
+@triton.jit
+def _next_tile(
+    queue,
+    tiles,
+    splits,
+    query_blocks,
+    groups,
+    starts,
+    starts_b,
+    starts_t,
+    QUERIES: tl.constexpr,
+    OF_SEQUENCES: tl.constexpr,  # a tile for each query, which has nothing to do where it follows another
+):
+    """A queue, not a stride: tiles of causal attention differ in cost. Who takes a tile changes nothing in it."""
+    tile = tl.atomic_add(queue, 1)
+    if OF_SEQUENCES:
+        idle = tile < tiles
+        while idle:
+            block = query_blocks - 1 - (tile // splits) % query_blocks
+            batch = ((tile // splits) // query_blocks // groups).to(tl.int64)
+            idle = follows(block, starts, batch, starts_b, starts_t, QUERIES)
+            if idle:
+                tile = tl.atomic_add(queue, 1)
+                idle = tile < tiles
+    return tile
+
+
 @triton.jit(
     do_not_specialize=[
         "query_length",
@@ -113,6 +142,9 @@ def _kept_until(starts, batch, position, starts_b, starts_t, length, first_kept)
         "splits",
         "block_count",
         "query_tiles",
+        "pages",
+        "starts_b",
+        "offsets_b",
     ]
 )
 def select_tiles(
@@ -121,6 +153,8 @@ def select_tiles(
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    offsets,  # int [B, Tq] or None: causal offsets, where each query has its own
+    table,  # int32 [S · pages]: of keys in pages, whose queries have starts; or None
     words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone may be chosen, or None
     key_scale,  # float32 [B, Hkv, Tk]: of keys that are rounded to int8, or None
     query_scale,  # float32 [B, Hq, Tq]: of queries likewise, or None
@@ -145,7 +179,9 @@ def select_tiles(
     mask_k,
     starts_b,
     starts_t,
-    groups,
+    offsets_b,
+    offsets_t,
+    groups,  # G / PACK
     query_length,
     key_length,
     head_dim,
@@ -157,9 +193,10 @@ def select_tiles(
     factor,  # of q·k where heads share: the scale; with a cap scale / softcap
     bound,  # softcap, or None
     tiles,
-    query_blocks,
+    query_blocks,  # with pages as many as queries: of each that does not follow another begins a tile
     splits,
-    split_length,  # keys, a multiple of BLOCK_N
+    split_length,  # keys, a multiple of BLOCK_N; with pages so many parts of each sequence
+    pages,  # how many there are
     block_size,  # of the blocks
     block_count,
     query_tile,  # queries that share a choice of blocks
@@ -170,7 +207,9 @@ def select_tiles(
     SHARING: tl.constexpr,  # query heads of one selection
     REPEAT: tl.constexpr,  # query heads of one key head
     SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PACK: tl.constexpr,  # query heads of a tile, each with a selection of its own: 1, or those of a key head
+    PAGE: tl.constexpr,  # keys of a page
+    BLOCK_M: tl.constexpr,  # rows of a tile: queries, or each of some queries for each head
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -190,31 +229,50 @@ def select_tiles(
     own_slots = slots + row * STRIDE
     inside_depth = depth < head_dim
 
-    # A queue, not a stride: tiles of causal attention differ in cost. Who takes a tile changes nothing in it.
-    tile = tl.atomic_add(queue, 1)
+    QUERIES: tl.constexpr = BLOCK_M // PACK
+    PARTLY: tl.constexpr = PACK > 1 or table is not None  # some rows may have no query: those see nothing
+    tile = _next_tile(
+        queue, tiles, splits, query_blocks, groups, starts, starts_b, starts_t, QUERIES, table is not None
+    )
     while tile < tiles:
         split = tile % splits
         block = query_blocks - 1 - (tile // splits) % query_blocks  # the longest rows of a head come first
         group = (tile // splits) // query_blocks  # of all batch entries
         batch = (group // groups).to(tl.int64)
-        head = ((group % groups) * SHARING).to(tl.int64)
-        first_row = block * BLOCK_M
-        last_row = tl.minimum(first_row + BLOCK_M, query_length) - 1
-        position = tl.minimum(first_row + row, last_row)  # rows past the end repeat the last one
+        head = ((group % groups) * (PACK * SHARING)).to(tl.int64)  # the first
+        if table is None:
+            first_row = block * QUERIES
+            last_row = tl.minimum(first_row + QUERIES, query_length) - 1
+        else:
+            first_row = block
+            last_row = last_of_tile(
+                first_row, starts, batch, starts_b, starts_t, query_length, QUERIES, BLOCK_M
+            )
+        wanted_row = first_row + row // PACK
+        position = tl.minimum(wanted_row, last_row)  # rows past the end repeat the last one
+        member = (row % PACK).to(tl.int64)  # of the heads
 
         length = key_length
         if lengths is not None:
             length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
         if IS_CAUSAL:
-            row_end = tl.minimum(tl.maximum(position + causal_offset + 1, 0), length)
-            window_start = position + window_offset + 1
-            tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
-            plain_end = tl.minimum(first_row + tl.minimum(causal_offset, window_offset) + 1, length)
+            row_end = last_keys(offsets, batch, position, offsets_b, offsets_t, causal_offset, length)
+            window_start = window_starts(
+                offsets, batch, position, offsets_b, offsets_t, window_offset, key_length
+            )
+            if offsets is None:
+                tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+                plain_end = tl.minimum(first_row + tl.minimum(causal_offset, window_offset) + 1, length)
+            else:
+                tile_end = tl.max(row_end, 0)
+                plain_end = tl.min(tl.minimum(row_end, window_start), 0)
         else:
             row_end = tl.zeros_like(position) + length
             window_start = tl.zeros_like(position) + LARGEST
             tile_end = length
             plain_end = length
+        if PARTLY:
+            row_end = tl.where(wanted_row <= last_row, row_end, 0)
         # Key tiles of [plain_first, plain_stop) are seen whole by every row, and hold no forced key.
         n = split * (split_length // BLOCK_N)
         n_stop = tl.minimum(tl.cdiv(tile_end, BLOCK_N), n + split_length // BLOCK_N)
@@ -224,31 +282,41 @@ def select_tiles(
             row_start = first_keys(starts, batch, position, starts_b, starts_t, key_length)
             kept_end = row_start + tl.minimum(first_kept, key_length - row_start)
             plain_first = tl.cdiv(tl.max(kept_end, 0), BLOCK_N)
-            n = tl.maximum(n, tl.min(row_start, 0) // BLOCK_N)
+            if table is None:
+                n = tl.maximum(n, tl.min(row_start, 0) // BLOCK_N)
+            else:
+                n_begin, n_end = tl.min(row_start, 0) // BLOCK_N, tl.cdiv(tile_end, BLOCK_N)
+                part = tl.cdiv(tl.maximum(n_end - n_begin, 0), splits)
+                n = n_begin + split * part
+                n_stop = tl.minimum(n_end, n + part)
         plain_stop = tl.maximum(plain_end, 0) // BLOCK_N
+        if PARTLY:
+            plain_stop = plain_stop * 0
         if mask is not None:
             plain_stop = plain_stop * 0
             mask_rows = (
                 mask
                 + batch * mask_b
-                + (group % groups).to(tl.int64) * mask_g
+                + ((group % groups) * PACK + member) * mask_g
                 + position.to(tl.int64) * mask_q
             )
-        query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
+        query_rows = query + batch * query_b + (head + member) * query_h + position.to(tl.int64) * query_t
         key_head = key + batch * key_b + (head // REPEAT) * key_h
         per_head_rows, key_scale_head, query_scale_rows = per_head, key_scale, query_scale
-        of_row = (batch * groups * SHARING + head) * query_length + position
+        of_row = (batch * (groups * PACK * SHARING) + head + member) * query_length + position
         own_scale = 1.0
         if per_head is not None:
             per_head_rows = per_head + of_row
         if key_scale is not None:
-            key_scale_head = key_scale + (batch * (groups * SHARING // REPEAT) + head // REPEAT) * key_length
+            key_scale_head = (
+                key_scale + (batch * (groups * PACK * SHARING // REPEAT) + head // REPEAT) * key_length
+            )
         if query_scale is not None:
             query_scale_rows = query_scale + of_row
             own_scale = tl.load(query_scale_rows)
         if words is not None:
             plain_stop = plain_stop * 0
-            words_rows = words + (group.to(tl.int64) * query_tiles + position // query_tile) * (
+            words_rows = words + ((group * PACK + member) * query_tiles + position // query_tile) * (
                 (block_count + 31) // 32
             )
 
@@ -262,13 +330,17 @@ def select_tiles(
             if longest > CAPACITY - BLOCK_N:
                 for first in range(0, BLOCK_M, ROWS):
                     some = first + tl.arange(0, ROWS)
+                    some_at = tl.minimum(first_row + some // PACK, last_row)
                     some_start = LARGEST + tl.zeros_like(some)
                     if IS_CAUSAL:
-                        some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+                        some_start = window_starts(
+                            offsets, batch, some_at, offsets_b, offsets_t, window_offset,
+                            key_length,
+                        )  # fmt: skip
                     some_kept = first_kept
                     if starts is not None:
                         some_kept = _kept_until(
-                            starts, batch, tl.minimum(first_row + some, last_row), starts_b, starts_t, key_length,
+                            starts, batch, some_at, starts_b, starts_t, key_length,
                             first_kept,
                         )  # fmt: skip
                     kept, bar = cut_in_place(
@@ -296,8 +368,8 @@ def select_tiles(
                     index = tile_n * BLOCK_N + column
                     score = _ranks(
                         queries, own_scale, query_rows, key_head, per_head_rows, key_scale_head, query_scale_rows,
-                        query_h, query_d, key_h, key_t, key_d, query_length, key_length, head, index,
-                        index < tile_end, inside_depth, depth, factor, bound,
+                        query_h, query_d, key_h, key_d, query_length, key_length, head, index,
+                        index.to(tl.int64) * key_t, index < tile_end, inside_depth, depth, factor, bound,
                         True, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     # The threshold stands first: the type of the comparison follows its first operand.
@@ -313,7 +385,9 @@ def select_tiles(
                     queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
                 for tile_n in tl.range(n, stop, num_stages=EDGE_STAGES):
                     index = tile_n * BLOCK_N + column
-                    exists = index < tile_end
+                    where, exists = key_places(
+                        tile_n * BLOCK_N, index, index < tile_end, table, pages, key_b, key_t, PAGE, BLOCK_N
+                    )
                     wanted = True
                     if words is not None:  # most tiles have no key that may be chosen
                         some = (
@@ -327,8 +401,8 @@ def select_tiles(
                     if wanted:
                         score = _ranks(
                             queries, own_scale, query_rows, key_head, per_head_rows, key_scale_head,
-                            query_scale_rows, query_h, query_d, key_h, key_t, key_d, query_length, key_length, head,
-                            index, exists, inside_depth, depth, factor, bound,
+                            query_scale_rows, query_h, query_d, key_h, key_d, query_length, key_length, head,
+                            index, where, exists, inside_depth, depth, factor, bound,
                             False, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
                         kept = index[:, None] >= window_start[None, :]
@@ -338,6 +412,8 @@ def select_tiles(
                         else:
                             kept |= index[:, None] < kept_end[None, :]
                             seen &= index[:, None] >= row_start[None, :]
+                        if table is not None:
+                            seen &= exists[:, None]
                         passes = ~(threshold[None, :] >= score) & seen
                         if words is not None:
                             passes &= in_blocks(words_rows, index, block_size, passes)
@@ -367,28 +443,34 @@ def select_tiles(
         tl.debug_barrier()
         for first in range(0, BLOCK_M, ROWS):
             some = first + tl.arange(0, ROWS)
-            valid = first_row + some < query_length
+            some_at = tl.minimum(first_row + some // PACK, last_row)
+            valid = first_row + some // PACK <= last_row
             some_start = LARGEST + tl.zeros_like(some)
             if IS_CAUSAL:
-                some_start = tl.minimum(first_row + some, last_row) + window_offset + 1
+                some_start = window_starts(
+                    offsets, batch, some_at, offsets_b, offsets_t, window_offset,
+                    key_length,
+                )  # fmt: skip
             some_kept = first_kept
             if starts is not None:
                 some_kept = _kept_until(
                     starts,
                     batch,
-                    tl.minimum(first_row + some, last_row),
+                    some_at,
                     starts_b,
                     starts_t,
                     key_length,
                     first_kept,
                 )
-            out_row = group.to(tl.int64) * query_length + first_row + some
+            out_row = (group * PACK + some % PACK).to(tl.int64) * query_length + first_row + some // PACK
             _emit(
                 slots + some * STRIDE, tl.load(counts + some), valid, some_kept, some_start, budget,
                 (out_row * splits + split) * budget, indices, scores, SPLIT, CAPACITY, CHUNK, STEP,
             )  # fmt: skip
         tl.debug_barrier()  # the next tile overwrites what some thread may still read
-        tile = tl.atomic_add(queue, 1)
+        tile = _next_tile(
+            queue, tiles, splits, query_blocks, groups, starts, starts_b, starts_t, QUERIES, table is not None
+        )
 
 
 @triton.jit
@@ -433,14 +515,21 @@ def _emit(
             tl.store(scores + place[:, None] + column[None, :], float("-inf"), mask=empty)
 
 
-@triton.jit(do_not_specialize=["rows", "query_length", "key_length", "width", "window_offset", "first_kept"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "query_length", "key_length", "width", "window_offset", "first_kept", "starts_b", "offsets_b",
+    ]
+)  # fmt: skip
 def merge_pieces(
     slots,  # int64 [rows, splits · K], ascending keys, index −1 where empty
     indices,  # int32 [rows, K]
     scores,  # float32 [rows, K] or None
     starts,  # int [B, Tq] or None
+    offsets,  # int [B, Tq] or None
     starts_b,
     starts_t,
+    offsets_b,
+    offsets_t,
     rows,
     groups,
     query_length,
@@ -461,12 +550,12 @@ def merge_pieces(
     row = tl.minimum(row, rows - 1)
     count = tl.zeros([ROWS], tl.int32) + width
     start = LARGEST + tl.zeros_like(count)
+    batch, position = row // query_length // groups, (row % query_length).to(tl.int32)
     if IS_CAUSAL:
-        start = (row % query_length).to(tl.int32) + window_offset + 1
+        start = window_starts(offsets, batch, position, offsets_b, offsets_t, window_offset, key_length)
     kept = first_kept
     if starts is not None:
-        batch = row // query_length // groups
-        kept = _kept_until(starts, batch, row % query_length, starts_b, starts_t, key_length, first_kept)
+        kept = _kept_until(starts, batch, position, starts_b, starts_t, key_length, first_kept)
     _emit(
         slots + row * width, count, valid, kept, start, budget,
         row * budget, indices, scores, False, CAPACITY, CHUNK, STEP,

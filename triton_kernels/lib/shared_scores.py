@@ -9,7 +9,9 @@ import triton.language as tl
 
 from .among import in_blocks
 from .dot import dot
+from .pages import follows, key_places, last_of_tile
 from .soft_cap import capped
+from .visible_keys import first_keys, last_keys, window_starts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -68,11 +70,11 @@ def indexer_scores(
     key_scale,  # pointer to the scales of rounded keys, or None
     query_h,
     query_d,
-    key_t,
     key_d,
     query_length,
     head,  # number of the first head
     index,  # int32 [BN]
+    place,  # int64 [BN]: where they lie
     exists,  # int1 [BN]
     inside_depth,
     depth,
@@ -82,7 +84,7 @@ def indexer_scores(
 ):
     """Σ over the heads of weight · max(0, q·k), float32 [BN, BM]; scales of rounded queries are in the weights."""
     keys = tl.load(
-        key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
+        key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
         mask=exists[:, None] & inside_depth[None, :],
         other=0.0,
     )
@@ -112,12 +114,12 @@ def attention_mass(
     query_h,
     query_d,
     key_h,
-    key_t,
     key_d,
     query_length,
     key_length,
     head,  # number of the first head
     index,  # int32 [BN]
+    place,  # int64 [BN]: where they lie
     exists,  # int1 [BN]
     inside_depth,
     depth,
@@ -138,7 +140,7 @@ def attention_mass(
             query_scale_of = query_scale + (this - head) * query_length
         score = _head_scores(
             query_rows + (this - head) * query_h,
-            key_head + (this // REPEAT - head // REPEAT) * key_h + index.to(tl.int64) * key_t,
+            key_head + (this // REPEAT - head // REPEAT) * key_h + place,
             key_scale_of, query_scale_of, query_d, key_d, index, exists, inside_depth, depth, factor, bound,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -147,17 +149,10 @@ def attention_mass(
     return mass
 
 
-@triton.jit
-def first_keys(starts, batch, position, starts_b, starts_t, length):
-    """Where the keys of each query begin, int32 in [0, length]: starts int [B, Tq], position int32 [Q]."""
-    first = tl.load(starts + batch * starts_b + position.to(tl.int64) * starts_t)
-    return tl.minimum(tl.maximum(first, 0), length).to(tl.int32)
-
-
 @triton.jit(
     do_not_specialize=[
         "query_length", "key_length", "causal_offset", "window_offset", "first_kept", "query_blocks", "block_count",
-        "query_tiles",
+        "query_tiles", "pages", "starts_b", "offsets_b", "splits",
     ]
 )  # fmt: skip
 def log_sum_exp(
@@ -166,11 +161,13 @@ def log_sum_exp(
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    offsets,  # int [B, Tq] or None: causal offsets, where each query has its own
+    table,  # int32 [S · pages]: of keys in pages, or None
     words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone count, or None
     key_scale,  # float32 [B, Hkv, Tk]: of rounded keys, or None
     query_scale,  # float32 [B, Hq, Tq]: of rounded queries, or None
     sink_logits,  # float32 [Hq] or None
-    shift,  # float32 [B, Hq, Tq], written
+    shift,  # float32 [splits, B, Hq, Tq], written
     query_b,
     query_h,
     query_t,
@@ -185,6 +182,8 @@ def log_sum_exp(
     mask_k,
     starts_b,
     starts_t,
+    offsets_b,
+    offsets_t,
     heads,
     query_length,
     key_length,
@@ -194,11 +193,14 @@ def log_sum_exp(
     first_kept,
     factor,  # the scale; with a cap scale / softcap
     bound,  # softcap, or None
-    query_blocks,
+    query_blocks,  # with pages as many as queries, of which those that follow another have nothing to do
+    splits,  # of each tile's keys
+    pages,
     block_size,
     block_count,
     query_tile,
     query_tiles,
+    PAGE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SHARING: tl.constexpr,
     REPEAT: tl.constexpr,
@@ -207,26 +209,37 @@ def log_sum_exp(
     BLOCK_D: tl.constexpr,
 ):
     """LSE of each query over the keys it sees and its head's sink, NaN left out; +inf where that is −inf, so that
-    exp(x − it) is 0.
+    exp(x − it) is 0. Where keys are split, of each part; the sink is in the first, and −inf stays.
     """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_D)
     inside_depth = depth < head_dim
+    split = tl.program_id(1)
     block = query_blocks - 1 - tl.program_id(0) % query_blocks
     flat_head = tl.program_id(0) // query_blocks
     batch = (flat_head // heads).to(tl.int64)
     head = (flat_head % heads).to(tl.int64)
-    last_row = tl.minimum(block * BLOCK_M + BLOCK_M, query_length) - 1
-    position = tl.minimum(block * BLOCK_M + row, last_row)
+    if table is None:
+        first_row = block * BLOCK_M
+        last_row = tl.minimum(first_row + BLOCK_M, query_length) - 1
+    else:
+        first_row = block
+        if follows(first_row, starts, batch, starts_b, starts_t, BLOCK_M):
+            return
+        last_row = last_of_tile(first_row, starts, batch, starts_b, starts_t, query_length, BLOCK_M, BLOCK_M)
+    position = tl.minimum(first_row + row, last_row)
     length = key_length
     if lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
     row_end = tl.zeros_like(position) + length
     tile_end = length
     if IS_CAUSAL:
-        row_end = tl.minimum(tl.maximum(position + causal_offset + 1, 0), length)
-        tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+        row_end = last_keys(offsets, batch, position, offsets_b, offsets_t, causal_offset, length)
+        if offsets is None:
+            tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
+        else:
+            tile_end = tl.max(row_end, 0)
     query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
     key_head = key + batch * key_b + (head // REPEAT) * key_h
     queries = tl.load(
@@ -245,7 +258,9 @@ def log_sum_exp(
         kept_end = tl.zeros_like(position) + first_kept
         window_start = row_end
         if IS_CAUSAL:
-            window_start = position + window_offset + 1
+            window_start = window_starts(
+                offsets, batch, position, offsets_b, offsets_t, window_offset, key_length
+            )
 
     tile_start = 0
     if starts is not None:
@@ -258,13 +273,17 @@ def log_sum_exp(
     total = tl.zeros([BLOCK_M], tl.float32)
     if sink_logits is not None:
         sink = tl.load(sink_logits + head)
-        top = tl.maximum(top, tl.where(sink == sink, sink, float("-inf")))
+        top = tl.maximum(top, tl.where((sink == sink) & (split == 0), sink, float("-inf")))
         total = tl.where(top == float("-inf"), 0.0, 1.0)
-    for first in range(tile_start, tile_end, BLOCK_N):
+    part = tl.cdiv(tl.cdiv(tl.maximum(tile_end - tile_start, 0), BLOCK_N), splits) * BLOCK_N
+    for first in range(
+        tile_start + split * part, tl.minimum(tile_start + (split + 1) * part, tile_end), BLOCK_N
+    ):
         index = first + column
+        place, exists = key_places(first, index, index < tile_end, table, pages, key_b, key_t, PAGE, BLOCK_N)
         keys = tl.load(
-            key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
-            mask=(index < tile_end)[:, None] & inside_depth[None, :],
+            key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
+            mask=exists[:, None] & inside_depth[None, :],
             other=0.0,
         )
         score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
@@ -272,6 +291,8 @@ def log_sum_exp(
         seen = (index[:, None] < row_end[None, :]) & (score == score)
         if starts is not None:
             seen &= index[:, None] >= row_start[None, :]
+        if table is not None:
+            seen &= exists[:, None]
         if mask is not None:
             seen &= (
                 tl.load(mask_rows[None, :] + index.to(tl.int64)[:, None] * mask_k, mask=seen, other=0) != 0
@@ -285,9 +306,11 @@ def log_sum_exp(
         total = total * tl.exp2((top - base) * LOG2_E) + tl.sum(tl.exp2((score - base[None, :]) * LOG2_E), 0)
         top = higher
     lse = tl.where(top == float("inf"), top, top + tl.log(total))
-    lse = tl.where(top == float("-inf"), float("inf"), lse)
+    rows = (tl.num_programs(0) // query_blocks).to(tl.int64)  # B · Hq
+    if splits == 1:
+        lse = tl.where(top == float("-inf"), float("inf"), lse)
     tl.store(
-        shift + (flat_head.to(tl.int64) * query_length + block * BLOCK_M + row),
+        shift + ((split * rows + flat_head) * query_length + first_row + row),
         lse,
-        mask=block * BLOCK_M + row < query_length,
+        mask=first_row + row <= last_row,
     )

@@ -59,7 +59,7 @@ def gradient_step(
     delta,  # the row's dO·O − dLSE
     bound,  # of the soft cap in base 2, or None
 ):
-    """(probabilities, their scores' gradients), 0 where not seen; operands of two dimensions that broadcast."""
+    """(probabilities, their scores' gradients), 0 where not seen; operands that broadcast."""
     if bound is not None:
         bent = tanh(products)
         weights = tl.exp2(bent * bound + bias - base)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .common import LN2, grid_of, is_half, outer_program, rounded
 from .dot import dot
-from .rows import load_rows
+from .rows import load_rows, multiply_rows
 from .soft_cap import capped
 from .softmax import first_of_softmax, softmax_step
 from .tile_rows import Shape, row_block, row_limits, rows_of_unit, seen_and_bias, strides, words_of_rows
@@ -91,9 +91,9 @@ def _weigh(
 ):  # fmt: skip
     """One step: (largest, total, mean)."""
     row = place.to(tl.int64)
-    keys = load_rows(key, row, inside, key_t, key_d, DIM, BLOCK_DIM)
+    _, scores = multiply_rows(queries, key, row, inside, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K)
     values = load_rows(value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
-    scores = capped(dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor, bound)
+    scores = capped(scores * factor, bound)
     seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
     scores = tl.where(seen, scores + bias, float("-inf"))
     weights, shrink, largest, total = softmax_step(scores, largest, total)
@@ -114,7 +114,7 @@ def _weigh(
 
 VARYING = (
     "programs", "query_length", "chunk", "first_query", "key_length", "key_rows", "causal_offset", "query_tile",
-    "block_size", "subs",
+    "block_size", "subs", "starts_b", "causal_offsets_b",
 )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def attend_tiles(
     words,  # int32 [B, G, chunk, N · words], or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    causal_offsets,  # int [B, Tq] or None
     sink_logits,  # float32 [Hq], contiguous, or None
     extremes,  # float32 [2]: the smallest and the largest value
     out,  # [B, Hq, Tq, Dv], contiguous
@@ -136,6 +137,7 @@ def attend_tiles(
     value_b, value_h, value_t, value_d,
     blocks_b, blocks_g, blocks_n, blocks_m,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     programs,  # B · units
     units,
     shared,  # heads in a unit
@@ -177,7 +179,20 @@ def attend_tiles(
     )
     kv_head = (unit * kv_heads // units).to(tl.int64)
     low, high = row_limits(
-        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+        t,
+        present,
+        b,
+        lengths,
+        starts,
+        starts_b,
+        starts_t,
+        causal_offsets,
+        causal_offsets_b,
+        causal_offsets_t,
+        key_length,
+        causal_offset,
+        IS_CAUSAL,
+        UNIT,
     )
     high = tl.minimum(high, key_rows)
     tile_low, tile_high = tl.min(tl.where(present, low, key_rows), 0), tl.max(high, 0)

@@ -1,9 +1,8 @@
 """The backward of `block_attention` and of `block_tail`: queries in their own order for dQ, rows of keys in theirs.
 
 With P the probabilities and δ = Σ dO ∘ O − dLSE of a row: dS = P ∘ (dO·Vᵀ − δ), dQ = s·dS·K, dK = s·dSᵀ·Q,
-dV = Pᵀ·dO. `tile_queries` makes dQ and writes δ down; where the outputs are not at hand it finds ΣP ∘ dO·Vᵀ in a
-walk of its own. `tile_keys` has some rows of keys and walks the tiles of queries that chose their block, in the order
-of the queries, or all queries that see them: one order, so the result never differs.
+dV = Pᵀ·dO. `tile_queries` makes dQ and writes δ down. `tile_keys` has some rows of keys and walks the tiles of queries
+that chose their block, in the order of the queries, or all that see them: one order, so the result never differs.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import triton.language as tl
 
 from .common import is_half, outer_program, rounded
 from .dot import dot
-from .rows import load_rows
+from .rows import load_rows, multiply_rows
 from .softmax import base_of, gradient_step
 from .tile_attention import VARYING, block_of, listed_place, listed_steps
 from .tile_rows import row_block, row_limits, rows_of_unit, seen_and_bias, words_of_rows
@@ -39,7 +38,6 @@ def _query_step(
     factor,
     bound,
     UNIT: tl.constexpr,
-    ONLY_DELTA: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -47,20 +45,16 @@ def _query_step(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(delta, gradient) with one step added to the one that is sought."""
+    """dQ with one step added."""
     row = place.to(tl.int64)
-    keys = load_rows(key, row, inside, key_t, key_d, DIM, BLOCK_DIM)
-    values = load_rows(value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
-    scores = dot(queries, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_K), tl.float32)) * factor
-    slopes = dot(grads, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
+    keys, scores = multiply_rows(queries, key, row, inside, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K)
+    _, slopes = multiply_rows(
+        grads, value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K
+    )
+    scores *= factor
     seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
-    if ONLY_DELTA:
-        weights, _ = gradient_step(scores, slopes, bias, seen, base[:, None], 0.0, bound)
-        delta += tl.sum(tl.where(seen, weights * slopes, 0.0), axis=1)
-    else:
-        _, slopes = gradient_step(scores, slopes, bias, seen, base[:, None], delta[:, None], bound)
-        gradient = dot(rounded(slopes, keys.dtype), keys, gradient)
-    return delta, gradient
+    _, slopes = gradient_step(scores, slopes, bias, seen, base[:, None], delta[:, None], bound)
+    return dot(rounded(slopes, keys.dtype), keys, gradient)
 
 
 @triton.jit
@@ -74,7 +68,6 @@ def _query_walk(
     factor,
     bound,
     UNIT: tl.constexpr,
-    ONLY_DELTA: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -90,9 +83,9 @@ def _query_walk(
             next_block = block_of(blocks_of, blocks_m, (step + 1) // parts, slots)
             place, inside = listed_place(block, step % parts, block_size, key_rows, BLOCK_K)
             inside &= (place >= tile_low) & (place < tile_high)
-            delta, gradient = _query_step(
+            gradient = _query_step(
                 queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
-                value_t, value_d, factor, bound, UNIT, ONLY_DELTA, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
+                value_t, value_d, factor, bound, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
                 BLOCK_K,
             )  # fmt: skip
             block = next_block
@@ -100,12 +93,12 @@ def _query_walk(
         for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
             inside = (place >= tile_low) & (place < tile_high)
-            delta, gradient = _query_step(
+            gradient = _query_step(
                 queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
-                value_t, value_d, factor, bound, UNIT, ONLY_DELTA, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
+                value_t, value_d, factor, bound, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
                 BLOCK_K,
             )  # fmt: skip
-    return delta, gradient
+    return gradient
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -119,7 +112,8 @@ def tile_queries(
     words,  # int32 [B, G, chunk, N · words], or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
-    out,  # [B, Hq, Tq, Dv], contiguous, or None
+    causal_offsets,  # int [B, Tq] or None
+    out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
     deltas,  # float32 [B, Hq, Tq], written
     grad_query,  # [B, Hq, Tq, D], contiguous
@@ -129,6 +123,7 @@ def tile_queries(
     value_b, value_h, value_t, value_d,
     blocks_b, blocks_g, blocks_n, blocks_m,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     programs,  # B · units
     units,
     shared,  # heads in a unit
@@ -170,7 +165,20 @@ def tile_queries(
     )
     kv_head = (unit * kv_heads // units).to(tl.int64)
     low, high = row_limits(
-        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+        t,
+        present,
+        b,
+        lengths,
+        starts,
+        starts_b,
+        starts_t,
+        causal_offsets,
+        causal_offsets_b,
+        causal_offsets_t,
+        key_length,
+        causal_offset,
+        IS_CAUSAL,
+        UNIT,
     )
     high = tl.minimum(high, key_rows)
     tile_low, tile_high = tl.min(tl.where(present, low, key_rows), 0), tl.max(high, 0)
@@ -194,23 +202,15 @@ def tile_queries(
         ]
     at = (b * units * shared + head) * query_length + t
     base = base_of(tl.load(lse + at, mask=present, other=float("-inf")))
-    delta = tl.zeros((BLOCK_M,), tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
-    if out is not None:
-        outs = load_rows(out, at, present, VALUE_DIM, 1, VALUE_DIM, BLOCK_VALUE)
-        delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), axis=1)
-    else:
-        delta, gradient = _query_walk(
-            queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient,
-            key_t, key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT, True,
-            DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+    outs = load_rows(out, at, present, VALUE_DIM, 1, VALUE_DIM, BLOCK_VALUE)
+    delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), axis=1)
     if grad_lse is not None:
         delta -= tl.load(grad_lse + at, mask=present, other=0.0)
     tl.store(deltas + at, delta, mask=present)
-    delta, gradient = _query_walk(
+    gradient = _query_walk(
         queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient, key_t,
-        key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT, False,
+        key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT,
         DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     column = tl.arange(0, BLOCK_DIM)
@@ -231,10 +231,11 @@ def _key_step(
     inside,
     grad_key,  # float32 [BLOCK_K, D]
     grad_value,  # float32 [BLOCK_K, Dv]
-    grad_out, query, words, lengths, starts, lse, deltas,  # as in `tile_keys`
+    grad_out, query, words, lengths, starts, causal_offsets, lse, deltas,  # as in `tile_keys`
     grad_b, grad_h, grad_t, grad_d,
     query_b, query_h, query_t, query_d,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     b, unit, units, shared, groups, query_length, chunk, first_query, key_length, key_rows, causal_offset,
     factor,
     bound,
@@ -250,7 +251,20 @@ def _key_step(
     """(grad_key, grad_value) with what BLOCK_M rows of queries add."""
     present, local, t, head = rows_of_unit(row, end, first_query, unit, shared)
     low, high = row_limits(
-        t, present, b, lengths, starts, starts_b, starts_t, key_length, causal_offset, IS_CAUSAL, UNIT
+        t,
+        present,
+        b,
+        lengths,
+        starts,
+        starts_b,
+        starts_t,
+        causal_offsets,
+        causal_offsets_b,
+        causal_offsets_t,
+        key_length,
+        causal_offset,
+        IS_CAUSAL,
+        UNIT,
     )
     far = t.to(tl.int64)
     queries = load_rows(
@@ -287,6 +301,7 @@ def tile_keys(
     words,  # int32 [B, G, chunk, N · words], or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
+    causal_offsets,  # int [B, Tq] or None
     lse,  # float32 [B, Hq, Tq], contiguous
     deltas,  # float32 [B, Hq, Tq]
     grad_key,  # [B, Hkv, N, D], contiguous; without lists float32 [pieces, B, Hkv, N, D]
@@ -296,6 +311,7 @@ def tile_keys(
     key_b, key_h, key_t, key_d,
     value_b, value_h, value_t, value_d,
     starts_b, starts_t,
+    causal_offsets_b, causal_offsets_t,
     programs,  # pieces · B · Hkv
     units,
     shared,  # heads in a unit
@@ -370,28 +386,38 @@ def tile_keys(
                 end = tl.minimum((tile + 1) * query_tile, chunk) * shared
                 to_key, to_value = _key_step(
                     row, end, keys, values, place, inside, to_key, to_value, grad_out, query, words, lengths, starts,
-                    lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t, query_d, starts_b,
-                    starts_t, b, unit, units, shared, groups, query_length, chunk, first_query, key_length, key_rows,
-                    causal_offset, factor, bound,
+                    causal_offsets, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t, query_d,
+                    starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit, units, shared, groups,
+                    query_length, chunk, first_query, key_length, key_rows, causal_offset, factor, bound,
                     IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
                 entry = next_entry
         else:
             start = program // (programs // pieces) * piece
             end = tl.minimum(start + piece, chunk * shared)
-            if IS_CAUSAL:  # the first query that sees the first of these rows
+            if IS_CAUSAL and causal_offsets is None:  # the first query that sees the first of these rows
                 sees = (
                     (block * block_size + tl.program_id(0) % parts * BLOCK_K + 1) * UNIT - 1 - causal_offset
                 )
                 start = tl.maximum(start, (sees - first_query) * shared // BLOCK_M * BLOCK_M)
             for base_row in range(start, end, BLOCK_M):
-                to_key, to_value = _key_step(
-                    base_row + tl.arange(0, BLOCK_M), end, keys, values, place, inside, to_key, to_value, grad_out,
-                    query, words, lengths, starts, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h,
-                    query_t, query_d, starts_b, starts_t, b, unit, units, shared, groups, query_length, chunk,
-                    first_query, key_length, key_rows, causal_offset, factor, bound,
-                    IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
-                )  # fmt: skip
+                row = base_row + tl.arange(0, BLOCK_M)
+                wanted = True
+                if causal_offsets is not None:  # sequences end to end: most queries are of another one
+                    present, _, t, _ = rows_of_unit(row, end, first_query, unit, shared)
+                    low, high = row_limits(
+                        t, present, b, lengths, starts, starts_b, starts_t, causal_offsets, causal_offsets_b,
+                        causal_offsets_t, key_length, causal_offset, IS_CAUSAL, UNIT,
+                    )  # fmt: skip
+                    wanted = (tl.max(high, 0) > tl.min(place, 0)) & (tl.min(low, 0) <= tl.max(place, 0))
+                if wanted:
+                    to_key, to_value = _key_step(
+                        row, end, keys, values, place, inside, to_key, to_value, grad_out, query, words, lengths,
+                        starts, causal_offsets, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t,
+                        query_d, starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit, units, shared, groups,
+                        query_length, chunk, first_query, key_length, key_rows, causal_offset, factor, bound,
+                        IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+                    )  # fmt: skip
 
     column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE)
     at = program.to(tl.int64) * key_rows + far

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparse_attn.rule import PackedRule
 
 from .common import is_half, outer_program
+from .visible_keys import first_keys, last_keys
 
 
 @triton.jit
@@ -43,6 +44,9 @@ def row_limits(
     starts,  # int [B, Tq] or None
     starts_b,
     starts_t,
+    offsets,  # int [B, Tq] or None: causal offsets, where each query has its own
+    offsets_b,
+    offsets_t,
     key_length,
     causal_offset,
     IS_CAUSAL: tl.constexpr,
@@ -54,11 +58,10 @@ def row_limits(
         end = tl.minimum(tl.maximum(tl.load(lengths + b), 0), key_length).to(tl.int32)
     high = tl.zeros_like(t) + end
     if IS_CAUSAL:
-        high = tl.minimum(high, tl.maximum(t + causal_offset + 1, 0))
+        high = last_keys(offsets, b, t, offsets_b, offsets_t, causal_offset, end)
     low = tl.zeros_like(t)
     if starts is not None:
-        first = tl.load(starts + b * starts_b + t.to(tl.int64) * starts_t, mask=present, other=0)
-        low = tl.minimum(tl.maximum(first, 0), key_length).to(tl.int32)
+        low = first_keys(starts, b, t, starts_b, starts_t, key_length)
     if UNIT > 1:
         low = (low + (UNIT - 1)) // UNIT
         high = high // UNIT
@@ -173,12 +176,15 @@ class Shape:
 
 def visibility(rule: PackedRule, query_length: int, key_length: int) -> dict[str, object]:
     """The rule's part of a launch."""
-    starts = rule.key_starts
+    of_queries = {"starts": rule.key_starts, "causal_offsets": rule.causal_offsets}
     return {
         "lengths": rule.key_lengths,
-        "starts": starts,
-        "starts_b": 0 if starts is None else starts.stride(0),
-        "starts_t": 0 if starts is None else starts.stride(1),
+        **of_queries,
+        **{
+            f"{name}_{axis}": 0 if t is None else t.stride(place)
+            for name, t in of_queries.items()
+            for place, axis in enumerate("bt")
+        },
         "key_length": key_length,
         # Positions beyond every key are all alike; like this their sums stay within 32 bits.
         "causal_offset": min(max(rule.causal_offset, -query_length), key_length),

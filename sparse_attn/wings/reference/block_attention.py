@@ -183,7 +183,8 @@ def block_attention_backward(
     key: Tensor,
     value: Tensor,
     blocks: Tensor,
-    lse: Tensor,  # [B, Hq, Tq]; other wings need it, this one recomputes
+    out: Tensor,  # [B, Hq, Tq, Dv]; other wings need both, this one recomputes
+    lse: Tensor,  # [B, Hq, Tq]
     block_size: int,
     query_tile: int,
     rule: PackedRule,

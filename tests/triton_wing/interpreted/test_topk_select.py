@@ -23,7 +23,7 @@ def sizes(monkeypatch):
     """Sets the kernel's sizes: small ones reach with few keys what large ones reach with many."""
 
     def choose(block_m=4, block_n=8, capacity=16, slack=0, cut_elements=32, programs=1):
-        def configs(_element_size, _head_dim, budget, _amd, _heavy):
+        def configs(_element_size, _head_dim, budget, _amd, _heavy, _rows):
             assert capacity >= budget + slack + block_n
             return [topk_select.Config(block_m, block_n, capacity, slack, cut_elements, 1, 1, programs)]
 
