@@ -31,7 +31,7 @@ def attended() -> list[torch.Tensor]:
 
 
 def selected(dtype: torch.dtype) -> list[torch.Tensor]:
-    query, key = integers(1, 1, 3, 8, dtype=dtype), integers(1, 1, 40, 8, dtype=dtype, seed=1)
+    query, key = integers(1, 1, 33, 8, dtype=dtype), integers(1, 1, 40, 8, dtype=dtype, seed=1)
     return [sparse_attn.topk_select(query, key, 5, backend="triton")]
 
 
