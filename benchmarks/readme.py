@@ -124,6 +124,27 @@ def _full_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def beside_sdpa(results: dict) -> str:
+    """For another machine than that of the full table: every row that has SDPA as a rival."""
+    lines = [
+        f"Measured on {in_words(results['machine'])} by `{command(results)}`; {results['setting']} unless the row "
+        "says otherwise.",
+        "",
+        "| call | sparse_attn | SDPA | as fast | target | |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in (row for key in ("headline", "real", "know_before_use") for row in results[key]):
+        rival = row["rivals"].get("sdpa")
+        if rival is None:
+            continue
+        target = "" if rival["target"] is None else f"≥ {rival['target']:.3g}×"
+        lines.append(
+            f"| {row['name']} | {milliseconds(row['milliseconds'])} | {milliseconds(rival['milliseconds'])} "
+            f"| {times_as_fast(rival['faster'])} | {target} | {mark(rival['met'])} |"
+        )
+    return "\n".join(lines)
+
+
 def _scaling_table(scaling: dict[str, dict]) -> list[str]:
     lengths = sorted({n for points in scaling.values() for n in points["lengths"]})
     lines = [
@@ -279,6 +300,7 @@ BLOCKS = {
     },
     "docs/performance.md": {
         "benchmark": ("attention_cpu", details, "sparse-attn bench"),
+        "amx": ("attention_amx", beside_sdpa, "sparse-attn bench --name attention_amx"),
         "widths": ("widths_cpu", widths, "sparse-attn bench --suite widths"),
     },
     "docs/cheap_selection.md": {
