@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor> block_attention_cpu(Tensor query, Tensor key, Tensor 
 
 std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor blocks_of,
-    Tensor /*out: ΣP∘dO·Vᵀ is summed from values that nobody rounded*/, Tensor lse, int64_t block_size,
-    int64_t query_tile, SPARSE_ATTN_RULE_PARAMETERS) {
+    Tensor out /* checked alone: ΣP∘dO·Vᵀ is summed from values that nobody rounded */, Tensor lse,
+    int64_t block_size, int64_t query_tile, SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "block_attention_backward.cpu";
     check_qkv(op, query, key, &value);
     lse = torch::stable::contiguous(lse);
@@ -144,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
                      {SPARSE_ATTN_RULE_ARGUMENTS});
     AttendParams& a = f.attend;
     check_gradients(op, a, grad_out, grad_lse, lse);
+    check_out(op, a, query, out);
     Tensor grad_query = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.head_dim});
     Tensor grad_key = torch::stable::new_empty(key, {a.batch, a.kv_heads, a.key_length, a.head_dim});
     Tensor grad_value = torch::stable::new_empty(value, {a.batch, a.kv_heads, a.key_length, a.value_dim});
