@@ -38,11 +38,12 @@ SPARSE_ATTN_INLINE Vec rough_exp(Vec x) {
 #if defined(__AVX512F__)
     // 2^t = 2^⌊t⌋ · 2^r with r in [0, 1); minimax.
     const Vec t = x * broadcast(1.44269504f), r = {_mm512_maskz_reduce_ps(0xffff, t.v, 0x09)};
-    Vec p = broadcast(1.353412e-2f);
-    p = fma(p, r, broadcast(5.201148e-2f));
-    p = fma(p, r, broadcast(0.2414428f));
-    p = fma(p, r, broadcast(0.69300381f));
-    p = fma(p, r, broadcast(1.0000026f));
+    Vec p = broadcast(0.0018671298f);
+    p = fma(p, r, broadcast(0.0090170307f));
+    p = fma(p, r, broadcast(0.055799913f));
+    p = fma(p, r, broadcast(0.24016444f));
+    p = fma(p, r, broadcast(0.6931513f));
+    p = fma(p, r, broadcast(1.0f));
     return scale_by_power(p, t);  // of a power its whole part counts
 #else
     return exp(x);
