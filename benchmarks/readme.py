@@ -71,8 +71,9 @@ def summary(results: dict) -> str:
         if (row["op"], row["ids"], row["direction"]) == (loss, "real", "forward + backward")
     }
     shape = ", ".join(widths["loss"].split(", ")[:3])
-    day = widths["machine"]["date"][:10]
-    measured = "" if results["machine"]["date"].startswith(day) else f" (measured {day})"
+    day, cpu = widths["machine"]["date"][:10], widths["machine"]["cpu"]
+    same = results["machine"]["date"].startswith(day) and results["machine"]["cpu"] == cpu
+    measured = "" if same else f" (measured {day} on {cpu})"
     lines.append(_row(f"{loss} {shape} fwd+bwd{measured}", times["sparse_attn"], dense, times[dense]))
     return "\n".join(lines)
 
