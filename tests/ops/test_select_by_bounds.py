@@ -231,6 +231,17 @@ def test_bounds_leave_few_keys_and_give_up_where_they_prune_nothing():
     assert counts["given_up"] > 0
 
 
+@pytest.mark.skipif(9 not in BITS, reason="bfloat16 is multiplied in tiles on CPUs with AMX alone")
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 1.5), (torch.bfloat16, 1.05)])
+def test_tiles_of_bfloat16_leave_few_keys(dtype, left):
+    """That they did the work, not the full product behind them: of bfloat16 nothing is rounded."""
+    query, key = (normal(1, 2, 1200, 64, dtype=dtype, seed=i) for i in range(2))
+    with selection_by_bounds(True, 9) as counts:
+        sparse_attn.topk_select(query, key, 32, is_causal=True, backend="cpu")
+    assert counts["given_up"] == 0 < counts["blocks"]
+    assert counts["budget"] <= counts["kept"] < left * counts["budget"]
+
+
 @compiled
 def test_long_rows_choose_bounds_by_themselves():
     query, key = normal(1, 1, 1024, 64), normal(1, 1, 1024, 64, seed=1)

@@ -269,8 +269,8 @@ struct TileSums {
 };
 
 // The same by tiles of bfloat16: a panel is multiplied with each row group while it is in the first-level
-// cache. The registers of tiles are not renamed: one half is multiplied while the other is stored, and what
-// was stored before is finished.
+// cache. While one half of the tiles is multiplied, the other is stored, and what was stored before is
+// finished.
 __attribute__((noinline)) inline void score_by_tiles(GroupScores to, const uint32_t* queries, int groups,
                                                      const uint32_t* panels, Range some, int64_t word_count,
                                                      int64_t panel_words) {
