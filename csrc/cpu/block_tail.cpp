@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+#include <limits>
+
 #include "cpu/masked_attention.h"
 
 SPARSE_ATTN_FIND_KERNELS(block_tail, BlockTailKernels)
@@ -76,37 +79,9 @@ std::tuple<Tensor, Tensor> block_tail_cpu(Tensor query, Tensor key, Tensor value
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> block_tail_backward_cpu(Tensor grad_out, std::optional<Tensor> grad_lse,
-                                                           Tensor query, Tensor key, Tensor value,
-                                                           Tensor indices, Tensor out, Tensor lse,
-                                                           int64_t key_length, int64_t block_size,
-                                                           SPARSE_ATTN_RULE_PARAMETERS) {
-    const char* op = "block_tail_backward.cpu";
-    check_qkv(op, query, key, &value);
-    key = with_contiguous_rows(key);
-    value = with_contiguous_rows(value);
-    indices = with_contiguous_rows(indices);
-    lse = torch::stable::contiguous(lse);
-    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
-    BlockTail t;
-    fill(t, op, query, key, value, indices, key_length, block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
-    BlockTailParams& p = t.params;
-    MaskedBackwardParams g{};
-    AttendParams& f = g.forward;
-    f = p.attend;
-    check_gradients(op, f, grad_out, grad_lse, lse);
-    check_out(op, f, query, out);
-    Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
-    Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
-    Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
-    if (f.batch == 0) return {grad_query, grad_key, grad_value};
-    f.lse = static_cast<float*>(lse.mutable_data_ptr());
-    g.out = out.const_data_ptr(), g.out_strides = strides_of(out);
-    g.grad_out = grad_out.const_data_ptr(), g.grad_out_strides = strides_of(grad_out);
-    g.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
-    g.grad_query = grad_query.mutable_data_ptr();
-    g.grad_key = grad_key.mutable_data_ptr();
-    g.grad_value = grad_value.mutable_data_ptr();
+// The gradients that stand in g.
+void walk_blocks(MaskedBackwardParams& g, const BlockTailParams& p) {
+    const AttendParams& f = g.forward;
     const bool parallel = worth_threads_for(f);
     Memory seen, counts;
     walk_tiles(g, parallel, [&](MaskedBackwardParams& prepared) {
@@ -122,13 +97,148 @@ std::tuple<Tensor, Tensor, Tensor> block_tail_backward_cpu(Tensor grad_out, std:
             k.prepare(p, prepared, i / chunks, {first, std::min(prepared.rows, first + chunk)}, scratch);
         });
     });
-    return {grad_query, grad_key, grad_value};
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_tail_backward_cpu(Tensor grad_out, std::optional<Tensor> grad_lse,
+                                                           Tensor query, Tensor key, Tensor value,
+                                                           Tensor indices, Tensor out, Tensor lse,
+                                                           int64_t key_length, int64_t block_size,
+                                                           SPARSE_ATTN_RULE_PARAMETERS) {
+    const char* op = "block_tail_backward.cpu";
+    check_qkv(op, query, key, &value);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    indices = with_contiguous_rows(indices);
+    BlockTail t;
+    fill(t, op, query, key, value, indices, key_length, block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
+    BlockTailParams& p = t.params;
+    MaskedBackwardParams g{};
+    AttendParams& f = g.forward;
+    f = p.attend;
+    const Gradients made = new_gradients(g, op, query, key, value, grad_out, grad_lse, out, lse);
+    if (f.batch == 0) return made.all();
+    walk_blocks(g, p);
+    return made.all();
+}
+
+// ---- with the selection, in one op: float32
+
+// out, lse: of the selection alone; then with what the blocks give.
+void join(const Tensor& out, const Tensor& lse, const Tensor& rest, const Tensor& rest_lse) {
+    auto *to = static_cast<float*>(out.mutable_data_ptr()),
+         *total = static_cast<float*>(lse.mutable_data_ptr());
+    const auto* from = static_cast<const float*>(rest.const_data_ptr());
+    const auto* other = static_cast<const float*>(rest_lse.const_data_ptr());
+    const int64_t rows = lse.numel(), width = out.size(3), chunk = 256;
+    for_each_task(blocks(rows, chunk), 64, worth_threads(4.0 * static_cast<double>(rows * width)),
+                  [&](int64_t n, char*) {
+                      for (int64_t i = n * chunk; i < std::min(rows, (n + 1) * chunk); ++i) {
+                          const float own = total[i], more = other[i];
+                          if (more == -std::numeric_limits<float>::infinity())
+                              continue;  // nothing is left out
+                          const float share = 1.0f / (1.0f + std::exp(own - more));
+                          for (int64_t d = i * width; d < (i + 1) * width; ++d)
+                              to[d] += share * (from[d] - to[d]);
+                          total[i] = std::max(own, more) + std::log1p(std::exp(-std::fabs(own - more)));
+                      }
+                  });
+}
+
+std::tuple<Tensor, Tensor> attention_with_blocks_cpu(Tensor query, Tensor key, Tensor value, Tensor key_means,
+                                                     Tensor value_means, Tensor indices, Tensor own_out,
+                                                     Tensor own_lse, int64_t key_length, int64_t block_size,
+                                                     SPARSE_ATTN_RULE_PARAMETERS) {
+    const char* op = "attention_with_blocks.cpu";
+    check_qkv(op, query, key, &value);
+    const auto found = block_tail_cpu(query, key_means, value_means, indices, key_length, block_size,
+                                      SPARSE_ATTN_RULE_ARGUMENTS);
+    const auto& [rest, rest_lse] = found;
+    const bool fits = query.scalar_type() == ScalarType::Float &&
+                      own_out.scalar_type() == ScalarType::Float &&
+                      own_lse.scalar_type() == ScalarType::Float && own_out.numel() == rest.numel() &&
+                      own_lse.numel() == rest_lse.numel();
+    STD_TORCH_CHECK(fits, op, ": takes float32, own_out [B, Hq, Tq, Dv] and own_lse [B, Hq, Tq]; got ",
+                    shape_of(own_out), " and ", shape_of(own_lse));
+    Tensor out = torch::stable::clone(torch::stable::contiguous(own_out)),
+           lse = torch::stable::clone(torch::stable::contiguous(own_lse));
+    join(out, lse, rest, rest_lse);
+    return {out, lse};
+}
+
+// rows [B, H, T, C] += means [B, H, T / block, C] / block, of whole blocks.
+void add_means(const Tensor& rows, const Tensor& means, int64_t block) {
+    auto* to = static_cast<float*>(rows.mutable_data_ptr());
+    const auto* from = static_cast<const float*>(means.const_data_ptr());
+    const int64_t length = rows.size(2), count = means.size(2), width = rows.size(3),
+                  heads = rows.size(0) * rows.size(1);
+    const float share = 1.0f / static_cast<float>(block);
+    for_each_task(heads * count, 64, worth_threads(2.0 * static_cast<double>(heads * length * width)),
+                  [&](int64_t i, char*) {
+                      const float* mean = from + i * width;
+                      float* row = to + (i / count * length + i % count * block) * width;
+                      for (int64_t j = 0; j < block; ++j, row += width)
+                          for (int64_t d = 0; d < width; ++d) row[d] += mean[d] * share;
+                  });
+}
+
+void add_all(const Tensor& to, const Tensor& from) {
+    auto* sums = static_cast<float*>(to.mutable_data_ptr());
+    const auto* more = static_cast<const float*>(from.const_data_ptr());
+    const int64_t count = to.numel(), chunk = 16384;
+    for_each_task(blocks(count, chunk), 64, worth_threads(static_cast<double>(count)), [&](int64_t n, char*) {
+        for (int64_t i = n * chunk; i < std::min(count, (n + 1) * chunk); ++i) sums[i] += more[i];
+    });
+}
+
+// One softmax over the chosen keys and the blocks: each part's gradients by the output and LSE of both.
+std::tuple<Tensor, Tensor, Tensor> attention_with_blocks_backward_cpu(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor key_means,
+    Tensor value_means, Tensor indices, Tensor out, Tensor lse, int64_t key_length, int64_t block_size,
+    SPARSE_ATTN_RULE_PARAMETERS) {
+    const char* op = "attention_with_blocks_backward.cpu";
+    check_qkv(op, query, key, &value);
+    STD_TORCH_CHECK(query.scalar_type() == ScalarType::Float && key.size(2) == key_length, op,
+                    ": takes float32 and all key_length keys; got ", shape_of(key), " for ", key_length);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    check_qkv(op, query, key_means, &value_means);
+    STD_TORCH_CHECK(key_means.size(1) == key.size(1), op, ": key_means must have the heads of key; got ",
+                    shape_of(key_means));
+    key_means = with_contiguous_rows(key_means);
+    value_means = with_contiguous_rows(value_means);
+    indices = with_contiguous_rows(indices);
+    MaskedBackwardParams m{};
+    m.forward = attend_params(op, query, key, value, scale, softcap, sink_logits);
+    set_indices(m.forward, op, indices);
+    const Gradients own = new_gradients(m, op, query, key, value, grad_out, grad_lse, out, lse);
+    if (m.forward.batch == 0) return own.all();
+    gradients_of_indices(m, true);
+    BlockTail t;
+    fill(t, op, query, key_means, value_means, indices, key_length, block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
+    MaskedBackwardParams g{};
+    g.forward = t.params.attend;
+    const Gradients rest = new_gradients(g, op, query, key_means, value_means, grad_out, grad_lse, out, lse);
+    if (key_means.size(2) == 0) return own.all();
+    walk_blocks(g, t.params);
+    add_all(own.query, rest.query);
+    add_means(own.key, rest.key, block_size);
+    add_means(own.value, rest.value, block_size);
+    return own.all();
 }
 
 }  // namespace
 }  // namespace sparse_attn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
+    m.def(
+        "attention_with_blocks.cpu(Tensor query, Tensor key, Tensor value, Tensor key_means, Tensor "
+        "value_means, Tensor indices, Tensor own_out, Tensor own_lse, SymInt key_length, SymInt "
+        "block_size, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
+    m.def(
+        "attention_with_blocks_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+        "Tensor value, Tensor key_means, Tensor value_means, Tensor indices, Tensor out, Tensor lse, SymInt "
+        "key_length, SymInt block_size, " SPARSE_ATTN_RULE_SCHEMA
+        ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
     m.def(
         "block_tail.cpu(Tensor query, Tensor key, Tensor value, Tensor indices, SymInt key_length, SymInt "
         "block_size, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
@@ -139,6 +249,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
         ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+    m.impl("attention_with_blocks.cpu", TORCH_BOX(&sparse_attn::attention_with_blocks_cpu));
+    m.impl("attention_with_blocks_backward.cpu", TORCH_BOX(&sparse_attn::attention_with_blocks_backward_cpu));
     m.impl("block_tail.cpu", TORCH_BOX(&sparse_attn::block_tail_cpu));
     m.impl("block_tail_backward.cpu", TORCH_BOX(&sparse_attn::block_tail_backward_cpu));
 }

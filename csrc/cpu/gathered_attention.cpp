@@ -46,32 +46,25 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     indices = with_contiguous_rows(indices);
-    lse = torch::stable::contiguous(lse);
-    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
-    AttendBackwardParams p{};
-    AttendParams& f = p.forward;
+    MaskedBackwardParams m{};
+    AttendParams& f = m.forward;
     f = attend_params(op, query, key, value, scale, softcap, sink_logits);
     set_indices(f, op, indices);
-    check_gradients(op, f, grad_out, grad_lse, lse);
-    Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
-    Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
-    Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
-    if (f.batch == 0) return {grad_query, grad_key, grad_value};
+    const Gradients made = new_gradients(m, op, query, key, value, grad_out, grad_lse, out, lse);
+    if (f.batch > 0) gradients_of_indices(m, false);
+    return made.all();
+}
 
-    f.lse = static_cast<float*>(lse.mutable_data_ptr());
-    p.grad_out = grad_out.const_data_ptr();
-    p.grad_out_strides = strides_of(grad_out);
-    p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
-    p.grad_query = grad_query.mutable_data_ptr();
-    p.grad_key = grad_key.mutable_data_ptr();
-    p.grad_value = grad_value.mutable_data_ptr();
-    check_out(op, f, query, out);
-    MaskedBackwardParams m{};
-    m.forward = f;
-    m.out = out.const_data_ptr(), m.out_strides = strides_of(out);
-    m.grad_out = p.grad_out, m.grad_out_strides = p.grad_out_strides, m.grad_lse = p.grad_lse;
-    m.grad_query = p.grad_query, m.grad_key = p.grad_key, m.grad_value = p.grad_value;
-    if (backward_by_tiles(m, f.indices)) return {grad_query, grad_key, grad_value};
+}  // namespace
+
+void gradients_of_indices(MaskedBackwardParams& m, bool of_more) {
+    const AttendParams& f = m.forward;
+    if (backward_by_tiles(m, f.indices)) return;
+    AttendBackwardParams p{};
+    p.forward = f;
+    p.out = m.out, p.out_strides = m.out_strides;
+    p.grad_out = m.grad_out, p.grad_out_strides = m.grad_out_strides, p.grad_lse = m.grad_lse;
+    p.grad_query = m.grad_query, p.grad_key = m.grad_key, p.grad_value = m.grad_value;
     // Without vector instructions the query pass goes first, too: of the other order's products in plain
     // floats GCC 12's vectoriser makes wrong code (clang's is right, and neither finds a fault in the
     // source).
@@ -80,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
     // Σ P∘dP is dO·out, but taken over the slots where `out` is a half type: more exact.
     Memory probability, grad_score = allocate(slots * 4);
     Memory centre;
-    (whole ? centre : probability) = allocate((whole ? rows : slots) * 4);
-    p.out = m.out, p.out_strides = m.out_strides;
+    if (!whole) probability = allocate(slots * 4);
+    if (whole || of_more) centre = allocate(rows * 4);
     p.centre = reinterpret_cast<float*>(centre.get());
     p.probability = reinterpret_cast<float*>(probability.get());
     p.grad_score = reinterpret_cast<float*>(grad_score.get());
@@ -97,13 +90,12 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
                                       scratch);
                       });
     };
-    if (whole)
+    if (p.centre)
         for_each_task(f.batch * f.heads * per_head, 64, parallel, [&](int64_t i, char*) {
             Block t = block_of(i, f.heads, per_head, kAttendQueries, f.query_length);
             k.centre(p, t.b, t.group, t.queries);
         });
-    else
-        query_pass();
+    if (!whole) query_pass();
 
     // The size changes no result, since each key sums in query order. Sums of half types are made in scratch,
     // which is to stay in the second-level cache; each block reads all queries' indices.
@@ -120,10 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> gathered_attention_backward_cpu(
                       k.key(p, t.b, t.group, t.queries, scratch);
                   });
     if (whole) query_pass();
-    return {grad_query, grad_key, grad_value};
 }
 
-}  // namespace
 }  // namespace sparse_attn
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {

@@ -302,6 +302,28 @@ void attend_to_indices(const AttendParams& a) {
                   });
 }
 
+Gradients new_gradients(MaskedBackwardParams& p, const char* op, const Tensor& query, const Tensor& key,
+                        const Tensor& value, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                        const Tensor& out, const Tensor& lse) {
+    AttendParams& f = p.forward;
+    Gradients g;
+    g.lse = torch::stable::contiguous(lse);
+    if (grad_lse) g.grad_lse = torch::stable::contiguous(*grad_lse);
+    check_gradients(op, f, grad_out, g.grad_lse, g.lse);
+    check_out(op, f, query, out);
+    g.query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
+    g.key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
+    g.value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
+    f.lse = static_cast<float*>(g.lse.mutable_data_ptr());
+    p.out = out.const_data_ptr(), p.out_strides = strides_of(out);
+    p.grad_out = grad_out.const_data_ptr(), p.grad_out_strides = strides_of(grad_out);
+    p.grad_lse = g.grad_lse ? static_cast<const float*>(g.grad_lse->const_data_ptr()) : nullptr;
+    p.grad_query = g.query.mutable_data_ptr();
+    p.grad_key = g.key.mutable_data_ptr();
+    p.grad_value = g.value.mutable_data_ptr();
+    return g;
+}
+
 bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices) {
     AttendParams& f = p.forward;
     f.indices = indices;

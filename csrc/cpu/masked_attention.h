@@ -42,12 +42,29 @@ PackedValues pack_values(MaskedParams& p, bool parallel);
 // [B, Tq]. False where there is none.
 bool attend_by_tiles(Selection& s, const AttendParams& a, uint32_t* bits, std::vector<uint8_t>& done);
 
+// The gradients of what p.forward attended to, which stand in p with all that they are made of, checked; and
+// what of that has to live as long.
+struct Gradients {
+    Tensor query, key, value, lse;
+    std::optional<Tensor> grad_lse;
+
+    std::tuple<Tensor, Tensor, Tensor> all() const { return {query, key, value}; }
+};
+Gradients new_gradients(MaskedBackwardParams& p, const char* op, const Tensor& query, const Tensor& key,
+                        const Tensor& value, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                        const Tensor& out, const Tensor& lse);
+
 // gathered_attention's forward: each block of queries by tiles or by gathering.
 void attend_to_indices(const AttendParams& a);
 
 // Its backward by tiles, where that is the cheaper way; false, and nothing is written, where it is not. Takes
 // the gradients' pointers and strides of p, and makes what stands behind them.
 bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices);
+
+// gathered_attention's backward, by tiles or by gathering, whose gradients are set in p (new_gradients).
+// `of_more`: `out` and `lse` are of other keys, too, of whose gradients somebody else takes care; float32
+// alone.
+void gradients_of_indices(MaskedBackwardParams& p, bool of_more);
 
 // [B, G, Tq, bit_words(Tk)] bits of the indices; false where a row names a key twice.
 bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel);

@@ -97,31 +97,18 @@ std::tuple<Tensor, Tensor, Tensor> tail_attention_backward_cpu(Tensor grad_out,
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
     indices = with_contiguous_rows(indices);
-    lse = torch::stable::contiguous(lse);
     outside = torch::stable::contiguous(outside);
-    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
     Tail t;
     fill(t, op, query, key, value, indices, {SPARSE_ATTN_RULE_ARGUMENTS});
     TailParams& p = t.params;
     MaskedBackwardParams g{};
     AttendParams& f = g.forward;
     f = p.attend;
-    check_gradients(op, f, grad_out, grad_lse, lse);
+    const Gradients made = new_gradients(g, op, query, key, value, grad_out, grad_lse, out, lse);
     STD_TORCH_CHECK(outside.numel() == lse.numel() && outside.scalar_type() == ScalarType::Float, op,
                     ": outside must be float32 [B, Hq, Tq]; got ", shape_of(outside));
-    check_out(op, f, query, out);
-    Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
-    Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
-    Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
-    if (f.batch == 0) return {grad_query, grad_key, grad_value};
-    f.lse = static_cast<float*>(lse.mutable_data_ptr());
+    if (f.batch == 0) return made.all();
     p.outside = static_cast<float*>(outside.mutable_data_ptr());
-    g.out = out.const_data_ptr(), g.out_strides = strides_of(out);
-    g.grad_out = grad_out.const_data_ptr(), g.grad_out_strides = strides_of(grad_out);
-    g.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
-    g.grad_query = grad_query.mutable_data_ptr();
-    g.grad_key = grad_key.mutable_data_ptr();
-    g.grad_value = grad_value.mutable_data_ptr();
     const bool parallel = worth_threads_for(p);
     sum_values(t, parallel);
     Memory bits = allocate(f.batch * f.groups * f.query_length * bit_words(f.key_length) * 4);
@@ -142,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> tail_attention_backward_cpu(Tensor grad_out,
             k.prepare(p, prepared, {i / chunks / f.heads, {head, head + 1}, queries}, scratch);
         });
     });
-    return {grad_query, grad_key, grad_value};
+    return made.all();
 }
 
 }  // namespace

@@ -120,9 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_bits_cpu(Tensor query, Tensor 
     Tensor bits = torch::stable::new_empty(
         query, {p.batch, p.rule.groups, p.query_length, bit_words(p.key_length)}, ScalarType::Int);
     auto* words = static_cast<uint32_t*>(bits.mutable_data_ptr());
-    if (bits.numel()) std::memset(words, 0, bits.numel() * 4);
     const auto found =
         attend_without_indices(op, query, key, value, top_k, words, SPARSE_ATTN_RULE_ARGUMENTS);
+    // Whatever there is to attend to writes its row whole.
+    if (std::get<0>(found).numel() == 0 && bits.numel() > 0) std::memset(words, 0, bits.numel() * 4);
     return {std::get<0>(found), std::get<1>(found), bits};
 }
 
@@ -133,9 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_bits_backward_cpu(
     check_qkv(op, query, key, &value);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
-    lse = torch::stable::contiguous(lse);
     bits = torch::stable::contiguous(bits);
-    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
     MaskedBackwardParams p{};
     AttendParams& f = p.forward;
     f = attend_params(op, query, key, value, scale, softcap, sink_logits);
@@ -144,23 +143,12 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_bits_backward_cpu(
                       bits.size(3) == bit_words(f.key_length);
     STD_TORCH_CHECK(fits, op, ": bits must be int32 [B, Hq, Tq, ceil(Tk / 32)]; got ", shape_of(bits));
     f.groups = f.heads;
-    check_gradients(op, f, grad_out, grad_lse, lse);
-    check_out(op, f, query, out);
-    Tensor grad_query = torch::stable::new_empty(query, {f.batch, f.heads, f.query_length, f.head_dim});
-    Tensor grad_key = torch::stable::new_empty(key, {f.batch, f.kv_heads, f.key_length, f.head_dim});
-    Tensor grad_value = torch::stable::new_empty(value, {f.batch, f.kv_heads, f.key_length, f.value_dim});
-    if (f.batch == 0) return {grad_query, grad_key, grad_value};
-    f.lse = static_cast<float*>(lse.mutable_data_ptr());
+    const Gradients g = new_gradients(p, op, query, key, value, grad_out, grad_lse, out, lse);
+    if (f.batch == 0) return g.all();
     p.bits = static_cast<const uint32_t*>(bits.const_data_ptr());
-    p.out = out.const_data_ptr(), p.out_strides = strides_of(out);
-    p.grad_out = grad_out.const_data_ptr(), p.grad_out_strides = strides_of(grad_out);
-    p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
-    p.grad_query = grad_query.mutable_data_ptr();
-    p.grad_key = grad_key.mutable_data_ptr();
-    p.grad_value = grad_value.mutable_data_ptr();
     walk_tiles(p, worth_threads(static_cast<double>(f.batch * f.heads) * f.query_length * f.key_length *
                                 (f.head_dim + f.value_dim)));
-    return {grad_query, grad_key, grad_value};
+    return g.all();
 }
 
 }  // namespace

@@ -124,6 +124,22 @@ def block_tail_backward(draw: Draw) -> list:
     return [grad_out, draw.choice((grad_lse, None)), *inputs, indices, *results, length, size, *options]
 
 
+def joined(draw: Draw) -> list:
+    """40 keys and the mean of their whole block of 32."""
+    query, key, value, indices, *options = tail(draw)
+    key, value = (t.float().repeat(1, 1, 5, 1)[:, :, :40] for t in (key, value))
+    means = [t[:, :, :32].mean(2, keepdim=True) for t in (key, value)]
+    own = normal(2, 4, 5, value.shape[3]), normal(2, 4, 5)
+    return [query.float(), key, value, *means, indices, *own, 40, 32, *options]
+
+
+def joined_backward(draw: Draw) -> list:
+    *inputs, indices, out, lse = joined(draw)[:8]
+    options = rule(draw, numbers=[1, 35, 0, 0, indices.shape[1]], masked=False)
+    grad_out, grad_lse, _ = gradients(inputs[0])
+    return [grad_out, draw.choice((grad_lse, None)), *inputs, indices, out, lse, 40, 32, *options]
+
+
 def blocks(draw: Draw) -> list:
     groups = draw.choice((1, 2, 4))
     numbers = [draw.choice((0, 1)), 4, 0, 0, groups]
@@ -251,6 +267,8 @@ RIGHT = {
     "tail_attention_backward": tail_backward,
     "block_tail": block_tail,
     "block_tail_backward": block_tail_backward,
+    "attention_with_blocks": joined,
+    "attention_with_blocks_backward": joined_backward,
     "block_attention": blocks,
     "block_attention_backward": blocks_backward,
     "indexer_select": indexer,

@@ -26,6 +26,7 @@ FILES = (
     "test_special_values.py",
     "test_softcap_and_sinks.py",
     "test_error_budget.py",
+    "test_tail.py",
     "test_variable_width_embedding.py",
     "test_variable_width_embedding_errors.py",
     "test_variable_width_cross_entropy.py",

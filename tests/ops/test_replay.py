@@ -99,6 +99,32 @@ def test_one_selection_one_result(dtype, rule):
 
 
 @natively
+@pytest.mark.parametrize("dtype", cpu.dtypes, ids=str)
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (40, 48), (24, 10)], ids=str)
+def test_rows_that_go_together_have_the_bits_of_each_alone(dtype, widths):
+    """Queries that keep all that they see are taken a few at a time; infinities behind a query's last key included."""
+    heads, kv_heads, length, first = 4, 2, 45, 3
+    query, key = (normal(1, h, length, widths[0], dtype=dtype, seed=h) for h in (heads, kv_heads))
+    value = normal(1, kv_heads, length, widths[1], dtype=dtype)
+    value[0, 1, 30, 0], value[0, 0, 37, 1] = float("inf"), float("nan")
+    rule = {"is_causal": True, "key_starts": torch.tensor([first])}
+    for scoring in ({}, {"softcap": 2.0, "sink_logits": normal(heads)}):
+        flags = {"return_lse": True, "backend": "cpu", **scoring}
+        out, lse, indices = sparse_attn.topk_attention(
+            query, key, value, length, return_indices=True, **rule, **flags
+        )
+        for i in range(length):
+            one = query[:, :, i : i + 1]
+            alone = sparse_attn.gathered_attention(one, key, value, indices[:, :, i : i + 1], **flags)
+            decoded = sparse_attn.topk_attention(
+                one, key, value, length, **rule | {"causal_offset": i}, **flags
+            )
+            for found in (alone, decoded):
+                for mine, whole in zip(found, (out[:, :, i : i + 1], lse[:, :, i : i + 1]), strict=True):
+                    torch.testing.assert_close(mine, whole, rtol=0, atol=0, equal_nan=True)
+
+
+@natively
 def test_one_result_in_each_process_of_an_instruction_set():
     """Indices of exact scores are the same in all of them; outputs are those of one's own kind, run after run."""
     program = "import json, torch; from ops import test_replay as t; "

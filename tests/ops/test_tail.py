@@ -12,6 +12,7 @@ from helpers.compare import assert_close
 from helpers.inputs import normal, qkv
 
 import sparse_attn
+from sparse_attn.ops import gathered_attention
 from sparse_attn.ops import tail as tails
 from sparse_attn.selection import Blocks, Exact, Rule, Selection, attend
 
@@ -245,6 +246,35 @@ def test_opcheck(name):
     means = [t.detach()[:, :, :64].mean(2, keepdim=True).requires_grad_() for t in (key, value)]
     of_blocks = getattr(torch.ops.sparse_attn.block_tail, name)
     torch.library.opcheck(of_blocks, (query, *means, indices, 70, 64, *packed.parts()))
+    if joined := getattr(getattr(torch.ops.sparse_attn, "attention_with_blocks", None), name, None):
+        means = [t.detach() for t in means]
+        own = [t.detach() for t in gathered_attention.attend(query, key, value, indices)]
+        torch.library.opcheck(
+            joined, (query, key, value, *means, indices, *own, 70, 64, *packed.parts()),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_one_gradient_of_selection_and_blocks():
+    """What one op does for both stages is what the two do apart, which torch.func has; sinks, cap and LSE, too."""
+    query, key, value = qkv(2, 4, 2, 200, 200, 24, 40)
+    given = {"is_causal": True, "tail": "blocks", "softcap": 3.0, "window": 4, "sinks": 2, "return_lse": True}
+    given["key_lengths"] = torch.tensor([200, 150])
+
+    def loss(query, key, value, sink_logits):
+        out, lse = sparse_attn.topk_attention(query, key, value, 12, sink_logits=sink_logits, **given)
+        return (out * normal(*out.shape, seed=5)).sum() + (lse * normal(*lse.shape, seed=6)).sum(), (out, lse)
+
+    arguments = query, key, value, normal(4)
+    leaves = [t.clone().requires_grad_() for t in arguments]
+    total, found = loss(*leaves)
+    ours = torch.autograd.grad(total, leaves)
+    apart, results = torch.func.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*arguments)
+    _, plain = loss(*arguments)
+    for one, other in zip((*ours, *found), (*apart, *results), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_what_is_refused():

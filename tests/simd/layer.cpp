@@ -106,6 +106,7 @@ void one_case() {
     show("not_le", not_le(a, b));
     show("is_nan", is_nan(a));
     show("where", where(bits, a, b));
+    show("where_above", where_above(a, b, c));
     show("round_even", round_even(load(power) * broadcast(0.25f)));
     show("scale_by_power", scale_by_power(c, load(power)));
     Vec rows[W];

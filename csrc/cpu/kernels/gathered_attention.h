@@ -16,7 +16,7 @@ struct AttendBackwardParams {
     // [B, Hq, Tq, K] scratch, what the passes leave to each other. Where `probability` is null the key pass
     // goes first and makes scale · dS, else the query pass, which makes both P and scale · dS.
     float *probability, *grad_score;
-    // Where the key pass goes first:
+    // Where the key pass goes first, or `out` and `lse` are of more keys than these; else null.
     const void* out;  // [B, Hq, Tq, Dv]
     Strides out_strides;
     float* centre;  // [B, Hq, Tq] scratch: dO·out − dLSE

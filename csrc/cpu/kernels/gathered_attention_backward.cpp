@@ -98,7 +98,8 @@ void query_rows(const AttendBackwardParams& p, int64_t b, Range heads, Range que
                 store(scores + n, where(lanes, probability, zero()));
                 centre = fma(load(scores + n), where(lanes, load(grad_scores + n), zero()), centre);
             }
-            const float shift = sum(centre) - (p.grad_lse ? p.grad_lse[row] : 0.0f);
+            const float shift =
+                p.centre ? p.centre[row] : sum(centre) - (p.grad_lse ? p.grad_lse[row] : 0.0f);
             for (int64_t n = 0; n < filled; n += Vec::W) {
                 Vec d = load(scores + n) * (load(grad_scores + n) - broadcast(shift)) * broadcast(f.scale);
                 store(grad_scores + n, dead ? zero() : d);

@@ -22,6 +22,9 @@ struct Row {
     float* weights;  // [kChunk]
     int64_t end;     // no key from there on
     float best;      // the largest score, chosen or not; NaN: unknown
+    // Unless it is −inf, what is greater is chosen, and bits say so of the keys behind the last whole chunk
+    // alone.
+    float bound;
     float peak, total_of_sink;
     Vec total;
 };
@@ -34,6 +37,17 @@ SPARSE_ATTN_INLINE void set_words(uint32_t* bits, int64_t from, int64_t to, cons
             low_bits(minimum<int64_t>(32, to - word * 32)) & ~low_bits(maximum<int64_t>(0, from - word * 32));
         bits[word] |= marks(word * 32, inside) & inside;
     }
+}
+
+// The keys in [from, to) whose score is greater.
+SPARSE_ATTN_INLINE void set_above(uint32_t* bits, const float* scores, int64_t first, int64_t from,
+                                  int64_t to, float bound) {
+    set_words(bits, from, to, [&](int64_t key, uint32_t) {
+        uint32_t above = 0;
+        for (int j = 0; j < 32; j += W)
+            above |= not_le(load(scores + key - first + j), broadcast(bound)) << j;
+        return above;
+    });
 }
 
 // Of the allowed keys in [from, to), `scores` from key `first` on, those that are chosen.
@@ -59,19 +73,11 @@ SPARSE_ATTN_INLINE void set_chosen(uint32_t* bits, const float* scores, int64_t 
     });
 }
 
-// The largest of n scores; skips NaN.
-SPARSE_ATTN_INLINE float largest_of(const float* scores, int64_t n) {
-    Vec top = broadcast(-__builtin_inff());
-    int64_t i = 0;
-    for (; i + W <= n; i += W) top = max(load(scores + i), top);
-    if (i < n) top = max(where(low_bits(n - i), load_n(scores + i, n - i), top), top);
-    return max_lane(top);
-}
-
 struct Choosing {
     float *compact, *few;
     int32_t *compact_indices, *few_indices, *keys;
     ThresholdGuess guess;
+    bool bits_unread;  // but to weigh
 };
 
 // Sets the bits of what the query keeps, as stream_rows has it.
@@ -84,8 +90,6 @@ inline void choose_row(const SelectParams& p, const Visible& v, Row& row, int64_
         return open;
     };
     const int64_t keep = p.top_k - forced_count(v);
-    // Of the keys that are no candidates all are kept, and of the candidates the best one.
-    if (keep > 0 && !v.mask) row.best = largest_of(row.scores + (v.begin - first), v.limit - v.begin);
     const auto kept_always = [&](int64_t from, int64_t to) {
         if (v.mask)
             set_words(row.bits, from, to, mask_bits);
@@ -97,7 +101,15 @@ inline void choose_row(const SelectParams& p, const Visible& v, Row& row, int64_
     if (keep <= 0 || v.end <= v.sink_end) return;
     const float* scores = row.scores + (v.sink_end - first);
     int64_t n = v.end - v.sink_end;
-    if (n <= keep) return kept_always(v.sink_end, v.end);
+    // Of the keys that are no candidates all are kept, and of the candidates the best one.
+    const auto best_with = [&](float best) {
+        row.best = maximum(best, maximum(largest_of(row.scores + (v.begin - first), v.sink_end - v.begin),
+                                         largest_of(row.scores + (v.end - first), v.limit - v.end)));
+    };
+    if (n <= keep) {
+        if (!v.mask) best_with(largest_of(scores, n));
+        return kept_always(v.sink_end, v.end);
+    }
     if (v.mask) {
         int64_t count = 0;
         for (int64_t j = v.sink_end; j < v.end; ++j)
@@ -107,6 +119,13 @@ inline void choose_row(const SelectParams& p, const Visible& v, Row& row, int64_
         if (n <= keep) return kept_always(v.sink_end, v.end);
     }
     const Threshold t = find_threshold(scores, n, keep, c.guess, c.few, c.few_indices, c.keys);
+    if (!v.mask) best_with(t.best);
+    const bool all_above = t.excess == 0 && v.sink_end == v.begin && v.end == v.limit;
+    if (c.bits_unread && all_above && !v.mask && below(t.key) > -__builtin_inff()) {
+        row.bound = below(t.key);
+        const int64_t rest = v.begin + (v.end - v.begin) / kChunk * kChunk;
+        return set_above(row.bits, row.scores, first, rest, v.end, row.bound);
+    }
     int64_t equal_left = INT32_MAX;
     if (t.excess > 0) {
         const int64_t reach = count_reaching(scores, n, t.key),
@@ -146,10 +165,28 @@ SPARSE_ATTN_INLINE float largest(const Row& row, int64_t first, int64_t begin, f
     return maximum(max_lane(score), max_lane(nothing));  // −inf · 0 is NaN
 }
 
-// Weights e^(score − peak) of a chunk's keys; whether there are any.
+// Weights e^(score − peak) of a chunk's keys, of those above the row's bound.
+SPARSE_ATTN_INLINE void weigh_above(Row& row, int64_t first, int64_t begin, float scale) {
+    const Vec factor = broadcast(scale), peak = broadcast(row.peak), bound = broadcast(row.bound);
+    Vec total = row.total;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kChunk; j += W) {
+        const Vec s = load(row.scores + begin - first + j);
+        const Vec e = where_above(s, bound, exp(s * factor - peak));
+        store(row.weights + j, e);
+        total = total + e;
+    }
+    row.total = total;
+}
+
+// The same of those that bits mark; whether there are any.
 template <bool kCapped>
 SPARSE_ATTN_INLINE bool weigh(Row& row, int64_t first, int64_t begin, float scale, float cap) {
     static_assert(kChunk % 32 == 0);
+    if (row.bound != -__builtin_inff() && begin + kChunk <= row.end) {
+        weigh_above(row, first, begin, scale);
+        return true;
+    }
     uint32_t any = 0;
     const Vec factor = broadcast(scale), peak = broadcast(row.peak), nothing = broadcast(-__builtin_inff());
     Vec total = row.total;
@@ -220,7 +257,8 @@ struct Work {
                     nullptr,
                     scratch.take<int32_t>(few),
                     scratch.take<int32_t>(few),
-                    {}};
+                    {},
+                    !p.bits && !s.indices && p.attend.softcap == 0 && p.attend.scale != 0};
         for (int64_t r = 0; r < rows_at_once; ++r)
             rows[r] = {scores + r * width,
                        bits + r * bit_room,
@@ -228,6 +266,7 @@ struct Work {
                        weights + r % MR * kChunk,
                        0,
                        0.0f,
+                       -__builtin_inff(),
                        0.0f,
                        0.0f,
                        zero()};
@@ -309,8 +348,11 @@ struct Work {
                 if (!any) continue;
                 if (unusual) {
                     for (int r = 0; r < MR; ++r)
-                        if (key < rows[g * MR + r].end)
-                            add_own(rows[g * MR + r], stride, values, panel_floats, key);
+                        if (Row& row = rows[g * MR + r]; key < row.end) {
+                            if (row.bound != -__builtin_inff() && key + kChunk <= row.end)
+                                set_above(row.bits, row.scores, first, key, key + kChunk, row.bound);
+                            add_own(row, stride, values, panel_floats, key);
+                        }
                     continue;
                 }
                 for (int64_t d = 0; d < stride; d += NR)
@@ -379,6 +421,7 @@ void choose(const MaskedParams& p, MaskedTask task, void* memory) {
             const Range seen = key_range(p.select.rule, task.b, i, p.select.key_length);
             work.rows[i - queries.begin].end = seen.end;
             work.rows[i - queries.begin].best = __builtin_nanf("");
+            work.rows[i - queries.begin].bound = -__builtin_inff();
             keys = {seen.begin, maximum(keys.end, seen.end)};
         }
         work.clear_bits();
@@ -400,6 +443,7 @@ bool attend(const MaskedParams& p, MaskedTask task, Range keys, void* memory) {
                     Row& row = work.rows[i - task.queries.begin];
                     row.end = keys.end;
                     row.best = __builtin_nanf("");
+                    row.bound = -__builtin_inff();
                     for (int64_t n = 0; n < a.slots; ++n) {
                         const int64_t key = indices[n];
                         if (key < 0 || key >= length) continue;

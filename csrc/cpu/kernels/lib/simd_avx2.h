@@ -73,6 +73,9 @@ SPARSE_ATTN_INLINE uint32_t not_le(Vec a, Vec b) {
 SPARSE_ATTN_INLINE uint32_t is_nan(Vec a) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
 }
+SPARSE_ATTN_INLINE Vec where_above(Vec s, Vec bound, Vec a) {
+    return {_mm256_and_ps(_mm256_cmp_ps(s.v, bound.v, _CMP_NLE_UQ), a.v)};
+}
 SPARSE_ATTN_INLINE Vec where(uint32_t bits, Vec a, Vec b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     __m256i m = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);

@@ -68,6 +68,9 @@ SPARSE_ATTN_INLINE uint32_t is_nan(Vec a) {
     return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
 }
 // a where the bit is set, else b.
+SPARSE_ATTN_INLINE Vec where_above(Vec s, Vec bound, Vec a) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(s.v, bound.v, _CMP_NLE_UQ), a.v)};
+}
 SPARSE_ATTN_INLINE Vec where(uint32_t bits, Vec a, Vec b) {
     return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
 }

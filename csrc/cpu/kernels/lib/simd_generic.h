@@ -73,6 +73,9 @@ SPARSE_ATTN_INLINE uint32_t not_le(Vec a, Vec b) {
 SPARSE_ATTN_INLINE uint32_t is_nan(Vec a) {
     SPARSE_ATTN_BITS(a.v[i] != a.v[i]);
 }
+SPARSE_ATTN_INLINE Vec where_above(Vec s, Vec bound, Vec a) {
+    SPARSE_ATTN_LANES(!(s.v[i] <= bound.v[i]) ? a.v[i] : 0.0f);
+}
 SPARSE_ATTN_INLINE Vec where(uint32_t bits, Vec a, Vec b) {
     SPARSE_ATTN_LANES((bits >> i & 1) ? a.v[i] : b.v[i]);
 }

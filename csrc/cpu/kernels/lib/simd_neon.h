@@ -89,6 +89,9 @@ SPARSE_ATTN_INLINE uint32_t not_le(Vec a, Vec b) {
 SPARSE_ATTN_INLINE uint32_t is_nan(Vec a) {
     return movemask(vmvnq_u32(vceqq_f32(a.v, a.v)));
 }
+SPARSE_ATTN_INLINE Vec where_above(Vec s, Vec bound, Vec a) {
+    return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.v), vcleq_f32(s.v, bound.v)))};
+}
 SPARSE_ATTN_INLINE Vec where(uint32_t bits, Vec a, Vec b) {
     return {vbslq_f32(mask_of(bits), a.v, b.v)};
 }

@@ -10,7 +10,7 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-constexpr int64_t kFewScores = 64;
+constexpr int64_t kFewScores = 16;
 
 // Scores reach the key (order_of) exactly if they are not <= this.
 SPARSE_ATTN_INLINE float below(int64_t key) {
@@ -33,42 +33,61 @@ struct ThresholdGuess {
     float distance = 0.0f, density = 0.3f;  // from the mean, and of scores there; in standard deviations
 };
 
-// All scores that reach the key were chosen, but for the last `excess` of those that are equal to it.
+// All scores that reach the key were chosen, but for the last `excess` of those that are equal to it. `best`
+// is the largest of all; skips NaN.
 struct Threshold {
     int32_t key;
     int64_t excess;
+    float best;
 };
+
+SPARSE_ATTN_INLINE float largest_of(const float* scores, int64_t n) {
+    constexpr int W = Vec::W;
+    Vec top = broadcast(-__builtin_inff());
+    int64_t i = 0;
+    for (; i + W <= n; i += W) top = max(load(scores + i), top);
+    if (i < n) top = max(where(low_bits(n - i), load_n(scores + i, n - i), top), top);
+    return max_lane(top);
+}
+
+struct Moments {
+    float mean, deviation;
+};
+// Of long rows a quarter of the lines tells enough to begin with.
+SPARSE_ATTN_INLINE Moments moments_of(const float* scores, int64_t n) {
+    constexpr int W = Vec::W;
+    constexpr int64_t kLine = 16;
+    const int64_t step = n < 512 ? kLine : 4 * kLine;
+    Vec total = zero(), squares = zero();
+    float count = 0.0f;
+    int64_t i = 0;
+    for (; i + kLine <= n; i += step, count += kLine) {
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kLine; j += W) {
+            const Vec s = load(scores + i + j);
+            total = total + s;
+            squares = fma(s, s, squares);
+        }
+    }
+    float sum_of = sum(total), square = sum(squares);
+    if (i == 0)
+        for (; i < n; ++i, ++count) sum_of += scores[i], square += scores[i] * scores[i];
+    const float mean = sum_of / count;
+    return {mean, __builtin_sqrtf(maximum(square / count - mean * mean, 1e-30f))};
+}
 
 // Of n > keep > 0 scores. `few` and `keys` are scratch of kFewScores + 2 vectors each.
 inline Threshold find_threshold(const float* scores, int64_t n, int64_t keep, ThresholdGuess& guess,
                                 float* few, int32_t* few_indices, int32_t* keys) {
     constexpr int W = Vec::W;
-    Vec high = broadcast(-__builtin_inff()), low = high, total = zero(), squares = zero();
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const Vec s = load(scores + i);
-        high = max(s, high);
-        low = max(zero() - s, low);
-        total = total + s;
-        squares = fma(s, s, squares);
-    }
-    float most = max_lane(high), least = -max_lane(low), sum_of = sum(total), square = sum(squares);
-    for (; i < n; ++i) {
-        const float s = scores[i];
-        most = maximum(s, most);
-        least = minimum(s, least);
-        sum_of += s;
-        square += s * s;
-    }
-    const float count = static_cast<float>(n), mean = sum_of / count;
-    const float deviation = __builtin_sqrtf(maximum(square / count - mean * mean, 1e-30f));
-    const bool usual = deviation - deviation == 0.0f && sum_of - sum_of == 0.0f;  // no NaN, no infinity
+    const Moments moments = moments_of(scores, n);
+    const float count = static_cast<float>(n), mean = moments.mean, deviation = moments.deviation;
+    const bool usual = deviation - deviation == 0.0f && mean - mean == 0.0f;
 
     // `low_key` is reached by at least `keep`, `high_key` by fewer.
-    int64_t low_key = usual ? order_of(least) : INT32_MIN,
-            high_key = usual ? order_of(most) + int64_t{1} : int64_t{1} << 31;
+    int64_t low_key = INT32_MIN, high_key = int64_t{1} << 31;
     int64_t at_low = n, at_high = 0;
-    float x = mean + guess.distance * deviation, below_x = least, above_x = most;
+    float x = mean + guess.distance * deviation, below_x = x, above_x = x;
     bool low_probed = false, high_probed = false;
     float margin = static_cast<float>(kFewScores) / 4;
     for (int step = 0; at_low - at_high > kFewScores && high_key - low_key > 1; ++step) {
@@ -98,21 +117,40 @@ inline Threshold find_threshold(const float* scores, int64_t n, int64_t keep, Th
         if (low_probed && high_probed && width > 0.0f)
             guess.density = clamp(static_cast<float>(at_low - at_high) / (count * width), 1e-3f, 10.0f);
     }
-    if (high_key - low_key == 1) return {static_cast<int32_t>(low_key), at_low - keep};
+    if (high_key - low_key == 1) return {static_cast<int32_t>(low_key), at_low - keep, largest_of(scores, n)};
 
     const Vec bound = broadcast(below(low_key)), limit = broadcast(below(high_key));
     const bool any_above = high_key <= INT32_MAX;
-    int64_t found = 0;
-    for (i = 0; i < n; i += W) {
+    int64_t found = 0, i = 0;
+    Vec top = broadcast(-__builtin_inff());
+    // A few vectors at a time: most of them have none, and what is unforeseen is rare.
+    for (; i + 4 * W <= n; i += 4 * W) {
+        uint32_t bits[4], any = 0;
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            const Vec s = load(scores + i + v * W);
+            top = max(s, top);
+            bits[v] = not_le(s, bound);
+            if (any_above) bits[v] &= ~not_le(s, limit);
+            any |= bits[v];
+        }
+        if (!any) continue;
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v)
+            found += append(few + found, few_indices + found, bits[v], load(scores + i + v * W), 0);
+    }
+    for (; i < n; i += W) {
+        const uint32_t lanes = low_bits(minimum<int64_t>(W, n - i));
         const Vec s = i + W <= n ? load(scores + i) : load_n(scores + i, n - i);
-        uint32_t bits = not_le(s, bound) & low_bits(minimum<int64_t>(W, n - i));
+        top = max(where(lanes, s, top), top);
+        uint32_t bits = not_le(s, bound) & lanes;
         if (any_above) bits &= ~not_le(s, limit);
-        if (bits) found += append(few + found, few_indices + found, bits, s, 0);
+        found += append(few + found, few_indices + found, bits, s, 0);
     }
     const int32_t padded = order_all(few, static_cast<int32_t>(found), keys),
                   rank = static_cast<int32_t>(keep - at_high);
     const Cut cut = find_cut(keys, static_cast<int32_t>(found), padded, rank, rank);
-    return {cut.low, cut.at_least - rank};
+    return {cut.low, cut.at_least - rank, max_lane(top)};
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
