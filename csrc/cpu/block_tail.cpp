@@ -123,22 +123,25 @@ std::tuple<Tensor, Tensor, Tensor> block_tail_backward_cpu(Tensor grad_out, std:
 
 // ---- with the selection, in one op: float32
 
-// out, lse: of the selection alone; then with what the blocks give.
-void join(const Tensor& out, const Tensor& lse, const Tensor& rest, const Tensor& rest_lse) {
+// out, lse: of the blocks alone; then of both, with what the selection gives.
+void join(const Tensor& out, const Tensor& lse, const Tensor& own_out, const Tensor& own_lse) {
     auto *to = static_cast<float*>(out.mutable_data_ptr()),
          *total = static_cast<float*>(lse.mutable_data_ptr());
-    const auto* from = static_cast<const float*>(rest.const_data_ptr());
-    const auto* other = static_cast<const float*>(rest_lse.const_data_ptr());
+    const auto* from = static_cast<const float*>(own_out.const_data_ptr());
+    const auto* before = static_cast<const float*>(own_lse.const_data_ptr());
     const int64_t rows = lse.numel(), width = out.size(3), chunk = 256;
     for_each_task(blocks(rows, chunk), 64, worth_threads(4.0 * static_cast<double>(rows * width)),
                   [&](int64_t n, char*) {
                       for (int64_t i = n * chunk; i < std::min(rows, (n + 1) * chunk); ++i) {
-                          const float own = total[i], more = other[i];
-                          if (more == -std::numeric_limits<float>::infinity())
-                              continue;  // nothing is left out
+                          const float own = before[i], more = total[i];
+                          if (more == -std::numeric_limits<float>::infinity()) {  // nothing is left out
+                              std::copy_n(from + i * width, width, to + i * width);
+                              total[i] = own;
+                              continue;
+                          }
                           const float share = 1.0f / (1.0f + std::exp(own - more));
                           for (int64_t d = i * width; d < (i + 1) * width; ++d)
-                              to[d] += share * (from[d] - to[d]);
+                              to[d] = from[d] + share * (to[d] - from[d]);
                           total[i] = std::max(own, more) + std::log1p(std::exp(-std::fabs(own - more)));
                       }
                   });
@@ -150,19 +153,17 @@ std::tuple<Tensor, Tensor> attention_with_blocks_cpu(Tensor query, Tensor key, T
                                                      SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "attention_with_blocks.cpu";
     check_qkv(op, query, key, &value);
-    const auto found = block_tail_cpu(query, key_means, value_means, indices, key_length, block_size,
-                                      SPARSE_ATTN_RULE_ARGUMENTS);
-    const auto& [rest, rest_lse] = found;
+    const auto both = block_tail_cpu(query, key_means, value_means, indices, key_length, block_size,
+                                     SPARSE_ATTN_RULE_ARGUMENTS);
+    const auto& [out, lse] = both;
     const bool fits = query.scalar_type() == ScalarType::Float &&
                       own_out.scalar_type() == ScalarType::Float &&
-                      own_lse.scalar_type() == ScalarType::Float && own_out.numel() == rest.numel() &&
-                      own_lse.numel() == rest_lse.numel();
+                      own_lse.scalar_type() == ScalarType::Float && own_out.numel() == out.numel() &&
+                      own_lse.numel() == lse.numel();
     STD_TORCH_CHECK(fits, op, ": takes float32, own_out [B, Hq, Tq, Dv] and own_lse [B, Hq, Tq]; got ",
                     shape_of(own_out), " and ", shape_of(own_lse));
-    Tensor out = torch::stable::clone(torch::stable::contiguous(own_out)),
-           lse = torch::stable::clone(torch::stable::contiguous(own_lse));
-    join(out, lse, rest, rest_lse);
-    return {out, lse};
+    join(out, lse, torch::stable::contiguous(own_out), torch::stable::contiguous(own_lse));
+    return both;
 }
 
 // rows [B, H, T, C] += means [B, H, T / block, C] / block, of whole blocks.
@@ -179,15 +180,6 @@ void add_means(const Tensor& rows, const Tensor& means, int64_t block) {
                       for (int64_t j = 0; j < block; ++j, row += width)
                           for (int64_t d = 0; d < width; ++d) row[d] += mean[d] * share;
                   });
-}
-
-void add_all(const Tensor& to, const Tensor& from) {
-    auto* sums = static_cast<float*>(to.mutable_data_ptr());
-    const auto* more = static_cast<const float*>(from.const_data_ptr());
-    const int64_t count = to.numel(), chunk = 16384;
-    for_each_task(blocks(count, chunk), 64, worth_threads(static_cast<double>(count)), [&](int64_t n, char*) {
-        for (int64_t i = n * chunk; i < std::min(count, (n + 1) * chunk); ++i) sums[i] += more[i];
-    });
 }
 
 // One softmax over the chosen keys and the blocks: each part's gradients by the output and LSE of both.
@@ -219,8 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_with_blocks_backward_cpu(
     g.forward = t.params.attend;
     const Gradients rest = new_gradients(g, op, query, key_means, value_means, grad_out, grad_lse, out, lse);
     if (key_means.size(2) == 0) return own.all();
+    g.grad_query = m.grad_query, g.adds = true;
     walk_blocks(g, t.params);
-    add_all(own.query, rest.query);
     add_means(own.key, rest.key, block_size);
     add_means(own.value, rest.value, block_size);
     return own.all();

@@ -33,6 +33,7 @@ struct MaskedBackwardParams {
     void* grad_query;  // [B, Hq, Tq, D], contiguous
     void* grad_key;    // [B, Hkv, Tk, D], contiguous
     void* grad_value;  // [B, Hkv, Tk, Dv], contiguous
+    bool adds;         // to the float32 that stand in grad_query
     int64_t parts;     // of the keys, each a task of its own
     // Scratch. Rows are padded to whole tiles both ways.
     float* queries;    // [B, Hq, rows, D']: scale · q

@@ -90,10 +90,10 @@ __attribute__((noinline)) void add_rows(float* c, int64_t ldc, const float* a, i
     multiply_tile<true>(c, ldc, a, a_row, a_depth, b, ldb, depth);
 }
 
-// c [kQueries, kKeys] = rows [kQueries, stride] · packed columns.
-SPARSE_ATTN_INLINE void score(float* c, const float* rows, int64_t stride, const float* columns,
+// c [kQueries, kKeys] = rows [kQueries, stride] · packed columns, the first `keys` of them.
+SPARSE_ATTN_INLINE void score(float* c, const float* rows, int64_t stride, const float* columns, int64_t keys,
                               int64_t depth) {
-    for (int64_t j = 0; j < kKeys; j += kTileCols)
+    for (int64_t j = 0; j < keys; j += kTileCols)
         for (int64_t r = 0; r < kQueries; r += kTileRows)
             by_columns(c + r * kKeys + j, rows + r * stride, stride, columns + j * depth, depth);
 }
@@ -133,30 +133,37 @@ struct Tile {
     const bfloat16* counts;  // rows at `bit_stride`, where they are there
 };
 
-// The bits of all rows of the tile together.
-SPARSE_ATTN_INLINE uint32_t any_bits(const Tile& t) {
-    uint32_t any = 0;
-    for (int64_t r = 0; r < t.rows; ++r)
-        for (int64_t w = 0; w < t.words; ++w) any |= t.bits[r * t.bit_stride + w];
-    return any;
-}
-
-// Whether a row of the tile sees a key of it.
-SPARSE_ATTN_INLINE bool any_seen(const Tile& t) {
-    for (int64_t r = 0; r < t.rows; ++r)
-        if (t.seen[2 * r] < t.first + kKeys && t.seen[2 * r + 1] > t.first) return true;
-    return false;
+// How many of the tile's keys, in whole words, reach to the last that a row of it counts; 0: none is.
+SPARSE_ATTN_INLINE int64_t keys_in_use(const Tile& t) {
+    int64_t words = 0;
+    if (t.seen) {
+        for (int64_t r = 0; r < t.rows; ++r)
+            if (t.seen[2 * r] < t.first + kKeys)
+                words = maximum(words, (clamp<int64_t>(t.seen[2 * r + 1] - t.first, 0, kKeys) + 31) / 32);
+        return words * 32;
+    }
+    for (int64_t w = t.words; w > 0; --w) {
+        uint32_t any = 0;
+        for (int64_t r = 0; r < t.rows; ++r) any |= t.bits[r * t.bit_stride + w - 1];
+        if (any) return w * 32;
+    }
+    return 0;
 }
 
 // What counts in a row: chosen keys; all that are seen; each as often as a number says.
 enum class Counts { kChosen, kSeen, kTimes };
 
+// P and dS of the first `keys` keys, whole words; zeros behind them up to whole rows of tiles.
 template <bool kCapped, Counts kCounts>
-SPARSE_ATTN_INLINE void weigh(const Tile& t, float cap) {
+SPARSE_ATTN_INLINE void weigh(const Tile& t, int64_t keys, float cap) {
     const Vec nothing = broadcast(-__builtin_inff());
     for (int64_t r = 0; r < kQueries; ++r) {
         const Vec lse = broadcast(t.lse[r]), centre = broadcast(t.centre[r]);
-        for (int64_t w = 0; w < kKeys / 32; ++w) {
+        for (int64_t j = keys; j < round_up(keys, kTileRows); j += Vec::W) {
+            store(t.probability + r * kKeys + j, zero());
+            store(t.grad + r * kKeys + j, zero());
+        }
+        for (int64_t w = 0; w < keys / 32; ++w) {
             const uint32_t word = t.bits && r < t.rows && w < t.words ? t.bits[r * t.bit_stride + w] : 0u;
             uint32_t seen = 0;
             if (kCounts == Counts::kSeen && r < t.rows) {
@@ -200,11 +207,11 @@ SPARSE_ATTN_INLINE void weigh(const Tile& t, float cap) {
 }
 
 template <Counts kCounts>
-SPARSE_ATTN_INLINE void weigh_as(const Tile& t, float cap) {
+SPARSE_ATTN_INLINE void weigh_as(const Tile& t, int64_t keys, float cap) {
     if (cap > 0)
-        weigh<true, kCounts>(t, cap);
+        weigh<true, kCounts>(t, keys, cap);
     else
-        weigh<false, kCounts>(t, 0.0f);
+        weigh<false, kCounts>(t, keys, 0.0f);
 }
 
 SPARSE_ATTN_INLINE Range part_of(const MaskedBackwardParams& p, int64_t part) {
@@ -273,21 +280,22 @@ void walk(const MaskedBackwardParams& p, int64_t b, int64_t kv_head, int64_t par
                              p.counts ? reinterpret_cast<const bfloat16*>(p.counts) +
                                             (list + i) * p.count_stride + first
                                       : nullptr};
-                if (p.seen ? !any_seen(t) : !any_bits(t)) continue;
+                const int64_t keys = keys_in_use(t), padded = round_up(keys, kTileRows);
+                if (keys == 0) continue;
                 bool special = false;
                 for (int64_t r = 0; r < kQueries; ++r) special |= p.special[row + r] != 0;
                 const float *queries = p.queries + row * wide, *grads = p.grads + row * wide_v;
-                score(probability, queries, wide, key_columns, f.head_dim);
-                score(grad, grads, wide_v, value_columns, f.value_dim);
+                score(probability, queries, wide, key_columns, keys, f.head_dim);
+                score(grad, grads, wide_v, value_columns, keys, f.value_dim);
                 if (p.counts)
-                    weigh_as<Counts::kTimes>(t, f.softcap);
+                    weigh_as<Counts::kTimes>(t, keys, f.softcap);
                 else if (p.tail)
-                    weigh_as<Counts::kSeen>(t, f.softcap);
+                    weigh_as<Counts::kSeen>(t, keys, f.softcap);
                 else
-                    weigh_as<Counts::kChosen>(t, f.softcap);
-                add_weighted(grad_value, wide_v, kKeys, probability, 1, kKeys, grads, kQueries, special);
-                add_weighted(grad_key, wide, kKeys, grad, 1, kKeys, queries, kQueries, special);
-                add_weighted(sums + i * wide, wide, kQueries, grad, kKeys, 1, key_rows, kKeys, special_keys);
+                    weigh_as<Counts::kChosen>(t, keys, f.softcap);
+                add_weighted(grad_value, wide_v, padded, probability, 1, kKeys, grads, kQueries, special);
+                add_weighted(grad_key, wide, padded, grad, 1, kKeys, queries, kQueries, special);
+                add_weighted(sums + i * wide, wide, kQueries, grad, kKeys, 1, key_rows, keys, special_keys);
             }
         }
         const int64_t row = (b * f.kv_heads + kv_head) * f.key_length + first;
@@ -310,8 +318,10 @@ void finish_rows(const MaskedBackwardParams& p, int64_t b, int64_t h, Range rows
             for (int64_t d = 0; d < wide; d += Vec::W)
                 store(sum_of + d, load(sum_of + d) + load(sum_of + n * part + d));
         for (int64_t d = 0; d < wide; d += Vec::W) store(sum_of + d, load(sum_of + d) * broadcast(f.scale));
-        store_row(static_cast<T*>(p.grad_query) + (head * f.query_length + i) * f.head_dim, sum_of,
-                  f.head_dim);
+        T* to = static_cast<T*>(p.grad_query) + (head * f.query_length + i) * f.head_dim;
+        if (p.adds)
+            for (int64_t d = 0; d < f.head_dim; ++d) sum_of[d] += to_float(to[d]);
+        store_row(to, sum_of, f.head_dim);
     }
 }
 
