@@ -20,7 +20,8 @@ struct BlockTail {
 };
 
 void fill(BlockTail& t, const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-          const Tensor& indices, int64_t key_length, int64_t block_size, const RuleArguments& given) {
+          const Tensor& selection, bool as_bits, int64_t key_length, int64_t block_size,
+          const RuleArguments& given) {
     STD_TORCH_CHECK(
         block_size >= 32 && block_size <= 256 && (block_size & (block_size - 1)) == 0 && key_length >= 0 &&
             key_length <= std::numeric_limits<int32_t>::max() - 64 && key_length / block_size == key.size(2),
@@ -33,7 +34,10 @@ void fill(BlockTail& t, const char* op, const Tensor& query, const Tensor& key, 
     if (!s.lengths.empty()) s.params.rule.lengths = s.lengths.data();
     BlockTailParams& p = t.params;
     p.attend = attend_params(op, query, key, value, given.scale, given.softcap, std::nullopt);
-    set_indices(p.attend, op, indices);
+    if (as_bits)
+        p.bits = bits_of(p.attend, op, selection, key_length);
+    else
+        set_indices(p.attend, op, selection);
     p.select = s.params;
     p.keys = key_length;
     p.block = block_size;
@@ -44,16 +48,15 @@ bool worth_threads_for(const AttendParams& a) {
                          (a.key_length * a.head_dim + a.slots));
 }
 
-std::tuple<Tensor, Tensor> block_tail_cpu(Tensor query, Tensor key, Tensor value, Tensor indices,
-                                          int64_t key_length, int64_t block_size,
-                                          SPARSE_ATTN_RULE_PARAMETERS) {
-    const char* op = "block_tail.cpu";
+std::tuple<Tensor, Tensor> attend_to_blocks(const char* op, const Tensor& query, Tensor key, Tensor value,
+                                            const Tensor& selection, bool as_bits, int64_t key_length,
+                                            int64_t block_size, const RuleArguments& given) {
     check_qkv(op, query, key, &value);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
-    indices = with_contiguous_rows(indices);
+    const Tensor rows = as_bits ? torch::stable::contiguous(selection) : with_contiguous_rows(selection);
     BlockTail t;
-    fill(t, op, query, key, value, indices, key_length, block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
+    fill(t, op, query, key, value, rows, as_bits, key_length, block_size, given);
     BlockTailParams& p = t.params;
     AttendParams& a = p.attend;
     Tensor out = torch::stable::new_empty(query, {a.batch, a.heads, a.query_length, a.value_dim});
@@ -77,6 +80,13 @@ std::tuple<Tensor, Tensor> block_tail_cpu(Tensor query, Tensor key, Tensor value
                       k.attend.run(p, {b.b, {b.group * per_kv, (b.group + 1) * per_kv}, b.queries}, scratch);
                   });
     return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> block_tail_cpu(Tensor query, Tensor key, Tensor value, Tensor indices,
+                                          int64_t key_length, int64_t block_size,
+                                          SPARSE_ATTN_RULE_PARAMETERS) {
+    return attend_to_blocks("block_tail.cpu", query, key, value, indices, false, key_length, block_size,
+                            {SPARSE_ATTN_RULE_ARGUMENTS});
 }
 
 // The gradients that stand in g.
@@ -110,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> block_tail_backward_cpu(Tensor grad_out, std:
     value = with_contiguous_rows(value);
     indices = with_contiguous_rows(indices);
     BlockTail t;
-    fill(t, op, query, key, value, indices, key_length, block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
+    fill(t, op, query, key, value, indices, false, key_length, block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
     BlockTailParams& p = t.params;
     MaskedBackwardParams g{};
     AttendParams& f = g.forward;
@@ -148,13 +158,13 @@ void join(const Tensor& out, const Tensor& lse, const Tensor& own_out, const Ten
 }
 
 std::tuple<Tensor, Tensor> attention_with_blocks_cpu(Tensor query, Tensor key, Tensor value, Tensor key_means,
-                                                     Tensor value_means, Tensor indices, Tensor own_out,
-                                                     Tensor own_lse, int64_t key_length, int64_t block_size,
-                                                     SPARSE_ATTN_RULE_PARAMETERS) {
+                                                     Tensor value_means, Tensor selection, bool as_bits,
+                                                     Tensor own_out, Tensor own_lse, int64_t key_length,
+                                                     int64_t block_size, SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "attention_with_blocks.cpu";
     check_qkv(op, query, key, &value);
-    const auto both = block_tail_cpu(query, key_means, value_means, indices, key_length, block_size,
-                                     SPARSE_ATTN_RULE_ARGUMENTS);
+    const auto both = attend_to_blocks(op, query, key_means, value_means, selection, as_bits, key_length,
+                                       block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
     const auto& [out, lse] = both;
     const bool fits = query.scalar_type() == ScalarType::Float &&
                       own_out.scalar_type() == ScalarType::Float &&
@@ -185,28 +195,37 @@ void add_means(const Tensor& rows, const Tensor& means, int64_t block) {
 // One softmax over the chosen keys and the blocks: each part's gradients by the output and LSE of both.
 std::tuple<Tensor, Tensor, Tensor> attention_with_blocks_backward_cpu(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value, Tensor key_means,
-    Tensor value_means, Tensor indices, Tensor out, Tensor lse, int64_t key_length, int64_t block_size,
-    SPARSE_ATTN_RULE_PARAMETERS) {
+    Tensor value_means, Tensor selection, bool as_bits, Tensor out, Tensor lse, int64_t key_length,
+    int64_t block_size, SPARSE_ATTN_RULE_PARAMETERS) {
     const char* op = "attention_with_blocks_backward.cpu";
     check_qkv(op, query, key, &value);
+    check_qkv(op, query, key_means, &value_means);
     STD_TORCH_CHECK(query.scalar_type() == ScalarType::Float && key.size(2) == key_length, op,
                     ": takes float32 and all key_length keys; got ", shape_of(key), " for ", key_length);
-    key = with_contiguous_rows(key);
-    value = with_contiguous_rows(value);
-    check_qkv(op, query, key_means, &value_means);
     STD_TORCH_CHECK(key_means.size(1) == key.size(1), op, ": key_means must have the heads of key; got ",
                     shape_of(key_means));
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
     key_means = with_contiguous_rows(key_means);
     value_means = with_contiguous_rows(value_means);
-    indices = with_contiguous_rows(indices);
+    selection = as_bits ? torch::stable::contiguous(selection) : with_contiguous_rows(selection);
     MaskedBackwardParams m{};
-    m.forward = attend_params(op, query, key, value, scale, softcap, sink_logits);
-    set_indices(m.forward, op, indices);
+    AttendParams& f = m.forward;
+    f = attend_params(op, query, key, value, scale, softcap, sink_logits);
+    if (as_bits)
+        m.bits = bits_of(f, op, selection, key_length);
+    else
+        set_indices(f, op, selection);
     const Gradients own = new_gradients(m, op, query, key, value, grad_out, grad_lse, out, lse);
-    if (m.forward.batch == 0) return own.all();
-    gradients_of_indices(m, true);
+    if (f.batch == 0) return own.all();
+    if (as_bits)
+        walk_tiles(m, worth_threads(static_cast<double>(f.batch * f.heads) * f.query_length * f.key_length *
+                                    (f.head_dim + f.value_dim)));
+    else
+        gradients_of_indices(m, true);
     BlockTail t;
-    fill(t, op, query, key_means, value_means, indices, key_length, block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
+    fill(t, op, query, key_means, value_means, selection, as_bits, key_length, block_size,
+         {SPARSE_ATTN_RULE_ARGUMENTS});
     MaskedBackwardParams g{};
     g.forward = t.params.attend;
     const Gradients rest = new_gradients(g, op, query, key_means, value_means, grad_out, grad_lse, out, lse);
@@ -224,12 +243,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_with_blocks_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def(
         "attention_with_blocks.cpu(Tensor query, Tensor key, Tensor value, Tensor key_means, Tensor "
-        "value_means, Tensor indices, Tensor own_out, Tensor own_lse, SymInt key_length, SymInt "
-        "block_size, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
+        "value_means, Tensor selection, bool as_bits, Tensor own_out, Tensor own_lse, SymInt key_length, "
+        "SymInt block_size, " SPARSE_ATTN_RULE_SCHEMA ") -> (Tensor out, Tensor lse)");
     m.def(
         "attention_with_blocks_backward.cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
-        "Tensor value, Tensor key_means, Tensor value_means, Tensor indices, Tensor out, Tensor lse, SymInt "
-        "key_length, SymInt block_size, " SPARSE_ATTN_RULE_SCHEMA
+        "Tensor value, Tensor key_means, Tensor value_means, Tensor selection, bool as_bits, Tensor out, "
+        "Tensor lse, SymInt key_length, SymInt block_size, " SPARSE_ATTN_RULE_SCHEMA
         ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
     m.def(
         "block_tail.cpu(Tensor query, Tensor key, Tensor value, Tensor indices, SymInt key_length, SymInt "

@@ -302,6 +302,15 @@ void attend_to_indices(const AttendParams& a) {
                   });
 }
 
+const uint32_t* bits_of(AttendParams& a, const char* op, const Tensor& bits, int64_t key_length) {
+    const bool fits = bits.dim() == 4 && bits.scalar_type() == ScalarType::Int && bits.size(0) == a.batch &&
+                      bits.size(1) == a.heads && bits.size(2) == a.query_length &&
+                      bits.size(3) == bit_words(key_length);
+    STD_TORCH_CHECK(fits, op, ": bits must be int32 [B, Hq, Tq, ceil(Tk / 32)]; got ", shape_of(bits));
+    a.groups = a.heads;
+    return static_cast<const uint32_t*>(bits.const_data_ptr());
+}
+
 Gradients new_gradients(MaskedBackwardParams& p, const char* op, const Tensor& query, const Tensor& key,
                         const Tensor& value, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
                         const Tensor& out, const Tensor& lse) {

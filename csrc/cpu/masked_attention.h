@@ -54,6 +54,9 @@ Gradients new_gradients(MaskedBackwardParams& p, const char* op, const Tensor& q
                         const Tensor& value, const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
                         const Tensor& out, const Tensor& lse);
 
+// A selection [B, Hq, Tq, bit_words(key_length)] that is given as bits, checked, contiguous.
+const uint32_t* bits_of(AttendParams& a, const char* op, const Tensor& bits, int64_t key_length);
+
 // gathered_attention's forward: each block of queries by tiles or by gathering.
 void attend_to_indices(const AttendParams& a);
 

@@ -138,14 +138,9 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_bits_backward_cpu(
     MaskedBackwardParams p{};
     AttendParams& f = p.forward;
     f = attend_params(op, query, key, value, scale, softcap, sink_logits);
-    const bool fits = bits.dim() == 4 && bits.scalar_type() == ScalarType::Int && bits.size(0) == f.batch &&
-                      bits.size(1) == f.heads && bits.size(2) == f.query_length &&
-                      bits.size(3) == bit_words(f.key_length);
-    STD_TORCH_CHECK(fits, op, ": bits must be int32 [B, Hq, Tq, ceil(Tk / 32)]; got ", shape_of(bits));
-    f.groups = f.heads;
+    p.bits = bits_of(f, op, bits, f.key_length);
     const Gradients g = new_gradients(p, op, query, key, value, grad_out, grad_lse, out, lse);
     if (f.batch == 0) return g.all();
-    p.bits = static_cast<const uint32_t*>(bits.const_data_ptr());
     walk_tiles(p, worth_threads(static_cast<double>(f.batch * f.heads) * f.query_length * f.key_length *
                                 (f.head_dim + f.value_dim)));
     return g.all();

@@ -161,9 +161,11 @@ BLOCKS = Op(
 
 # The selection and its blocks as one softmax, without a pass over [B, Hq, Tq, Dv] between the two and with one gradient
 # for both. `own_out` and `own_lse`, of the selection alone, are constants here; key_means and value_means are made of
-# key and value, whose gradients have theirs in them. No forward mode; no wing must have it.
+# key and value, whose gradients have theirs in them. `selection` is indices, or bits as of topk_attention_bits.
+# No forward mode; no wing must have it.
 _JOINED_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor key_means, Tensor value_means, Tensor indices"
+    "Tensor query, Tensor key, Tensor value, Tensor key_means, Tensor value_means, "
+    "Tensor selection, bool as_bits"
 )
 JOINED_BACKWARD = Op(
     "attention_with_blocks_backward",
@@ -171,7 +173,7 @@ JOINED_BACKWARD = Op(
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     gathered_attention.fake_gradients,
     gradient_of="attention",
-    batch="grad_out grad_lse query key value key_means value_means indices out lse grad_query grad_key grad_value",
+    batch="grad_out grad_lse query key value key_means value_means selection out lse grad_query grad_key grad_value",
 )
 
 
@@ -179,9 +181,9 @@ def _backward_of_both(call: Backward) -> dict[str, Tensor]:
     s = call.saved
     grad_out = torch.zeros_like(s.out) if call.grads.out is None else call.grads.out
     found = JOINED_BACKWARD.on(call.wing)(
-        grad_out, call.grads.lse, s.query, s.key, s.value, s.key_means, s.value_means, s.indices, s.out, s.lse,
-        s.key_length, s.block_size, s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets, s.rule, s.scale,
-        s.softcap, s.sink_logits,
+        grad_out, call.grads.lse, s.query, s.key, s.value, s.key_means, s.value_means, s.selection, s.as_bits,
+        s.out, s.lse, s.key_length, s.block_size, s.attn_mask, s.key_lengths, s.key_starts, s.causal_offsets,
+        s.rule, s.scale, s.softcap, s.sink_logits,
     )  # fmt: skip
     return gathered_attention.named_gradients(call, found, grad_out)
 
@@ -190,19 +192,32 @@ JOINED = Op(
     "attention_with_blocks",
     f"({_JOINED_INPUTS}, Tensor own_out, Tensor own_lse, {_BLOCK_SIZES}, {rules.SCHEMA}) -> (Tensor out, Tensor lse)",
     _fake_blocks,
-    saved="query key value key_means value_means indices out lse key_length block_size attn_mask key_lengths "
+    saved="query key value key_means value_means selection as_bits out lse key_length block_size attn_mask key_lengths "
     "key_starts causal_offsets rule scale softcap sink_logits",
     backward=_backward_of_both,
-    batch="query key value key_means value_means indices own_out own_lse out lse",
+    batch="query key value key_means value_means selection own_out own_lse out lse",
 )
 
 
-def _joined(wing: str, query: Tensor, arguments: tuple[Tensor, ...]) -> bool:
-    """Whether such a call is one op. Half types have two: the sum that stands for dO·out would be taken of what is
-    rounded."""
-    if not JOINED.has(wing) or query.dtype != torch.float32:
-        return False
-    return not derivatives_wanted(arguments) or only_backward_wanted(arguments)
+def one_op(wing: str, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> bool:
+    """Whether selection and blocks are joined by one op there. Half types have two: their `out` is rounded."""
+    arguments = query, key, value, *(() if rule.sink_logits is None else (rule.sink_logits,))
+    wanted = derivatives_wanted(arguments)
+    return (
+        JOINED.has(wing) and query.dtype == torch.float32 and (not wanted or only_backward_wanted(arguments))
+    )
+
+
+def join(
+    wing: str, query: Tensor, key: Tensor, value: Tensor, selection: Tensor, as_bits: bool, out: Tensor, lse: Tensor,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`with_blocks` by one op."""
+    packed = check_rule(rule).packed(query, key)._replace(groups=selection.shape[1])
+    means = _means(key.detach()), _means(value.detach())
+    own = out.detach(), lse.detach()
+    sizes = key.shape[2], BLOCK
+    return JOINED.on(wing)(query, key, value, *means, selection, as_bits, *own, *sizes, *packed.parts())
 
 
 @shardable("query:BHTD key:BHSD value:BHSD out:BHTD lse:BHT indices:BGTK rule", "BHTD BHT")
@@ -220,19 +235,14 @@ def with_blocks(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the selection and the means of whole blocks, each with the weight of its keys that are left out."""
     query, key, value = autocast(query, key, value)
-    whole = check_rule(rule)
-    visible = replace(whole, sink_logits=None)
+    visible = replace(check_rule(rule), sink_logits=None)
     forced = forced_wing(backend)
     if forced is not None and not BLOCKS.has(forced):
         backend = "reference"
     wing = BLOCKS.choose(query, backend, rule=visible, function=function, sizes=sizes_of(query, value))
     length = key.shape[2]
-    arguments = (query, key, value) if rule.sink_logits is None else (query, key, value, rule.sink_logits)
-    if _joined(wing, query, arguments):
-        packed = whole.packed(query, key)._replace(groups=indices.shape[1])
-        means = _means(key.detach()), _means(value.detach())
-        own = out.detach(), lse.detach()
-        return JOINED.on(wing)(query, key, value, *means, indices, *own, length, BLOCK, *packed.parts())
+    if one_op(wing, query, key, value, rule):
+        return join(wing, query, key, value, indices, False, out, lse, rule)
     packed = visible.packed(query, key)._replace(groups=indices.shape[1])
     keys, values = _means(key), _means(value)
     rest, rest_lse = BLOCKS.on(wing)(query, keys, values, indices, length, BLOCK, *packed.parts())

@@ -163,6 +163,7 @@ def attend_all(
     key_index: KeyIndex | None = None,
     backend: str | None = None,
     function: str = "topk_attention",
+    wants_indices: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_best` with a tail: what is left out counts, too."""
     tails.check_rule(rule)
@@ -174,6 +175,10 @@ def attend_all(
                 query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
             )
     if tail == "blocks":
+        if not wants_indices and top_k >= FEW_KEPT and on_one_process(query) and key_index is None:
+            found = _with_blocks_by_bits(query, key, value, top_k, rule, backend, function)
+            if found is not None:
+                return *found, query.new_empty(0, dtype=torch.int32)
         out, lse, indices = attend_best(
             query, key, value, top_k, rule, key_index=key_index, backend=backend, function=function
         )
@@ -185,6 +190,25 @@ def attend_all(
         query, key, top_k, rule, key_index=key_index, backend=backend, function=function
     )
     return *tails.attend(query, key, value, indices, rule, backend=backend, function=function), indices
+
+
+def _with_blocks_by_bits(
+    query: Tensor, key: Tensor, value: Tensor, top_k: int, rule: Rule, backend: str | None, function: str
+) -> tuple[Tensor, Tensor] | None:
+    """tail="blocks" where the selection need not be more than bits: indices of a large K are more to write than all the
+    rest. None where it must."""
+    query, key, value = autocast(query, key, value)
+    checks.value_of(key, value)
+    packed = rule.packed(query, key, top_k)
+    sizes = sizes_of(query, value) | {"keys": key.shape[2], "top_k": top_k}
+    wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
+    if not (BITS.has(wing) and tails.one_op(wing, query, key, value, rule)) or rule.share != "none":
+        return None
+    if derivatives_wanted((query, key, value)) and not _by_bits(query, key, value, top_k, rule):
+        return None
+    with torch.no_grad():
+        out, lse, bits = BITS.on(wing)(query, key, value, top_k, *packed.parts())
+    return tails.join(wing, query, key, value, bits, True, out, lse, rule)
 
 
 def topk_attention(
@@ -273,8 +297,9 @@ def topk_attention(
     rule = Rule(is_causal, causal_offset, attn_mask, key_lengths, window, sinks, share, *scoring, key_starts)
     if checks.tail_of(tail) != "none":
         out, lse, indices = attend_all(
-            query, key, value, top_k, rule, tail, key_index=key_index, backend=backend
-        )
+            query, key, value, top_k, rule, tail, key_index=key_index, backend=backend,
+            wants_indices=return_indices,
+        )  # fmt: skip
         return _asked_for(out, lse, indices, return_lse, return_indices)
     # Only where it says something: over several processes nobody knows this option.
     wants: dict[str, Any] = {} if return_indices or not on_one_process(query) else {"wants_indices": False}

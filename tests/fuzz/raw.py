@@ -130,14 +130,16 @@ def joined(draw: Draw) -> list:
     key, value = (t.float().repeat(1, 1, 5, 1)[:, :, :40] for t in (key, value))
     means = [t[:, :, :32].mean(2, keepdim=True) for t in (key, value)]
     own = normal(2, 4, 5, value.shape[3]), normal(2, 4, 5)
-    return [query.float(), key, value, *means, indices, *own, 40, 32, *options]
+    if as_bits := draw.random() < 0.3:
+        indices = torch.randint(-(2**31), 2**31, (*query.shape[:3], 2), dtype=torch.int32)
+    return [query.float(), key, value, *means, indices, as_bits, *own, 40, 32, *options]
 
 
 def joined_backward(draw: Draw) -> list:
-    *inputs, indices, out, lse = joined(draw)[:8]
+    *inputs, indices, as_bits, out, lse = joined(draw)[:9]
     options = rule(draw, numbers=[1, 35, 0, 0, indices.shape[1]], masked=False)
     grad_out, grad_lse, _ = gradients(inputs[0])
-    return [grad_out, draw.choice((grad_lse, None)), *inputs, indices, out, lse, 40, 32, *options]
+    return [grad_out, draw.choice((grad_lse, None)), *inputs, indices, as_bits, out, lse, 40, 32, *options]
 
 
 def blocks(draw: Draw) -> list:

@@ -12,9 +12,10 @@ from helpers.compare import assert_close
 from helpers.inputs import normal, qkv
 
 import sparse_attn
-from sparse_attn.ops import gathered_attention
+from sparse_attn.ops import gathered_attention, topk_attention
 from sparse_attn.ops import tail as tails
 from sparse_attn.selection import Blocks, Exact, Rule, Selection, attend
+from sparse_attn.wings.cpu import attention_by_tiles
 
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 CASES = {
@@ -250,7 +251,7 @@ def test_opcheck(name):
         means = [t.detach() for t in means]
         own = [t.detach() for t in gathered_attention.attend(query, key, value, indices)]
         torch.library.opcheck(
-            joined, (query, key, value, *means, indices, *own, 70, 64, *packed.parts()),
+            joined, (query, key, value, *means, indices, False, *own, 70, 64, *packed.parts()),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -275,6 +276,31 @@ def test_one_gradient_of_selection_and_blocks():
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9, "sinks": 2}, {"softcap": 2.0}], ids=str)
+def test_a_selection_kept_as_bits_is_the_one_of_indices(options, monkeypatch):
+    """Where K is large and nobody asks for the indices."""
+    monkeypatch.setattr(topk_attention, "FEW_KEPT", 1)
+    inputs = qkv(2, 4, 2, 300, 300, 24, 40)
+    lengths = torch.tensor([300, 222])
+    found, kept = [], []
+    for return_indices in (True, False):
+        leaves, saved = [t.clone().requires_grad_() for t in (*inputs, normal(4))], []
+        with (
+            attention_by_tiles(True),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t),
+        ):
+            out, lse, *_ = sparse_attn.topk_attention(
+                *leaves[:3], 150, is_causal=True, tail="blocks", sink_logits=leaves[3], key_lengths=lengths,
+                return_lse=True, return_indices=return_indices, backend="cpu", **options,
+            )  # fmt: skip
+        loss = (out * normal(*out.shape, seed=7)).sum() + lse.square().sum()
+        found.append((out, lse, *torch.autograd.grad(loss, leaves)))
+        kept.append(max(t.shape[3] for t in saved if t.dtype == torch.int32 and t.dim() == 4))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert kept == [150, 10]
 
 
 def test_what_is_refused():

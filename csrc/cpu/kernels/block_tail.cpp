@@ -48,9 +48,31 @@ inline void count_left(const BlockTailParams& p, float* counts, uint32_t* bits, 
         if (indices[n] >= 0 && indices[n] < length) bits[indices[n] / 32] = 0;
 }
 
+// The same where the selection is known as bits, of all keys.
+SPARSE_ATTN_INLINE void count_left(const BlockTailParams& p, float* counts, const uint32_t* bits,
+                                   Range blocks) {
+    memset(counts, 0, static_cast<size_t>(p.attend.key_length) * 4);
+    const int64_t words = p.block / 32;
+    for (int64_t m = blocks.begin; m < blocks.end; ++m) {
+        int64_t chosen = 0;
+        for (int64_t w = m * words; w < (m + 1) * words; ++w) chosen += __builtin_popcount(bits[w]);
+        counts[m] = static_cast<float>(p.block - chosen);
+    }
+}
+
 SPARSE_ATTN_INLINE const int32_t* index_row(const AttendParams& a, int64_t b, int64_t head, int64_t query) {
     const Strides& s = a.indices_strides;
     return a.indices + b * s.b + head / (a.heads / a.groups) * s.h + query * s.t;
+}
+
+SPARSE_ATTN_INLINE void count_left_of(const BlockTailParams& p, float* counts, uint32_t* room, int64_t b,
+                                      int64_t head, int64_t query, Range blocks) {
+    const AttendParams& a = p.attend;
+    if (p.bits)
+        count_left(p, counts, p.bits + ((b * a.heads + head) * a.query_length + query) * bit_words(p.keys),
+                   blocks);
+    else
+        count_left(p, counts, room, index_row(a, b, head, query), blocks);
 }
 
 // One query of one head.
@@ -202,8 +224,7 @@ struct Work {
             const int64_t kv = task.b * a.kv_heads + h / (a.heads / a.kv_heads);
             if (h == task.heads.begin || h % per_group == 0)
                 for (int64_t r = 0; r < count; ++r)
-                    count_left(p, rows[r].counts, bits, index_row(a, task.b, h, task.queries.begin + r),
-                               rows[r].blocks);
+                    count_left_of(p, rows[r].counts, bits, task.b, h, task.queries.begin + r, rows[r].blocks);
             score<T, Tile>(task, h, groups, end);
             const int64_t at = (task.b * a.heads + h) * a.query_length + task.queries.begin;
             for (int64_t r = 0; r < count; ++r)
@@ -257,7 +278,7 @@ void prepare(const BlockTailParams& p, const MaskedBackwardParams& g, int64_t b,
             seen[0] = static_cast<int32_t>(blocks.begin), seen[1] = static_cast<int32_t>(blocks.end);
         }
         for (int64_t n = 0; i < a.query_length && n < a.groups; ++n) {
-            count_left(p, counts, bits, index_row(a, b, n * (a.heads / a.groups), i), blocks);
+            count_left_of(p, counts, bits, b, n * (a.heads / a.groups), i, blocks);
             uint16_t* to = g.counts + ((b * a.groups + n) * a.query_length + i) * g.count_stride;
             for (int64_t m = 0; m < g.count_stride; ++m)
                 to[m] = m < a.key_length ? static_cast<uint16_t>(bits_of(counts[m]) >> 16) : 0;

@@ -10,6 +10,7 @@ namespace sparse_attn {
 struct BlockTailParams {
     SelectParams select;        // query, key
     AttendParams attend;        // likewise, and the chosen keys
+    const uint32_t* bits;       // [B, Hq, Tq, bit_words(keys)]: the selection in place of indices, or null
     int64_t keys, block;        // how many there are, and of a block: a power of two from 32 on
     const void* packed_key;     // as topk_select packs them
     const float* packed_value;  // as masked_attention packs them
