@@ -223,12 +223,8 @@ def main_jobs(of: list[str]) -> list[Job]:
 
 
 def sample(jobs: list[Job]) -> list[Job]:
-    """Of each kernel the first case on one target."""
-    first: dict[Any, Job] = {}
-    for op, i, target in jobs:
-        if target == MAIN_TARGET:
-            first.setdefault(cases(op)[i].kernel, (op, i, target))
-    return list(first.values())
+    """Of each op its last case on one target."""
+    return list({op: (op, i, target) for op, i, target in jobs if target == MAIN_TARGET}.values())
 
 
 def fingerprint(job: Job) -> str:
