@@ -1,6 +1,6 @@
-// The kernels that torch's tensors never reach here: compiled for two instruction sets of one width, `simd` and
-// `plain`, linked into one program without torch, and both held against loops in double. Run by tests/simd/arm.py
-// on 64-bit ARM under emulation. Prints what was wrong, or how much was looked at.
+// The kernels that torch's tensors never reach here: compiled for two instruction sets of one width, `simd`
+// and `plain`, linked into one program without torch, and both held against loops in double. Run by
+// tests/simd/arm.py on 64-bit ARM under emulation. Prints what was wrong, or how much was looked at.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,14 +16,14 @@
 #include "cpu/kernels/variable_width_embedding.h"
 
 namespace sparse_attn::cpu {
-#define SPARSE_ATTN_SET(isa)                                                  \
-    namespace isa {                                                           \
-    void find_topk_select(const SelectKernels*&);                             \
-    void find_topk_bounds(const BoundsKernels*&);                             \
-    void find_gathered_attention(const AttendKernel*&);                       \
-    void find_gathered_attention_backward(const AttendBackwardKernels*&);     \
-    void find_index_keys(const IndexKeysKernel*&);                            \
-    void find_variable_width_embedding(const EmbeddingKernels*&);             \
+#define SPARSE_ATTN_SET(isa)                                              \
+    namespace isa {                                                       \
+    void find_topk_select(const SelectKernels*&);                         \
+    void find_topk_bounds(const BoundsKernels*&);                         \
+    void find_gathered_attention(const AttendKernel*&);                   \
+    void find_gathered_attention_backward(const AttendBackwardKernels*&); \
+    void find_index_keys(const IndexKeysKernel*&);                        \
+    void find_variable_width_embedding(const EmbeddingKernels*&);         \
     }
 SPARSE_ATTN_SET(simd)
 SPARSE_ATTN_SET(plain)
@@ -44,16 +44,16 @@ struct Set {
     const cpu::EmbeddingKernels* embedding;
 };
 
-#define SPARSE_ATTN_FIND(isa)                                            \
-    [] {                                                                 \
-        Set s{#isa, {}, {}, {}, {}, {}, {}};                             \
-        cpu::isa::find_topk_select(s.select);                            \
-        cpu::isa::find_topk_bounds(s.bounds);                            \
-        cpu::isa::find_gathered_attention(s.attend);                     \
-        cpu::isa::find_gathered_attention_backward(s.backward);          \
-        cpu::isa::find_index_keys(s.index_keys);                         \
-        cpu::isa::find_variable_width_embedding(s.embedding);            \
-        return s;                                                        \
+#define SPARSE_ATTN_FIND(isa)                                   \
+    [] {                                                        \
+        Set s{#isa, {}, {}, {}, {}, {}, {}};                    \
+        cpu::isa::find_topk_select(s.select);                   \
+        cpu::isa::find_topk_bounds(s.bounds);                   \
+        cpu::isa::find_gathered_attention(s.attend);            \
+        cpu::isa::find_gathered_attention_backward(s.backward); \
+        cpu::isa::find_index_keys(s.index_keys);                \
+        cpu::isa::find_variable_width_embedding(s.embedding);   \
+        return s;                                               \
     }()
 
 int checks = 0, faults = 0;
@@ -97,7 +97,8 @@ struct Array {
     std::vector<double> values;
     Memory memory;
 
-    Array(DType type, int64_t count) : dtype(type), values(static_cast<size_t>(count)), memory(allocate(4 * count)) {}
+    Array(DType type, int64_t count)
+        : dtype(type), values(static_cast<size_t>(count)), memory(allocate(4 * count)) {}
     template <class F>
     Array(DType type, int64_t count, F next) : Array(type, count) {
         for (int64_t i = 0; i < count; ++i) set(i, static_cast<float>(next()));
@@ -259,9 +260,11 @@ void check_bounds(const Set& set, const Problem& x) {
         for (int64_t i = 0; i < p.query_length; i += step) {
             const int64_t end = i + step < p.query_length ? i + step : p.query_length;
             cpu::Survivors survivors{};
-            if (!k.select(p, {n / p.heads, n % p.heads, {i, end}, packed.get()}, scratch.get(), &survivors)) continue;
+            if (!k.select(p, {n / p.heads, n % p.heads, {i, end}, packed.get()}, scratch.get(), &survivors))
+                continue;
             ++decided;
-            for (int64_t at = (n * p.query_length + i) * p.top_k; at < (n * p.query_length + end) * p.top_k; ++at)
+            for (int64_t at = (n * p.query_length + i) * p.top_k; at < (n * p.query_length + end) * p.top_k;
+                 ++at)
                 expect(indices[static_cast<size_t>(at)] == right[static_cast<size_t>(at)], set.name,
                        "selection by bounds", at);
         }
@@ -279,8 +282,7 @@ Exact by_definition(const Problem& x, const std::vector<int32_t>& indices, const
     const auto at = [](int64_t i) { return static_cast<size_t>(i); };
     Exact e{std::vector<double>(at(z.batch * z.heads * z.queries * z.value_dim)),
             std::vector<double>(at(z.batch * z.heads * z.queries)),
-            std::vector<double>(x.query.values.size()),
-            std::vector<double>(x.key.values.size()),
+            std::vector<double>(x.query.values.size()), std::vector<double>(x.key.values.size()),
             std::vector<double>(x.value.values.size())};
     for (int64_t b = 0; b < z.batch; ++b)
         for (int64_t h = 0; h < z.heads; ++h)
@@ -299,7 +301,8 @@ Exact by_definition(const Problem& x, const std::vector<int32_t>& indices, const
                     double dot = 0;
                     for (int64_t d = 0; d < z.value_dim; ++d) {
                         const double g = grad_out.values[at(row * z.value_dim + d)];
-                        e.out[at(row * z.value_dim + d)] += p[n] / total * x.value.values[at(k * z.value_dim + d)];
+                        e.out[at(row * z.value_dim + d)] +=
+                            p[n] / total * x.value.values[at(k * z.value_dim + d)];
                         e.value[at(k * z.value_dim + d)] += p[n] / total * g;
                         dot += g * x.value.values[at(k * z.value_dim + d)];
                     }
@@ -342,8 +345,8 @@ void check_attention(const Set& set, const Problem& x, const std::vector<int32_t
         AttendBackwardParams q{};
         q.forward = p;
         q.grad_out = grad_out.data(), q.out = out.data();
-        q.grad_out_strides = q.out_strides = {z.heads * z.queries * z.value_dim, z.queries * z.value_dim, z.value_dim,
-                                              1};
+        q.grad_out_strides =
+            q.out_strides = {z.heads * z.queries * z.value_dim, z.queries * z.value_dim, z.value_dim, 1};
         Array grad_query(dtype, rows * z.dim), grad_key(dtype, z.batch * z.kv_heads * z.keys * z.dim),
             grad_value(dtype, z.batch * z.kv_heads * z.keys * z.value_dim);
         q.grad_query = grad_query.data(), q.grad_key = grad_key.data(), q.grad_value = grad_value.data();
@@ -382,7 +385,8 @@ void check_attention(const Set& set, const Problem& x, const std::vector<int32_t
 std::vector<uint8_t> index_of(const Set& set, const Problem& x) {
     const Sizes& z = x.z;
     const int64_t blocks = (z.keys + cpu::kIndexKeys - 1) / cpu::kIndexKeys, words = (z.dim + 3) / 4;
-    const int64_t heads = z.batch * z.kv_heads, codes = heads * blocks * words * 64, bounds = heads * blocks * 3 * 64;
+    const int64_t heads = z.batch * z.kv_heads, codes = heads * blocks * words * 64,
+                  bounds = heads * blocks * 3 * 64;
     std::vector<uint8_t> made(static_cast<size_t>(codes + bounds));
     std::vector<float> shift(static_cast<size_t>(heads * z.dim), 0.25f);
     IndexKeysParams p{};
