@@ -4,6 +4,7 @@
 #   make bench                     the benchmarks, their tables and pictures
 #   make fuzz CASES=100000         random calls of all ops against float64 oracles (or SECONDS=60; SEED, OPS)
 #   make sanitize | soak           the ops under ASan, UBSan and TSan; an hour of calls from four threads (SECONDS)
+#   make arm                       the CPU kernels with NEON, cross-compiled and run under emulation
 #   make docs | docs-check | docs-serve   the site in build/site; each page of it in a browser; while pages are written
 #   make notebooks                 executes examples/notebooks on small settings
 #   make wheels | release-check    the files of a release, in dist/; all that has to be true of them (CHECK="files wheel")
@@ -27,7 +28,7 @@ OPS ?=
 FUZZ_OPTIONS = --seed $(SEED) $(if $(CASES),--cases $(CASES)) $(if $(SECONDS),--seconds $(SECONDS))
 
 .NOTPARALLEL:
-.PHONY: demo test test-fast fuzz sanitize soak bench docs docs-check docs-serve notebooks wheels release-check lint format clean
+.PHONY: demo test test-fast fuzz sanitize soak arm bench docs docs-check docs-serve notebooks wheels release-check lint format clean
 
 demo: $(VENV)/.installed-cli
 	@$(BIN)/sparse-attn demo $(ARGS)
@@ -47,6 +48,9 @@ soak: $(VENV)/.installed-test
 sanitize: $(VENV)/.installed-test
 	@tools/sanitize.sh address
 	@tools/sanitize.sh thread
+
+arm:
+	@python3 tests/simd/arm.py
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/sparse-attn bench $(ARGS)
@@ -69,7 +73,7 @@ wheels: $(VENV)/.installed-release
 release-check: $(VENV)/.installed-release
 	@$(BIN)/python tools/release_check.py $(CHECK)
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-lint
 	@status=0; \
 	$(BIN)/ruff check $(FORMAT_PY) || status=1; \
 	$(BIN)/ruff format --check $(FORMAT_PY) || status=1; \
@@ -87,12 +91,17 @@ format: $(VENV)/.installed-dev
 # One stamp per extra; all of them are editable installs of the same tree, so any may follow any. What an extra has
 # within it (pyproject.toml) is installed with it.
 WITH_test := cli bench
-WITH_dev := test $(WITH_test)
+WITH_dev := test lint $(WITH_test)
 WITH_notebooks := cli
 WITH_release := test docs notebooks $(WITH_test)
 $(VENV)/.installed-%: $(SOURCES)
 	@tools/setup_env.sh $*
 	@touch $@ $(addprefix $(VENV)/.installed-,$(WITH_$*))
+
+# The linters read sources: what is compiled may be old, or missing.
+$(VENV)/.installed-lint: pyproject.toml tools/setup_env.sh
+	@tools/setup_env.sh dev
+	@touch $@ $(addprefix $(VENV)/.installed-,dev $(WITH_dev))
 
 clean:
 	rm -rf build dist *.egg-info sparse_attn/_C*.so sparse_attn/libsparse_attn.* sparse_attn/_no_extension.txt

@@ -2,7 +2,8 @@
 
 A test that takes `wing` runs for every wing that is registered (see helpers/wings.py); one that takes `dtype`
 too runs for every dtype of that wing, unless it is parametrized with some. A module that has WINGS runs over those
-instead.
+instead. The reference, one program for all dtypes, takes them in turn where a test has other parameters: each
+set of these meets one dtype.
 A wing that cannot run here is skipped with its own reason, except that
 SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (wings/test_base.py).
 """
@@ -10,6 +11,7 @@ SPARSE_ATTN_REQUIRE_EXT=1 makes the missing extension a failure (wings/test_base
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is loaded. Deterministic mode, which poisons memory below, needs the first of cuBLAS; the second
@@ -35,8 +37,31 @@ def _skip_if_missing(wing) -> list:
     return [pytest.mark.skip(reason=wing.missing)] if wing.missing else []
 
 
+def _in_turn(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """All but those of the reference whose dtype is not its turn."""
+    counts: dict[tuple, int] = {}  # of a test: the sets of other parameters so far
+    turns: dict[tuple, int] = {}
+    for item in items:
+        given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        wing, dtype = given.pop("wing", None), given.pop("dtype", None)
+        chosen = any("dtype" in mark.args[0] for mark in item.iter_markers("parametrize"))
+        if getattr(wing, "name", None) != "reference" or dtype is None or chosen or not given:
+            yield item
+            continue
+        test = item.path, item.originalname
+        others = *test, item.name.replace(f"{wing}-{str(dtype).removeprefix('torch.')}", "", 1)
+        turns.setdefault(others, counts.get(test, 0))
+        counts[test] = max(counts.get(test, 0), turns[others] + 1)
+        marker = item.get_closest_marker("dtypes")
+        dtypes = [d for d in wing.dtypes if marker is None or d in marker.args]
+        if dtypes[turns[others] % len(dtypes)] == dtype:
+            yield item
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Among several processes what takes minutes comes first, so that none is left alone with it at the end."""
+    if not any("[" in argument for argument in config.args):  # one that was asked for by name
+        items[:] = _in_turn(items)
+    # Among several processes what takes minutes comes first, so that none is left alone with it at the end.
     if getattr(config.option, "dist", "no") != "no" or "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 

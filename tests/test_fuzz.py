@@ -32,10 +32,13 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_same_cases_every_time():
-    """Every op, wing and instruction set of this machine; in processes, so that one that dies is a failure."""
-    result = fuzz("--seed", "0", "--cases", "1200", "--jobs", "2")
+    """Every op, wing and instruction set of this machine; in processes, so that one that dies is a failure.
+
+    .ci/run goes on from there for a minute: `make fuzz` draws the same cases first.
+    """
+    result = fuzz("--seed", "0", "--cases", "400", "--jobs", "1")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert "1200 cases in" in result.stdout
+    assert "400 cases in" in result.stdout
 
 
 def test_a_wrong_result_is_found_and_made_small(monkeypatch):
@@ -58,7 +61,7 @@ def test_a_wrong_result_is_found_and_made_small(monkeypatch):
 
 def test_a_failure_comes_with_its_command():
     """Here every call fails: there is no such instruction set."""
-    result = fuzz("--seed", "3", "--cases", "20", "--ops", "topk_select", "--isas", "no_such_set")
+    result = fuzz("--seed", "3", "--cases", "3", "--ops", "topk_select", "--isas", "no_such_set")
     assert result.returncode == 1
     assert "SPARSE_ATTN_CPU_ISA must be" in result.stdout
     command = "SPARSE_ATTN_CPU_ISA=no_such_set python -m fuzz --seed 3 --ops topk_select --case "
@@ -107,7 +110,7 @@ def test_a_part_that_is_a_little_wrong_is_found(monkeypatch, op, change):
     load()
     right = getattr(sparse_attn, op)
     monkeypatch.setattr(sparse_attn, op, lambda *tensors, **options: right(*tensors, **change(options)))
-    found = [worker.failure(draw_case(0, number, [op], large=0.0)) for number in range(250)]
+    found = (worker.failure(draw_case(0, number, [op], large=0.0)) for number in range(250))
     assert any(isinstance(f, str) and f.startswith("AssertionError") for f in found)
 
 
@@ -116,5 +119,5 @@ def test_a_gradient_that_is_a_little_wrong_is_found(monkeypatch, op):
     load()
     right = gathered_attention.sink_gradient
     monkeypatch.setattr(gathered_attention, "sink_gradient", lambda *given: right(*given) * 1.01)
-    found = [worker.failure(draw_case(0, number, [op], large=0.0)) for number in range(250)]
+    found = (worker.failure(draw_case(0, number, [op], large=0.0)) for number in range(250))
     assert any(f is not None and "gradient of sink_logits" in f for f in found)

@@ -21,9 +21,14 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 SITE = Path(__file__).resolve().parent.parent / "build" / "site"
 
+# On a busy machine `get` may come back with a page of which only a part is there.
+WHOLE = """
+return document.readyState === 'complete' && document.URL === arguments[0] && document.querySelector('footer') !== null;
+"""
 LOOK = """
 const pictures = [...document.images].filter(i => i.complete && i.naturalWidth === 0).map(i => i.src);
 const links = [...document.querySelectorAll('a[href]')].map(a => a.href);
@@ -96,6 +101,7 @@ def main() -> int:
             address = base + path.relative_to(SITE).as_posix()
             name = path.relative_to(SITE).as_posix()
             chrome.get(address)
+            WebDriverWait(chrome, 60).until(lambda c, address=address: c.execute_script(WHOLE, address))
             seen = chrome.execute_script(LOOK)
             places[address] = set(seen["places"])
             if name != "404.html":  # its links start at the top of a site whose address is not known here

@@ -2,7 +2,7 @@
 
 Each section runs in a process of its own with a time limit, so that one that fails takes no other with it. Every
 contender is checked before it is timed. Writes one JSON and one PNG named after the device. A dry run needs no GPU:
-Triton's interpreter, tiny shapes, every path but the timing.
+Triton's interpreter, tiny shapes, every path but the timing, all sections in one process.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def run_section(name: str, dry: bool) -> Iterator[dict]:
     yield from getattr(module, name)(device)
 
 
-def spawn(name: str, dry: bool, limit: float, rows: Path) -> tuple[list[dict], str | None, float]:
-    """(rows, error or None, seconds) of one section in a process of its own, which writes them to that file."""
+def spawn(names: list[str], dry: bool, limit: float, rows: Path) -> tuple[list[dict], str | None, float]:
+    """(rows, error or None, seconds) of these sections in a process of their own, which writes them to that file."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--rows", str(rows), "--section", name]
+        command = [sys.executable, "-m", "benchmarks.gpu", "--rows", str(rows)]
+        command += [part for name in names for part in ("--section", name)]
         # An empty cache, so that the first call's time is that of a first call.
         environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(folder) / "triton")}
         if dry:
@@ -127,15 +128,17 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     machine = describe(args.dry_run)
     path = args.out / f"{slug(machine['device'])}.json"
-    for name in args.section or SECTIONS:
+    sections = list(args.section or SECTIONS)
+    for names in [sections] if args.dry_run else [[name] for name in sections]:
+        name = ", ".join(names)
         left = deadline - time.perf_counter()
         if left < 5:
             errors[name] = f"left out: the {args.limit:.0f} s were over"
             continue
         print(f"{name} …", file=sys.stderr, flush=True)
-        measured = args.out / f"{path.stem}_{name}.jsonl"
+        measured = args.out / f"{path.stem}_{names[0]}.jsonl"
         limit = left if args.dry_run else min(left, SECTIONS[name])  # the interpreter takes what it takes
-        found, error, seconds[name] = spawn(name, args.dry_run, limit, measured)
+        found, error, seconds[name] = spawn(names, args.dry_run, limit, measured)
         rows += found
         if error:
             errors[name] = error
@@ -171,8 +174,9 @@ def main() -> int:
     if args.rows is None:
         return run(args)
     with args.rows.open("w") as file:  # row by row: a section that is stopped keeps what it has
-        for row in run_section(args.section[0], args.dry_run):
-            print(json.dumps(row), file=file, flush=True)
+        for name in args.section:
+            for row in run_section(name, args.dry_run):
+                print(json.dumps(row), file=file, flush=True)
     return 0
 
 

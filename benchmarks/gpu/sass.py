@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -72,27 +73,46 @@ def tool(name: str) -> str | None:
 
 
 def compiled(source: Path, arch: str = "90a") -> bytes:
-    """The cubin of one .cu for one GPU, kept under build/ until a source changes."""
+    """The cubin of one .cu for one GPU: the extension's own where that is built for it, else nvcc's, kept under build/
+    until a source changes."""
     inputs = [source, *KERNELS.glob("**/*.*h"), *(ROOT / "csrc" / "common").glob("*.h")]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(inputs))).hexdigest()[:16]
     target = ROOT / "build" / "cubin" / f"{source.stem}-{arch}-{digest}.cubin"
     if not target.exists():
-        nvcc = shutil.which("nvcc")
-        if nvcc is None:
-            raise FileNotFoundError("nvcc is not on the PATH")
         target.parent.mkdir(parents=True, exist_ok=True)
         for old in target.parent.glob(f"{source.stem}-{arch}-*.cubin"):
             old.unlink()
-        target_of = f"arch=compute_{arch},code=sm_{arch}"
+        youngest = max(p.stat().st_mtime for p in inputs)
+        objects = (ROOT / "build").glob(f"native-*/cuda/{source.stem}.cu.o")
+        built = [taken_from(o, arch) for o in objects if o.stat().st_mtime > youngest]
         fresh = target.with_suffix(".new")
-        subprocess.run([nvcc, *FLAGS, "-gencode", target_of, str(source), "-o", str(fresh)], check=True)
+        fresh.write_bytes(next(filter(None, built), b"") or by_nvcc(source, arch))
         fresh.replace(target)
     return target.read_bytes()
 
 
-def kernels_of(cubin: bytes) -> list[Kernel]:
-    import tempfile
+def taken_from(built: Path, arch: str) -> bytes | None:
+    """The cubin of an object file that the extension was linked of, or None where it has none for that GPU."""
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([cuobjdump, "-xelf", f"sm_{arch}", built], cwd=folder, capture_output=True)
+        found = list(Path(folder).iterdir())
+        return found[0].read_bytes() if len(found) == 1 else None
 
+
+def by_nvcc(source: Path, arch: str) -> bytes:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("nvcc is not on the PATH")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        target_of = f"arch=compute_{arch},code=sm_{arch}"
+        subprocess.run([nvcc, *FLAGS, "-gencode", target_of, str(source), "-o", file.name], check=True)
+        return Path(file.name).read_bytes()
+
+
+def kernels_of(cubin: bytes) -> list[Kernel]:
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None:
         raise FileNotFoundError("cuobjdump is neither beside Triton nor on the PATH")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparse_attn as sa
-from distributed.context import T, inputs, layouts
+from distributed.whole import T, inputs, layouts
 from distributed.world import check
 from sparse_attn.distributed import Layout, context_parallel
 

@@ -22,7 +22,18 @@ import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)
 HANG = int(os.environ.get("HANG", "900"))  # seconds of a whole world, also on a machine with other work
-MODULES = ("dtensors", "context", "inside", "tensor", "vocabulary", "checkpoints", "script")
+MODULES = (
+    "dtensors",
+    "context",
+    "context_numbers",
+    "context_packed",
+    "context_traffic",
+    "inside",
+    "tensor",
+    "vocabulary",
+    "checkpoints",
+    "script",
+)
 _checks: dict[str, Callable[[int, int], None]] = {}
 
 

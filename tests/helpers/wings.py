@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -109,11 +110,13 @@ def devices() -> list[str]:
 def wings_under_test() -> list[WingUnderTest]:
     """One entry per wing and device; a wing that runs nowhere here has one entry that says why.
 
-    In a session with TRITON_INTERPRET=1 the Triton wing alone: the others have been tested without.
+    In a session with TRITON_INTERPRET=1 the Triton wing alone, with SPARSE_ATTN_CPU_ISA the CPU wing alone: the others
+    are tested without.
     """
     found = []
+    alone = "triton" if triton_wing.interpreted else "cpu" if os.environ.get("SPARSE_ATTN_CPU_ISA") else None
     for wing in base.wings():
-        if triton_wing.interpreted and wing.name != "triton":
+        if alone not in (None, wing.name):
             continue
         entries, reasons = [], []
         for device in devices():

@@ -48,6 +48,8 @@ def _chunked_reference(monkeypatch):
 def test_peak_grows_with_the_length(wing, backward, share):
     if wing.device not in ("cpu", "cuda"):
         pytest.skip(f"no way to read the peak on {wing.device}")
+    if wing.name == "reference" and not backward:
+        pytest.skip("its forward is the same with a gradient, and its peak is looked at there")
 
     def peak(length: int) -> int:
         inputs = [t.to(wing.device).requires_grad_(backward) for t in qkv(1, 4, 2, length, length, 16)]

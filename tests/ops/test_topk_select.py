@@ -14,7 +14,12 @@ LENGTHS = [(17, 17), (9, 33), (33, 9), (16, 64)]
 @pytest.mark.parametrize("share", ["none", "kv", "all"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_on_exact_scores(wing, dtype, name, share):
-    for number, (queries, keys) in enumerate(LENGTHS):
+    options_on_exact_scores(wing, dtype, name, share, range(4))
+
+
+def options_on_exact_scores(wing, dtype, name, share, numbers):
+    for number in numbers:
+        queries, keys = LENGTHS[number]
         heads, kv_heads = HEADS[number % len(HEADS)]
         query = integers(2, heads, queries, 7, dtype=dtype, seed=number)
         key = integers(2, kv_heads, keys, 7, dtype=dtype, seed=number + 100)
@@ -27,7 +32,12 @@ def test_options_on_exact_scores(wing, dtype, name, share):
 @pytest.mark.parametrize("share", ["none", "kv", "all"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_on_normal_scores(wing, dtype, name, share):
-    for number, (queries, keys) in enumerate(LENGTHS[1:3]):
+    options_on_normal_scores(wing, dtype, name, share, range(2))
+
+
+def options_on_normal_scores(wing, dtype, name, share, numbers):
+    for number in numbers:
+        queries, keys = LENGTHS[1 + number]
         heads, kv_heads = HEADS[number % len(HEADS)]
         seed = number + 10 * list(OPTIONS).index(name)
         query = normal(2, heads, queries, 20, dtype=dtype, seed=seed)

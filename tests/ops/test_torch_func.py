@@ -249,6 +249,8 @@ def test_second_derivatives_are_refused(wing, name):
 @pytest.mark.parametrize("transform", ["grad", "per sample", "jvp"])
 @pytest.mark.parametrize("name", ["topk_attention", "cross_entropy"])
 def test_compiled(wing, name, transform):
+    if wing.name == "reference" and transform != "grad":
+        pytest.skip("what is compiled stands above the wings: the others have it")
     torch._dynamo.reset()
     case = case_of(name, wing)
     half = len(case.inputs)

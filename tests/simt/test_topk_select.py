@@ -40,14 +40,14 @@ WINGS = [
 DTYPES, SHARES = WINGS[0].dtypes, ("none", "kv", "all")
 
 
-@pairwise(name=OPTIONS, share=SHARES, dtype=DTYPES)
-def test_options_on_exact_scores(wing, dtype, name, share):
-    of_the_op.test_options_on_exact_scores(wing, dtype, name, share)
+@pairwise(name=OPTIONS, share=SHARES, dtype=DTYPES, numbers=[(0, 1), (2, 3)])
+def test_options_on_exact_scores(wing, dtype, name, share, numbers):
+    of_the_op.options_on_exact_scores(wing, dtype, name, share, numbers)
 
 
-@pairwise(name=OPTIONS, dtype=DTYPES, share=SHARES)
-def test_options_on_normal_scores(wing, dtype, name, share):
-    of_the_op.test_options_on_normal_scores(wing, dtype, name, share)
+@pairwise(name=OPTIONS, dtype=DTYPES, share=SHARES, numbers=[(0,), (1,)])
+def test_options_on_normal_scores(wing, dtype, name, share, numbers):
+    of_the_op.options_on_normal_scores(wing, dtype, name, share, numbers)
 
 
 # How many of the 700 keys agree in the digits of their rank that are looked at first decides how many rounds there are.
@@ -68,14 +68,12 @@ def test_orders(wing, dtype, order, top_k):
         assert_identical(wing.topk_select(query, key, top_k, scale=scale), query, key, top_k, scale=scale)
 
 
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("share", ["none", "kv", "all"])
-def test_candidates_are_merged(wing, dtype, share):
+@pairwise(share=SHARES, dtype=DTYPES, top_k=[5, 200])
+def test_candidates_are_merged(wing, dtype, share, top_k):
     """Close races, among them some that the first two digits leave open."""
     query, key = normal(1, 4, 70, 48, dtype=dtype), normal(1, 2, 700, 48, dtype=dtype, seed=1)
     options = {"share": share, "is_causal": True, "causal_offset": 630}
-    for top_k in (5, 200):
-        assert_best(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
+    assert_best(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
 
 
 def test_scores_in_one_narrow_band(wing):
@@ -133,7 +131,7 @@ def in_one_piece(query, key):
 
 
 @pytest.mark.dtypes(torch.bfloat16)
-@pytest.mark.parametrize("top_k", [40, 64, 200])
+@pytest.mark.parametrize("top_k", [40, 200])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_scores_against_the_sample(wing, dtype, name, top_k):
     query, key = in_one_piece(*with_scores(HOSTILE[name](SAMPLED[top_k >= 192]), 8, dtype))
@@ -220,17 +218,14 @@ FEW = {
 }
 
 
-@pytest.mark.dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("share", ["none", "all"])
-@pytest.mark.parametrize("name", FEW)
-def test_few_queries_have_their_keys_in_pieces(wing, dtype, name, share):
+@pairwise(name=FEW, share=["none", "all"], dtype=DTYPES, top_k=[9, 120])
+def test_few_queries_have_their_keys_in_pieces(wing, dtype, name, share, top_k):
     """As when decoding. Integers: ties lie in several pieces."""
     query, key = integers(1, 2, 3, 7, dtype=dtype), integers(1, 1, 2000, 7, dtype=dtype, seed=1)
     options = FEW[name] | {"share": share}
-    for top_k in (9, 120):
-        assert pieces(query, key, top_k, **options) > 1
-        compare = assert_identical if share == "none" else assert_best
-        compare(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
+    assert pieces(query, key, top_k, **options) > 1
+    compare = assert_identical if share == "none" else assert_best
+    compare(wing.topk_select(query, key, top_k, **options), query, key, top_k, **options)
 
 
 # (batch, query heads, key heads, queries): rows of a tile, of several tiles, and of one that ends within a head.

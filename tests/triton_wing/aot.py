@@ -6,7 +6,7 @@ A file `aot_<op>.py` beside this one has a function `cases()` that lists the ker
 
 By hand: PYTHONPATH=.:tests python -m triton_wing.aot [op …] compiles every case for each of its targets and prints the
 table. The tests look at fewer (`main_jobs`), and of those compile only what is not in the record beside this file: what
-one compiler makes of one source does not change. `--write` makes the record anew, after kernels or Triton changed.
+one compiler makes of one source does not change. `--write` brings it up to date, after kernels or Triton changed.
 """
 
 from __future__ import annotations
@@ -223,12 +223,8 @@ def main_jobs(of: list[str]) -> list[Job]:
 
 
 def sample(jobs: list[Job]) -> list[Job]:
-    """Of each kernel the first case on one target."""
-    first: dict[Any, Job] = {}
-    for op, i, target in jobs:
-        if target == MAIN_TARGET:
-            first.setdefault(cases(op)[i].kernel, (op, i, target))
-    return list(first.values())
+    """Of each op its last case on one target."""
+    return list({op: (op, i, target) for op, i, target in jobs if target == MAIN_TARGET}.values())
 
 
 def fingerprint(job: Job) -> str:
@@ -248,15 +244,20 @@ def read_record() -> dict[str, tuple[int, int, int]]:
 
 
 def write_record() -> list[Resources]:
-    jobs = main_jobs(ops())
-    rows = list(compile_jobs(jobs))
+    """What each op's test looks up, a kernel that two of them launch in both; only what is not known is compiled."""
+    jobs, record = [job for op in ops() for job in main_jobs([op])], read_record()
+    _, missing = looked_up(jobs, record)
+    compiled = list(compile_jobs(missing))
+    for job, r in zip(missing, compiled, strict=True):
+        if not r.error:
+            record[fingerprint(job)] = r.registers, r.spilled, r.shared
     lines = [
-        json.dumps([f"{r.op}: {r.case}, {r.target}", fingerprint(job), r.registers, r.spilled, r.shared])
-        for job, r in zip(jobs, rows, strict=True)
-        if not r.error
+        json.dumps([f"{op}: {cases(op)[number].name}, {target}", mark, *record[mark]])
+        for op, number, target in jobs
+        if (mark := fingerprint((op, number, target))) in record
     ]
     RECORD.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    return rows
+    return looked_up(jobs, record)[0] + [r for r in compiled if r.error]
 
 
 def looked_up(jobs: list[Job], record: dict[str, tuple[int, int, int]]) -> tuple[list[Resources], list[Job]]:

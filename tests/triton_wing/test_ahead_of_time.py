@@ -32,7 +32,7 @@ def test_compiles_without_spills(op, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_record_is_what_the_compiler_makes(tmp_path, monkeypatch):
-    """Of each kernel one case, compiled here and now."""
+    """Of each op one case, compiled here and now: what a fingerprint stands for, the compiler still says."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     jobs, record = aot.sample(aot.main_jobs(aot.ops())), aot.read_record()
     known = [job for job in jobs if aot.fingerprint(job) in record]

@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, against the reference and the oracle.
 
-Kernels are interpreted or compiled for good when they are defined, so this takes processes of its own, one for each
-file. By hand: TRITON_INTERPRET=1 pytest tests/triton_wing/interpreted (or any file of tests/ops: in such a session
-the fixture `wing` is the Triton wing alone).
+Kernels are interpreted or compiled for good when they are defined, so this takes processes of its own: two, each with
+half of the files. By hand: TRITON_INTERPRET=1 pytest tests/triton_wing/interpreted (or any file of tests/ops: in such
+a session the fixture `wing` is the Triton wing alone).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import pytest
 from sparse_attn.wings import triton as triton_wing
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted((HERE / "interpreted").glob("test_*.py"))
-PROCESSES = 2
-LIMIT = 900  # seconds for one file: many times what it takes, so that a kernel that hangs is a failure
+FILES = sorted((HERE / "interpreted").glob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name))
+HALVES = FILES[::2], FILES[1::2]
+LIMIT = 1800  # seconds: many times what it takes, so that a kernel that hangs is a failure
 
 # Seen with Triton 3.6 and NumPy 2.4: the interpreter turns arrays of one element into ints, which NumPy gave up.
 OLD = (triton_wing.version or (0,)) <= (3, 6) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
@@ -38,9 +38,9 @@ pytestmark = [
 ]
 
 
-def run_file(path: Path) -> subprocess.CompletedProcess:
+def run_files(half: int) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *HALVES[half]],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE.parent.parent,
         capture_output=True,
@@ -50,27 +50,20 @@ def run_file(path: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def runs(request) -> Iterator[dict[Path, Future]]:
-    """The files that this session asks for, two at once: the interpreter leaves the second core idle.
+def runs(request) -> Iterator[dict[int, Future]]:
+    """The halves that this session asks for, both at once: the interpreter leaves the second core idle.
 
     One of several processes of a test run (pytest-xdist) does not know which of them are its own.
     """
-    asked = [i.callspec.params["path"] for i in request.session.items if i.originalname == "test_interpreted"]
-    with ThreadPoolExecutor(PROCESSES) as pool:
+    asked = [i.callspec.params["half"] for i in request.session.items if i.originalname == "test_interpreted"]
+    with ThreadPoolExecutor(len(HALVES)) as pool:
         alone = "PYTEST_XDIST_WORKER" not in os.environ
-        futures = {path: pool.submit(run_file, path) for path in sorted(asked, key=longest_first) if alone}
-        yield futures
-        for future in futures.values():
-            future.cancel()
+        yield {half: pool.submit(run_files, half) for half in asked if alone}
 
 
-def longest_first(path: Path) -> int:
-    return -path.stat().st_size
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.removeprefix("test_"))
-def test_interpreted(path, runs):
-    run = runs[path].result() if path in runs else run_file(path)
-    assert run.returncode == 0, f"{path.name}:\n{run.stdout[-6000:]}\n{run.stderr[-2000:]}"
+@pytest.mark.parametrize("half", range(len(HALVES)))
+def test_interpreted(half, runs):
+    run = runs[half].result() if half in runs else run_files(half)
+    assert run.returncode == 0, f"{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
     assert re.search(r"\d+ passed", run.stdout), run.stdout
     print(run.stdout.strip().splitlines()[-1])

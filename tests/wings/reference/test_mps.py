@@ -5,6 +5,8 @@ The ops are recorded on the meta device, where the code takes the accelerator's 
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from helpers.embeddings import make_ids, make_tables
@@ -37,6 +39,7 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+@cache
 def record(device: str, dtype: torch.dtype) -> Recorder:
     """Runs every function of the wing with every option, the gradient formulas included."""
     query, key, value = (t.to(device) for t in qkv(2, 4, 2, 9, 13, 8, 5, dtype=dtype))
