@@ -139,3 +139,24 @@ def test_selection_stays_as_fast_as_counted():
     )
     assert together.cache_bytes < 0.3 * apart.cache_bytes  # four heads read each key once
     assert together.instructions < 0.35 * apart.instructions
+
+
+# The same of Triton's kernels, by the main loop alone.
+TRITON_BOUNDS = {
+    "tail_attention attend_tiles bf16 D128 H16/4 G16": (11210, 8),
+    "tail_attention tile_queries bf16 D128 H16/4 G16": (10980, 8),
+    "tail_attention tile_keys bf16 D128 H16/4 G16": (15670, 8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sass.tool("cuobjdump") is None, reason="cuobjdump is neither beside Triton nor on the PATH"
+)
+def test_kernels_of_triton_stay_as_fast_as_counted():
+    pytest.importorskip("triton")
+    for label, (most, warps) in TRITON_BOUNDS.items():
+        (row,) = roofline.triton_rows(f"triton {label}")
+        assert row.per_unit <= most, f"{label}: {row.per_unit:.0f} warp instructions, at most {most}"
+        assert row.stack == 0, f"{label} spills {row.stack} bytes"
+        assert row.warps >= warps, f"{label}: only {row.warps} warps fit a multiprocessor of an H100"

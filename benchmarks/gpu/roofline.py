@@ -387,6 +387,9 @@ class TritonCase:
     units: float
     cache_bytes: float
     memory_bytes: float
+    # Of the case's sizes those whose product are the scores of a turn, of which a unit has 4,096: where groups of warps
+    # make a product twice, the operations of a turn do not say how many turns there are.
+    turn: tuple[str, ...] = ()
 
 
 def triton_cases() -> list[TritonCase]:
@@ -396,6 +399,10 @@ def triton_cases() -> list[TritonCase]:
     pairs = length * 512
     selected = ("4,096 scores", 4096 * dim, scores / 4096, scores * dim * 2 / 128, whole)
     gathered = (pairs, 4.0 * pairs * dim, whole)
+    tail, tailed = (
+        "bf16 D128 H16/4 G16",
+        (scores / 4096, scores * 4 * dim / 32, whole, ("BLOCK_M", "BLOCK_K")),
+    )
     return [
         TritonCase("topk_select", "bf16 D128 K64 scores", *selected),
         TritonCase("topk_select", "bf16 D128 K256 scores", *selected),
@@ -405,6 +412,10 @@ def triton_cases() -> list[TritonCase]:
         TritonCase(
             "gathered_attention", "queries, tile bf16 D128", "query and key", heads * 5 * dim, *gathered
         ),
+        # The third product of the forward is the sum of the values that are left out; tiles of 32 rows read all keys.
+        TritonCase("tail_attention", f"attend_tiles {tail}", "4,096 scores", 4096 * 3 * dim, *tailed),
+        TritonCase("tail_attention", f"tile_queries {tail}", "4,096 scores", 4096 * 3 * dim, *tailed),
+        TritonCase("tail_attention", f"tile_keys {tail}", "4,096 scores", 4096 * 4 * dim, *tailed),
     ]
 
 
@@ -428,6 +439,8 @@ def triton_rows(only: str = "") -> list[Row]:
         loop = main_loop(kernel)
         most = loop.always.total() + loop.sometimes.total()
         turns = wanted.units * wanted.products / (tensor_macs(loop) * case.num_warps)
+        if wanted.turn:
+            turns = wanted.units * 4096 / math.prod(case.arguments[name] for name in wanted.turn)
         total = turns * most * case.num_warps
         milliseconds, bound = times(
             total,

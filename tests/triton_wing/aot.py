@@ -248,8 +248,11 @@ def read_record() -> dict[str, tuple[int, int, int]]:
 
 
 def write_record() -> list[Resources]:
-    jobs = main_jobs(ops())
-    rows = list(compile_jobs(jobs))
+    """Compiles what the record does not have, and leaves out of it what is no job any more."""
+    jobs, record = main_jobs(ops()), read_record()
+    missing = [job for job in jobs if fingerprint(job) not in record]
+    compiled = dict(zip(missing, compile_jobs(missing), strict=True))
+    rows = [compiled.get(job) or looked_up([job], record)[0][0] for job in jobs]
     lines = [
         json.dumps([f"{r.op}: {r.case}, {r.target}", fingerprint(job), r.registers, r.spilled, r.shared])
         for job, r in zip(jobs, rows, strict=True)
