@@ -93,7 +93,9 @@ def tensor_macs(loop: Loop) -> float:
     for op, n in (loop.always + loop.sometimes).items():
         if op.startswith("HMMA.16816"):
             total += n * 16 * 8 * 16
-        elif match := re.match(r"HGMMA\.64x(\d+)x(\d+)", op):
+        elif op.startswith("IMMA.16832"):
+            total += n * 16 * 8 * 32
+        elif match := re.match(r"[HI]GMMA\.64x(\d+)x(\d+)", op):
             total += n * 64 * int(match[1]) * int(match[2]) / 4  # four warps have a part each
     return total
 
@@ -399,6 +401,8 @@ def triton_cases() -> list[TritonCase]:
     pairs = length * 512
     selected = ("4,096 scores", 4096 * dim, scores / 4096, scores * dim * 2 / 128, whole)
     gathered = (pairs, 4.0 * pairs * dim, whole)
+    kept = 8 * 131072  # keys of 8 heads
+    rows = 16.0 * kept
     tail, tailed = (
         "bf16 D128 H16/4 G16",
         (scores / 4096, scores * 4 * dim / 32, whole, ("BLOCK_M", "BLOCK_K")),
@@ -416,6 +420,17 @@ def triton_cases() -> list[TritonCase]:
         TritonCase("tail_attention", f"attend_tiles {tail}", "4,096 scores", 4096 * 3 * dim, *tailed),
         TritonCase("tail_attention", f"tile_queries {tail}", "4,096 scores", 4096 * 3 * dim, *tailed),
         TritonCase("tail_attention", f"tile_keys {tail}", "4,096 scores", 4096 * 4 * dim, *tailed),
+        # A step beside 128k keys: D + 12 bytes of each, once for four query heads, which fill a quarter of a tile.
+        TritonCase(
+            "indexed_select",
+            "select_tiles by the index bf16 D128 H32/8 K64",
+            "4,096 scores",
+            4096 * dim,
+            rows / 4096,
+            kept * (dim + 12.0),
+            kept * (dim + 12.0),
+            ("BLOCK_M", "BLOCK_N"),
+        ),
     ]
 
 
