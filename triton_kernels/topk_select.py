@@ -31,7 +31,7 @@ Where heads share a selection a key's score is its summed softmax probability (s
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,11 +43,11 @@ from sparse_attn.rule import PackedRule
 
 from .lib.among import words_of_blocks
 from .lib.dot import INTERPRETED
+from .lib.log_sum_exp import log_sum_exp
 from .lib.merge_pieces import merge_pieces
 from .lib.pages import Pages
 from .lib.round_rows import rounded as rounded_rows
 from .lib.select_tiles import select_tiles
-from .lib.shared_scores import log_sum_exp
 from .lib.soft_cap import factors
 from .lib.tuning import run_tuned, size_class
 
@@ -119,6 +119,7 @@ def configs(
         return [sized(64, block_n, 2), sized(64, block_n, 4), sized(32, block_n, 2)]
     if floats:  # no tensor core multiplies float32 exactly: its tiles are made of registers
         some = [sized(32, 16, 4), sized(32, 32, 4), sized(64, 16, 8)]
+        some[1] = replace(some[1], cut_elements=some[1].cut_elements // 2)  # or registers are spilled
         return some if wide_floats or SHUFFLES else [some[1], some[0], some[2]]
     some = [sized(128, 32, 4), sized(64, 32, 4), sized(128, 16, 4), sized(128, 32, 8)]
     return [some[1], some[0], *some[2:]] if heavy or SHUFFLES or wide >= 512 else some
