@@ -249,7 +249,8 @@ def read_record() -> dict[str, tuple[int, int, int]]:
 
 def write_record() -> list[Resources]:
     """Compiles what the record does not have, and leaves out of it what is no job any more."""
-    jobs, record = main_jobs(ops()), read_record()
+    jobs = [job for op in ops() for job in main_jobs([op])]  # as the tests look at them
+    record = read_record()
     missing = [job for job in jobs if fingerprint(job) not in record]
     compiled = dict(zip(missing, compile_jobs(missing), strict=True))
     rows = [compiled.get(job) or looked_up([job], record)[0][0] for job in jobs]
