@@ -139,3 +139,25 @@ def test_selection_stays_as_fast_as_counted():
     )
     assert together.cache_bytes < 0.3 * apart.cache_bytes  # four heads read each key once
     assert together.instructions < 0.35 * apart.instructions
+
+
+# The same of Triton's kernels, by the main loop alone; and bytes of the stack, on which LLVM packs long rows of bits.
+TRITON_BOUNDS = {
+    "tail_attention attend_tiles bf16 D128 H16/4 G16": (11210, 8, 0),
+    "tail_attention tile_queries bf16 D128 H16/4 G16": (10980, 8, 0),
+    "tail_attention tile_keys bf16 D128 H16/4 G16": (15670, 8, 0),
+    "indexed_select select_tiles by the index bf16 D128 H32/8 K64": (12460, 8, 24),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sass.tool("cuobjdump") is None, reason="cuobjdump is neither beside Triton nor on the PATH"
+)
+def test_kernels_of_triton_stay_as_fast_as_counted():
+    pytest.importorskip("triton")
+    for label, (most, warps, stack) in TRITON_BOUNDS.items():
+        (row,) = roofline.triton_rows(f"triton {label}")
+        assert row.per_unit <= most, f"{label}: {row.per_unit:.0f} warp instructions, at most {most}"
+        assert row.stack <= stack, f"{label} has {row.stack} bytes on the stack, at most {stack}"
+        assert row.warps >= warps, f"{label}: only {row.warps} warps fit a multiprocessor of an H100"

@@ -48,13 +48,14 @@ def block_attention_backward(
         **strides("value", value), **visibility(rule, shape.query_length, shape.key_rows), "words": None, "lse": lse,
         "deltas": deltas, "chunk": shape.query_length, "first_query": 0, "query_tile": query_tile,
         "block_size": block_size, "slots": blocks.shape[3], "factor": factor, "bound": bound, "scale": rule.scale,
-        "UNIT": 1,
+        "tails": None, "UNIT": 1, "MEAN": False,
     }  # fmt: skip
     sizes = rows, query.dtype, shape.dim, shape.value_dim, block_size
     launch(
         "block_attention_backward queries", tile_queries, query_configs(*sizes), query, shape, tiles, rows,
         grad_lse=None if grad_lse is None else grad_lse.contiguous(), blocks=blocks,
-        **strides("blocks", blocks, "bgnm"), out=out.contiguous(), grad_query=grads[0], **both,
+        **strides("blocks", blocks, "bgnm"), out=out.contiguous(), outside=None, grad_query=grads[0],
+        **both,
     )  # fmt: skip
     count = triton.cdiv(shape.key_rows, block_size)
     order, offsets = entries_by_key(blocks, count)

@@ -31,7 +31,7 @@ Where heads share a selection a key's score is its summed softmax probability (s
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,10 +43,11 @@ from sparse_attn.rule import PackedRule
 
 from .lib.among import words_of_blocks
 from .lib.dot import INTERPRETED
+from .lib.log_sum_exp import log_sum_exp
+from .lib.merge_pieces import merge_pieces
 from .lib.pages import Pages
 from .lib.round_rows import rounded as rounded_rows
-from .lib.select_tiles import merge_pieces, select_tiles
-from .lib.shared_scores import log_sum_exp
+from .lib.select_tiles import select_tiles
 from .lib.soft_cap import factors
 from .lib.tuning import run_tuned, size_class
 
@@ -118,6 +119,7 @@ def configs(
         return [sized(64, block_n, 2), sized(64, block_n, 4), sized(32, block_n, 2)]
     if floats:  # no tensor core multiplies float32 exactly: its tiles are made of registers
         some = [sized(32, 16, 4), sized(32, 32, 4), sized(64, 16, 8)]
+        some[1] = replace(some[1], cut_elements=some[1].cut_elements // 2)  # or registers are spilled
         return some if wide_floats or SHUFFLES else [some[1], some[0], some[2]]
     some = [sized(128, 32, 4), sized(64, 32, 4), sized(128, 16, 4), sized(128, 32, 8)]
     return [some[1], some[0], *some[2:]] if heavy or SHUFFLES or wide >= 512 else some
@@ -156,6 +158,14 @@ class Among(NamedTuple):
     query_tile: int
 
 
+class Indexed(NamedTuple):
+    """The keys as an index has them, in whose highest possible scores they are ranked (lib/key_bounds.py)."""
+
+    bounds: Tensor  # float32 [B, Hkv, N, 3, 16], contiguous
+    margins: Tensor  # float32 [B, Hq, Tq, 4]
+    length: int  # Tk
+
+
 def topk_select(
     query: Tensor,  # [B, Hq, Tq, D]
     key: Tensor,  # [B, Hkv, Tk, D]
@@ -182,20 +192,34 @@ def select(
     weights: Tensor | None = None,  # float32 [B, Hq, Tq]: of an indexer's heads
     pages: Pages
     | None = None,  # key is [P, Hkv, page size, D] then, B is 1, and the rule's Tk that of all pages
+    indexed: Indexed
+    | None = None,  # query is int8 then, with its sign, and key int8 [B, Hkv, N, words, 16, 4]
+    redo: tuple[Tensor, Tensor, Tensor | None]
+    | None = None,  # int32 [B, Hq, Tq]: rows that indices and scores lack
 ) -> tuple[Tensor, Tensor | None]:  # indices int32 [B, G, Tq, K], scores float32 [B, G, Tq, K]
     """The selection and, if wanted, what ranked each key: sign(scale) · q·k, or its mass; −inf in an empty slot."""
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length = key.shape[1], key.shape[2] if pages is None else pages.keys
+    if indexed is not None:
+        key_length = indexed.length
     budget = min(top_k, key_length)
     groups, is_causal, scale = rule.groups, rule.is_causal, rule.scale
     shape = (batch, groups, query_length, budget)
-    indices = query.new_empty(shape, dtype=torch.int32)
+    indices = query.new_empty(shape, dtype=torch.int32) if redo is None else redo[1]
     scores = query.new_empty(shape, dtype=torch.float32) if with_scores else None
+    missing = None
+    if redo is not None:
+        missing, _, scores = redo
     if indices.numel() == 0:
         return indices, scores
     query_scale = key_scale = None
+    key_strides = key.stride()
+    if indexed is not None:
+        key_scale, query_scale = indexed.bounds, indexed.margins
+        key_strides = (*key.stride()[:2], key_scale.stride(1), key.shape[3])
     if rounded:
         (query, query_scale), (key, key_scale) = rounded_rows(query), rounded_rows(key)
+        key_strides = key.stride()
     if weights is not None:
         weights = (weights if query_scale is None else weights * query_scale).contiguous()
         query_scale = None
@@ -225,7 +249,7 @@ def select(
     of_queries_strides = tuple(n for t in (starts, offsets) for n in ((0, 0) if t is None else t.stride()))
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     block_d = max(
-        32 if rounded else 16, triton.next_power_of_2(head_dim)
+        32 if rounded or indexed is not None else 16, triton.next_power_of_2(head_dim)
     )  # what a tensor core takes at least
     # A head's own selection is by the uncapped q·k.
     scoring = factors(scale, rule.softcap if sharing > 1 else 0.0, 1.0)
@@ -259,7 +283,7 @@ def select(
             lse = query.new_empty((parts, batch, heads, query_length), dtype=torch.float32)
             log_sum_exp[(batch * heads * blocks, parts)](
                 query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale,
-                rule.sink_logits, lse, *query.stride(), *key.stride(), *mask_strides, *of_queries_strides, heads,
+                rule.sink_logits, lse, *query.stride(), *key_strides, *mask_strides, *of_queries_strides, heads,
                 query_length, key_length, head_dim, causal_offset, window_offset, first_kept, *scoring, blocks,
                 parts, *of_blocks, of_pages[2], is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
@@ -269,12 +293,13 @@ def select(
                 per_head = lse.logsumexp(0)
                 per_head.masked_fill_(per_head == -torch.inf, torch.inf)
         select_tiles[(programs,)](
-            query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale, per_head, slots,
-            counts, thresholds, queue, found,
-            scores if splits == 1 else None, *query.stride(), *key.stride(), *mask_strides, *of_queries_strides,
+            query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale, per_head,
+            missing, slots, counts, thresholds, queue, found,
+            scores if splits == 1 else None, *query.stride(), *key_strides, *mask_strides, *of_queries_strides,
             groups // packed, query_length, key_length, head_dim, budget, c.slack, causal_offset, window_offset,
-            first_kept, *scoring, tiles * splits, blocks, splits, split_length, *of_blocks, weights is not None,
-            1 if sharing > 1 or weights is not None else (scale > 0) - (scale < 0),
+            first_kept, *scoring, tiles * splits, blocks, splits, split_length, *of_blocks,
+            indexed is not None, weights is not None,
+            1 if sharing > 1 or weights is not None or indexed is not None else (scale > 0) - (scale < 0),
             is_causal, sharing, repeat, splits > 1, packed, of_pages[2],
             c.block_m, c.block_n, block_d, c.capacity, *cut, c.num_stages if all_edges else 1,
             num_warps=c.num_warps, num_stages=c.num_stages, **limit,
@@ -284,8 +309,8 @@ def select(
             capacity = triton.next_power_of_2(width)
             cut = _cut_shape(c, 32, capacity)
             merge_pieces[(triton.cdiv(rows, cut[0]),)](
-                found, indices, scores, starts, offsets, *of_queries_strides, rows, groups, query_length, key_length,
-                width, budget, window_offset, first_kept,
+                found, indices, scores, missing, starts, offsets, *of_queries_strides, rows, groups, query_length,
+                key_length, width, budget, window_offset, first_kept,
                 is_causal, capacity, *cut, num_warps=c.num_warps,
             )  # fmt: skip
 
@@ -294,7 +319,8 @@ def select(
             "topk_select",
             (
                 *(query.dtype, head_dim, sharing, is_causal, mask is not None or starts is not None),
-                *(among is not None, weights is not None, together, 0 if pages is None else pages.size),
+                *(among is not None, weights is not None, indexed is not None, together),
+                0 if pages is None else pages.size,
                 *(size_class(budget), size_class(key_length), size_class(batch * groups * query_length)),
             ),
             configs(

@@ -25,16 +25,16 @@ from benchmarks.gpu.report import against_targets, draw, slug, table, tests_of
 BENCHMARKS = Path(__file__).resolve().parents[1]
 # section → seconds it may take, what tells most first; a build and all of them fit into ten minutes
 SECTIONS = {
-    "ceilings": 30,
+    "ceilings": 25,
     "topk_attention": 80,
     "topk_select": 60,
-    "serving": 50,
+    "serving": 60,
     "gathered_attention": 70,
-    "block_attention": 40,
+    "block_attention": 50,
     "cheap_selection": 40,
     "loss": 40,
     "embedding": 40,
-    "memory": 30,
+    "memory": 25,
     "first_call": 50,
 }
 PACKAGES = (

@@ -241,7 +241,7 @@ def gathered_attention(device: Device) -> Iterator[dict]:
 
 
 def block_attention(device: Device) -> Iterator[dict]:
-    """Attention to whole blocks, and to a selection with the means of blocks as its tail."""
+    """Attention to whole blocks, and to a selection with a tail: the means of blocks, or one of all the others."""
     heads, kv_heads, length, dim, top_k = (4, 2, 70, 16, 4) if device.dry else (16, 4, 16384, 128, 64)
     slots = 2 if device.dry else 16
     inputs = tensors(device, heads, kv_heads, length, dim)
@@ -251,8 +251,8 @@ def block_attention(device: Device) -> Iterator[dict]:
     def in_blocks(*qkv: Tensor) -> Tensor:
         return sparse_attn.block_attention(*qkv, blocks, is_causal=True, **wing)
 
-    def with_tail(*qkv: Tensor) -> Tensor:
-        return sparse_attn.topk_attention(*qkv, top_k, is_causal=True, tail="blocks", **wing)
+    def with_tail(*qkv: Tensor, tail: str) -> Tensor:
+        return sparse_attn.topk_attention(*qkv, top_k, is_causal=True, tail=tail, **wing)
 
     def as_the_reference(call: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], None]:
         def check(forward: Callable[..., Tensor]) -> None:
@@ -264,17 +264,21 @@ def block_attention(device: Device) -> Iterator[dict]:
         return check
 
     checks = {
-        "blocks": lambda qkv, chosen, backend: sparse_attn.block_attention(
+        "whole": lambda qkv, chosen, backend: sparse_attn.block_attention(
             *qkv, chosen, is_causal=True, backend=backend
         ),
-        "tail": lambda qkv, chosen, backend: sparse_attn.topk_attention(
-            *qkv, top_k, is_causal=True, tail="blocks", backend=backend
-        ),
+        **{
+            tail: lambda qkv, chosen, backend, tail=tail: sparse_attn.topk_attention(
+                *qkv, top_k, is_causal=True, tail=tail, backend=backend
+            )
+            for tail in ("mean", "blocks")
+        },
     }
     case = f"H{heads}/{kv_heads} D{dim} T{length}"
     for name, call, what in (
-        ("blocks", in_blocks, f"{slots} blocks of 64"),
-        ("tail", with_tail, f"K{top_k} with means of blocks"),
+        ("whole", in_blocks, f"{slots} blocks of 64"),
+        ("blocks", partial(with_tail, tail="blocks"), f"K{top_k} with means of blocks"),
+        ("mean", partial(with_tail, tail="mean"), f"K{top_k} with the mean of the others"),
     ):
         ours = Contender(lambda call=call: call, tuple(inputs), as_the_reference(checks[name]))
         contenders = {"ours": ours, **({} if device.dry else dense(device, inputs, False))}

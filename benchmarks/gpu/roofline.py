@@ -93,7 +93,9 @@ def tensor_macs(loop: Loop) -> float:
     for op, n in (loop.always + loop.sometimes).items():
         if op.startswith("HMMA.16816"):
             total += n * 16 * 8 * 16
-        elif match := re.match(r"HGMMA\.64x(\d+)x(\d+)", op):
+        elif op.startswith("IMMA.16832"):
+            total += n * 16 * 8 * 32
+        elif match := re.match(r"[HI]GMMA\.64x(\d+)x(\d+)", op):
             total += n * 64 * int(match[1]) * int(match[2]) / 4  # four warps have a part each
     return total
 
@@ -387,6 +389,9 @@ class TritonCase:
     units: float
     cache_bytes: float
     memory_bytes: float
+    # Of the case's sizes those whose product are the scores of a turn, of which a unit has 4,096: where groups of warps
+    # make a product twice, the operations of a turn do not say how many turns there are.
+    turn: tuple[str, ...] = ()
 
 
 def triton_cases() -> list[TritonCase]:
@@ -396,6 +401,12 @@ def triton_cases() -> list[TritonCase]:
     pairs = length * 512
     selected = ("4,096 scores", 4096 * dim, scores / 4096, scores * dim * 2 / 128, whole)
     gathered = (pairs, 4.0 * pairs * dim, whole)
+    kept = 8 * 131072  # keys of 8 heads
+    rows = 16.0 * kept
+    tail, tailed = (
+        "bf16 D128 H16/4 G16",
+        (scores / 4096, scores * 4 * dim / 32, whole, ("BLOCK_M", "BLOCK_K")),
+    )
     return [
         TritonCase("topk_select", "bf16 D128 K64 scores", *selected),
         TritonCase("topk_select", "bf16 D128 K256 scores", *selected),
@@ -404,6 +415,21 @@ def triton_cases() -> list[TritonCase]:
         ),
         TritonCase(
             "gathered_attention", "queries, tile bf16 D128", "query and key", heads * 5 * dim, *gathered
+        ),
+        # The third product of the forward is the sum of the values that are left out; tiles of 32 rows read all keys.
+        TritonCase("tail_attention", f"attend_tiles {tail}", "4,096 scores", 4096 * 3 * dim, *tailed),
+        TritonCase("tail_attention", f"tile_queries {tail}", "4,096 scores", 4096 * 3 * dim, *tailed),
+        TritonCase("tail_attention", f"tile_keys {tail}", "4,096 scores", 4096 * 4 * dim, *tailed),
+        # A step beside 128k keys: D + 12 bytes of each, once for four query heads, which fill a quarter of a tile.
+        TritonCase(
+            "indexed_select",
+            "select_tiles by the index bf16 D128 H32/8 K64",
+            "4,096 scores",
+            4096 * dim,
+            rows / 4096,
+            kept * (dim + 12.0),
+            kept * (dim + 12.0),
+            ("BLOCK_M", "BLOCK_N"),
         ),
     ]
 
@@ -428,6 +454,8 @@ def triton_rows(only: str = "") -> list[Row]:
         loop = main_loop(kernel)
         most = loop.always.total() + loop.sometimes.total()
         turns = wanted.units * wanted.products / (tensor_macs(loop) * case.num_warps)
+        if wanted.turn:
+            turns = wanted.units * 4096 / math.prod(case.arguments[name] for name in wanted.turn)
         total = turns * most * case.num_warps
         milliseconds, bound = times(
             total,

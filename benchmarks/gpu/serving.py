@@ -107,10 +107,37 @@ def end_to_end(count: int, queries: int, used: int) -> Callable[..., Tensor]:
     return attend
 
 
+def with_index(device: Device, used: int, dtype: torch.dtype) -> Iterator[dict]:
+    """One token beside one cache, with 8-bit keys beside it and without: the same bits."""
+    heads, kv_heads, dim, top_k = (2, 1, 16, 4) if device.dry else (HEADS, KV_HEADS, DIM, 256)
+    inputs = tuple(t.to(dtype) for t in tensors(device, (1, heads, 1, dim), (1, kv_heads, used, dim)))
+    index = sparse_attn.KeyIndex.of(inputs[1])
+
+    def call(*qkv: Tensor, key_index: sparse_attn.KeyIndex | None = index) -> Tensor:
+        return sparse_attn.topk_attention(*qkv, top_k, key_index=key_index, backend="triton")
+
+    def check(forward: Callable[..., Tensor]) -> None:
+        assert torch.equal(forward(*inputs), call(*inputs, key_index=None))
+
+    contenders = {
+        "ours": Contender(lambda: call, inputs, check),
+        "ours_without_index": Contender(lambda: partial(call, key_index=None), inputs),
+    }
+    if not device.dry:
+        sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)
+        contenders["sdpa"] = Contender(lambda: sdpa, inputs)
+    kind = str(dtype).removeprefix("torch.")
+    yield from compare(
+        "serving", f"key index, {used} keys {kind} H{heads}/{kv_heads} K{top_k}", contenders, device
+    )
+
+
 def serving(device: Device) -> Iterator[dict]:
     shapes = ((2, 32, 1),) if device.dry else ((1, 131072, 1), (16, 8192, 1), (16, 8192, 4), (64, 8192, 1))
     with torch.no_grad():
         for shape in shapes:
             for share in ("none", "kv"):
                 yield from step(device, *shape, share)
+        for dtype in (torch.bfloat16,) if device.dry else (torch.bfloat16, torch.float32):
+            yield from with_index(device, 160 if device.dry else 131072, dtype)
     yield from packed_prompts(device)

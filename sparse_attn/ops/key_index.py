@@ -10,7 +10,7 @@ from sparse_attn import rule as rules
 from sparse_attn.checks.values import mapped
 from sparse_attn.ops.declare import Op
 from sparse_attn.rule import PackedRule, selection_shape
-from sparse_attn.wings.cpu import DTYPES
+from sparse_attn.wings.base import first_of
 from sparse_attn.wings.reference.index_keys import BLOCK
 
 MOST_QUERIES = 16  # more of them are scored without an index
@@ -20,10 +20,9 @@ def fake(query, key, top_k, rule: PackedRule, *index) -> Tensor:
     return query.new_empty(selection_shape(query, key, top_k, rule), dtype=torch.int32)
 
 
+PARTS = "Tensor codes, Tensor bounds, Tensor shift"  # of an index
 OP = Op(
-    "indexed_select",
-    f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, Tensor codes, Tensor bounds, Tensor shift) -> Tensor",
-    fake,
+    "indexed_select", f"(Tensor query, Tensor key, SymInt top_k, {rules.SCHEMA}, {PARTS}) -> Tensor", fake
 )
 
 WRITE = Op(
@@ -43,7 +42,7 @@ class KeyIndex:
 
     so most keys are ruled out by reading D + 12 bytes of each; the others are scored from the keys themselves.
     Indices, outputs and LSE are those without an index, to the bit. It serves up to 16 queries with a selection per
-    head (decoding), on the CPU wing and the reference; other calls take it and do without it.
+    head (decoding), on the CPU wing, the Triton wing and the reference; other calls take it and do without it.
 
     The index knows the keys that it was made of and given since: it is for the caller to append, reorder and crop it
     as the cache is. What can be seen (sizes, dtype, device) is checked at each call.
@@ -92,8 +91,7 @@ class KeyIndex:
         self._check(key)
         begin, end = self.length, self.length + key.shape[2]
         self._reserve(end)
-        wing = "cpu" if WRITE.has("cpu") and key.device.type == "cpu" and key.dtype in DTYPES else "reference"
-        WRITE.on(wing)(key, self.codes, self.bounds, self.shift, begin)
+        WRITE.on(first_of("index_keys", key))(key, self.codes, self.bounds, self.shift, begin)
         self.length = end
         return self
 

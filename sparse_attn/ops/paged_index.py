@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_attn import checks
 from sparse_attn.checks import packed as check
 from sparse_attn.ops.declare import Op
-from sparse_attn.wings.cpu import DTYPES
+from sparse_attn.wings.base import first_of
 from sparse_attn.wings.reference.index_keys import BLOCK
 
 WRITE = Op(
@@ -108,8 +108,7 @@ class PagedKeyIndex:
             # Any shift is right; the mean of the keys makes what is rounded small.
             mean = key[:4096].float().mean(0)
             self.shift = torch.where(mean.abs() < 1e15, mean, 0.0).contiguous()
-        wing = "cpu" if WRITE.has("cpu") and key.device.type == "cpu" and key.dtype in DTYPES else "reference"
-        WRITE.on(wing)(key, slots, self.codes, self.bounds, self.shift)
+        WRITE.on(first_of("index_pages", key))(key, slots, self.codes, self.bounds, self.shift)
         return self
 
     def _slots(self, slots: object) -> Tensor:

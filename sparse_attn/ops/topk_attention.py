@@ -46,6 +46,21 @@ OP = Op(
     batch="query key value out lse indices",
 )
 
+# The same with a key index, whose selection hands its scores over as that of topk_attention does. A wing without it has
+# indexed_select, and attention that does not depend on how its keys were found.
+INDEXED = Op(
+    "indexed_attention",
+    f"(Tensor query, Tensor key, Tensor value, SymInt top_k, {rules.SCHEMA}, {key_indices.PARTS}) -> "
+    "(Tensor out, Tensor lse, Tensor indices)",
+    lambda query, key, value, top_k, rule, *index: fake(query, key, value, top_k, rule),
+    saved=gathered_attention.SAVED,
+    constant="indices",
+    backward=gathered_attention.backward,
+    tangent=lambda call, query, key, value, top_k, rule, **index: tangent(
+        call, query, key, value, top_k, rule
+    ),
+)
+
 # out and lse alone, with the same bits, for calls that want no gradient: where K is large the indices are most of what
 # is written. No wing must have it.
 OUTPUT = Op(
@@ -124,8 +139,9 @@ def attend_best(
     if index is not None:
         sizes["key_index"] = 1
     wing = OP.choose(query, backend, rule=rule, function=function, sizes=sizes)
+    if index is not None and INDEXED.has(wing):
+        return INDEXED.on(wing)(query, key, value, top_k, *packed.parts(), *index.tensors())
     if index is not None and key_indices.OP.has(wing):
-        # Two ops with the result of one: attention does not depend on how its keys were found.
         indices = key_indices.OP.on(wing)(query, key, top_k, *packed.parts(), *index.tensors())
         scoring = packed.scale, packed.softcap, packed.sink_logits
         return *gathered_attention.OP.on(wing)(query, key, value, indices, *scoring), indices

@@ -228,6 +228,15 @@ def reasons(
     return {w.name: w.refusal(op, device, dtype, sizes, rule) for w in _state.wings.values()}
 
 
+def first_of(op: str, tensor: Tensor) -> str:
+    """The most preferred wing that takes such a call of an op that no caller chooses a wing for."""
+    found = (
+        w for w in _state.wings.values()
+        if not w.by_name_only and w.refusal(op, tensor.device, tensor.dtype, NO_SIZES) is None
+    )  # fmt: skip
+    return next(found).name
+
+
 def choose(
     op: str,
     tensor: Tensor,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sparse_attn.triton_kernels import topk_select
+from sparse_attn.triton_kernels.lib.log_sum_exp import log_sum_exp
+from sparse_attn.triton_kernels.lib.merge_pieces import merge_pieces
 from sparse_attn.triton_kernels.lib.round_rows import round_rows
-from sparse_attn.triton_kernels.lib.select_tiles import merge_pieces, select_tiles
-from sparse_attn.triton_kernels.lib.shared_scores import log_sum_exp
+from sparse_attn.triton_kernels.lib.select_tiles import select_tiles
 from sparse_attn.wings import triton as triton_wing  # noqa: F401  finds the kernels in a checkout
 from triton_wing.aot import Case
 
@@ -88,6 +89,7 @@ def select(
         **_blocks(among),
         **_scales(dtype),
         "per_head": "*fp32" if sharing > 1 or weighted else None,
+        "redo": None,
         "slots": "*i64",
         "counts": "*i32",
         "thresholds": "*fp32",
@@ -113,6 +115,7 @@ def select(
         "query_blocks": -(-queries // c.block_m),
         "splits": 8 if split else 1,
         "split_length": LENGTH,
+        "INDEXED": False,
         "WEIGHTED": weighted,
         "SIGN": 1,
         "IS_CAUSAL": not split,
@@ -190,6 +193,7 @@ def merge(budget: int, splits: int, amd: bool, packed: bool) -> Case:
         "slots": "*i64",
         "indices": "*i32",
         "scores": "*fp32",
+        "wanted": None,
         **_of_queries(packed),
         "rows": LENGTH,
         "groups": HEADS,
@@ -230,14 +234,12 @@ def cases() -> list[Case]:
         ("fp32", 128, 256),
         ("bf16", 256, 64),
     ):
-        # Some bytes: wider rows leave no smaller tile that the tensor cores take, and float32 none of registers.
-        wide = head_dim == 256 or (dtype, head_dim) == ("fp32", 64)
-        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=wide)
+        # Some bytes: wider rows leave no smaller tile that the tensor cores take.
+        found += both(dtype, head_dim, budget, with_scores=head_dim == 128, may_spill=head_dim == 256)
     found += both("bf16", 128, 64, masked=True)
     found += both("bf16", 128, 64, split=True)
     found += both("bf16", 128, 64, packed=True)
-    # 32 bytes: the sum over the heads is in registers beside a head's scores.
-    found += both("bf16", 128, 64, sharing=4, may_spill=True)
+    found += both("bf16", 128, 64, sharing=4)
     found += both("bf16", 64, 256, sharing=4, capped=True)
     for amd in (False, True):
         for dtype in ("bf16", "fp32"):

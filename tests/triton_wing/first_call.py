@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 import sparse_attn
+from sparse_attn.ops.key_index import WRITE
 from sparse_attn.wings import triton as triton_wing
 from triton_wing import aot
 
@@ -156,12 +157,27 @@ def bands(op: str) -> Iterator[Step]:
     yield "backward", lambda: out[0].sum().backward()
 
 
+def indexed() -> Iterator[Step]:
+    """A decoding step with a key index, 32 heads in 8 groups, bf16, D 128, K 64, and a key that is added to it."""
+    query = torch.zeros(1, 32, 1, 128, dtype=torch.bfloat16)
+    key = torch.zeros(1, 8, 1024, 128, dtype=torch.bfloat16)
+    index = sparse_attn.KeyIndex.of(key)
+
+    def call() -> None:
+        WRITE.on("triton")(key[:, :, :1], *index.tensors(), 0)
+        sparse_attn.topk_attention(query, key, key, 64, key_index=index, backend="triton")
+
+    yield "forward", call
+
+
 CALLS = {
     "gathered_attention, 16 heads share": lambda: attention(16, 1, 1),
     "gathered_attention, heads alone": lambda: attention(16, 16, 16),
     "topk_attention, share none": lambda: select_and_attend("none"),
     "topk_attention, share all": lambda: select_and_attend("all"),
     "topk_attention, tail of blocks": lambda: select_and_attend("none", "blocks"),
+    "topk_attention, tail of the mean": lambda: select_and_attend("none", "mean"),
+    "topk_attention with a key index": indexed,
     "block_attention": whole_blocks,
     "varlen_topk_attention": packed,
     "varlen_topk_attention in pages": lambda: step("none"),

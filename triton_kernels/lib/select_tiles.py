@@ -1,4 +1,4 @@
-"""The kernels of `topk_select`: one streams keys past tiles of queries, one merges where the keys were in pieces."""
+"""The kernel of `topk_select`: it streams keys past tiles of queries, and appends, cuts and emits their candidates."""
 
 from __future__ import annotations
 
@@ -6,17 +6,10 @@ import triton
 import triton.language as tl
 
 from .among import any_in_blocks, in_blocks
-from .candidates import (
-    LARGEST,
-    count_passes,
-    cut_in_place,
-    find_cut,
-    index_of,
-    kept_slots,
-    pack,
-    score_of,
-)
+from .candidates import LARGEST, count_passes, cut_in_place, pack
 from .dot import dot
+from .key_bounds import highest_scores
+from .merge_pieces import emit, kept_until
 from .pages import follows, key_places, last_of_tile
 from .shared_scores import attention_mass, indexer_scores, scaled
 from .visible_keys import first_keys, last_keys, window_starts
@@ -37,6 +30,9 @@ def _load_queries(query_rows, query_d, depth, inside_depth, SIGN: tl.constexpr):
 def _ranks(
     queries,  # [D, BM], where each head selects for itself
     own_scale,  # float32 [BM], of those where they are rounded
+    norm_factor,  # float32 [BM], of an index: what bounds are made of (key_bounds.py)
+    error_factor,
+    rest,
     query_rows,  # pointer to each query of the first head, [BM]
     key_head,
     per_head,  # pointer to each query's LSE, or its weight, of the first head, [BM], or None
@@ -57,6 +53,7 @@ def _ranks(
     factor,
     bound,
     WHOLE: tl.constexpr,  # all of the keys exist
+    INDEXED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SHARING: tl.constexpr,
     REPEAT: tl.constexpr,
@@ -64,7 +61,12 @@ def _ranks(
     BLOCK_N: tl.constexpr,
 ):
     """What ranks these keys for these queries, float32 [BN, BM]."""
-    if WEIGHTED:
+    if INDEXED:
+        score = highest_scores(
+            queries, own_scale, norm_factor, error_factor, rest, key_head, key_scale, key_d, index, exists, depth,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    elif WEIGHTED:
         score = indexer_scores(
             query_rows, key_head, per_head, key_scale, query_h, query_d, key_d, query_length, head, index,
             place, exists, inside_depth, depth, SHARING, BLOCK_M, BLOCK_N,
@@ -93,13 +95,6 @@ def _ranks(
 def _sum_of(passes):
     """How many of each column pass. (LLVM makes a population count of it, for which it takes 8 bytes of stack.)"""
     return tl.sum(passes.to(tl.int32), 0)
-
-
-@triton.jit
-def _kept_until(starts, batch, position, starts_b, starts_t, length, first_kept):
-    """Up to where each query always keeps its first keys, int32 [Q, 1]."""
-    first = first_keys(starts, batch, position, starts_b, starts_t, length)
-    return (first + tl.minimum(first_kept, length - first))[:, None]
 
 
 @triton.jit
@@ -149,16 +144,17 @@ def _next_tile(
 )
 def select_tiles(
     query,  # [B, Hq, Tq, D]
-    key,  # [B, Hkv, Tk, D]
+    key,  # [B, Hkv, Tk, D]; of an index its codes int8 [B, Hkv, N, words, 16, 4]
     mask,  # uint8 [B, G, Tq, Tk] or None
     lengths,  # int [B] or None
     starts,  # int [B, Tq] or None
     offsets,  # int [B, Tq] or None: causal offsets, where each query has its own
     table,  # int32 [S · pages]: of keys in pages, whose queries have starts; or None
     words,  # int32 [B, G, tiles, ⌈blocks / 32⌉]: the blocks whose keys alone may be chosen, or None
-    key_scale,  # float32 [B, Hkv, Tk]: of keys that are rounded to int8, or None
-    query_scale,  # float32 [B, Hq, Tq]: of queries likewise, or None
+    key_scale,  # float32 [B, Hkv, Tk]: of keys that are rounded to int8, or None; of an index [B, Hkv, N, 3, 16]
+    query_scale,  # float32 [B, Hq, Tq]: of queries likewise, or None; beside an index margins [B, Hq, Tq, 4]
     per_head,  # float32 [B, Hq, Tq]: LSE of each head where heads share, weight of each of an indexer's; or None
+    redo,  # int32 [B, Hq, Tq]: tiles without a row that is not 0 are there already; or None
     slots,  # int64 [programs, BLOCK_M, CAPACITY + BLOCK_N], scratch
     counts,  # int32 [programs, BLOCK_M], scratch
     thresholds,  # float32 [programs, BLOCK_M], scratch
@@ -171,8 +167,8 @@ def select_tiles(
     query_d,
     key_b,
     key_h,
-    key_t,
-    key_d,
+    key_t,  # of an index: how far the bounds of two heads lie apart,
+    key_d,  # and how many words a key has
     mask_b,
     mask_g,
     mask_q,
@@ -201,6 +197,7 @@ def select_tiles(
     block_count,
     query_tile,  # queries that share a choice of blocks
     query_tiles,
+    INDEXED: tl.constexpr,  # keys are ranked by the highest scores that an index leaves possible
     WEIGHTED: tl.constexpr,  # an indexer's heads
     SIGN: tl.constexpr,  # of the scale: −1, 0, 1; ranks need no more of it
     IS_CAUSAL: tl.constexpr,
@@ -304,16 +301,29 @@ def select_tiles(
         key_head = key + batch * key_b + (head // REPEAT) * key_h
         per_head_rows, key_scale_head, query_scale_rows = per_head, key_scale, query_scale
         of_row = (batch * (groups * PACK * SHARING) + head + member) * query_length + position
-        own_scale = 1.0
+        own_scale, norm_factor, error_factor, rest = 1.0, 1.0, 1.0, 1.0
         if per_head is not None:
             per_head_rows = per_head + of_row
         if key_scale is not None:
-            key_scale_head = (
-                key_scale + (batch * (groups * PACK * SHARING // REPEAT) + head // REPEAT) * key_length
-            )
+            of_key_head = batch * (groups * PACK * SHARING // REPEAT) + head // REPEAT
+            if INDEXED:
+                key_scale_head = key_scale + of_key_head * key_t
+            else:
+                key_scale_head = key_scale + of_key_head * key_length
         if query_scale is not None:
-            query_scale_rows = query_scale + of_row
+            if INDEXED:
+                query_scale_rows = query_scale + of_row * 4
+                norm_factor = tl.load(query_scale_rows + 1)
+                error_factor = tl.load(query_scale_rows + 2)
+                rest = tl.load(query_scale_rows + 3)
+            else:
+                query_scale_rows = query_scale + of_row
             own_scale = tl.load(query_scale_rows)
+        last_written = last_row
+        if redo is not None:
+            missing = tl.max(tl.load(redo + of_row), 0)
+            n_stop = tl.where(missing != 0, n_stop, n)
+            last_written = tl.where(missing != 0, last_row, -1)
         if words is not None:
             plain_stop = plain_stop * 0
             words_rows = words + ((group * PACK + member) * query_tiles + position // query_tile) * (
@@ -339,7 +349,7 @@ def select_tiles(
                         )  # fmt: skip
                     some_kept = first_kept
                     if starts is not None:
-                        some_kept = _kept_until(
+                        some_kept = kept_until(
                             starts, batch, some_at, starts_b, starts_t, key_length,
                             first_kept,
                         )  # fmt: skip
@@ -367,10 +377,10 @@ def select_tiles(
                 for tile_n in range(n, stop):
                     index = tile_n * BLOCK_N + column
                     score = _ranks(
-                        queries, own_scale, query_rows, key_head, per_head_rows, key_scale_head, query_scale_rows,
-                        query_h, query_d, key_h, key_d, query_length, key_length, head, index,
-                        index.to(tl.int64) * key_t, index < tile_end, inside_depth, depth, factor, bound,
-                        True, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                        queries, own_scale, norm_factor, error_factor, rest, query_rows, key_head, per_head_rows,
+                        key_scale_head, query_scale_rows, query_h, query_d, key_h, key_d, query_length, key_length,
+                        head, index, index.to(tl.int64) * key_t, index < tile_end, inside_depth, depth, factor, bound,
+                        True, INDEXED, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     # The threshold stands first: the type of the comparison follows its first operand.
                     passes = ~(threshold[None, :] >= score)
@@ -400,10 +410,10 @@ def select_tiles(
                             wanted = some | (tile_n * BLOCK_N < tl.max(kept_end, 0))
                     if wanted:
                         score = _ranks(
-                            queries, own_scale, query_rows, key_head, per_head_rows, key_scale_head,
-                            query_scale_rows, query_h, query_d, key_h, key_d, query_length, key_length, head,
-                            index, where, exists, inside_depth, depth, factor, bound,
-                            False, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
+                            queries, own_scale, norm_factor, error_factor, rest, query_rows, key_head,
+                            per_head_rows, key_scale_head, query_scale_rows, query_h, query_d, key_h, key_d,
+                            query_length, key_length, head, index, where, exists, inside_depth, depth, factor, bound,
+                            False, INDEXED, WEIGHTED, SHARING, REPEAT, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
                         kept = index[:, None] >= window_start[None, :]
                         seen = index[:, None] < row_end[None, :]
@@ -444,7 +454,7 @@ def select_tiles(
         for first in range(0, BLOCK_M, ROWS):
             some = first + tl.arange(0, ROWS)
             some_at = tl.minimum(first_row + some // PACK, last_row)
-            valid = first_row + some // PACK <= last_row
+            valid = first_row + some // PACK <= last_written
             some_start = LARGEST + tl.zeros_like(some)
             if IS_CAUSAL:
                 some_start = window_starts(
@@ -453,7 +463,7 @@ def select_tiles(
                 )  # fmt: skip
             some_kept = first_kept
             if starts is not None:
-                some_kept = _kept_until(
+                some_kept = kept_until(
                     starts,
                     batch,
                     some_at,
@@ -463,7 +473,7 @@ def select_tiles(
                     first_kept,
                 )
             out_row = (group * PACK + some % PACK).to(tl.int64) * query_length + first_row + some // PACK
-            _emit(
+            emit(
                 slots + some * STRIDE, tl.load(counts + some), valid, some_kept, some_start, budget,
                 (out_row * splits + split) * budget, indices, scores, SPLIT, CAPACITY, CHUNK, STEP,
             )  # fmt: skip
@@ -471,92 +481,3 @@ def select_tiles(
         tile = _next_tile(
             queue, tiles, splits, query_blocks, groups, starts, starts_b, starts_t, QUERIES, table is not None
         )
-
-
-@triton.jit
-def _emit(
-    rows,  # pointer to each row of slots, [Q]
-    count,  # int32 [Q]
-    valid,  # int1 [Q]: rows that exist
-    first_kept,  # int32, or [Q, 1]
-    window_start,  # int32 [Q]
-    budget,
-    place,  # int64 [Q]: where each row's output begins
-    indices,
-    scores,
-    SPLIT: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Writes the best of each row, ascending, then −1."""
-    low, equal, size = find_cut(rows, count, first_kept, window_start, budget, 0, CAPACITY, CHUNK)
-    written = tl.zeros_like(count)
-    equal_seen = tl.zeros_like(count)
-    for first in range(0, tl.max(count, 0), STEP):
-        column = first + tl.arange(0, STEP)
-        slot, keep, equal_seen = kept_slots(
-            rows, column, count, first_kept, window_start, low, equal, equal_seen
-        )
-        target = place[:, None] + written[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
-        written += tl.sum(keep.to(tl.int32), 1)
-        keep &= valid[:, None]
-        if SPLIT:
-            tl.store(indices + target, slot, mask=keep)
-        else:
-            tl.store(indices + target, index_of(slot), mask=keep)
-            if scores is not None:
-                tl.store(scores + target, score_of(slot), mask=keep)
-    for first in range(0, budget, STEP):
-        column = first + tl.arange(0, STEP)
-        empty = valid[:, None] & (column[None, :] >= written[:, None]) & (column[None, :] < budget)
-        tl.store(indices + place[:, None] + column[None, :], -1, mask=empty)
-        if not SPLIT and scores is not None:
-            tl.store(scores + place[:, None] + column[None, :], float("-inf"), mask=empty)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "rows", "query_length", "key_length", "width", "window_offset", "first_kept", "starts_b", "offsets_b",
-    ]
-)  # fmt: skip
-def merge_pieces(
-    slots,  # int64 [rows, splits · K], ascending keys, index −1 where empty
-    indices,  # int32 [rows, K]
-    scores,  # float32 [rows, K] or None
-    starts,  # int [B, Tq] or None
-    offsets,  # int [B, Tq] or None
-    starts_b,
-    starts_t,
-    offsets_b,
-    offsets_t,
-    rows,
-    groups,
-    query_length,
-    key_length,
-    width,  # splits · K
-    budget,
-    window_offset,
-    first_kept,
-    IS_CAUSAL: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """The best K of the rows' candidates from all splits of the keys."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    row = tl.minimum(row, rows - 1)
-    count = tl.zeros([ROWS], tl.int32) + width
-    start = LARGEST + tl.zeros_like(count)
-    batch, position = row // query_length // groups, (row % query_length).to(tl.int32)
-    if IS_CAUSAL:
-        start = window_starts(offsets, batch, position, offsets_b, offsets_t, window_offset, key_length)
-    kept = first_kept
-    if starts is not None:
-        kept = _kept_until(starts, batch, position, starts_b, starts_t, key_length, first_kept)
-    _emit(
-        slots + row * width, count, valid, kept, start, budget,
-        row * budget, indices, scores, False, CAPACITY, CHUNK, STEP,
-    )  # fmt: skip

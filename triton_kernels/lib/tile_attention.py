@@ -1,7 +1,10 @@
-"""The forward of `block_attention` and of `block_tail`: one online softmax over the rows of keys that a tile names.
+"""The forward of `block_attention` and of tails: one online softmax over the rows of keys that a tile names.
 
 A program has BLOCK_M rows of one unit (tile_rows.py) and walks the blocks that its tile of queries chose, or all rows
 of keys. The number of the next block is on its way while this one's keys are, so that their loads can be pipelined.
+
+With MEAN the softmax is over all keys, and those that a query did not choose count with the mean of their values:
+beside the weighted sum of the chosen ones there is a plain sum of the others, which is a product with zeros and ones.
 """
 
 from __future__ import annotations
@@ -16,7 +19,16 @@ from .dot import dot
 from .rows import load_rows, multiply_rows
 from .soft_cap import capped
 from .softmax import first_of_softmax, softmax_step
-from .tile_rows import Shape, row_block, row_limits, rows_of_unit, seen_and_bias, strides, words_of_rows
+from .tile_rows import (
+    Shape,
+    row_block,
+    row_limits,
+    rows_of_unit,
+    seen_and_bias,
+    seen_and_chosen,
+    strides,
+    words_of_rows,
+)
 from .tuning import distinct, run_tuned, size_class
 
 
@@ -97,19 +109,81 @@ def _weigh(
     seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
     scores = tl.where(seen, scores + bias, float("-inf"))
     weights, shrink, largest, total = softmax_step(scores, largest, total)
+    mean = _add_values(mean * shrink[:, None], weights, seen, values, SPECIAL, BLOCK_M, BLOCK_VALUE)
+    return largest, total, mean
+
+
+@triton.jit
+def _add_values(
+    total,  # float32 [BLOCK_M, BLOCK_VALUE]
+    weights,  # float32 [BLOCK_M, BLOCK_K], 0 where a value does not count
+    counted,  # bool, likewise
+    values,  # [BLOCK_K, BLOCK_VALUE]
+    SPECIAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):
+    """total + weights · values."""
     weights = rounded(weights, values.dtype)
-    mean *= shrink[:, None]
     if SPECIAL:
         finite = tl.abs(values.to(tl.float32)) < float("inf")
         numbers = tl.where(finite, values, 0.0)
-        seen_of = rounded(tl.where(seen, 1.0, 0.0), values.dtype)
+        seen_of = rounded(tl.where(counted, 1.0, 0.0), values.dtype)
         broken = rounded(tl.where(finite, 0.0, 1.0), values.dtype)
         touched = dot(seen_of, broken, tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32))
-        whole = dot(weights, values, mean)
-        mean = tl.where(touched > 0.0, whole, dot(weights, numbers, mean))
+        whole = dot(weights, values, total)
+        total = tl.where(touched > 0.0, whole, dot(weights, numbers, total))
     else:
-        mean = dot(weights, values, mean)
-    return largest, total, mean
+        total = dot(weights, values, total)
+    return total
+
+
+@triton.jit
+def _weigh_with_rest(
+    queries,  # [BLOCK_M, D]
+    key,  # of this head
+    value,
+    words_of,  # pointer to the words of each query [BLOCK_M, 1]
+    first,  # of the keys
+    place,  # int32 [BLOCK_K]
+    inside,  # bool [BLOCK_K]
+    low,  # int32 [BLOCK_M]
+    high,
+    largest,
+    total,
+    mean,
+    outside,  # float32 [BLOCK_M]: of `total` what keys have that were not chosen
+    left,  # int32 [BLOCK_M]: how many those are
+    rest,  # float32 [BLOCK_M, Dv]: the sum of their values
+    key_t, key_d, value_t, value_d,
+    factor,
+    bound,
+    UNIT: tl.constexpr,
+    SPECIAL: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One step with MEAN: (largest, total, mean, outside, left, rest)."""
+    row = place.to(tl.int64)
+    _, scores = multiply_rows(queries, key, row, inside, key_t, key_d, DIM, BLOCK_DIM, BLOCK_M, BLOCK_K)
+    values = load_rows(value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE)
+    seen, _, chosen = seen_and_chosen(
+        words_of, first, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT, BLOCK_K, True
+    )
+    scores = tl.where(seen, capped(scores * factor, bound), float("-inf"))
+    weights, shrink, largest, total = softmax_step(scores, largest, total)
+    other = seen & ~chosen
+    outside = outside * shrink + tl.sum(tl.where(chosen, 0.0, weights), axis=1)
+    left += tl.sum(other.to(tl.int32), axis=1)
+    kept = tl.where(chosen, weights, 0.0)
+    mean = _add_values(mean * shrink[:, None], kept, chosen, values, SPECIAL, BLOCK_M, BLOCK_VALUE)
+    ones = tl.where(other, 1.0, 0.0)
+    rest = _add_values(rest, ones, other, values, SPECIAL, BLOCK_M, BLOCK_VALUE)
+    return largest, total, mean, outside, left, rest
 
 
 VARYING = (
@@ -132,6 +206,7 @@ def attend_tiles(
     extremes,  # float32 [2]: the smallest and the largest value
     out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
+    outside,  # float32 [B, Hq, Tq], contiguous, with MEAN: the probability of what was not chosen; or None
     query_b, query_h, query_t, query_d,
     key_b, key_h, key_t, key_d,
     value_b, value_h, value_t, value_d,
@@ -157,6 +232,7 @@ def attend_tiles(
     bound,  # softcap · log2 e, or None
     IS_CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
+    MEAN: tl.constexpr,
     SPECIAL: tl.constexpr,  # for calls with values that are no numbers; the other one is for those without
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -207,7 +283,7 @@ def attend_tiles(
         blocks_of = blocks + b * blocks_b + group * blocks_g + tile.to(tl.int64) * blocks_n
     words_of = None
     if words is not None:
-        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT)[
+        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT, MEAN)[
             :, None
         ]
 
@@ -226,6 +302,18 @@ def attend_tiles(
                 value_d, factor, bound, UNIT, SPECIAL, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
             )  # fmt: skip
             block = next_block
+    elif MEAN:
+        probability, left = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.int32)
+        rest = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
+        for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            inside = (place >= tile_low) & (place < tile_high)
+            largest, total, mean, probability, left, rest = _weigh_with_rest(
+                queries, key, value, words_of, start, place, inside, low, high, largest, total, mean, probability, left,
+                rest, key_t, key_d, value_t, value_d, factor, bound, UNIT, SPECIAL, DIM, VALUE_DIM, BLOCK_DIM,
+                BLOCK_VALUE, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+        mean += rest * (probability / tl.maximum(left, 1).to(tl.float32))[:, None]
     else:
         for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
@@ -244,19 +332,27 @@ def attend_tiles(
         mask=present[:, None] & (column < VALUE_DIM)[None, :],
     )
     tl.store(lse + at, (largest + tl.log2(total)) * LN2, mask=present)
+    if MEAN:
+        tl.store(outside + at, probability / total, mask=present)
 
 
 def attend_configs(
-    rows: int, dtype, dim: int, value_dim: int, block_size: int, counted: bool
+    rows: int, dtype, dim: int, value_dim: int, block_size: int, counted: bool, mean: bool
 ) -> list[dict[str, int]]:
     """Block sizes of `attend_tiles`; the others keep fewer keys, or more, on their way."""
     wide, half = max(dim, value_dim), is_half(dtype)
-    size = 16 if not half or (counted and wide > 128) else 64 if wide <= 64 else 32
+    size = 16 if not half or (counted and wide > 128) else 64 if wide <= 64 and not mean else 32
     most = max(16, triton.next_power_of_2(block_size))
-    rows = row_block(rows, dtype) // (2 if wide > 128 and not half else 1)
+    # With the mean there are two sums of values.
+    rows = row_block(rows, dtype) // (2 if wide > (64 if mean else 128 if not half else 256) else 1)
     # The words of a tile take registers, too, and so do products in float32. 8 warps of AMD's have half as many each.
-    warps = 8 if wide > (128 if half and not counted else 64) and not torch.version.hip else 4
-    some = ((size, warps, 2), (size // 2, warps, 3), (2 * size, 8, 2)) if half else ((size, warps, 2),)
+    most_of_4 = 128 if half and (mean or not counted) else 0 if mean else 64
+    warps = 8 if wide > most_of_4 and not torch.version.hip else 4
+    some = (
+        ((size, warps, 2), (size // 2, warps, 3), (2 * size, 8, 2))
+        if half
+        else ((size, warps, 1 if mean else 2),)
+    )
     return distinct(
         [
             {
@@ -271,21 +367,32 @@ def attend_configs(
 
 
 def launch_attend(
-    query: Tensor, value: Tensor, shape: Shape, tiles: int, rows: int, block_size: int, **arguments
-):
+    query: Tensor,
+    value: Tensor,
+    shape: Shape,
+    tiles: int,
+    rows: int,
+    block_size: int,
+    outside: Tensor | None = None,  # float32 [B, Hq, Tq] with MEAN
+    **arguments,
+) -> None:
     """`attend_tiles` twice, of which one returns at once: which of them is wanted only the device knows.
 
     Values that are no numbers take products of their own: 0 · NaN of a key that a query does not see is 0.
     """
     extremes = value.new_zeros(2) if value.numel() == 0 else torch.stack(value.aminmax())
     counted = arguments["words"] is not None
-    configs = attend_configs(rows, query.dtype, shape.dim, shape.value_dim, block_size, counted)
+    mean = outside is not None
+    configs = attend_configs(rows, query.dtype, shape.dim, shape.value_dim, block_size, counted, mean)
+    few = {"BLOCK_K": 16, "num_warps": 4 if mean and torch.version.hip else 8, "num_stages": 1}
+    if mean:
+        few["BLOCK_M"] = min(32, configs[0]["BLOCK_M"])
     for special in (False, True):
         launch(
-            f"attend_tiles{' special' if special else ''}", attend_tiles,
-            [configs[0] | {"BLOCK_K": 16, "num_warps": 8, "num_stages": 1}] if special else configs,
+            f"attend_tiles{' mean' if mean else ''}{' special' if special else ''}", attend_tiles,
+            [configs[0] | few] if special else configs,
             query, shape, tiles, rows, value=value, **strides("value", value), extremes=extremes.float(),
-            block_size=block_size, SPECIAL=special, **arguments,
+            outside=outside, block_size=block_size, MEAN=mean, SPECIAL=special, **arguments,
         )  # fmt: skip
 
 

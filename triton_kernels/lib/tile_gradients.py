@@ -1,8 +1,11 @@
-"""The backward of `block_attention` and of `block_tail`: queries in their own order for dQ, rows of keys in theirs.
+"""The backward of `block_attention` and of tails: queries in their own order for dQ, rows of keys in theirs.
 
 With P the probabilities and δ = Σ dO ∘ O − dLSE of a row: dS = P ∘ (dO·Vᵀ − δ), dQ = s·dS·K, dK = s·dSᵀ·Q,
 dV = Pᵀ·dO. `tile_queries` makes dQ and writes δ down. `tile_keys` has some rows of keys and walks the tiles of queries
 that chose their block, in the order of the queries, or all that see them: one order, so the result never differs.
+
+With MEAN (tile_attention.py) a key that was not chosen has the mean in place of its value: its dO·v is the row's
+dO·mean, which `tile_queries` makes first and writes down, and each of them has the same part of the mean's gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from .dot import dot
 from .rows import load_rows, multiply_rows
 from .softmax import base_of, gradient_step
 from .tile_attention import VARYING, block_of, listed_place, listed_steps
-from .tile_rows import row_block, row_limits, rows_of_unit, seen_and_bias, words_of_rows
+from .tile_rows import row_block, row_limits, rows_of_unit, seen_and_chosen, words_of_rows
 from .tuning import distinct
 
 
@@ -27,17 +30,20 @@ def _query_step(
     key,
     value,
     words_of,
+    first,  # of the keys, where there are no blocks
     place,  # int32 [BLOCK_K]
     inside,
     low,
     high,
     base,
     delta,  # float32 [BLOCK_M]
+    tail,  # float32 [BLOCK_M] with MEAN: dO·mean
     gradient,  # float32 [BLOCK_M, D]
     key_t, key_d, value_t, value_d,
     factor,
     bound,
     UNIT: tl.constexpr,
+    MEAN: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -52,15 +58,63 @@ def _query_step(
         grads, value, row, inside, value_t, value_d, VALUE_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K
     )
     scores *= factor
-    seen, bias = seen_and_bias(words_of, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT)
+    seen, bias, chosen = seen_and_chosen(
+        words_of, first, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT, BLOCK_K, MEAN
+    )
+    if MEAN:
+        slopes = tl.where(chosen, slopes, tail[:, None])
     _, slopes = gradient_step(scores, slopes, bias, seen, base[:, None], delta[:, None], bound)
     return dot(rounded(slopes, keys.dtype), keys, gradient)
 
 
 @triton.jit
+def _of_mean(
+    grads,  # [BLOCK_M, Dv]
+    value,
+    words_of,
+    low,
+    high,
+    tile_low,
+    tile_high,
+    value_t,
+    value_d,
+    UNIT: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(dO·mean, how many values that is of), float32 [BLOCK_M]: of what each row sees and did not choose."""
+    along, left = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
+        place = start + tl.arange(0, BLOCK_K)
+        inside = (place >= tile_low) & (place < tile_high)
+        _, products = multiply_rows(
+            grads,
+            value,
+            place.to(tl.int64),
+            inside,
+            value_t,
+            value_d,
+            VALUE_DIM,
+            BLOCK_VALUE,
+            BLOCK_M,
+            BLOCK_K,
+        )
+        seen, _, chosen = seen_and_chosen(
+            words_of, start, place[None, :], inside[None, :], low[:, None], high[:, None], UNIT, BLOCK_K, True
+        )
+        other = seen & ~chosen
+        along += tl.sum(tl.where(other, products, 0.0), axis=1)
+        left += tl.sum(other.to(tl.int32), axis=1)
+    count = tl.maximum(left, 1).to(tl.float32)
+    return along / count, count
+
+
+@triton.jit
 def _query_walk(
-    queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient, key_t,
-    key_d, value_t, value_d,
+    queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, tail, gradient,
+    key_t, key_d, value_t, value_d,
     blocks_m,
     slots,
     block_size,
@@ -68,6 +122,7 @@ def _query_walk(
     factor,
     bound,
     UNIT: tl.constexpr,
+    MEAN: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -84,9 +139,9 @@ def _query_walk(
             place, inside = listed_place(block, step % parts, block_size, key_rows, BLOCK_K)
             inside &= (place >= tile_low) & (place < tile_high)
             gradient = _query_step(
-                queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
-                value_t, value_d, factor, bound, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
-                BLOCK_K,
+                queries, grads, key, value, words_of, 0, place, inside, low, high, base, delta, tail, gradient, key_t,
+                key_d, value_t, value_d, factor, bound, UNIT, MEAN, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE,
+                BLOCK_M, BLOCK_K,
             )  # fmt: skip
             block = next_block
     else:
@@ -94,9 +149,9 @@ def _query_walk(
             place = start + tl.arange(0, BLOCK_K)
             inside = (place >= tile_low) & (place < tile_high)
             gradient = _query_step(
-                queries, grads, key, value, words_of, place, inside, low, high, base, delta, gradient, key_t, key_d,
-                value_t, value_d, factor, bound, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M,
-                BLOCK_K,
+                queries, grads, key, value, words_of, start, place, inside, low, high, base, delta, tail, gradient,
+                key_t, key_d, value_t, value_d, factor, bound, UNIT, MEAN, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE,
+                BLOCK_M, BLOCK_K,
             )  # fmt: skip
     return gradient
 
@@ -115,7 +170,9 @@ def tile_queries(
     causal_offsets,  # int [B, Tq] or None
     out,  # [B, Hq, Tq, Dv], contiguous
     lse,  # float32 [B, Hq, Tq], contiguous
+    outside,  # float32 [B, Hq, Tq], contiguous, with MEAN: the probability of what was not chosen; or None
     deltas,  # float32 [B, Hq, Tq], written
+    tails,  # float32 [2, B, Hq, Tq], written with MEAN: dO·mean, and each of the values' part of `outside`; or None
     grad_query,  # [B, Hq, Tq, D], contiguous
     grad_b, grad_h, grad_t, grad_d,
     query_b, query_h, query_t, query_d,
@@ -144,6 +201,7 @@ def tile_queries(
     scale,
     IS_CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
+    MEAN: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -197,7 +255,7 @@ def tile_queries(
         blocks_of = blocks + b * blocks_b + group * blocks_g + tile.to(tl.int64) * blocks_n
     words_of = None
     if words is not None:
-        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT)[
+        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT, MEAN)[
             :, None
         ]
     at = (b * units * shared + head) * query_length + t
@@ -208,9 +266,19 @@ def tile_queries(
     if grad_lse is not None:
         delta -= tl.load(grad_lse + at, mask=present, other=0.0)
     tl.store(deltas + at, delta, mask=present)
+    tail = 0.0
+    if MEAN:
+        tail, count = _of_mean(
+            grads, value, words_of, low, high, tile_low, tile_high, value_t, value_d, UNIT, VALUE_DIM, BLOCK_VALUE,
+            BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        tl.store(tails + at, tail, mask=present)
+        share = tl.load(outside + at, mask=present, other=0.0) / count
+        rows = (programs // units).to(tl.int64) * (units * shared)  # B · Hq
+        tl.store(tails + (rows * query_length + at), share, mask=present)
     gradient = _query_walk(
-        queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, gradient, key_t,
-        key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT,
+        queries, grads, key, value, blocks_of, words_of, low, high, tile_low, tile_high, base, delta, tail, gradient,
+        key_t, key_d, value_t, value_d, blocks_m, slots, block_size, key_rows, factor, bound, UNIT, MEAN,
         DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     column = tl.arange(0, BLOCK_DIM)
@@ -227,20 +295,23 @@ def _key_step(
     end,  # of the rows
     keys,  # [BLOCK_K, D]
     values,  # [BLOCK_K, Dv]
+    first,  # of the keys, where there are no lists
     place,  # int32 [BLOCK_K]
     inside,
     grad_key,  # float32 [BLOCK_K, D]
     grad_value,  # float32 [BLOCK_K, Dv]
-    grad_out, query, words, lengths, starts, causal_offsets, lse, deltas,  # as in `tile_keys`
+    grad_out, query, words, lengths, starts, causal_offsets, lse, deltas, tails,  # as in `tile_keys`
     grad_b, grad_h, grad_t, grad_d,
     query_b, query_h, query_t, query_d,
     starts_b, starts_t,
     causal_offsets_b, causal_offsets_t,
     b, unit, units, shared, groups, query_length, chunk, first_query, key_length, key_rows, causal_offset,
+    heads_of_all,  # B · Hq
     factor,
     bound,
     IS_CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
+    MEAN: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -278,13 +349,21 @@ def _key_step(
     delta = tl.load(deltas + at, mask=present, other=0.0)
     words_of = None
     if words is not None:
-        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT)[
+        words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT, MEAN)[
             None, :
         ]
     scores = dot(keys, tl.trans(queries), tl.zeros((BLOCK_K, BLOCK_M), tl.float32)) * factor
     slopes = dot(values, tl.trans(grads), tl.zeros((BLOCK_K, BLOCK_M), tl.float32))
-    seen, bias = seen_and_bias(words_of, place[:, None], inside[:, None], low[None, :], high[None, :], UNIT)
+    seen, bias, chosen = seen_and_chosen(
+        words_of, first, place[:, None], inside[:, None], low[None, :], high[None, :], UNIT, BLOCK_K, MEAN
+    )
+    if MEAN:
+        tail = tl.load(tails + at, mask=present, other=0.0)
+        slopes = tl.where(chosen, slopes, tail[None, :])
     weights, slopes = gradient_step(scores, slopes, bias, seen, base[None, :], delta[None, :], bound)
+    if MEAN:
+        share = tl.load(tails + (heads_of_all * query_length + at), mask=present, other=0.0)
+        weights = tl.where(chosen, weights, tl.where(seen, share[None, :], 0.0))
     grad_key = dot(rounded(slopes, queries.dtype), queries, grad_key)
     grad_value = dot(rounded(weights, grads.dtype), grads, grad_value)
     return grad_key, grad_value
@@ -304,6 +383,7 @@ def tile_keys(
     causal_offsets,  # int [B, Tq] or None
     lse,  # float32 [B, Hq, Tq], contiguous
     deltas,  # float32 [B, Hq, Tq]
+    tails,  # float32 [2, B, Hq, Tq] with MEAN, as `tile_queries` writes it; or None
     grad_key,  # [B, Hkv, N, D], contiguous; without lists float32 [pieces, B, Hkv, N, D]
     grad_value,  # likewise with Dv
     grad_b, grad_h, grad_t, grad_d,
@@ -335,6 +415,7 @@ def tile_keys(
     scale,
     IS_CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
+    MEAN: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -347,7 +428,8 @@ def tile_keys(
     if program >= programs:
         return
     block = tl.program_id(0) // parts
-    within = tl.program_id(0) % parts * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_row = tl.program_id(0) % parts * BLOCK_K  # within the block
+    within = first_row + tl.arange(0, BLOCK_K)
     place = block * block_size + within
     inside = (within < block_size) & (place < key_rows)
     number = program % (programs // pieces)
@@ -369,6 +451,7 @@ def tile_keys(
     to_key = tl.zeros((BLOCK_K, BLOCK_DIM), tl.float32)
     to_value = tl.zeros((BLOCK_K, BLOCK_VALUE), tl.float32)
     of_key_head = units // kv_heads
+    heads_of_all = (programs // pieces // kv_heads).to(tl.int64) * (units * shared)
     for part in range(of_key_head):
         unit = kv_head * of_key_head + part
         if order is not None:
@@ -385,11 +468,12 @@ def tile_keys(
                 row = (tile * query_tile * shared + step % subs * BLOCK_M) + tl.arange(0, BLOCK_M)
                 end = tl.minimum((tile + 1) * query_tile, chunk) * shared
                 to_key, to_value = _key_step(
-                    row, end, keys, values, place, inside, to_key, to_value, grad_out, query, words, lengths, starts,
-                    causal_offsets, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t, query_d,
-                    starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit, units, shared, groups,
-                    query_length, chunk, first_query, key_length, key_rows, causal_offset, factor, bound,
-                    IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+                    row, end, keys, values, first_row, place, inside, to_key, to_value, grad_out, query, words,
+                    lengths, starts, causal_offsets, lse, deltas, tails, grad_b, grad_h, grad_t, grad_d, query_b,
+                    query_h, query_t, query_d, starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit, units,
+                    shared, groups, query_length, chunk, first_query, key_length, key_rows, causal_offset,
+                    heads_of_all, factor, bound, IS_CAUSAL, UNIT, MEAN, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE,
+                    BLOCK_M, BLOCK_K,
                 )  # fmt: skip
                 entry = next_entry
         else:
@@ -412,11 +496,12 @@ def tile_keys(
                     wanted = (tl.max(high, 0) > tl.min(place, 0)) & (tl.min(low, 0) <= tl.max(place, 0))
                 if wanted:
                     to_key, to_value = _key_step(
-                        row, end, keys, values, place, inside, to_key, to_value, grad_out, query, words, lengths,
-                        starts, causal_offsets, lse, deltas, grad_b, grad_h, grad_t, grad_d, query_b, query_h, query_t,
-                        query_d, starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit, units, shared, groups,
-                        query_length, chunk, first_query, key_length, key_rows, causal_offset, factor, bound,
-                        IS_CAUSAL, UNIT, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
+                        row, end, keys, values, first_row, place, inside, to_key, to_value, grad_out, query, words,
+                        lengths, starts, causal_offsets, lse, deltas, tails, grad_b, grad_h, grad_t, grad_d, query_b,
+                        query_h, query_t, query_d, starts_b, starts_t, causal_offsets_b, causal_offsets_t, b, unit,
+                        units, shared, groups, query_length, chunk, first_query, key_length, key_rows, causal_offset,
+                        heads_of_all, factor, bound, IS_CAUSAL, UNIT, MEAN, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE,
+                        BLOCK_M, BLOCK_K,
                     )  # fmt: skip
 
     column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE)
@@ -438,26 +523,33 @@ def _warps(dim: int) -> int:
     return 4 if dim <= 64 or torch.version.hip else 8
 
 
-def query_configs(rows: int, dtype, dim: int, value_dim: int, block_size: int) -> list[dict[str, int]]:
+def query_configs(
+    rows: int, dtype, dim: int, value_dim: int, block_size: int, mean: bool = False
+) -> list[dict[str, int]]:
     """Block sizes of `tile_queries`: dQ and two tiles of scores are in registers at once."""
     wide, half = max(dim, value_dim), is_half(dtype)
     size = (64 if wide <= 64 else 32) if half else 16
     keys = max(16, min(triton.next_power_of_2(block_size), size))
-    tile = max(16, row_block(rows, dtype) // (2 if wide > (128 if half else 64) else 1))
-    many = _warps(wide)
+    tile = max(16, row_block(rows, dtype) // (2 if wide > (128 if half else 0 if mean else 64) else 1))
+    many = _warps(128 if mean and not half else wide)
     some = ((keys, many, 2), (max(16, keys // 2), 4, 3), (2 * keys, 8, 2)) if half else ((keys, many, 1),)
     return distinct(
         [{"BLOCK_M": tile, "BLOCK_K": k, "num_warps": warps, "num_stages": n} for k, warps, n in some]
     )
 
 
-def key_configs(rows: int, dtype, dim: int, value_dim: int, block_size: int) -> list[dict[str, int]]:
-    """Block sizes of `tile_keys`: dK and dV are in registers beside two tiles of scores."""
+def key_configs(
+    rows: int, dtype, dim: int, value_dim: int, block_size: int, mean: bool = False
+) -> list[dict[str, int]]:
+    """Block sizes of `tile_keys`: dK and dV are in registers beside two tiles of scores, with the mean words, too."""
     wide, half = max(dim, value_dim), is_half(dtype)
-    size = (64 if wide <= 128 else 32) if half else 16
+    size = (64 if wide <= (0 if mean else 128) else 32) if half else 16
     keys = max(16, min(triton.next_power_of_2(block_size), size))
-    tile = min(32, row_block(rows, dtype)) if half else 16
-    many = _warps(wide)
+    # AMD's compiler has no layout for the bits of wider tiles.
+    tile = (
+        min(16 if mean and (wide > 128 or torch.version.hip) else 32, row_block(rows, dtype)) if half else 16
+    )
+    many = 4 if mean and wide <= 128 else _warps(wide)
     some = ((tile, many, 2), (tile, 12 - many, 2), (16, many, 3)) if half else ((tile, 4, 1),)
     return distinct(
         [{"BLOCK_M": m, "BLOCK_K": keys, "num_warps": warps, "num_stages": n} for m, warps, n in some]

@@ -1,4 +1,4 @@
-"""Tiles of queries beside tiles of keys: what the kernels of `block_attention` and of `block_tail` share.
+"""Tiles of queries beside tiles of keys: what the kernels of `block_attention` and of tails share.
 
 The queries of all heads that share a key head and its blocks (a "unit") are one axis of rows, query by query, so that
 grouped heads fill tiles whatever the number of queries. A row of keys is a key, or the mean of UNIT keys; a query sees
@@ -29,10 +29,16 @@ def rows_of_unit(row, end, first_query, unit, shared):
 
 
 @triton.jit
-def words_of_rows(words, b, local, head, heads, groups, chunk, key_rows, UNIT: tl.constexpr):
+def words_of_rows(
+    words, b, local, head, heads, groups, chunk, key_rows, UNIT: tl.constexpr, MEAN: tl.constexpr
+):
     """Pointers to the words of each row's query, in its head's selection."""
     list_of_row = b * groups + head * groups // heads
-    return words + (list_of_row * chunk + local) * (key_rows * ((UNIT + 31) // 32))
+    if MEAN:
+        width = (key_rows + 31) // 32
+    else:
+        width = key_rows * ((UNIT + 31) // 32)
+    return words + (list_of_row * chunk + local) * width
 
 
 @triton.jit
@@ -102,6 +108,32 @@ def seen_and_bias(
         seen &= left > 0
         bias = tl.log2(tl.maximum(left, 1).to(tl.float32))
     return seen, bias
+
+
+@triton.jit
+def seen_and_chosen(
+    words_of,  # pointer to the words of each query, or None
+    first,  # the first of the rows of keys, a multiple of how many they are
+    place,  # int32: row of keys
+    inside,  # bool: whether it is there
+    low,
+    high,
+    UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MEAN: tl.constexpr,  # a word has a bit for each of 32 rows of keys, which is set where the query chose it
+):
+    """(bool seen, float32 bias, bool chosen); without MEAN what is seen is chosen."""
+    if MEAN:
+        seen, bias = seen_and_bias(None, place, inside, low, high, UNIT)
+        if BLOCK_K <= 32:  # one word has them all
+            word = tl.load(words_of + first // 32)
+        else:
+            word = tl.load(words_of + place // 32, mask=seen, other=0)
+        chosen = seen & (((word >> (place % 32)) & 1) != 0)
+    else:
+        seen, bias = seen_and_bias(words_of, place, inside, low, high, UNIT)
+        chosen = seen
+    return seen, bias, chosen
 
 
 @triton.jit(do_not_specialize=["programs", "first_query", "keys", "width"])

@@ -14,7 +14,7 @@ from ops.test_softcap_and_sinks import with_gradients
 import sparse_attn
 from sparse_attn.ops import tail
 from sparse_attn.rule import Rule
-from sparse_attn.triton_kernels import block_tail, block_tail_backward
+from sparse_attn.triton_kernels.lib import tile_chunks
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 
@@ -100,8 +100,8 @@ def of_tail(backend: str, dtype: torch.dtype, groups: int, options: dict) -> lis
 def test_tail_of_blocks(wing, name, cut, monkeypatch):
     """Words of some queries at a time, and dK and dV in pieces that are added."""
     if cut:
-        monkeypatch.setattr(block_tail, "SCRATCH_BYTES", 400)
-        monkeypatch.setattr(block_tail_backward, "SMALLEST", 16)
+        monkeypatch.setattr(tile_chunks, "SCRATCH_BYTES", 400)
+        monkeypatch.setattr(tile_chunks, "SMALLEST", 16)
     dtype, *others = TAILS[name]
     for ours, want in zip(
         of_tail("triton", dtype, *others), of_tail("reference", dtype, *others), strict=True
