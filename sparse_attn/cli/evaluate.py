@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from sparse_attn.cli import language_model
 from sparse_attn.cli.console import UsageError, count, device_of, refusals, require
 from sparse_attn.evaluation import Plan, Store, draw, evaluate_model, tables
 from sparse_attn.evaluation.arms import NAMES
-from sparse_attn.evaluation.harness import TASKS
+from sparse_attn.evaluation.harness import TASKS, notes
 
 HELP = "what a language model loses by attending sparsely: text, needles, and which keys are found"
 
@@ -61,6 +63,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=Plan.cases,
         help="texts with several needles, and with one at each depth (4)",
     )
+    add(
+        "--dense",
+        choices=("sdpa", "eager", "sparse_attn"),
+        help="of the dense rows (default: the model's own, mostly sdpa); sparse_attn is quick with sliding windows",
+    )
     add("--indexers", type=Path, metavar="FILE", help="trained indexers, for the selector indexer")
     add("--calibrate", nargs="+", type=Path, metavar="FILE", help="other texts, which low_rank is fitted on")
     add("--rank", type=count(1), default=16, help="of low_rank (default 16)")
@@ -81,16 +88,21 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.tasks,
             arguments.documents,
             arguments.cases,
+            arguments.dense,
         )
         about = {"model": language_model.name_of(arguments), "dtype": arguments.dtype}
         for name in ("indexers", "calibrate"):
             given = getattr(arguments, name)
             if given:
                 about[name] = given.name if isinstance(given, Path) else [f.name for f in given[:CALIBRATED]]
-        store = Store(arguments.out, about)
+        if arguments.dense:
+            about["dense"] = arguments.dense
+        store = opened(arguments.out, about)
     model, tokenizer = language_model.load(arguments, device_of(arguments.device))
     documents = language_model.documents(tokenizer, arguments.text)
     prepare(model, tokenizer, arguments)
+    for note in notes(model, documents, plan):
+        print(f"note: {note}", file=sys.stderr)
     store.machine = machine.describe(arguments.threads, command(arguments))
     with refusals():
         evaluate_model(model, documents, plan, store, encode=language_model.encoder(tokenizer), progress=True)
@@ -98,6 +110,20 @@ def run(arguments: argparse.Namespace) -> int:
     draw(store, arguments.out.with_suffix(".png"), f"{about['model']}: sparse attention beside dense")
     show(store, arguments.json)
     return 0
+
+
+def opened(file: Path, about: dict) -> Store:
+    """The results, in a file that can be written: better said now than when hours are over."""
+    if file.suffix == ".png":
+        raise UsageError(f"--out must be a JSON file, beside which the picture is written, got {file}")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        why = "it is a folder" if file.is_dir() else f"{above} is no folder that can be written in"
+        raise UsageError(f"--out {file} cannot be written: {why}")
+    try:
+        return Store(file, about)
+    except OSError as error:
+        raise UsageError(f"--out {file} cannot be read: {error.strerror or error}") from None
 
 
 def prepare(model, tokenizer, arguments: argparse.Namespace) -> None:
@@ -124,6 +150,8 @@ def command(arguments: argparse.Namespace) -> str:
     parts = ["sparse-attn evaluate", f"--selector {' '.join(arguments.selector)}"]
     parts += [f"--budget {' '.join(arguments.budget)}", f"--lengths {' '.join(map(str, arguments.lengths))}"]
     parts += [f"--tasks {' '.join(arguments.tasks)}", f"--documents {arguments.documents}"]
+    if arguments.dense:
+        parts.append(f"--dense {arguments.dense}")
     if arguments.indexers:
         parts.append(f"--indexers {shlex.quote(arguments.indexers.name)}")
     return " ".join(parts)

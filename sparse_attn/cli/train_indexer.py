@@ -14,6 +14,7 @@ from sparse_attn.cli.console import UsageError, count, device_of, refusals, requ
 from sparse_attn.distillation.indexers import distill_indexers
 from sparse_attn.distillation.progress import reporting
 from sparse_attn.evaluation import Document, Plan, Store, evaluate_model
+from sparse_attn.evaluation.harness import check_documents
 
 HELP = "train indexers on a language model's own attention, at the length that they are to serve"
 
@@ -61,7 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     require("rich")
     with refusals():
         plan = Plan(["indexer", "indexer+blocks"], [arguments.budget], [arguments.length], ["text"])
-    keys = plan.pairs(arguments.length)[0][1]
+    pairs = plan.pairs(arguments.length)
+    if not pairs:
+        raise UsageError(
+            f"--budget must be fewer keys than --length {arguments.length}, got {arguments.budget}"
+        )
+    keys = pairs[0][1]
     model, tokenizer = language_model.load(arguments, device_of(arguments.device))
     documents = language_model.documents(tokenizer, arguments.text)
     long = [d for d in documents if d.length >= arguments.length]
@@ -71,6 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"got {len(long)}"
         )
     learned, held_out = long[: len(long) - arguments.held_out], long[len(long) - arguments.held_out :]
+    if held_out:
+        with refusals("--text "):
+            check_documents(held_out, plan)
     torch.manual_seed(arguments.seed)  # of the weights that training starts from
     sparse_transformers.add_indexers(
         model, num_heads=arguments.heads, head_dim=arguments.head_dim, share=arguments.share
