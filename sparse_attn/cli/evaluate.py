@@ -56,6 +56,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--budget", nargs="+", default=list(Plan.budgets), metavar="K", help="keys per query: 256, or 12.5%%")
     add("--lengths", nargs="+", type=count(16), default=list(Plan.lengths), metavar="T", help="tokens (2048)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    add(
+        "--last",
+        type=count(1),
+        metavar="N",
+        help="tokens at the end that text is measured on (default: half)",
+    )
     add("--documents", type=count(1), default=Plan.documents, help="texts at most, per length (default 10)")
     add(
         "--cases",
@@ -89,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.documents,
             arguments.cases,
             arguments.dense,
+            arguments.last,
         )
         about = {"model": language_model.name_of(arguments), "dtype": arguments.dtype}
         for name in ("indexers", "calibrate"):
@@ -150,6 +157,8 @@ def command(arguments: argparse.Namespace) -> str:
     parts = ["sparse-attn evaluate", f"--selector {' '.join(arguments.selector)}"]
     parts += [f"--budget {' '.join(arguments.budget)}", f"--lengths {' '.join(map(str, arguments.lengths))}"]
     parts += [f"--tasks {' '.join(arguments.tasks)}", f"--documents {arguments.documents}"]
+    if arguments.last:
+        parts.append(f"--last {arguments.last}")
     if arguments.dense:
         parts.append(f"--dense {arguments.dense}")
     if arguments.indexers:

@@ -41,6 +41,8 @@ class Plan:
         dense: the attention of the dense rows, by transformers' name for it; None is what the model came with.
             "sparse_attn" is this package's dense attention, the same to rounding: no mask of all pairs is made of
             sliding windows, and they cost no more than they show.
+        last: tokens at the end of a document that "text" looks at; None is half of them. What goes before is their
+            context.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -53,12 +55,17 @@ class Plan:
     documents: int = 10
     cases: int = 4
     dense: str | None = None
+    last: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("documents", "cases"):
             checks.integer(name, getattr(self, name), 1)
+        if self.last is not None:
+            checks.integer("last", self.last, 1)
         for length in self.lengths:
             checks.integer("each of lengths", length, 16)
+            if self.last is not None and self.last > length:
+                raise ValueError(f"last must be at most each of lengths, got {self.last} of {length} tokens")
             for budget in self.budgets:
                 keys_of(budget, length)
         for task in self.tasks:
@@ -154,6 +161,12 @@ def evaluate_model(
     if "needles" in plan.tasks and encode is None:
         raise ValueError("encode must turn text into token ids for the task 'needles', got None")
     check_documents(documents, plan)
+    others = {row.get("last") for row in store.find(task="text")} - {plan.last}
+    if "text" in plan.tasks and others:
+        raise ValueError(
+            f"{store.file} has results of the last {_tokens(others.pop())} of each document, and these would be of "
+            f"the last {_tokens(plan.last)}: choose another file"
+        )
     before = [(config, _attention_of(config)) for config in configs_of(model)]
     run = _Run(model, plan, store, encode)
     try:
@@ -168,6 +181,10 @@ def evaluate_model(
             for field in _attention_of(config):
                 del config.__dict__[field]
             config.__dict__.update(fields)
+
+
+def _tokens(last: int | None) -> str:
+    return "half" if last is None else f"{last} tokens"
 
 
 def check_documents(documents: Sequence[Document], plan: Plan) -> None:
@@ -249,7 +266,7 @@ class _Run:
         self.store.add({"task": task, "length": length, "arm": name, "keys": keys, **more})
 
     def text(self, document: Document, arm: Arm | None, keys: int | None) -> str:
-        last = document.length // 2
+        last = self.plan.last or document.length // 2
         if self.dense is None or self.dense[0] is not document:
             self.dense = None  # two at once may be more than there is memory for
             self.use(None, None)
@@ -263,6 +280,8 @@ class _Run:
         row = {"document": document.name, "nats": nats}
         if arm is not None:
             row |= {"kl": divergence, "same": same}
+        if self.plan.last is not None:
+            row["last"] = self.plan.last
         self.add("text", arm, keys, document.length, **row)
         return f"{document.name}, {DENSE if arm is None else arm.text}: {row['nats']:.4f} nats"
 

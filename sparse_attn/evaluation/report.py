@@ -82,7 +82,8 @@ def _text(store: Store, length: int) -> Table | None:
         nats = str(c.over)
         cells = [nats, _half(c.kl, 1, 4), _half(c.same, 100, 1, " %"), str(c.over.count)]
         rows.append([_name(c.arm), _share(c.keys, length), *cells])
-    title = f"Text, the last {length // 2:,} of {length:,} tokens (95 % intervals over documents)"
+    last = dense[0].get("last", length // 2)
+    title = f"Text, the last {last:,} of {length:,} tokens (95 % intervals over documents)"
     columns = ["selection", "keys", "nats, over dense", "KL to dense", "same token", "documents"]
     return Table(title, columns, rows)
 

@@ -216,6 +216,27 @@ def test_hidden_states_in_the_place_of_logits(kind, tmp_path, monkeypatch):
     same_rows(parts.rows, whole.rows, 1e-4)
 
 
+def test_the_last_tokens(model, tmp_path):
+    """What goes before them is their context all the same."""
+    store = Store(tmp_path / "results.json", {})
+    plan = Plan(["exact"], ["10%"], [LENGTH], ["text"], last=30)
+    evaluate_model(model, documents(), plan, store)
+    tokens = documents()[0].tokens
+    with torch.no_grad():
+        logs = model(tokens[None, :-1]).logits[0, -30:].double().log_softmax(-1)
+    row = store.find(arm="dense", document="0.txt")[0]
+    assert row["nats"] == pytest.approx(float(F.nll_loss(logs, tokens[-30:])), abs=1e-5)
+    assert tables(store)[0].title.startswith("Text, the last 30 of 240 tokens")
+    evaluate_model(model, documents(), plan, store)
+    assert len(store.rows) == 6
+    with pytest.raises(
+        ValueError, match=r"has results of the last 30 tokens of each document, and .* the last half"
+    ):
+        evaluate_model(model, documents(), Plan(["exact"], ["10%"], [LENGTH], ["text"]), store)
+    with pytest.raises(ValueError, match="last must be at most each of lengths, got 300 of 240 tokens"):
+        Plan(lengths=[LENGTH], last=300)
+
+
 def test_a_head_that_wants_more_than_hidden_states(model, tmp_path, monkeypatch):
     plan = Plan(["exact"], ["10%"], [LENGTH], ["text"])
     whole, parts = (Store(tmp_path / f"{n}.json", {}) for n in ("whole", "parts"))
