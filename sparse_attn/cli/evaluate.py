@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from sparse_attn.bench import machine
 from sparse_attn.cli import language_model
 from sparse_attn.cli.console import UsageError, count, device_of, refusals, require
-from sparse_attn.evaluation import Plan, Store, draw, evaluate_model, tables
+from sparse_attn.evaluation import Document, Plan, Store, draw, evaluate_model, tables
 from sparse_attn.evaluation.arms import NAMES
 from sparse_attn.evaluation.harness import TASKS, notes
 
@@ -105,9 +106,18 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dense:
             about["dense"] = arguments.dense
         store = opened(arguments.out, about)
+    needs = {"indexer": "indexers", "low_rank": "calibrate"}
+    for name in {arm.name for arm in plan.arms()} & needs.keys():
+        if not getattr(arguments, needs[name]):
+            what = (
+                "a file of sparse-attn train-indexer" if name == "indexer" else "texts that it is fitted on"
+            )
+            raise UsageError(f"--selector {name} needs --{needs[name]}, {what}")
+    texts = language_model.texts_of(arguments.text)
+    others = language_model.texts_of((arguments.calibrate or [])[:CALIBRATED], "--calibrate")
     model, tokenizer = language_model.load(arguments, device_of(arguments.device))
-    documents = language_model.documents(tokenizer, arguments.text)
-    prepare(model, tokenizer, arguments)
+    documents = language_model.documents(tokenizer, texts)
+    prepare(model, arguments, language_model.documents(tokenizer, others))
     for note in notes(model, documents, plan):
         print(f"note: {note}", file=sys.stderr)
     store.machine = machine.describe(arguments.threads, command(arguments))
@@ -133,7 +143,7 @@ def opened(file: Path, about: dict) -> Store:
         raise UsageError(f"--out {file} cannot be read: {error.strerror or error}") from None
 
 
-def prepare(model, tokenizer, arguments: argparse.Namespace) -> None:
+def prepare(model, arguments: argparse.Namespace, others: Sequence[Document]) -> None:
     """Gives the model the indexers and scorers that were asked for."""
     import sparse_attn.integrations.transformers as sparse_transformers
 
@@ -145,9 +155,8 @@ def prepare(model, tokenizer, arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"--indexers {arguments.indexers} cannot be read: {error.strerror or error}"
             ) from None
-    if arguments.calibrate:
-        texts = language_model.documents(tokenizer, arguments.calibrate[:CALIBRATED], "--calibrate")
-        batches = [d.tokens[None, : max(arguments.lengths)] for d in texts]
+    if others:
+        batches = [d.tokens[None, : max(arguments.lengths)] for d in others]
         with refusals("--calibrate "):
             sparse_transformers.fit_low_rank(model, batches, rank=arguments.rank)
 

@@ -68,8 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"--budget must be fewer keys than --length {arguments.length}, got {arguments.budget}"
         )
     keys = pairs[0][1]
+    texts = language_model.texts_of(arguments.text)
     model, tokenizer = language_model.load(arguments, device_of(arguments.device))
-    documents = language_model.documents(tokenizer, arguments.text)
+    documents = language_model.documents(tokenizer, texts)
     long = [d for d in documents if d.length >= arguments.length]
     if len(long) <= arguments.held_out:
         raise UsageError(

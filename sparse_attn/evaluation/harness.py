@@ -161,6 +161,10 @@ def evaluate_model(
     if "needles" in plan.tasks and encode is None:
         raise ValueError("encode must turn text into token ids for the task 'needles', got None")
     check_documents(documents, plan)
+    if encode is not None and "needles" in plan.tasks:  # whether there is room for them
+        for length in plan.lengths:
+            filler = next(d for d in documents if d.length >= length)
+            needles.case(encode, filler.tokens.tolist(), length, SEVERAL, seed=0)
     others = {row.get("last") for row in store.find(task="text")} - {plan.last}
     if "text" in plan.tasks and others:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers.studies import small_model
@@ -123,12 +124,19 @@ def test_a_training_that_was_interrupted_goes_on(tmp_path, model, texts, monkeyp
         (["--out", "."], "--out . cannot be written: it is a folder"),
         (["--out", "picture.png"], "--out must be a JSON file"),
         (["--out", f"{__file__}/e.json"], "is no folder that can be written in"),
-        (["--gguf", "nothing.gguf"], "cannot be loaded"),
+        (["--gguf", "nothing.gguf"], "--gguf nothing.gguf is not in"),
+        (["--model", "/nowhere"], "--model /nowhere must be a folder, and there is none of this name"),
+        (["--model", str(Path(__file__).parent)], "has no config.json, which a model of transformers has"),
         (["--dense", "none"], "invalid choice: 'none'"),
-        (["--selector", "indexer"], "selector='indexer' needs an indexer in layer 0"),
+        (
+            ["--selector", "indexer"],
+            "--selector indexer needs --indexers, a file of sparse-attn train-indexer",
+        ),
+        (["--selector", "low_rank"], "--selector low_rank needs --calibrate, texts that it is fitted on"),
+        (["--tasks", "text", "needles", "--lengths", "40"], "length must leave room for 6 needles"),
         (["--indexers", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
-        (["--model", "nowhere/at all"], "--model nowhere/at all cannot be loaded"),
+        (["--model", "nowhere/at all"], "--model nowhere/at all cannot be loaded: there is no such folder"),
     ],
 )
 def test_wrong_options_are_one_sentence(more, match, tmp_path, model, texts, capsys):
