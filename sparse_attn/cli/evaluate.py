@@ -166,6 +166,8 @@ def command(arguments: argparse.Namespace) -> str:
     parts = ["sparse-attn evaluate", f"--selector {' '.join(arguments.selector)}"]
     parts += [f"--budget {' '.join(arguments.budget)}", f"--lengths {' '.join(map(str, arguments.lengths))}"]
     parts += [f"--tasks {' '.join(arguments.tasks)}", f"--documents {arguments.documents}"]
+    if "needles" in arguments.tasks:
+        parts.append(f"--cases {arguments.cases}")
     if arguments.last:
         parts.append(f"--last {arguments.last}")
     if arguments.dense:
