@@ -91,14 +91,15 @@ format: $(VENV)/.installed-dev
 # One stamp per extra; all of them are editable installs of the same tree, so any may follow any. What an extra has
 # within it (pyproject.toml) is installed with it.
 WITH_test := cli bench
-WITH_dev := test lint $(WITH_test)
+WITH_dev := test $(WITH_test)
 WITH_notebooks := cli
 WITH_release := test docs notebooks $(WITH_test)
 $(VENV)/.installed-%: $(SOURCES)
 	@tools/setup_env.sh $*
-	@touch $@ $(addprefix $(VENV)/.installed-,$(WITH_$*))
+	@touch $@ $(addprefix $(VENV)/.installed-,$(WITH_$*) $(AND_$*))
 
 # The linters read sources: what is compiled may be old, or missing.
+AND_dev := lint
 $(VENV)/.installed-lint: pyproject.toml tools/setup_env.sh
 	@tools/setup_env.sh dev
 	@touch $@ $(addprefix $(VENV)/.installed-,dev $(WITH_dev))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +15,9 @@ import torch
 from sparse_attn.bench import machine
 from sparse_attn.cli import language_model
 from sparse_attn.cli.console import UsageError, count, device_of, refusals, require
-from sparse_attn.evaluation import Plan, Store, draw, evaluate_model, tables
+from sparse_attn.evaluation import Document, Plan, Store, draw, evaluate_model, tables
 from sparse_attn.evaluation.arms import NAMES
-from sparse_attn.evaluation.harness import TASKS
+from sparse_attn.evaluation.harness import TASKS, notes
 
 HELP = "what a language model loses by attending sparsely: text, needles, and which keys are found"
 
@@ -54,12 +57,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--budget", nargs="+", default=list(Plan.budgets), metavar="K", help="keys per query: 256, or 12.5%%")
     add("--lengths", nargs="+", type=count(16), default=list(Plan.lengths), metavar="T", help="tokens (2048)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    add(
+        "--last",
+        type=count(1),
+        metavar="N",
+        help="tokens at the end that text is measured on (default: half)",
+    )
     add("--documents", type=count(1), default=Plan.documents, help="texts at most, per length (default 10)")
     add(
         "--cases",
         type=count(1),
         default=Plan.cases,
         help="texts with several needles, and with one at each depth (4)",
+    )
+    add(
+        "--dense",
+        choices=("sdpa", "eager", "sparse_attn"),
+        help="of the dense rows (default: the model's own, mostly sdpa); sparse_attn is quick with sliding windows",
     )
     add("--indexers", type=Path, metavar="FILE", help="trained indexers, for the selector indexer")
     add("--calibrate", nargs="+", type=Path, metavar="FILE", help="other texts, which low_rank is fitted on")
@@ -81,16 +95,31 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.tasks,
             arguments.documents,
             arguments.cases,
+            arguments.dense,
+            arguments.last,
         )
         about = {"model": language_model.name_of(arguments), "dtype": arguments.dtype}
         for name in ("indexers", "calibrate"):
             given = getattr(arguments, name)
             if given:
                 about[name] = given.name if isinstance(given, Path) else [f.name for f in given[:CALIBRATED]]
-        store = Store(arguments.out, about)
+        if arguments.dense:
+            about["dense"] = arguments.dense
+        store = opened(arguments.out, about)
+    needs = {"indexer": "indexers", "low_rank": "calibrate"}
+    for name in {arm.name for arm in plan.arms()} & needs.keys():
+        if not getattr(arguments, needs[name]):
+            what = (
+                "a file of sparse-attn train-indexer" if name == "indexer" else "texts that it is fitted on"
+            )
+            raise UsageError(f"--selector {name} needs --{needs[name]}, {what}")
+    texts = language_model.texts_of(arguments.text)
+    others = language_model.texts_of((arguments.calibrate or [])[:CALIBRATED], "--calibrate")
     model, tokenizer = language_model.load(arguments, device_of(arguments.device))
-    documents = language_model.documents(tokenizer, arguments.text)
-    prepare(model, tokenizer, arguments)
+    documents = language_model.documents(tokenizer, texts)
+    prepare(model, arguments, language_model.documents(tokenizer, others))
+    for note in notes(model, documents, plan):
+        print(f"note: {note}", file=sys.stderr)
     store.machine = machine.describe(arguments.threads, command(arguments))
     with refusals():
         evaluate_model(model, documents, plan, store, encode=language_model.encoder(tokenizer), progress=True)
@@ -100,7 +129,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(model, tokenizer, arguments: argparse.Namespace) -> None:
+def opened(file: Path, about: dict) -> Store:
+    """The results, in a file that can be written: better said now than when hours are over."""
+    if file.suffix == ".png":
+        raise UsageError(f"--out must be a JSON file, beside which the picture is written, got {file}")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        why = "it is a folder" if file.is_dir() else f"{above} is no folder that can be written in"
+        raise UsageError(f"--out {file} cannot be written: {why}")
+    try:
+        return Store(file, about)
+    except OSError as error:
+        raise UsageError(f"--out {file} cannot be read: {error.strerror or error}") from None
+
+
+def prepare(model, arguments: argparse.Namespace, others: Sequence[Document]) -> None:
     """Gives the model the indexers and scorers that were asked for."""
     import sparse_attn.integrations.transformers as sparse_transformers
 
@@ -112,9 +155,8 @@ def prepare(model, tokenizer, arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"--indexers {arguments.indexers} cannot be read: {error.strerror or error}"
             ) from None
-    if arguments.calibrate:
-        texts = language_model.documents(tokenizer, arguments.calibrate[:CALIBRATED], "--calibrate")
-        batches = [d.tokens[None, : max(arguments.lengths)] for d in texts]
+    if others:
+        batches = [d.tokens[None, : max(arguments.lengths)] for d in others]
         with refusals("--calibrate "):
             sparse_transformers.fit_low_rank(model, batches, rank=arguments.rank)
 
@@ -124,6 +166,12 @@ def command(arguments: argparse.Namespace) -> str:
     parts = ["sparse-attn evaluate", f"--selector {' '.join(arguments.selector)}"]
     parts += [f"--budget {' '.join(arguments.budget)}", f"--lengths {' '.join(map(str, arguments.lengths))}"]
     parts += [f"--tasks {' '.join(arguments.tasks)}", f"--documents {arguments.documents}"]
+    if "needles" in arguments.tasks:
+        parts.append(f"--cases {arguments.cases}")
+    if arguments.last:
+        parts.append(f"--last {arguments.last}")
+    if arguments.dense:
+        parts.append(f"--dense {arguments.dense}")
     if arguments.indexers:
         parts.append(f"--indexers {shlex.quote(arguments.indexers.name)}")
     return " ".join(parts)

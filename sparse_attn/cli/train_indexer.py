@@ -14,6 +14,7 @@ from sparse_attn.cli.console import UsageError, count, device_of, refusals, requ
 from sparse_attn.distillation.indexers import distill_indexers
 from sparse_attn.distillation.progress import reporting
 from sparse_attn.evaluation import Document, Plan, Store, evaluate_model
+from sparse_attn.evaluation.harness import check_documents
 
 HELP = "train indexers on a language model's own attention, at the length that they are to serve"
 
@@ -61,9 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
     require("rich")
     with refusals():
         plan = Plan(["indexer", "indexer+blocks"], [arguments.budget], [arguments.length], ["text"])
-    keys = plan.pairs(arguments.length)[0][1]
+    pairs = plan.pairs(arguments.length)
+    if not pairs:
+        raise UsageError(
+            f"--budget must be fewer keys than --length {arguments.length}, got {arguments.budget}"
+        )
+    keys = pairs[0][1]
+    texts = language_model.texts_of(arguments.text)
     model, tokenizer = language_model.load(arguments, device_of(arguments.device))
-    documents = language_model.documents(tokenizer, arguments.text)
+    documents = language_model.documents(tokenizer, texts)
     long = [d for d in documents if d.length >= arguments.length]
     if len(long) <= arguments.held_out:
         raise UsageError(
@@ -71,6 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"got {len(long)}"
         )
     learned, held_out = long[: len(long) - arguments.held_out], long[len(long) - arguments.held_out :]
+    if held_out:
+        with refusals("--text "):
+            check_documents(held_out, plan)
     torch.manual_seed(arguments.seed)  # of the weights that training starts from
     sparse_transformers.add_indexers(
         model, num_heads=arguments.heads, head_dim=arguments.head_dim, share=arguments.share

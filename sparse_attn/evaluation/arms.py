@@ -125,6 +125,6 @@ def keys_of(budget: str, length: int) -> int:
         value = float(number) if percent else int(number)
     except ValueError:
         value = -1
-    if rest or value <= 0 or (percent and value > 100):
+    if rest or not value > 0 or (percent and value > 100):
         raise ValueError(f"a budget must be a number of keys or a share such as 12.5%, got {budget!r}")
     return max(1, round(length * value / 100)) if percent else int(value)

@@ -38,6 +38,11 @@ class Plan:
             says which of the best keys are found, "needles" asks for numbers that were told.
         documents: how many texts at most, per length.
         cases: texts with several needles per length, and as many with one at each of DEPTHS.
+        dense: the attention of the dense rows, by transformers' name for it; None is what the model came with.
+            "sparse_attn" is this package's dense attention, the same to rounding: no mask of all pairs is made of
+            sliding windows, and they cost no more than they show.
+        last: tokens at the end of a document that "text" looks at; None is half of them. What goes before is their
+            context.
 
     Raises:
         TypeError, ValueError: a wrong argument, named in the message.
@@ -49,17 +54,27 @@ class Plan:
     tasks: Sequence[str] = TASKS
     documents: int = 10
     cases: int = 4
+    dense: str | None = None
+    last: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("documents", "cases"):
             checks.integer(name, getattr(self, name), 1)
+        if self.last is not None:
+            checks.integer("last", self.last, 1)
         for length in self.lengths:
             checks.integer("each of lengths", length, 16)
+            if self.last is not None and self.last > length:
+                raise ValueError(f"last must be at most each of lengths, got {self.last} of {length} tokens")
             for budget in self.budgets:
                 keys_of(budget, length)
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {task!r}")
+        if self.dense is not None and not isinstance(self.dense, str):
+            raise TypeError(
+                f"dense must be the name of an attention of transformers, got {checks.describe(self.dense)}"
+            )
         for name in ("selectors", "budgets", "lengths", "tasks"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one, got none")
@@ -84,6 +99,36 @@ class Plan:
         }
         return list(found.values())
 
+    def without(self, length: int) -> list[str]:
+        """What is asked for and cannot be had at a length, "SELECTION at BUDGET" each."""
+        return [
+            f"{arm.text} at {budget}"
+            for budget in self.budgets
+            for arm in self.arms()
+            if arm.keys(budget, length) is None
+        ]
+
+
+def notes(model: torch.nn.Module, documents: Sequence[Document], plan: Plan) -> list[str]:
+    """Sentences on what `evaluate_model` would leave out, and on lengths that the model was not made for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    said = []
+    for length in plan.lengths:
+        short = [d.name for d in documents if d.length < length]
+        if short:
+            said.append(f"not long enough for {length:,} tokens and left out there: {', '.join(short)}")
+        without = plan.without(length)
+        if without:
+            said.append(
+                f"left out at {length:,} tokens, where a budget must be below the length, of blocks at least 192 keys "
+                f"(three of 64): {', '.join(without)}"
+            )
+        if isinstance(most, int) and length > most:
+            said.append(
+                f"{length:,} tokens are more than the {most:,} positions that this model was made for"
+            )
+    return said
+
 
 def evaluate_model(
     model: torch.nn.Module,
@@ -105,7 +150,8 @@ def evaluate_model(
         progress: True for a progress bar, or a function called with (name, done, total, note).
 
     Raises:
-        TypeError, ValueError: a wrong argument, named in the message; no document is long enough.
+        TypeError, ValueError: a wrong argument, named in the message; no document is long enough for one of the
+            lengths, or two have one name; no selection can have any of the budgets there.
     """
     names = {arm.name for arm in plan.arms()}
     if "indexer" in names:
@@ -114,6 +160,17 @@ def evaluate_model(
         require_low_rank(model, None)
     if "needles" in plan.tasks and encode is None:
         raise ValueError("encode must turn text into token ids for the task 'needles', got None")
+    check_documents(documents, plan)
+    if encode is not None and "needles" in plan.tasks:  # whether there is room for them
+        for length in plan.lengths:
+            filler = next(d for d in documents if d.length >= length)
+            needles.case(encode, filler.tokens.tolist(), length, SEVERAL, seed=0)
+    others = {row.get("last") for row in store.find(task="text")} - {plan.last}
+    if "text" in plan.tasks and others:
+        raise ValueError(
+            f"{store.file} has results of the last {_tokens(others.pop())} of each document, and these would be of "
+            f"the last {_tokens(plan.last)}: choose another file"
+        )
     before = [(config, _attention_of(config)) for config in configs_of(model)]
     run = _Run(model, plan, store, encode)
     try:
@@ -130,6 +187,34 @@ def evaluate_model(
             config.__dict__.update(fields)
 
 
+def _tokens(last: int | None) -> str:
+    return "half" if last is None else f"{last} tokens"
+
+
+def check_documents(documents: Sequence[Document], plan: Plan) -> None:
+    """What would end a run when hours of it are over, or be taken for done."""
+    names = [document.name for document in documents]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"documents must have different names, by which results are kept, got {name} twice"
+            )
+    for length in plan.lengths:
+        if all(document.length < length for document in documents):
+            longest = max(documents, key=lambda d: d.length, default=None)
+            has = (
+                "there is none"
+                if longest is None
+                else f"the longest, {longest.name}, has {longest.length + 1}"
+            )
+            raise ValueError(f"no document has more than {length} tokens, which lengths asks for: {has}")
+        if not plan.pairs(length):
+            raise ValueError(
+                f"no selection can have a budget of {' or '.join(plan.budgets)} at {length} tokens: a budget must be "
+                "below the length, of blocks at least 192 keys"
+            )
+
+
 def _attention_of(config: Any) -> dict[str, Any]:
     """The fields of a config that say which attention its model uses, and with what options."""
     internal = "_attn_implementation_internal"
@@ -140,14 +225,12 @@ class _Run:
     def __init__(self, model, plan: Plan, store: Store, encode) -> None:
         self.model, self.plan, self.store, self.encode = model, plan, store, encode
         own = model.config._attn_implementation
-        self.dense_attention = "sdpa" if own == NAME else own  # what the model came with
+        self.dense_attention = plan.dense or ("sdpa" if own == NAME else own)
         self.dense: tuple[Document, Predictions] | None = None  # of the document that is being looked at
 
     def steps(self, documents: Sequence[Document], length: int) -> Iterable[Callable[[], str]]:
         """What is still to be done at a length; each step returns a note."""
         long = [d for d in documents if d.length >= length]
-        if not long:
-            raise ValueError(f"no document has more than {length} tokens, which lengths asks for")
         chosen = [Document(d.name, d.tokens[: length + 1]) for d in long[: self.plan.documents]]
         pairs = self.plan.pairs(length)
         for document in chosen if "text" in self.plan.tasks else ():
@@ -187,7 +270,7 @@ class _Run:
         self.store.add({"task": task, "length": length, "arm": name, "keys": keys, **more})
 
     def text(self, document: Document, arm: Arm | None, keys: int | None) -> str:
-        last = document.length // 2
+        last = self.plan.last or document.length // 2
         if self.dense is None or self.dense[0] is not document:
             self.dense = None  # two at once may be more than there is memory for
             self.use(None, None)
@@ -196,9 +279,13 @@ class _Run:
         if arm is not None:
             self.use(arm, keys)
             said = predictions(self.model, document.tokens, last)
-        row = {"document": document.name, "nats": said.nats()}
+        beside = None if arm is None else self.dense[1]
+        nats, divergence, same = said.beside(beside)
+        row = {"document": document.name, "nats": nats}
         if arm is not None:
-            row["kl"], row["same"] = said.divergence_to(self.dense[1])
+            row |= {"kl": divergence, "same": same}
+        if self.plan.last is not None:
+            row["last"] = self.plan.last
         self.add("text", arm, keys, document.length, **row)
         return f"{document.name}, {DENSE if arm is None else arm.text}: {row['nats']:.4f} nats"
 

@@ -108,8 +108,9 @@ def answered(model: torch.nn.Module, case: Case) -> list[Answer]:
     """What the model makes of each answer, in one forward over the whole."""
     last = len(case.tokens) - case.answers[0].start
     said = predictions(model, case.tokens, last)
-    right = said.logits.argmax(-1) == said.targets
-    nats = cross_entropy(said.logits.float(), said.targets, reduction="none").double()
+    logits = torch.cat([part for part, _ in said.parts()])
+    right = logits.argmax(-1) == said.targets
+    nats = cross_entropy(logits, said.targets, reduction="none").double()
     shift = len(case.tokens) - last
     places = [slice(a.start - shift, a.stop - shift) for a in case.answers]
     return [Answer(bool(right[p].all()), float(nats[p].sum())) for p in places]

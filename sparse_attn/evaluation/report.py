@@ -82,7 +82,8 @@ def _text(store: Store, length: int) -> Table | None:
         nats = str(c.over)
         cells = [nats, _half(c.kl, 1, 4), _half(c.same, 100, 1, " %"), str(c.over.count)]
         rows.append([_name(c.arm), _share(c.keys, length), *cells])
-    title = f"Text, the last {length // 2:,} of {length:,} tokens (95 % intervals over documents)"
+    last = dense[0].get("last", length // 2)
+    title = f"Text, the last {last:,} of {length:,} tokens (95 % intervals over documents)"
     columns = ["selection", "keys", "nats, over dense", "KL to dense", "same token", "documents"]
     return Table(title, columns, rows)
 
@@ -111,11 +112,17 @@ def _answers(store: Store, length: int, arm: str, keys: int | None) -> dict[int,
 
 def _of_answers(store: Store, length: int, arm: str, keys: int | None) -> str:
     """Of dense attention as they are, of selections over dense attention's in the same texts."""
-    ours, dense = _answers(store, length, arm, keys), _answers(store, length, DENSE, None)
     if arm == DENSE:
+        dense = _answers(store, length, DENSE, None)
         return f"{interval(list(dense.values())).mean:.2f} in all" if dense else ""
-    over = [nats - dense[case] for case, nats in ours.items() if case in dense]
+    over = _over_dense(store, length, arm, keys)
     return str(interval(over)) if over else ""
+
+
+def _over_dense(store: Store, length: int, arm: str, keys: int | None) -> list[float]:
+    """Nats of an answer over dense attention's in the same texts."""
+    dense = _answers(store, length, DENSE, None)
+    return [n - dense[case] for case, n in _answers(store, length, arm, keys).items() if case in dense]
 
 
 def _needles(store: Store, length: int) -> Table | None:
@@ -152,35 +159,50 @@ def _of(found: Sequence[bool]) -> str:
 
 
 def draw(store: Store, file: Any, title: str) -> None:
-    """Nats over dense attention by keys, an axis per length, with intervals. Needs matplotlib."""
+    """Nats over dense attention by keys, with intervals: of text and of needles, by length. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lengths = sorted({r["length"] for r in store.find(task="text")})
-    figure, axes = plt.subplots(
-        1, max(1, len(lengths)), figsize=(8 * max(1, len(lengths)), 6), squeeze=False, layout="constrained"
-    )
-    for axis, length in zip(axes[0], lengths, strict=False):
-        arms: dict[str, list[Compared]] = defaultdict(list)
-        for c in compared(store, length):
-            arms[c.arm].append(c)
+    panels = _panels(store)
+    columns = max(1, len(panels))
+    figure, axes = plt.subplots(1, columns, figsize=(8 * columns, 6), squeeze=False, layout="constrained")
+    for axis, (what, length, arms) in zip(axes[0], panels, strict=False):
         for i, (arm, points) in enumerate(arms.items()):
-            points.sort(key=lambda c: c.keys)
-            halves = [c.over.half or 0.0 for c in points]
-            x, y = [c.keys for c in points], [c.over.mean for c in points]
+            points.sort(key=lambda point: point[0])
+            halves = [over.half or 0.0 for _, over in points]
+            x, y = [keys for keys, _ in points], [over.mean for _, over in points]
             style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": "o", "capsize": 3}
             axis.errorbar(x, y, halves, label=_name(arm), **style)
         axis.axhline(0, color="black", linewidth=1)
-        axis.set(xscale="log", xlabel="keys per query", title=f"documents of {length:,} tokens")
+        axis.set(xscale="log", xlabel="keys per query", title=f"{what} of {length:,} tokens")
         axis.set_ylabel("nats over dense attention (0: none)")
-        ticks = sorted({c.keys for points in arms.values() for c in points})
+        ticks = sorted({keys for points in arms.values() for keys, _ in points})
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+        axis.legend()
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+_Points = dict[str, list[tuple[int, Interval]]]  # (keys, nats over dense attention) of each selection
+
+
+def _panels(store: Store) -> list[tuple[str, int, _Points]]:
+    """(what, length, selections) of all that can be drawn."""
+    panels: list[tuple[str, int, _Points]] = []
+    for length in sorted({row["length"] for row in store.rows}):
+        text: _Points = defaultdict(list)
+        for c in compared(store, length):
+            text[c.arm].append((c.keys, c.over))
+        needles: _Points = defaultdict(list)
+        for arm, keys in {(r["arm"], r["keys"]): 0 for r in store.find(task="needles", length=length)}:
+            over = _over_dense(store, length, arm, keys)
+            if arm != DENSE and over:
+                needles[arm].append((keys, interval(over)))
+        panels += [("documents", length, text)] * bool(text)
+        panels += [("an answer at the end", length, needles)] * bool(needles)
+    return panels

@@ -17,7 +17,7 @@ from sparse_attn.selection import Selection, Selector
 def holds_documents(seen: Visibility, query: Tensor, key: Tensor) -> bool:
     """Whether the queries are the keys, and begin elsewhere than the row. Nobody counts documents in a graph."""
     alike = seen.offset == 0 and query.shape[2] == key.shape[2] and query.shape[2] > 1
-    plain = seen.starts is not None and seen.mask is None and seen.padding is None
+    plain = seen.starts is not None and seen.reach is None and seen.mask is None and seen.padding is None
     return alike and plain and not torch.compiler.is_compiling()
 
 

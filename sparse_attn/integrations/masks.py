@@ -32,8 +32,9 @@ def attention_mask(
 ) -> Tensor | Visibility | None:
     """What transformers passes to every layer as `attention_mask`: asked once per forward for all layers of a kind.
 
-    Causal visibility, padding and packed documents stay numbers, without a [Tq, Tk] tensor. What is more (sliding
-    windows, prefixes, a user's own) is the boolean mask of scaled_dot_product_attention, with what is known about it.
+    Causal visibility, padding, packed documents and sliding windows stay numbers, without a [Tq, Tk] tensor. What is
+    more (prefixes, a user's own, sliding windows beside padding, packed documents or torch.compile) is the boolean
+    mask of scaled_dot_product_attention, with what is known about it.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
@@ -56,6 +57,11 @@ def attention_mask(
     if mask_function is bidirectional_mask_function and not use_vmap:
         starts, padding = ends_of(attention_mask, kv_length, kv_offset, causal=False)
         return None if starts is None else Visibility(*lengths, starts=starts, padding=padding)
+
+    if local_size is not None and known and skip and not use_vmap and not torch.compiler.is_compiling():
+        plain = ends_of(attention_mask, kv_length, kv_offset)[0] is None
+        if plain and offset >= 0 and slides(mask_function, local_size, q_length, q_offset, device):
+            return sliding(local_size, batch_size, q_length, kv_length, offset, kv_offset, device)
 
     wants_order = needs_order(options_of(config))
     alone = attention_mask is None and known and offset == 0 and q_length == kv_length
@@ -94,6 +100,27 @@ def attention_mask(
     if not order and starts is None:
         return made
     return Visibility(*lengths, mask=made, starts=starts, dropped=kv_offset, **(place if order else {}))
+
+
+def slides(mask_function, reach: int, queries: int, q_offset: int, device) -> bool:
+    """Whether a mask of transformers' own making is causal attention to the last `reach` keys: its edges tell."""
+    nothing = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
+    own = torch.arange(queries, device=device).view(1, 1, -1, 1) + q_offset
+    keys = torch.cat((own + 1, own, own - reach + 1, own - reach), -1)
+    sees = torch.as_tensor(mask_function(nothing, nothing, own, keys), device=device).expand(1, 1, queries, 4)
+    wanted = torch.tensor([False, True, True, False], device=device)
+    return bool(((sees == wanted) | (keys < 0)).all())
+
+
+def sliding(
+    reach: int, batch: int, queries: int, keys: int, offset: int, dropped: int, device
+) -> Visibility | None:
+    """A sliding window in numbers; None where it shows all that causal attention does and the shapes alone tell."""
+    if queries + offset <= reach:  # it begins nowhere behind the first key
+        alone = dropped == 0 and queries in (1, keys) and offset == keys - queries
+        return None if alone else Visibility(queries, keys, offset, dropped=dropped)
+    first = torch.arange(queries, device=device) + (offset - reach + 1)
+    return Visibility(queries, keys, offset, starts=first.expand(batch, -1), dropped=dropped, reach=reach)
 
 
 def ends_of(

@@ -33,7 +33,7 @@ def within_documents(
         if given.get("cu_seq_lens_k") is not None:
             raise ValueError("cu_seq_lens_k needs cu_seq_lens_q, where each document's queries begin")
         starts = _of_positions(seen, given.get("position_ids"), query, key)
-        return seen if starts is None else replace(seen, starts=starts)
+        return seen if starts is None else replace(seen.spelled_out(), starts=starts)
     of_keys = given.get("cu_seq_lens_k")
     tokens = query.transpose(1, 2)[0] if len(query) == 1 else None  # [T, Hq, D]
     if tokens is None or query.shape[2] != key.shape[2]:
@@ -53,6 +53,7 @@ def within_documents(
             "cu_seq_lens_q needs causal attention, where a query's own key is the last that it sees"
         )
     position = torch.arange(query.shape[2], device=query.device)
+    seen = seen.spelled_out()
     # Behind the last document nobody says what there is: one more.
     found = bounds.to(torch.int64)[torch.bucketize(position, bounds[1:].to(torch.int64), right=True)][None]
     return replace(seen, starts=found if seen.starts is None else torch.maximum(found, _each(seen, query)))
@@ -82,7 +83,8 @@ def _of_positions(seen: Visibility, positions: object, query: Tensor, key: Tenso
     if torch.compiler.is_compiling() or not isinstance(positions, Tensor) or length < 2:
         return None
     # A mask of the user's own may mean something else; of a sliding layer's the starts are known.
-    plain = seen.offset == 0 and seen.mask is None if seen.starts is None else not _any(seen.starts)
+    known = seen.starts is None or seen.reach is not None
+    plain = seen.offset == 0 and seen.mask is None if known else not _any(seen.starts)
     plain = plain and seen.padding is None
     if not plain or key.shape[2] != length or positions.shape not in ((batch, length), (1, length)):
         return None

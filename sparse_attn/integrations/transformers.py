@@ -243,7 +243,7 @@ def attention_forward(
     options = _options_of(module)
     # Also where the layer is dense: it is of this call.
     index = index_of(module) if uses_indexer(module) else None
-    if _is_dense(module, key, options):
+    if _is_dense(module, key, options, seen.reach):
         return seen.dense_attention(query, key, value, scores).transpose(1, 2), None
     turn = reused.turn_of(module, options, attention_mask, query, key)
     if turn is not None and not turn.selects:
@@ -292,12 +292,12 @@ def _continuous(
     )
 
 
-def _is_dense(module: torch.nn.Module, key: Tensor, options: dict) -> bool:
-    """Whether a layer attends to all keys: it was asked to, or its budget holds them all."""
+def _is_dense(module: torch.nn.Module, key: Tensor, options: dict, reach: int | None = None) -> bool:
+    """Whether a layer attends to all keys that it sees: it was asked to, or its budget holds them all."""
     top_k, layers = options["top_k"], options["layers"]
     return (
         top_k is None
-        or top_k >= key.shape[2]
+        or top_k >= (key.shape[2] if reach is None else min(reach, key.shape[2]))
         or (layers is not None and getattr(module, "layer_idx", None) not in layers)
     )
 
@@ -314,6 +314,8 @@ def _sparse(
     turn: reused.Turn | None = None,  # what it chooses is for other layers, too
 ) -> Tensor:  # [B, Hq, Tq, Dv]
     sinks = max(0, options["sinks"] - seen.dropped)
+    if sinks:
+        seen = seen.spelled_out()  # they are the sequence's, not the window's
     known = reused.known_of(selector)
     if known is not None and seen.behind is not None:
         # The index keys are those of the queries and of what came before, whatever room a static cache has.

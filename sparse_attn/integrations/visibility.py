@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from sparse_attn.rule import Rule
 from sparse_attn.selection import Exact, select_and_attend
+
+_QUERIES = 512  # at least, that are worked on at a time in a sliding window
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Visibility:
         None  # int [B] or [B, Tq]: the first key of the query's sequence, maybe before key 0
     )
     dropped: int = 0  # so many first keys a sliding cache no longer holds
+    # A sliding window of so many keys, of which `starts` [B, Tq] has the first; never beside `mask` or `padding`.
+    reach: int | None = None
     # int []: how many keys follow the last query's own. A static cache under torch.compile counts its keys in a
     # tensor; then `offset` is not known as a number.
     behind: Tensor | None = None
@@ -81,10 +86,22 @@ class Visibility:
 
     def with_starts(self, batch: int) -> Visibility:
         """With each query's first visible key where nothing else says where its sequence starts."""
+        if self.reach is not None:
+            return self.spelled_out()
         if self.starts is not None or self.mask is None:
             return self
         first = self.mask.any(1).to(torch.uint8).argmax(-1)  # [B or 1, Tq or 1]
         return replace(self, starts=first.expand(batch, self.query_length))
+
+    def spelled_out(self) -> Visibility:
+        """A sliding window as a mask, beside where the sequences start."""
+        if self.reach is None:
+            return self
+        assert self.starts is not None
+        assert self.offset is not None
+        starts, keys = self.starts, torch.arange(self.key_length, device=self.starts.device)
+        mask = self._diagonal(self.offset, self.key_length, starts.device) & (keys >= starts[0].unsqueeze(-1))
+        return replace(self, mask=mask[None, None], starts=starts.new_zeros(len(starts)), reach=None)
 
     def of_rows(self, rows: slice, batch: int) -> tuple[int, dict[str, Any]]:
         """What some queries of a whole sequence see, for the public functions, and how many first keys that takes."""
@@ -149,6 +166,15 @@ class Visibility:
     def dense_attention(self, query: Tensor, key: Tensor, value: Tensor, scores: dict[str, Any]) -> Tensor:
         """Attention to all that is visible: [B, Hq, Tq, Dv]; `scores` as `scores_of` gives them."""
         seen = self.in_a_mask(query.device)
+        if seen.reach is not None:
+            parts = seen._windows(seen.reach)
+            return torch.cat(
+                [
+                    s.dense_attention(query[:, :, q], key[:, :, k], value[:, :, k], scores)
+                    for s, q, k in parts
+                ],
+                2,
+            )
         if len(scores) > 1:  # of which scaled_dot_product_attention knows nothing
             rule = seen.rule(share="none", **scores)
             return select_and_attend(query, key, value, key.shape[2], Exact(), rule)
@@ -176,6 +202,26 @@ class Visibility:
             scale=scores["scale"],
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+    def _windows(self, reach: int) -> Iterator[tuple[Visibility, slice, slice]]:
+        """(what they see, some queries, the keys within their sliding windows): far fewer than all pairs."""
+        assert self.starts is not None
+        assert self.offset is not None
+        step = max(reach, _QUERIES)
+        for first in range(0, self.query_length, step):
+            queries = slice(first, min(first + step, self.query_length))
+            keys = slice(
+                max(0, first + self.offset - reach + 1), min(self.key_length, queries.stop + self.offset)
+            )
+            seen = replace(
+                self,
+                query_length=queries.stop - first,
+                key_length=keys.stop - keys.start,
+                offset=first + self.offset - keys.start,
+                starts=self.starts[:, queries] - keys.start,
+                reach=None,
+            )
+            yield seen, queries, keys
 
     def only_visible(self, indices: Tensor) -> Tensor:
         """indices [B, Tq, K] with those of invisible keys made −1: a model's own selection may hold such."""

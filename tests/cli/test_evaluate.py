@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers.studies import small_model
@@ -115,11 +116,27 @@ def test_a_training_that_was_interrupted_goes_on(tmp_path, model, texts, monkeyp
     [
         (["--selector", "astrology"], "selector must be one of exact"),
         (["--budget", "much"], "budget must be a number of keys"),
+        (["--budget", "0%"], "budget must be a number of keys or a share such as 12.5%, got '0%'"),
+        (["--budget", "nan%"], "got 'nan%'"),
+        (["--budget", "200"], "no selection can have a budget of 200 at 200 tokens"),
         (["--lengths", "1000"], "no document has more than 1000 tokens"),
-        (["--selector", "indexer"], "selector='indexer' needs an indexer in layer 0"),
+        (["--lengths", "200", "1000"], "the longest, 0.txt, has 300"),
+        (["--out", "."], "--out . cannot be written: it is a folder"),
+        (["--out", "picture.png"], "--out must be a JSON file"),
+        (["--out", f"{__file__}/e.json"], "is no folder that can be written in"),
+        (["--gguf", "nothing.gguf"], "--gguf nothing.gguf is not in"),
+        (["--model", "/nowhere"], "--model /nowhere must be a folder, and there is none of this name"),
+        (["--model", str(Path(__file__).parent)], "has no config.json, which a model of transformers has"),
+        (["--dense", "none"], "invalid choice: 'none'"),
+        (
+            ["--selector", "indexer"],
+            "--selector indexer needs --indexers, a file of sparse-attn train-indexer",
+        ),
+        (["--selector", "low_rank"], "--selector low_rank needs --calibrate, texts that it is fitted on"),
+        (["--tasks", "text", "needles", "--lengths", "40"], "length must leave room for 6 needles"),
         (["--indexers", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
-        (["--model", "nowhere/at all"], "--model nowhere/at all cannot be loaded"),
+        (["--model", "nowhere/at all"], "--model nowhere/at all cannot be loaded: there is no such folder"),
     ],
 )
 def test_wrong_options_are_one_sentence(more, match, tmp_path, model, texts, capsys):
@@ -127,6 +144,31 @@ def test_wrong_options_are_one_sentence(more, match, tmp_path, model, texts, cap
     assert main([*command, "--out", str(tmp_path / "e.json"), *more]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert match in error
+
+
+def test_what_is_left_out_is_said(tmp_path, model, texts, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("w1 w2 w3")
+    files = [texts[0], str(short)]
+    more = ["--lengths", "250", "--budget", "10%", "192", "--selector", "blocks", "--tasks", "text"]
+    assert (
+        main(["evaluate", "--model", model, "--text", *files, *more, "--out", str(tmp_path / "e.json")]) == 0
+    )
+    said = capsys.readouterr().err
+    assert "note: not long enough for 250 tokens and left out there: short.txt" in said
+    assert "at least 192 keys (three of 64): blocks at 10%" in said
+    twice = tmp_path / "twice" / "0.txt"
+    twice.parent.mkdir()
+    twice.write_text("w1")
+    command = ["evaluate", "--model", model, "--text", texts[0], str(twice), "--lengths", "100"]
+    assert main([*command, "--out", str(tmp_path / "f.json")]) == 2
+    assert "must have different names, by which results are kept, got 0.txt twice" in capsys.readouterr().err
+
+
+def test_training_needs_a_budget_below_its_length(model, texts, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "i.safetensors"), "--budget", "100"]
+    assert main(["train-indexer", "--model", model, "--text", *texts, "--length", "100", *out]) == 2
+    assert "--budget must be fewer keys than --length 100, got 100" in capsys.readouterr().err
 
 
 def test_training_needs_texts_that_are_long_enough(model, texts, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from sparse_attn.evaluation import (  # noqa: E402
     draw,
     evaluate_model,
     interval,
+    likelihood,
     tables,
 )
 from sparse_attn.evaluation import needles as needle_task  # noqa: E402
@@ -175,6 +177,114 @@ def test_tables_and_picture(model, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def same_rows(ours, theirs, rel):
+    """The same texts, and numbers to rounding."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            close = isinstance(value, float)
+            assert a[name] == (pytest.approx(value, rel=rel, abs=1e-2 * rel) if close else value), (name, b)
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Cohere", "GPT2"])
+def test_hidden_states_in_the_place_of_logits(kind, tmp_path, monkeypatch):
+    """Of long texts and large vocabularies: the same numbers, with the head's soft caps, scales and layouts."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {
+        "Gemma2": lambda: transformers.Gemma2Config(
+            vocab_size=VOCABULARY, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, **shape
+        ),
+        "Cohere": lambda: transformers.CohereConfig(vocab_size=VOCABULARY, logit_scale=0.3, **shape),
+        "GPT2": lambda: transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+        ),
+    }[kind]()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    plan = Plan(["exact"], ["10%"], [LENGTH], ["text"])
+    whole = Store(tmp_path / "whole.json", {})
+    evaluate_model(model, documents(), plan, whole)
+    forwards = []
+    head = likelihood._head
+    monkeypatch.setattr(likelihood, "_head", lambda *given: forwards.append(given) or head(*given))
+    monkeypatch.setattr(likelihood, "_KEPT", 1000)
+    monkeypatch.setattr(likelihood, "_AT_ONCE", 50 * VOCABULARY)
+    parts = Store(tmp_path / "parts.json", {})
+    evaluate_model(model, documents(), plan, parts)
+    # Of each of three documents two forwards, each with a test, and 120 rows in three, of dense attention twice.
+    assert len(forwards) == 3 * (1 + 3 + 1 + 6)
+    same_rows(parts.rows, whole.rows, 1e-4)
+
+
+def test_the_last_tokens(model, tmp_path):
+    """What goes before them is their context all the same."""
+    store = Store(tmp_path / "results.json", {})
+    plan = Plan(["exact"], ["10%"], [LENGTH], ["text"], last=30)
+    evaluate_model(model, documents(), plan, store)
+    tokens = documents()[0].tokens
+    with torch.no_grad():
+        logs = model(tokens[None, :-1]).logits[0, -30:].double().log_softmax(-1)
+    row = store.find(arm="dense", document="0.txt")[0]
+    assert row["nats"] == pytest.approx(float(F.nll_loss(logs, tokens[-30:])), abs=1e-5)
+    assert tables(store)[0].title.startswith("Text, the last 30 of 240 tokens")
+    evaluate_model(model, documents(), plan, store)
+    assert len(store.rows) == 6
+    with pytest.raises(
+        ValueError, match=r"has results of the last 30 tokens of each document, and .* the last half"
+    ):
+        evaluate_model(model, documents(), Plan(["exact"], ["10%"], [LENGTH], ["text"]), store)
+    with pytest.raises(ValueError, match="last must be at most each of lengths, got 300 of 240 tokens"):
+        Plan(lengths=[LENGTH], last=300)
+
+
+def test_a_head_that_wants_more_than_hidden_states(model, tmp_path, monkeypatch):
+    plan = Plan(["exact"], ["10%"], [LENGTH], ["text"])
+    whole, parts = (Store(tmp_path / f"{n}.json", {}) for n in ("whole", "parts"))
+    forward = model.forward
+
+    def wants(*given, **named):
+        """Its logits depend on how many tokens it was given."""
+        out = forward(*given, **named)
+        out.logits = out.logits * len(named["input_ids"][0])
+        return out
+
+    wants.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", wants)
+    evaluate_model(model, documents(1), plan, whole)
+    monkeypatch.setattr(likelihood, "_KEPT", 1000)
+    evaluate_model(model, documents(1), plan, parts)
+    assert parts.rows == whole.rows
+
+
+def test_dense_attention_of_this_package(tmp_path):
+    """For sliding windows: what scaled_dot_product_attention says, without a mask of all pairs."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=30,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    found = {}
+    for dense in (None, "sparse_attn"):
+        store = Store(tmp_path / f"{dense}.json", {})
+        plan = Plan(
+            ["exact/kv", "exact+blocks", "window"], ["20%"], [LENGTH], ["text", "recall"], dense=dense
+        )
+        evaluate_model(model, documents(), plan, store)
+        assert model.config._attn_implementation == "sdpa"
+        found[dense] = store.rows
+    same_rows(found["sparse_attn"], found[None], 1e-3)
+    with pytest.raises(TypeError, match="dense must be the name of an attention"):
+        Plan(dense=3)
+
+
 def test_recall_counts(model):
     """Against a matrix of all scores."""
     tokens = documents(1)[0].tokens[:-1]
@@ -316,11 +426,16 @@ def test_errors(model, tmp_path):
         ({"selectors": []}, "selectors must hold at least one"),
         ({"budgets": ["many"]}, "budget must be a number of keys or a share"),
         ({"budgets": ["120%"]}, "got '120%'"),
+        ({"budgets": ["nan%"]}, "got 'nan%'"),
         ({"tasks": ["dance"]}, "tasks must be among text, recall, needles"),
         ({"documents": 0}, "documents must be at least 1"),
     ):
         with pytest.raises(ValueError, match=match):
             Plan(**wrong)
+    with pytest.raises(ValueError, match=r"documents must have different names, .* got 0\.txt twice"):
+        evaluate_model(model, documents() * 2, Plan(lengths=[LENGTH], tasks=["text"]), store)
+    with pytest.raises(ValueError, match="no selection can have a budget of 5000 at 240 tokens"):
+        evaluate_model(model, documents(), Plan(budgets=["5000"], lengths=[LENGTH], tasks=["text"]), store)
     with pytest.raises(ValueError, match="no document has more than 2048 tokens"):
         evaluate_model(model, documents(), Plan(tasks=["text"]), store)
     with pytest.raises(ValueError, match="needs an indexer in layer 0"):

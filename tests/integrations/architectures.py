@@ -29,6 +29,13 @@ MODELS = {
     "Gemma 2": lambda: t.Gemma2ForCausalLM(
         t.Gemma2Config(**TEXT, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.5)
     ),
+    "Gemma 3": lambda: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(
+            **{**TEXT, "head_dim": 16, "num_key_value_heads": 1},
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
     "gpt-oss": lambda: t.GptOssForCausalLM(
         t.GptOssConfig(**TEXT, sliding_window=8, num_local_experts=2, num_experts_per_tok=1)
     ),
