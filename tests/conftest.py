@@ -58,12 +58,28 @@ def _in_turn(items: list[pytest.Item]) -> Iterator[pytest.Item]:
             yield item
 
 
+def _longest_first(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """What takes minutes begins the share of each process (pytest-xdist deals the list out in pieces), so that none
+    is left alone with it at the end."""
+    longest = [item for item in items if item.path.name.startswith(LONGEST)]
+    longest.sort(
+        key=lambda item: next(n for n, name in enumerate(LONGEST) if item.path.name.startswith(name))
+    )
+    others = [item for item in items if not item.path.name.startswith(LONGEST)]
+    found: list[pytest.Item] = []
+    for number in range(processes):
+        first, size = longest[number::processes], (len(items) - len(found)) // (processes - number)
+        rest = max(0, size - len(first))
+        found += first + others[:rest]
+        del others[:rest]
+    return found + others
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not any("[" in argument for argument in config.args):  # one that was asked for by name
         items[:] = _in_turn(items)
-    # Among several processes what takes minutes comes first, so that none is left alone with it at the end.
-    if getattr(config.option, "dist", "no") != "no" or "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
+    if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        items[:] = _longest_first(items, processes)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
