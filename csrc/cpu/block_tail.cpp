@@ -166,12 +166,17 @@ std::tuple<Tensor, Tensor> attention_with_blocks_cpu(Tensor query, Tensor key, T
     const auto both = attend_to_blocks(op, query, key_means, value_means, selection, as_bits, key_length,
                                        block_size, {SPARSE_ATTN_RULE_ARGUMENTS});
     const auto& [out, lse] = both;
-    const bool fits = query.scalar_type() == ScalarType::Float &&
-                      own_out.scalar_type() == ScalarType::Float &&
-                      own_lse.scalar_type() == ScalarType::Float && own_out.numel() == out.numel() &&
-                      own_lse.numel() == lse.numel();
-    STD_TORCH_CHECK(fits, op, ": takes float32, own_out [B, Hq, Tq, Dv] and own_lse [B, Hq, Tq]; got ",
-                    shape_of(own_out), " and ", shape_of(own_lse));
+    STD_TORCH_CHECK(query.scalar_type() == ScalarType::Float, op,
+                    ": query must be float32, as all the others");
+    const auto like = [](const Tensor& one, const Tensor& other) {
+        bool same = one.dim() == other.dim() && one.scalar_type() == ScalarType::Float;
+        for (int64_t d = 0; same && d < other.dim(); ++d) same = one.size(d) == other.size(d);
+        return same;
+    };
+    STD_TORCH_CHECK(like(own_out, out), op, ": own_out must be float32 ", shape_of(out), "; got ",
+                    shape_of(own_out));
+    STD_TORCH_CHECK(like(own_lse, lse), op, ": own_lse must be float32 ", shape_of(lse), "; got ",
+                    shape_of(own_lse));
     join(out, lse, torch::stable::contiguous(own_out), torch::stable::contiguous(own_lse));
     return both;
 }
@@ -219,8 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_with_blocks_backward_cpu(
     const Gradients own = new_gradients(m, op, query, key, value, grad_out, grad_lse, out, lse);
     if (f.batch == 0) return own.all();
     if (as_bits)
-        walk_tiles(m, worth_threads(static_cast<double>(f.batch * f.heads) * f.query_length * f.key_length *
-                                    (f.head_dim + f.value_dim)));
+        gradients_of_bits(m);
     else
         gradients_of_indices(m, true);
     BlockTail t;

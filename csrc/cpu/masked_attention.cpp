@@ -393,6 +393,12 @@ void walk_tiles(MaskedBackwardParams& p, bool parallel, const TilesPrepared& the
     for_rows(f.query_length, k.finish);
 }
 
+void gradients_of_bits(MaskedBackwardParams& p) {
+    const AttendParams& f = p.forward;
+    walk_tiles(p, worth_threads(static_cast<double>(f.batch * f.heads) * f.query_length * f.key_length *
+                                (f.head_dim + f.value_dim)));
+}
+
 // ---- the rest of topk_attention
 
 void select_rest(Selection& s, int64_t scratch_bytes, const std::vector<uint8_t>* done,

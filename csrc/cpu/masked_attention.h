@@ -68,6 +68,8 @@ bool backward_by_tiles(MaskedBackwardParams& p, const int32_t* indices);
 // `of_more`: `out` and `lse` are of other keys, too, of whose gradients somebody else takes care; float32
 // alone.
 void gradients_of_indices(MaskedBackwardParams& p, bool of_more);
+// The same of a selection that is given as bits, by tiles.
+void gradients_of_bits(MaskedBackwardParams& p);
 
 // [B, G, Tq, bit_words(Tk)] bits of the indices; false where a row names a key twice.
 bool bits_of_indices(const AttendParams& a, uint32_t* bits, bool parallel);

@@ -141,8 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_attention_bits_backward_cpu(
     p.bits = bits_of(f, op, bits, f.key_length);
     const Gradients g = new_gradients(p, op, query, key, value, grad_out, grad_lse, out, lse);
     if (f.batch == 0) return g.all();
-    walk_tiles(p, worth_threads(static_cast<double>(f.batch * f.heads) * f.query_length * f.key_length *
-                                (f.head_dim + f.value_dim)));
+    gradients_of_bits(p);
     return g.all();
 }
 

@@ -256,6 +256,20 @@ def test_opcheck(name):
         )  # fmt: skip
 
 
+def test_the_joined_op_refuses_outputs_of_another_shape():
+    joined = getattr(getattr(torch.ops.sparse_attn, "attention_with_blocks", None), "cpu", None)
+    if joined is None:
+        pytest.skip("there is no extension")
+    query, key, value = qkv(1, 2, 2, 130, 130, 8)
+    packed = Rule(is_causal=True).packed(query, key)._replace(groups=2)
+    indices = sparse_attn.topk_select(query, key, 5, is_causal=True)
+    means = [t[:, :, :128].unflatten(2, (2, 64)).mean(3) for t in (key, value)]
+    out, lse = gathered_attention.attend(query, key, value, indices)
+    for name, wrong in (("own_out", (out.transpose(2, 3), lse)), ("own_lse", (out, lse.double()))):
+        with pytest.raises(RuntimeError, match=f"{name} must be float32"):
+            joined(query, key, value, *means, indices, False, *wrong, 130, 64, *packed.parts())
+
+
 def test_one_gradient_of_selection_and_blocks():
     """What one op does for both stages is what the two do apart, which torch.func has; sinks, cap and LSE, too."""
     query, key, value = qkv(2, 4, 2, 200, 200, 24, 40)
