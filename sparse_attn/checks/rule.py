@@ -88,7 +88,9 @@ def soft_cap(softcap: object) -> float:
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+    # The plain float first, as every call of a model has one: to ask whether something is a Real takes its time.
+    plain = type(value) is float
+    if not plain and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat))):
         raise TypeError(f"{name} must be a float or None, got {describe(value)}")
     try:
         number = float(value)

@@ -9,8 +9,10 @@ its beams are reordered. After anything else there is none, until a call goes on
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache as once
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from sparse_attn.integrations.calls import OfThisCall
 from sparse_attn.integrations.self_test import attention_modules
-from sparse_attn.ops.key_index import MOST_QUERIES, KeyIndex
+from sparse_attn.ops.key_index import MOST_QUERIES, KeyIndex, append_known
 from sparse_attn.ops.topk_attention import OP
 
 LEAST_KEYS = 1024  # of fewer, all scores cost no more than an index
@@ -79,12 +81,11 @@ def _show(module: torch.nn.Module) -> None:
 
 def reorder_cache(cache: Any, beam_idx: Tensor) -> Any:
     """What `generate` does with a cache after each step of a beam search, done with the indices beside it."""
-    from transformers.cache_utils import CacheLayerMixin
-
+    own = _caches().CacheLayerMixin.reorder_cache
     followed: list[tuple[Any, _Kept]] = []
-    for _, layer in _layers(cache):
+    for layer in (layer for layers in _layers(cache) for layer in layers):
         kept, now = _kept.get(layer), _keys_of(layer)
-        by_class = type(layer).reorder_cache is CacheLayerMixin.reorder_cache
+        by_class = type(layer).reorder_cache is own
         same = (
             kept is not None and now is not None and now.begins(kept.keys) and now.length == kept.keys.length
         )
@@ -110,43 +111,44 @@ def index_of(
 
     It is brought up to date on the way, or begun where that will pay.
     """
-    if torch.compiler.is_compiling() or not _wanted(options, query):
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or not _by_score(options):
         return None
     _show(module)
-    for layer, before, goes_on in _before.take(module, ()):
-        call = _call_of(layer(), key, before)
+    for reference, before, goes_on in _before.take(module, ()):
+        layer = reference()
+        call = _call_of(layer, key, before)
         if call is None:
             continue
-        kept = _kept.get(layer())
+        kept = _kept.get(layer)
         if kept is None or before is None or not goes_on:
-            _kept[layer()] = _Kept(*call)
+            _kept[layer] = _Kept(*call)
             return None
         kept.keys, kept.known = call
         few = query.shape[2] <= MOST_QUERIES
         if kept.index is not None:
-            kept.index.crop(before.length).append(key[:, :, before.length : kept.known])
-        elif few and kept.known >= LEAST_KEYS:
+            if kept.index.length != before.length:
+                kept.index.crop(before.length)
+            append_known(kept.index, key.narrow(2, before.length, kept.known - before.length), "cpu")
+        elif few and kept.known >= LEAST_KEYS and OP.choose(query, options["backend"]) == "cpu":
             kept.index = KeyIndex.of(key[:, :, : kept.known], capacity=kept.known + max(256, kept.known // 4))
         return kept.index if few else None
     return None
 
 
-def _wanted(options: dict[str, Any], query: Tensor) -> bool:
-    """Whether keys are chosen by what an index knows, on the wing that it makes faster."""
+def _by_score(options: dict[str, Any]) -> bool:
+    """Whether keys are chosen by what an index knows."""
     exact = options["selector"] == "exact" and not options["residual"] and options["share"] == "none"
-    on_cpu = query.device.type == "cpu" and OP.choose(query, options["backend"]) == "cpu"
-    return bool(options["key_index"] and exact and on_cpu)
+    return bool(options["key_index"] and exact)
 
 
 def _before_attention(module: torch.nn.Module, arguments: tuple, named: dict) -> None:
     """A forward pre-hook: attention functions are not given the cache, and see its keys only with the new ones."""
     if torch.compiler.is_compiling():
         return
-    from transformers.cache_utils import Cache
-
-    number = getattr(module, "layer_idx", None)
-    caches = [value for value in (*named.values(), *arguments) if isinstance(value, Cache)]
-    layers = [layer for cache in caches for at, layer in _layers(cache) if at == number]
+    number, kind = getattr(module, "layer_idx", None), _caches().Cache
+    caches = [value for value in (*named.values(), *arguments) if isinstance(value, kind)]
+    held = [layers for cache in caches for layers in _layers(cache)] if isinstance(number, int) else []
+    layers = [layers[number] for layers in held if 0 <= number < len(layers)]
     _before.put(module, [_given(layer) for layer in layers if _grows(layer) is not None])
 
 
@@ -161,15 +163,28 @@ def _given(layer: Any) -> _Given:
     return _Given(weakref.ref(layer), now, goes_on)
 
 
-def _layers(cache: Any) -> Iterator[tuple[int, Any]]:
-    """(number, layer) of a cache, or of the two of an encoder-decoder's."""
-    from transformers.cache_utils import Cache, EncoderDecoderCache
+@once
+def _caches() -> ModuleType:
+    from transformers import cache_utils
 
-    if isinstance(cache, EncoderDecoderCache):
+    return cache_utils
+
+
+@once
+def _ways() -> dict[Callable, str]:
+    """How a layer adds keys by its method: to a new tensor of all of them, or in place."""
+    caches = _caches()
+    anew = (caches.DynamicLayer.update, caches.DynamicSlidingWindowLayer.update)
+    return {**dict.fromkeys(anew, "anew"), caches.StaticLayer.update: "in place"}
+
+
+def _layers(cache: Any) -> Iterator[Sequence[Any]]:
+    """The layers of a cache, or of each of the two of an encoder-decoder's."""
+    if isinstance(cache, _caches().EncoderDecoderCache):
         yield from _layers(cache.self_attention_cache)
         yield from _layers(cache.cross_attention_cache)
-    elif type(cache).update is Cache.update and _by_its_class(cache, "update", "reorder_cache"):
-        yield from enumerate(cache.layers)
+    elif type(cache).update is _caches().Cache.update and _by_its_class(cache, "update", "reorder_cache"):
+        yield cache.layers
 
 
 def _by_its_class(thing: Any, *methods: str) -> bool:
@@ -177,27 +192,22 @@ def _by_its_class(thing: Any, *methods: str) -> bool:
 
 
 def _grows(layer: Any) -> str | None:
-    """How a layer adds keys, where that is known: to a new tensor of all of them, or in place."""
-    from transformers import cache_utils
-
-    update = getattr(type(layer), "update", None)
-    if not _by_its_class(layer, "update"):
-        return None
-    if update in (cache_utils.DynamicLayer.update, cache_utils.DynamicSlidingWindowLayer.update):
-        return "anew"
-    if update is cache_utils.StaticLayer.update and hasattr(layer, "cumulative_length"):
-        return "in place"
-    return None
+    """How a layer adds keys, where that is known."""
+    own = vars(layer)
+    way = None if "update" in own else _ways().get(getattr(type(layer), "update", None))
+    return None if way == "in place" and "cumulative_length" not in own else way
 
 
 def _keys_of(layer: Any) -> Keys | None:
     """None: it has none, or nobody could see a change of them."""
-    keys = layer.keys if _grows(layer) is not None else None
+    way = _grows(layer)
+    keys = None if way is None else layer.keys
     if not isinstance(keys, Tensor) or keys.dim() != 4 or keys.device.type != "cpu" or keys.is_inference():
         return None
-    memory = keys if keys._base is None else keys._base
-    place = keys.storage_offset(), keys.shape[0], keys.shape[1], keys.shape[3], *keys.stride()
-    length = keys.shape[2] if _grows(layer) == "anew" else int(layer.cumulative_length)
+    base, (batch, heads, length, dim) = keys._base, keys.shape
+    memory = keys if base is None else base
+    place = keys.storage_offset(), batch, heads, dim, *keys.stride()
+    length = length if way == "anew" else int(layer.cumulative_length)
     return Keys(weakref.ref(memory), memory._version, place, length)
 
 

@@ -39,7 +39,13 @@ _FIELDS = [f"{NAME}_{name}" for name in DEFAULTS]
 
 def options_of(config: Any) -> dict[str, Any]:
     """The options by name, with defaults for what the config does not say."""
-    return {name: getattr(config, f"{NAME}_{name}", value) for name, value in DEFAULTS.items()}
+    said = vars(
+        config
+    )  # each layer of each token asks, and asking a config of transformers by name takes its time
+    return {
+        name: said[field] if field in said else getattr(config, field, value)
+        for (name, value), field in zip(DEFAULTS.items(), _FIELDS, strict=True)
+    }
 
 
 def needs_order(options: dict[str, Any]) -> bool:

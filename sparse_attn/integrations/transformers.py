@@ -242,7 +242,7 @@ def attention_forward(
         return out.transpose(1, 2), None
     options = _options_of(module)
     # Also where the layer is dense: it is of this call.
-    index = index_of(module) if uses_indexer(module) else None
+    index = index_of(module) if options["selector"] == "indexer" and uses_indexer(module) else None
     if _is_dense(module, key, options, seen.reach):
         return seen.dense_attention(query, key, value, scores).transpose(1, 2), None
     turn = reused.turn_of(module, options, attention_mask, query, key)
@@ -341,7 +341,7 @@ def _sparse(
         seen = seen.of_first_keys(known)
     if index is not None and seen.sees_no_more_than(index.length):
         seen = seen.of_first_keys(index.length)
-        key, value = key[:, :, : index.length], value[:, :, : index.length]
+        key, value = key.narrow(2, 0, index.length), value.narrow(2, 0, index.length)
         selector = Exact(options["backend"], index)
     if turn is not None:
         selector = turn.leaving(selector, known)

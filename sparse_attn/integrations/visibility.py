@@ -123,6 +123,8 @@ class Visibility:
 
     def of_first_keys(self, count: int) -> Visibility:
         """The same for the first `count` keys alone; no query sees any other."""
+        if count == self.key_length:
+            return self
         padding = None if self.padding is None else self.padding[:, :count]
         mask = None if self.mask is None else self.mask[..., :count]
         return replace(self, key_length=count, padding=padding, mask=mask)

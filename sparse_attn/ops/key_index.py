@@ -80,7 +80,6 @@ class KeyIndex:
         few = key[:, :, :4096].float()
         return index_around(few.mean(2) if key.shape[2] else few.sum(2), key, capacity)
 
-    @torch.no_grad()
     def append(self, key: Tensor) -> KeyIndex:
         """Adds keys [B, Hkv, t, D] behind those that it knows, and returns itself. Room is doubled where it is full.
 
@@ -89,10 +88,7 @@ class KeyIndex:
         """
         checks.keys("key", key)
         self._check(key)
-        begin, end = self.length, self.length + key.shape[2]
-        self._reserve(end)
-        WRITE.on(first_of("index_keys", key))(key, self.codes, self.bounds, self.shift, begin)
-        self.length = end
+        append_known(self, key, first_of("index_keys", key))
         return self
 
     @torch.no_grad()
@@ -178,16 +174,25 @@ class KeyIndex:
                 f"key_index has B={batch}, Hkv={heads}, D={dim}, got key [B, Hkv, Tk, D] = {list(key.shape)}"
             )
 
-    def _reserve(self, length: int) -> None:
-        room = self.codes.shape[2]
-        if length <= room * BLOCK:
-            return
-        blocks = max(-(-length // BLOCK), 2 * room)
-        for name in ("codes", "bounds"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], blocks, *old.shape[3:])
-            new[:, :, :room] = old
-            setattr(self, name, new)
+
+def append_known(index: KeyIndex, key: Tensor, wing: str) -> None:
+    """`KeyIndex.append` on that wing, of keys that are known to go with the others: nothing is checked."""
+    begin, end = index.length, index.length + key.shape[2]
+    _reserve(index, end)
+    WRITE.on(wing)(key.detach() if key.requires_grad else key, *index.tensors(), begin)
+    index.length = end
+
+
+def _reserve(index: KeyIndex, length: int) -> None:
+    room = index.codes.shape[2]
+    if length <= room * BLOCK:
+        return
+    blocks = max(-(-length // BLOCK), 2 * room)
+    for name in ("codes", "bounds"):
+        old = getattr(index, name)
+        new = old.new_zeros(*old.shape[:2], blocks, *old.shape[3:])
+        new[:, :, :room] = old
+        setattr(index, name, new)
 
 
 def index_around(shift: Tensor, key: Tensor, capacity: int = 0) -> KeyIndex:

@@ -178,6 +178,11 @@ def indexed(draw: Draw) -> list:
     return [query, key, 4, *rule(draw, numbers=[1, 4, 2, 1, 4]), *parts]
 
 
+def indexed_attention(draw: Draw) -> list:
+    query, key, *others = indexed(draw)
+    return [query, key, normal(2, 2, 9, 3, dtype=key.dtype), *others]
+
+
 def pages(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
     """query [1, 4, 3, 6], 5 pages of key and value, the table of 2 sequences, and the rule of a pack of them."""
     dtype, size = draw.choice(FLOAT_DTYPES), draw.choice((1, 16))
@@ -276,6 +281,7 @@ RIGHT = {
     "indexer_select": indexer,
     "index_keys": index_keys,
     "indexed_select": indexed,
+    "indexed_attention": indexed_attention,
     "paged_select": paged_select,
     "paged_attention": paged_attention,
     "index_pages": index_pages,
