@@ -1,4 +1,5 @@
-// indexed_select and indexed_attention on the CPU: topk_select's selection, found through 8-bit rows of the keys.
+// indexed_select and indexed_attention on the CPU: topk_select's selection, found through 8-bit rows of the
+// keys.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels/gathered_attention.h"
@@ -68,8 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> indexed_attention_cpu(Tensor query, Tensor ke
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_attn, m) {
     m.def("indexed_select.cpu(Tensor query, Tensor key, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
           ", Tensor codes, Tensor bounds, Tensor shift) -> Tensor");
-    m.def("indexed_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
-          ", Tensor codes, Tensor bounds, Tensor shift) -> (Tensor out, Tensor lse, Tensor indices)");
+    m.def(
+        "indexed_attention.cpu(Tensor query, Tensor key, Tensor value, SymInt top_k, " SPARSE_ATTN_RULE_SCHEMA
+        ", Tensor codes, Tensor bounds, Tensor shift) -> (Tensor out, Tensor lse, Tensor indices)");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
     m.impl("indexed_select.cpu", TORCH_BOX(&sparse_attn::indexed_select_cpu));

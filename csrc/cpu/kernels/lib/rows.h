@@ -8,27 +8,16 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
-// Filled slots of one index row, in slot order: their key indices and their slots. Returns how many.
+// Filled slots of one index row, in slot order: their key indices and their slots. Returns how many; whole
+// vectors are written.
 SPARSE_ATTN_INLINE int64_t filled_slots(const int32_t* indices, int64_t slots, int64_t low, int64_t high,
                                         int32_t* keys, int32_t* slot_of) {
     int64_t n = 0, s = 0;
     for (; s + Vec::W <= slots; s += Vec::W) {
         uint32_t bits = in_range(indices + s, static_cast<int32_t>(low), static_cast<int32_t>(high));
         if (!bits) continue;
-#if defined(__AVX512F__)
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        __mmask16 m = static_cast<__mmask16>(bits);
-        _mm512_storeu_si512(keys + n, _mm512_maskz_compress_epi32(m, _mm512_loadu_si512(indices + s)));
-        _mm512_storeu_si512(
-            slot_of + n,
-            _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(s)))));
-        n += __builtin_popcount(bits);
-#else
-        for (; bits; bits &= bits - 1, ++n) {
-            slot_of[n] = static_cast<int32_t>(s) + __builtin_ctz(bits);
-            keys[n] = indices[slot_of[n]];
-        }
-#endif
+        append_lanes(slot_of + n, bits, static_cast<int32_t>(s));
+        n += compress_to(keys + n, bits, indices + s);
     }
     for (; s < slots; ++s)
         if (indices[s] >= low && indices[s] < high) {

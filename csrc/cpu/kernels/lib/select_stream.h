@@ -4,6 +4,7 @@
 #include "candidates.h"
 #include "key_range.h"
 #include "select_tile.h"
+#include "threshold.h"
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
@@ -101,7 +102,7 @@ SPARSE_ATTN_INLINE KeyRanges key_ranges(const SelectParams& p, int64_t b, int64_
 
 SPARSE_ATTN_INLINE int64_t stream_scratch_bytes(const SelectParams& p) {
     const int64_t buffer = candidate_capacity(p.top_k) + kSlack;
-    return kBlockRows * (buffer * 8 + 128) + buffer * 4 + 64;
+    return kBlockRows * (buffer * 8 + 128) + kThresholdScratch * 4 + 64;
 }
 
 // Selects for up to kBlockRows queries of one group. The scorer fills tiles of MR queries × NR keys:
@@ -113,7 +114,8 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
     const int64_t rows = queries.end - queries.begin;
     const int64_t buffer = candidate_capacity(p.top_k) + kSlack;
     const int32_t full = static_cast<int32_t>(candidate_capacity(p.top_k));
-    int32_t* keys = scratch.take<int32_t>(buffer);
+    int32_t* few = scratch.take<int32_t>(kThresholdScratch);
+    ThresholdGuess guess;
     Candidates candidates[kBlockRows];
     Visible visible[kBlockRows];
     float threshold[kBlockRows];
@@ -187,7 +189,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
                                        load(tile + r * NR + v * W), static_cast<int32_t>(base + v * W));
                     }
                     c.count = count;
-                    if (count > full) threshold[i] = keep_best<true>(c, keys);
+                    if (count > full) threshold[i] = keep_best(c, guess, few);
                 }
             }
         }
@@ -198,7 +200,7 @@ void stream_rows(const SelectParams& p, int64_t b, int64_t group, Range queries,
         Candidates& c = candidates[i];
         Visible& v = visible[i];
         if (scored[i]) {
-            keep_best<false>(c, keys);
+            keep_best(c, guess, few);
         } else if (c.keep > 0) {
             for (int64_t j = v.sink_end; j < v.end; ++j) c.indices[c.count++] = static_cast<int32_t>(j);
         }

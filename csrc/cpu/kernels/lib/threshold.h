@@ -153,4 +153,45 @@ inline Threshold find_threshold(const float* scores, int64_t n, int64_t keep, Th
     return {cut.low, cut.at_least - rank, max_lane(top)};
 }
 
+// Cuts the buffer to its best `keep` scores, keeping the order, as candidates.h has it; returns the new
+// threshold. `scratch` has kThresholdScratch numbers.
+constexpr int64_t kThresholdScratch = 3 * (kFewScores + 2 * Vec::W);
+inline float keep_best(Candidates& c, ThresholdGuess& guess, int32_t* scratch) {
+    constexpr int W = Vec::W;
+    if (c.keep == 0) {
+        c.count = 0;
+        return closed_threshold();
+    }
+    if (c.count < c.keep) return open_threshold();
+    if (c.count == c.keep) {
+        int32_t worst = INT32_MAX;
+        for (int32_t i = 0; i < c.count; ++i) worst = minimum(worst, order_of(c.scores[i]));
+        return worst == INT32_MAX ? closed_threshold() : float_of_order(worst);
+    }
+    int32_t* few = scratch + kFewScores + 2 * W;
+    const Threshold t = find_threshold(c.scores, c.count, c.keep, guess, reinterpret_cast<float*>(scratch),
+                                       few, few + kFewScores + 2 * W);
+    const Vec bound = broadcast(below(t.key)), same = broadcast(float_of_order(t.key));
+    const bool number = t.key != INT32_MAX;
+    int64_t equal_left = 0;
+    if (t.excess > 0)
+        equal_left = count_reaching(c.scores, c.count, t.key) - t.excess -
+                     (number ? count_reaching(c.scores, c.count, int64_t{t.key} + 1) : 0);
+    int32_t n = 0;
+    for (int32_t i = 0; i < c.count; i += W) {
+        const Vec s = load(c.scores + i);  // whole vectors have room
+        uint32_t bits = not_le(s, bound) & low_bits(c.count - i);
+        if (t.excess > 0) {
+            uint32_t equal = number ? bits & ~not_le(s, same) : bits;
+            bits &= ~equal;
+            while (__builtin_popcount(equal) > equal_left) equal ^= 0x80000000u >> __builtin_clz(equal);
+            equal_left -= __builtin_popcount(equal);
+            bits |= equal;
+        }
+        n += compress_to(c.scores + n, c.indices + n, bits, c.scores + i, c.indices + i);
+    }
+    c.count = n;
+    return number ? float_of_order(t.key) : closed_threshold();
+}
+
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
