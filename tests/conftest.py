@@ -21,7 +21,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from helpers.interpreter import hasten
 from helpers.wings import wings_under_test
+
+from sparse_attn.wings import triton as triton_wing
+
+if triton_wing.interpreted and triton_wing.version is not None:
+    hasten()
 
 # Inductor takes what it finds in its cache for this CPU's, also what was compiled for other instructions (a network
 # home, ATEN_CPU_CAPABILITY): wrong results and crashes. So one folder per instruction set, and nobody else's.

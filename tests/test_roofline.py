@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
-    from benchmarks.gpu import gpus, roofline, sass, streams
+    from benchmarks.gpu import gpus, roofline, roofline_cuda, roofline_triton, sass, streams
 finally:
     sys.path.remove(str(ROOT))
 
@@ -126,7 +126,7 @@ BOUNDS = {
     sass.tool("cuobjdump") is None, reason="cuobjdump is neither beside Triton nor on the PATH"
 )
 def test_selection_stays_as_fast_as_counted():
-    rows = {row.label.removeprefix("cuda "): row for row in roofline.cuda_rows("cuda topk_select bf16")}
+    rows = {row.label.removeprefix("cuda "): row for row in roofline_cuda.cuda_rows("cuda topk_select bf16")}
     for label, (most, warps) in BOUNDS.items():
         row = rows[label]
         assert row.per_unit <= most, f"{label}: {row.per_unit:.0f} warp instructions, at most {most}"
@@ -157,7 +157,7 @@ TRITON_BOUNDS = {
 def test_kernels_of_triton_stay_as_fast_as_counted():
     pytest.importorskip("triton")
     for label, (most, warps, stack) in TRITON_BOUNDS.items():
-        (row,) = roofline.triton_rows(f"triton {label}")
+        (row,) = roofline_triton.triton_rows(f"triton {label}")
         assert row.per_unit <= most, f"{label}: {row.per_unit:.0f} warp instructions, at most {most}"
         assert row.stack <= stack, f"{label} has {row.stack} bytes on the stack, at most {stack}"
         assert row.warps >= warps, f"{label}: only {row.warps} warps fit a multiprocessor of an H100"

@@ -25,8 +25,8 @@ OPTIONAL = ("hypothesis", "expecttest", "rich", "matplotlib", "pytest_benchmark"
 
 # Where a kernel's first minutes on a device would fail, most likely first.
 RISKS = (
-    "gathered_attention", "topk_select", "topk_attention", "block_attention", "tail", "residual", "key_index",
-    "indexer_select", "quantized_select", "refine_blocks", "variable_width", "softcap_and_sinks",
+    "gathered_attention", "topk_select", "topk_attention", "block_attention", "tail", "residual", "key_index", "varlen",
+    "paged", "indexer_select", "quantized_select", "refine_blocks", "variable_width", "softcap_and_sinks",
 )  # fmt: skip
 
 

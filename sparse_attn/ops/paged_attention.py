@@ -58,8 +58,8 @@ def select(
 ) -> Tensor:  # int32 [1, G, T, K]
     q, k = _checked(query, key)
     packed = rule.packed(q, k, top_k)
-    wing = SELECT.choose(q, backend, rule=rule, function=function, sizes=sizes_of(q))
     index = paged_index.parts_of(key_index, k.transpose(1, 2))
+    wing = SELECT.choose(q, backend, rule=rule, function=function, sizes=_sizes(key_index, q))
     return SELECT.on(wing)(q, k, block_table, top_k, *packed.parts(), *index)
 
 
@@ -77,9 +77,13 @@ def attend_best(
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [T, Hq, Dv], lse [T, Hq], indices int32 [1, G, T, K]
     q, k, v = _checked(query, key, value)
     packed = rule.packed(q, k, top_k)
-    wing = OP.choose(q, backend, rule=rule, function=function, sizes=sizes_of(q, v))
     index = paged_index.parts_of(key_index, k.transpose(1, 2))
+    wing = OP.choose(q, backend, rule=rule, function=function, sizes=_sizes(key_index, q, v))
     return OP.on(wing)(q, k, v, block_table, top_k, *packed.parts(), *index)
+
+
+def _sizes(key_index: PagedKeyIndex | None, query: Tensor, value: Tensor | None = None) -> dict[str, int]:
+    return sizes_of(query, value) | ({} if key_index is None else {"key_index": 1})
 
 
 def _checked(query: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:

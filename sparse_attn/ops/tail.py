@@ -80,6 +80,16 @@ def check_rule(rule: Rule) -> Rule:
     return visible
 
 
+def wing_of(
+    op: Op, query: Tensor, value: Tensor, rule: Rule, backend: str | None, function: str | None = None
+) -> str:
+    """The wing of a tail. One without the op has it in plain PyTorch: all else stays where the call wants it."""
+    forced = forced_wing(backend)
+    if forced is not None and not op.has(forced):
+        backend = "reference"
+    return op.choose(query, backend, rule=rule, function=function, sizes=sizes_of(query, value))
+
+
 @shardable("query:BHTD key:BHSD value:BHSD indices:BGTK rule", "BHTD BHT")
 def attend(
     query: Tensor,  # [B, Hq, Tq, D]
@@ -101,11 +111,7 @@ def attend(
     indices = checks.indices_of(indices, query, key)
     visible = check_rule(rule)
     packed = visible.packed(query, key)._replace(groups=indices.shape[1])
-    # A wing without the op has it in plain PyTorch: selection and all else stay where the call wants them.
-    forced = forced_wing(backend)
-    if forced is not None and not OP.has(forced):
-        backend = "reference"
-    wing = OP.choose(query, backend, rule=visible, function=function, sizes=sizes_of(query, value))
+    wing = wing_of(OP, query, value, visible, backend, function)
     return OP.on(wing)(query, key, value, indices, *packed.parts())[:2]
 
 
@@ -157,6 +163,9 @@ BLOCKS = Op(
     tangent=_tangent_of_blocks,
     batch="query key value indices out lse",
 )
+
+
+OF_TAIL = {"mean": OP, "blocks": BLOCKS}
 
 
 # The selection and its blocks as one softmax, without a pass over [B, Hq, Tq, Dv] between the two and with one gradient
@@ -236,10 +245,7 @@ def with_blocks(
     """(out, lse) of the selection and the means of whole blocks, each with the weight of its keys that are left out."""
     query, key, value = autocast(query, key, value)
     visible = replace(check_rule(rule), sink_logits=None)
-    forced = forced_wing(backend)
-    if forced is not None and not BLOCKS.has(forced):
-        backend = "reference"
-    wing = BLOCKS.choose(query, backend, rule=visible, function=function, sizes=sizes_of(query, value))
+    wing = wing_of(BLOCKS, query, value, visible, backend, function)
     length = key.shape[2]
     if one_op(wing, query, key, value, rule):
         return join(wing, query, key, value, indices, False, out, lse, rule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -430,6 +431,12 @@ def explain(
         sink_logits=sink_logits, tail=tail, key_index=key_index, backend=backend,
     )  # fmt: skip
     explanation = explain_call(call)
+    if tail != "none" and top_k < key.shape[2]:  # an op of its own, behind the selection
+        rule = Rule(is_causal, causal_offset, key_lengths=key_lengths, key_starts=key_starts)
+        own = explain_call(tails.wing_of, tails.OF_TAIL[tail], *autocast(query, value), rule, backend)
+        of_tail = f"the tail on the {own.backend!r} wing"
+        way = of_tail if explanation.way is None else f"{explanation.way}; {of_tail}"
+        explanation = replace(explanation, way=way)
     if not measure:
         return explanation
     with torch.no_grad():

@@ -69,7 +69,11 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _why_not_there(device)
 
 
+def _way(op: str, sizes: dict[str, int]) -> str | None:
+    return "without the key index, which it does not have" if "key_index" in sizes else None
+
+
 CUDA_WING = Wing(
-    "cuda", "CUDA", extension.ops_of("cuda", "CUDA"), _why_not, LIMITS, EVERYWHERE, behind=BEHIND
+    "cuda", "CUDA", extension.ops_of("cuda", "CUDA"), _why_not, LIMITS, EVERYWHERE, behind=BEHIND, way=_way
 )
 register(CUDA_WING)

@@ -71,6 +71,15 @@ def _why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _too_old(device)
 
 
+def _way(op: str, sizes: dict[str, int]) -> str | None:
+    """As topk_select.py, indexed_select.py and paged_select.py have it."""
+    if "key_index" not in sizes:
+        return None
+    if op.startswith("paged"):
+        return "without the key index, which it does not read in pages"
+    return "what the key index cannot rule out is scored, and what it does not prove is selected without it"
+
+
 def _folder() -> Path | None:
     """Where the kernels are: inside the package, or in a checkout (PYTHONPATH, editable) beside it.
 
@@ -128,6 +137,7 @@ TRITON_WING = Wing(
     why_not=_why_not,
     limits=LIMITS,
     rule=EVERYWHERE | {OFFSETS},
+    way=_way,
     # The interpreter is thousands of times slower than any other wing: nobody gets it without a word.
     by_name_only=interpreted,
 )

@@ -140,16 +140,20 @@ def test_equal_keys_and_values_are_dense_attention(wing, tail):
 
 @pytest.mark.parametrize("tail", ["mean", "blocks"])
 def test_nan_reaches_only_those_that_see_it(wing, tail):
-    query, key, value = qkv(1, 2, 1, 200, 200, 8)
-    value[:, :, 150] = math.nan
-    key[:, :, 170] = math.nan
-    for chosen in (5, 100):
+    nan_reaches_only_those_that_see_it(wing, tail, (5, 100))
+
+
+def nan_reaches_only_those_that_see_it(wing, tail, budgets, length=200, of_value=150, of_key=170):
+    query, key, value = qkv(1, 2, 1, length, length, 8)
+    value[:, :, of_value] = math.nan
+    key[:, :, of_key] = math.nan
+    for chosen in budgets:
         out = wing.topk_attention(query, key, value, chosen, is_causal=True, tail=tail)
-        assert bool(out[:, :, :150].isfinite().all())
+        assert bool(out[:, :, :of_value].isfinite().all())
         if tail == "mean":
-            assert bool(out[:, :, 150:].isnan().all())
-        else:  # from 170 on it is chosen, from 191 on a block has it
-            assert bool(out[:, :, 170:].isnan().all())
+            assert bool(out[:, :, of_value:].isnan().all())
+        else:  # from there on it is chosen, from 191 on a block has the other
+            assert bool(out[:, :, of_key:].isnan().all())
 
 
 @pytest.mark.parametrize("tail", ["mean", "blocks"])

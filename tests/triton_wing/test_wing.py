@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +95,28 @@ def test_large_heads_are_explained():
     for op in (sparse_attn.topk_select, sparse_attn.topk_attention):
         with pytest.raises(ValueError, match="backend='triton' cannot run"):
             op(*(query,) * (2 if op is sparse_attn.topk_select else 3), 1, backend="triton")
+
+
+@pytest.mark.skipif(triton_wing.version is None, reason="Triton is not installed")
+def test_the_way_of_indices_and_tails(monkeypatch):
+    """As on a GPU, where no launch is needed to say it."""
+    monkeypatch.setattr(triton_wing, "interpreted", True)  # it takes the CPU's tensors
+    query, key = torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 300, 16)
+    explain = partial(sparse_attn.explain, query, key, key, 5, backend="triton")
+    index = sparse_attn.KeyIndex.of(key)
+    assert explain().way is None
+    assert explain(key_index=index).way.startswith("what the key index cannot rule out is scored")
+    assert explain(share="all", key_index=index).way is None
+    for tail in ("mean", "blocks"):
+        assert explain(tail=tail).way == "the tail on the 'triton' wing"
+        assert explain(tail=tail, key_index=index).way.endswith("; the tail on the 'triton' wing")
+    pages = torch.zeros(4, 16, 2, 16)
+    paged = sparse_attn.explain_call(
+        sparse_attn.varlen_topk_attention, query[0].transpose(0, 1), pages, pages, torch.tensor([0, 1]), None, 1, 32, 5,
+        seqused_k=torch.tensor([20]), block_table=torch.tensor([[0, 1]], dtype=torch.int32),
+        key_index=sparse_attn.PagedKeyIndex.of(pages), backend="triton",
+    )  # fmt: skip
+    assert paged.way == "without the key index, which it does not read in pages"
 
 
 def test_importing_the_package_does_not_load_triton():
