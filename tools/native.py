@@ -99,6 +99,8 @@ def make_plan(isas: dict[str, list[str]], parts: dict[str, tuple[str, ...]], arc
             raise Unavailable(no_cuda)
     # Enough of -O to end, little enough that a report's lines are those of the source.
     flags = [*SANITIZERS[sanitizer], "-O1", "-g1", "-fno-omit-frame-pointer"] if sanitizer else []
+    # macOS' linker refuses a weak symbol that nobody defines: there each set has all kernels.
+    parts = {} if sys.platform == "darwin" else parts
     return Plan(cxx, torch, usable, parts, nvcc, no_cuda, known, build_dir, jobs, flags)
 
 
