@@ -4,7 +4,7 @@
 #   make bench                     the benchmarks, their tables and pictures
 #   make fuzz CASES=100000         random calls of all ops against float64 oracles (or SECONDS=60; SEED, OPS)
 #   make sanitize | soak           the ops under ASan, UBSan and TSan; an hour of calls from four threads (SECONDS)
-#   make arm                       the CPU kernels with NEON, cross-compiled and run under emulation
+#   make arm                       the CPU kernels on 64-bit ARM, cross-compiled and run under emulation
 #   make docs | docs-check | docs-serve   the site in build/site; each page of it in a browser; while pages are written
 #   make notebooks                 executes examples/notebooks on small settings
 #   make wheels | release-check    the files of a release, in dist/; all that has to be true of them (CHECK="files wheel")

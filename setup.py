@@ -32,25 +32,9 @@ from setuptools.command.build_ext import build_ext as _build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import isas  # noqa: E402
 import native  # noqa: E402
 from toolchain import Unavailable, env_flag, find_gpus  # noqa: E402
-
-# Every csrc/cpu/kernels/*.cpp is compiled once per row, with -DSPARSE_ATTN_ISA=<name>; the CPU at run time decides
-# which copy is called (csrc/cpu/isa.cpp asks it). Rising order; a row whose flags the compiler does not know is left
-# out.
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-ISAS = {
-    "generic": [],
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],  # a CPU that has the first has the second
-    "amx": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
-}
-# Of these rows only what multiplies tiles; a CPU that has them takes the rest from the row above.
-PARTS = {
-    "amx": ("topk_bounds", "variable_width_cross_entropy", "variable_width_cross_entropy_backward"),
-}
 
 # What nvcc is asked for, as far as it can. "-virtual" is PTX: that of the newest serves GPUs to come, that of
 # 90 serves those between the rows (10.3, 11.0), because code for 100a runs on 10.0 alone.
@@ -117,7 +101,7 @@ class build_ext(_build_ext):
         try:
             if env_flag("SPARSE_ATTN_PURE"):
                 raise Unavailable("SPARSE_ATTN_PURE=1 was set")
-            plan = native.make_plan(ISAS, PARTS, cuda_archs(self.default_archs))
+            plan = native.make_plan(isas.of_this_machine(), isas.PARTS, cuda_archs(self.default_archs))
             try:
                 native.build(plan, target)
             except Unavailable as error:

@@ -1,4 +1,4 @@
-"""Writes the build.ninja of the extension and runs it. The tables (CPU, GPU targets) are in setup.py.
+"""Writes the build.ninja of the extension and runs it. What for: tools/isas.py (CPUs) and setup.py (GPUs).
 
 Two shared objects, side by side: `libsparse_attn` has the kernels and registers the ops with torch, and loads into a
 program without Python; `sparse_attn._C` is the Python module, linked to it.
@@ -21,7 +21,6 @@ from pathlib import Path
 from toolchain import Nvcc, Torch, Unavailable, accepts, env_flag, find_cxx, find_nvcc, find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 TARGET = "0x020a000000000000"  # torch 2.10: the oldest torch that the extension must load into
 LIBRARY = "libsparse_attn.dylib" if sys.platform == "darwin" else "libsparse_attn.so"
 
@@ -80,7 +79,7 @@ def make_plan(isas: dict[str, list[str]], parts: dict[str, tuple[str, ...]], arc
     sanitizer = os.environ.get("SPARSE_ATTN_SANITIZE", "")
     if sanitizer and sanitizer not in SANITIZERS:
         raise Unavailable(f"SPARSE_ATTN_SANITIZE must be one of {', '.join(SANITIZERS)}, got {sanitizer}")
-    usable = {name: flags for name, flags in isas.items() if not flags or (X86 and accepts(cxx, flags))}
+    usable = {name: flags for name, flags in isas.items() if not flags or accepts(cxx, flags)}
     wanted = os.environ.get("SPARSE_ATTN_CUDA", "1") != "0" and not sanitizer
     nvcc = find_nvcc() if wanted and archs else None
     no_cuda = "" if nvcc else "no nvcc was found" if archs else NO_GPU
@@ -100,6 +99,8 @@ def make_plan(isas: dict[str, list[str]], parts: dict[str, tuple[str, ...]], arc
             raise Unavailable(no_cuda)
     # Enough of -O to end, little enough that a report's lines are those of the source.
     flags = [*SANITIZERS[sanitizer], "-O1", "-g1", "-fno-omit-frame-pointer"] if sanitizer else []
+    # macOS' linker refuses a weak symbol that nobody defines: there each set has all kernels.
+    parts = {} if sys.platform == "darwin" else parts
     return Plan(cxx, torch, usable, parts, nvcc, no_cuda, known, build_dir, jobs, flags)
 
 

@@ -4,6 +4,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <cstdlib>
@@ -18,10 +22,10 @@ struct Choice {
     const char* name;
 };
 
-// One for each instruction set of setup.py.
+// One for each instruction set of tools/isas.py.
 namespace runs {
 
-bool generic() {
+[[maybe_unused]] bool generic() {
     return true;
 }
 #if defined(__x86_64__) || defined(__i386__)
@@ -48,6 +52,31 @@ bool generic() {
     return false;
 #endif
 }
+#elif defined(__aarch64__)
+// By the names that the kernel has for them: Linux's bits of AT_HWCAP or AT_HWCAP2, macOS' words.
+bool has([[maybe_unused]] unsigned long kind, [[maybe_unused]] int bit, [[maybe_unused]] const char* word) {
+#if defined(__linux__)
+    return (getauxval(kind) >> bit & 1) != 0;
+#elif defined(__APPLE__)
+    int there = 0;
+    size_t size = sizeof there;
+    return sysctlbyname(word, &there, &size, nullptr, 0) == 0 && there != 0;
+#else
+    return false;
+#endif
+}
+constexpr unsigned long kFirst = 16, kSecond = 26;  // AT_HWCAP, AT_HWCAP2
+
+[[maybe_unused]] bool neon() {
+    return true;
+}
+[[maybe_unused]] bool neon_dot() {
+    return has(kFirst, 20, "hw.optional.arm.FEAT_DotProd");
+}
+[[maybe_unused]] bool neon_bf16() {
+    return neon_dot() && has(kSecond, 13, "hw.optional.arm.FEAT_I8MM") &&
+           has(kSecond, 14, "hw.optional.arm.FEAT_BF16");
+}
 #endif
 
 }  // namespace runs
@@ -57,19 +86,20 @@ Choice choose() {
     __builtin_cpu_init();
 #endif
     const char* cap = std::getenv("SPARSE_ATTN_CPU_ISA");
-    Choice best{Isa::generic, "generic"};
+    Choice best{};
+    std::string names;
     bool capped = false;
     // In rising order; the cap ends the climb.
     auto offer = [&](Isa isa, const char* name, bool (*supported)()) {
         if (!capped && supported()) best = {isa, name};
         if (cap != nullptr && std::string(cap) == name) capped = true;
+        names += (names.empty() ? "" : ", ") + std::string(name);
     };
 #define SPARSE_ATTN_OFFER(isa, ...) offer(Isa::isa, #isa, runs::isa);
     SPARSE_ATTN_EACH_ISA(SPARSE_ATTN_OFFER, )
 #undef SPARSE_ATTN_OFFER
     if (cap != nullptr && !capped)
-        throw std::runtime_error(
-            "SPARSE_ATTN_CPU_ISA must be generic, avx2, avx512, avx512_bf16 or amx, got " + std::string(cap));
+        throw std::runtime_error("SPARSE_ATTN_CPU_ISA must be one of " + names + ", got " + cap);
     return best;
 }
 

@@ -15,7 +15,8 @@ enum class Isa { SPARSE_ATTN_EACH_ISA(SPARSE_ATTN_ENUMERATOR, ) };
 // tests and for comparison); read once.
 Isa isa();
 
-// Its name: "generic", "avx2", "avx512", "avx512_bf16" or "amx".
+// Its name: "generic", "avx2", "avx512", "avx512_bf16" or "amx"; on 64-bit ARM "neon", "neon_dot" or
+// "neon_bf16".
 SPARSE_ATTN_EXPORT const char* isa_name();
 
 }  // namespace sparse_attn::cpu

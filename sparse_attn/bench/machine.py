@@ -17,7 +17,7 @@ from sparse_attn.wings import extension
 # The instruction sets that decide which kernel runs.
 FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16"),
-    *("amx_tile", "amx_bf16", "asimd", "sve", "bf16"),
+    *("amx_tile", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16"),
 )
 
 
@@ -53,7 +53,11 @@ def wing() -> str:
 
 def in_words(machine: dict) -> str:
     """One line: the CPU, the threads, the versions, the day."""
-    flags = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in machine["cpu_flags"]][:2]
+    flags = [
+        f
+        for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16", "asimddp")
+        if f in machine["cpu_flags"]
+    ][:2]
     return (
         f"{machine['cpu']} ({', '.join(flags) or machine['system']}), {_threads(machine['threads'])}, "
         f"torch {machine['torch']}, sparse_attn {machine['sparse_attn']} ({machine['wing']} wing), "

@@ -46,6 +46,10 @@ FEATURES = (
     "avx512_bf16",
     "avx512_fp16",
     "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
 )
 
 

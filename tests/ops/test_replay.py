@@ -131,7 +131,8 @@ def test_one_result_in_each_process_of_an_instruction_set():
     program += "print(json.dumps(t.digest(torch.float32, t.RULES[1])))"
     tests = os.path.dirname(os.path.dirname(__file__))
     found = {}
-    for isa in ("generic", "avx2", "avx2"):
+    lowest, *others = extension.module.build_info()["isas"]
+    for isa in (lowest, *2 * others[:1]):
         environment = os.environ | {
             "SPARSE_ATTN_CPU_ISA": isa,
             "PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)]),
@@ -149,4 +150,4 @@ def test_one_result_in_each_process_of_an_instruction_set():
         assert result.returncode == 0, result.stderr[-2000:]
         answer = json.loads(result.stdout.splitlines()[-1])
         assert found.setdefault(isa, answer) == answer
-    assert "generic" in found
+    assert lowest in found

@@ -246,9 +246,9 @@ def test_tiles_of_bfloat16_leave_few_keys(dtype, left):
 def test_long_rows_choose_bounds_by_themselves():
     query, key = normal(1, 1, 1024, 64), normal(1, 1, 1024, 64, seed=1)
     before = native.bounds_counts()
-    sparse_attn.topk_select(query, key, 32, is_causal=True, backend="cpu")
+    sparse_attn.topk_select(query, key, 8, is_causal=True, backend="cpu")
     ran = native.bounds_counts()["blocks"] > before["blocks"]
-    assert ran == (native.cpu_isa() != "generic")
+    assert ran == (native.cpu_isa() not in ("generic", "neon"))
     before = native.bounds_counts()
     sparse_attn.topk_select(query[:, :, :256], key[:, :, :256], 32, is_causal=True, backend="cpu")
     assert native.bounds_counts() == before

@@ -155,6 +155,7 @@ void pack_rounded(const SelectParams& p, int64_t b, int64_t kv_head, Range panel
                 error = max(fma(max(max(as_is[v], x.norm), broadcast(kSmallest)), broadcast(slack), x.error),
                             error);
             }
+            if constexpr (Kind::kBits == kByteBits) pair_words(panel, NR, word_count);
             facts.plain_norm = usable ? max_lane(max(as_is[0], as_is[NV - 1])) : 0.0f;
             facts.norm = usable ? max_lane(norm) : __builtin_inff();  // no bounds
             facts.error = usable ? max_lane(error) : 0.0f;
@@ -192,7 +193,11 @@ bool bounds_pay(const SelectParams& p) {
 #elif defined(__AVX2__)
     constexpr int64_t long_from = 384, of_budget = 4;
 #endif
-#if defined(__AVX2__)
+#if defined(SPARSE_ATTN_NEON_BYTES)
+    // Pairs gain nothing here. Where bytes gain is AVX-512's: nobody has measured it on such a machine.
+    constexpr int64_t long_from = 512, of_budget = kBytesOfBudget;
+#endif
+#if defined(__AVX2__) || defined(SPARSE_ATTN_NEON_BYTES)
     return bounds_take(p) && p.head_dim >= 32 && p.query_length >= 256 && p.key_length >= long_from &&
            p.key_length >= of_budget * p.top_k;
 #else
@@ -206,6 +211,9 @@ int bounds_bits(const SelectParams& p) {
     // bfloat16 itself is not rounded; of other numbers tiles leave some keys more than pairs.
     const bool much = p.key_length >= 1024 && p.key_length >= 32 * p.top_k;
     return p.dtype == DType::kBFloat16 || much ? kTileBits : kPairBits;
+#elif defined(SPARSE_ATTN_NEON_BYTES)
+    (void)p;
+    return kByteBits;
 #elif defined(__AVX512VNNI__)
     return p.key_length >= kBytesOfBudget * p.top_k ? kByteBits : kPairBits;
 #else

@@ -62,7 +62,7 @@ inline void differentiate(const CrossEntropyParams& p, ClassTile tile, int64_t b
     }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(SPARSE_ATTN_PAIRS)
 // The gradients of the logits of tokens [begin, end), from float32, as pairs along either axis. begin is
 // even; behind the last token and the last class stands what the other operand's zeros meet: a number, never
 // NaN of another token.
@@ -76,6 +76,14 @@ inline void pair_up(const BackwardScratch& s, int64_t classes, int64_t begin, in
         const float *even = s.logits + i * kLogitStride, *odd = even + kLogitStride;
         uint16_t* by_token = reinterpret_cast<uint16_t*>(s.by_token) + i * kLogitStride;
         for (int64_t j = 0; j < round_up(classes, Vec::W); j += Vec::W) {
+#if defined(SPARSE_ATTN_NEON)
+            const uint16x4_t low = to_bfloat16(load(even + j));
+            const uint16x4_t high = i + 1 < end ? to_bfloat16(load(odd + j)) : vdup_n_u16(0);
+            vst1_u16(by_token + j, low);
+            vst1_u16(by_token + kLogitStride + j, high);
+            const uint32x4_t pair = vorrq_u32(vmovl_u16(low), vshll_n_u16(high, 16));
+            store(s.by_class + i / 2 * kLogitStride + j, Vec{vreinterpretq_f32_u32(pair)});
+#else
             const __m256i low = (__m256i)_mm512_cvtneps_pbh(load(even + j).v);
             const __m256i high = i + 1 < end ? (__m256i)_mm512_cvtneps_pbh(load(odd + j).v) : __m256i{};
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_token + j), low);
@@ -83,6 +91,7 @@ inline void pair_up(const BackwardScratch& s, int64_t classes, int64_t begin, in
             const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
                                                  _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
             store(s.by_class + i / 2 * kLogitStride + j, Vec{_mm512_castsi512_ps(pair)});
+#endif
         }
     }
 }

@@ -156,11 +156,11 @@ struct BoundedRows {
         uint32_t* to = queries + g * word_count * MR;
         const RoundedNorms n =
             round_columns<Kind>(wide, W, columns, p.head_dim, load(facts.scale), load(inverse));
-        // Of bytes 128 more than they are: the instruction wants them without a sign.
-        constexpr uint32_t kMore = Kind::kBits == kByteBits ? 0x80808080u : 0;
+        constexpr uint32_t kMore = Kind::kBits == kByteBits ? kQueryFlip : 0;
         for (int64_t w = 0; w < word_count; ++w)
             for (int r = 0; r < MR; ++r)
                 to[kFloats<Kind> ? r * word_count + w : w * MR + r] = wide[w * W + r] ^ kMore;
+        if constexpr (Kind::kBits == kByteBits) pair_words(to, MR, word_count);
         store(facts.norm, max(n.norm + n.error, as_is));
         store(facts.error, n.error);
         return true;

@@ -107,6 +107,28 @@ __attribute__((noinline)) void byte_products(const int8_t* block, int64_t words,
         for (int r = 0; r < R; ++r)
             _mm256_storeu_ps(out + r * kIndexKeys + half, _mm256_cvtepi32_ps(sums[r]));
     }
+#elif defined(SPARSE_ATTN_NEON)
+    (void)of;
+    int32x4_t sums[R][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sums[r][i] = vdupq_n_s32(0);
+    for (int64_t w = 0; w < words; ++w) {
+        int8x16_t keys[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) keys[i] = vld1q_s8(block + w * 64 + i * 16);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const int8x16_t query = vreinterpretq_s8_s32(vld1q_dup_s32(queries + r * stride + w));
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) sums[r][i] = add_byte_products(query, keys[i], sums[r][i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) vst1q_f32(out + r * kIndexKeys + i * 4, vcvtq_f32_s32(sums[r][i]));
 #else
     (void)of;
     for (int r = 0; r < R; ++r) {

@@ -7,6 +7,7 @@
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 
+#if !defined(SPARSE_ATTN_NEON)  // which has it
 // W rows of W lanes → W columns.
 SPARSE_ATTN_INLINE void transpose(Vec (&v)[W]) {
 #if defined(__AVX512F__)
@@ -66,6 +67,7 @@ SPARSE_ATTN_INLINE void transpose(Vec (&v)[W]) {
         }
 #endif
 }
+#endif
 
 // W words of a key from word w on; the second: the first n of them, and zeros, where the key has no more.
 template <class Tile, class T>

@@ -60,6 +60,21 @@ SPARSE_ATTN_INLINE void transpose_words(const T* const* rows, int64_t d, Vec* ou
     out[2] = {_mm256_shuffle_ps(b, e, 0x44)};
     out[3] = {_mm256_shuffle_ps(b, e, 0xee)};
 }
+#elif defined(SPARSE_ATTN_NEON)
+template <class Tile, class T>
+SPARSE_ATTN_INLINE void transpose_words(const T* const* rows, int64_t d, Vec* out) {
+    Vec words[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        if constexpr (Tile::kDepth == 1)
+            words[j] = load(rows[j] + d);
+        else
+            words[j] = load(reinterpret_cast<const float*>(rows[j] + d));
+    }
+    transpose(words);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) out[i] = words[i];
+}
 #else
 template <class Tile, class T>
 SPARSE_ATTN_INLINE void transpose_words(const T* const* rows, int64_t d, Vec* out) {

@@ -42,7 +42,7 @@ struct Singles {
         return fma(broadcast(*a), load(b), c);
     }
 };
-#if defined(__AVX512BF16__)
+#if defined(SPARSE_ATTN_PAIRS)
 // … or pairs of bfloat16: twice the multiply-adds an instruction, summed in float32.
 struct Pairs {
     static constexpr int kDepth = 2;
@@ -58,7 +58,7 @@ struct Pairs {
         return float_of(high << 16 | round_to_bfloat16(to_float(*from)));
     }
     static SPARSE_ATTN_INLINE Vec multiply_add(const float* a, const float* b, Vec c) {
-        return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_set1_ps(*a), (__m512bh)load(b).v)};
+        return add_pair_products(a, load(b), c);
     }
 };
 #else

@@ -34,7 +34,12 @@ struct ByPairs {
     static constexpr float kMost = 32767.0f;
 };
 struct ByBytes {
-    static constexpr int kNumbers = 4, kBits = kByteBits, kWordStep = 1;
+#if defined(SPARSE_ATTN_NEON_BYTE_MATRICES)
+    static constexpr int kWordStep = 2;  // as pair_words has them
+#else
+    static constexpr int kWordStep = 1;
+#endif
+    static constexpr int kNumbers = 4, kBits = kByteBits;
     static constexpr float kMost = 127.0f;
 };
 // bfloat16, multiplied in tiles of 16 words: no scale of its own, and no rotation, which would gain nothing.
@@ -42,6 +47,12 @@ struct ByTiles {
     static constexpr int kNumbers = 2, kBits = kTileBits, kWordStep = 16;
     static constexpr float kMost = 32000.0f;  // of a score in units
 };
+// What bytes of queries are changed by: x86 multiplies numbers without a sign by such with one.
+#if defined(SPARSE_ATTN_NEON)
+constexpr uint32_t kQueryFlip = 0;
+#else
+constexpr uint32_t kQueryFlip = 0x80808080u;  // 128 more
+#endif
 template <class Kind>
 constexpr bool kFloats = Kind::kBits == kTileBits;
 
@@ -147,6 +158,12 @@ SPARSE_ATTN_INLINE void store_numbers(uint32_t* to, const Vec* numbers) {
             _mm256_slli_epi32(word, Kind::kBits),
             _mm256_and_si256(_mm256_cvtps_epi32(numbers[i].v), _mm256_set1_epi32(static_cast<int>(kMask))));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), word);
+#elif defined(SPARSE_ATTN_NEON)
+    uint32x4_t word = vdupq_n_u32(0);
+    for (int i = Kind::kNumbers; i-- > 0;)
+        word = vorrq_u32(vshlq_n_u32(word, Kind::kBits),
+                         vandq_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(numbers[i].v)), vdupq_n_u32(kMask)));
+    vst1q_u32(to, word);
 #else
     for (int j = 0; j < W; ++j) {
         to[j] = 0;
@@ -165,6 +182,22 @@ SPARSE_ATTN_INLINE Vec largest_of_columns(const float* x, int64_t head_dim) {
     }
     return most;
 }
+
+// Where bytes are multiplied as matrices: of words w and w + 1 of the columns [w][width], W of them at a
+// time, those of a column side by side.
+#if defined(SPARSE_ATTN_NEON_BYTE_MATRICES)
+inline void pair_words(uint32_t* words, int64_t width, int64_t word_count) {
+    for (int64_t w = 0; w < word_count; w += 2)
+        for (int64_t j = 0; j < width; j += W) {
+            uint32_t *even = words + w * width + j, *odd = even + width;
+            const uint32x4_t a = vld1q_u32(even), b = vld1q_u32(odd);
+            vst1q_u32(even, vzip1q_u32(a, b));
+            vst1q_u32(odd, vzip2q_u32(a, b));
+        }
+}
+#else
+SPARSE_ATTN_INLINE void pair_words(uint32_t*, int64_t, int64_t) {}
+#endif
 
 struct RoundedNorms {
     Vec norm, error;  // upper bounds of ‖x‖ and ‖x − scale · rounded‖

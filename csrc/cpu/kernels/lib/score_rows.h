@@ -93,6 +93,49 @@ SPARSE_ATTN_INLINE uint64_t bits_above(const int16_t* x, Shorts bound) {
     }
     return bits;
 }
+#elif defined(SPARSE_ATTN_NEON)
+struct Shorts {
+    static constexpr int N = 8;
+    int16x8_t v;
+};
+SPARSE_ATTN_INLINE Shorts load_shorts(const int16_t* p) {
+    return {vld1q_s16(p)};
+}
+SPARSE_ATTN_INLINE void store(int16_t* p, Shorts a) {
+    vst1q_s16(p, a.v);
+}
+SPARSE_ATTN_INLINE Shorts all_shorts(int16_t x) {
+    return {vdupq_n_s16(x)};
+}
+SPARSE_ATTN_INLINE Shorts max(Shorts a, Shorts b) {
+    return {vmaxq_s16(a.v, b.v)};
+}
+using Marks = uint8_t;
+SPARSE_ATTN_INLINE Marks marks_above(Shorts a, Shorts bound) {
+    const uint16x8_t bit = {1, 2, 4, 8, 16, 32, 64, 128};
+    return static_cast<Marks>(vaddvq_u16(vandq_u16(vcgtq_s16(a.v, bound.v), bit)));
+}
+SPARSE_ATTN_INLINE int32_t count_above(const int16_t* x, int64_t n, int16_t bound) {
+    const int16x8_t least = vdupq_n_s16(bound);
+    int32x4_t counts = vdupq_n_s32(0);
+    for (int64_t i = 0; i < n; i += Shorts::N)
+        counts = vpadalq_s16(counts, vreinterpretq_s16_u16(vcgtq_s16(vld1q_s16(x + i), least)));
+    return -vaddvq_s32(counts);
+}
+SPARSE_ATTN_INLINE uint64_t bits_above(const int16_t* x, Shorts bound) {
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    uint8x16_t bytes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const uint16x8_t a = vcgtq_s16(vld1q_s16(x + 16 * i), bound.v);
+        const uint16x8_t b = vcgtq_s16(vld1q_s16(x + 16 * i + 8), bound.v);
+        bytes[i] = vandq_u8(vcombine_u8(vmovn_u16(a), vmovn_u16(b)), bit);
+    }
+    // Three times the sums of neighbours: a byte for each eight numbers.
+    uint8x16_t sums = vpaddq_u8(vpaddq_u8(bytes[0], bytes[1]), vpaddq_u8(bytes[2], bytes[3]));
+    sums = vpaddq_u8(sums, sums);
+    return vgetq_lane_u64(vreinterpretq_u64_u8(sums), 0);
+}
 #else
 struct Shorts {
     static constexpr int N = 8;

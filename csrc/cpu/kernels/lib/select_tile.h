@@ -38,7 +38,7 @@ struct FloatTile {
     static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(SPARSE_ATTN_PAIRS)
 // Pairs of bfloat16 multiplied and added to float32 in one instruction.
 struct BFloat16Tile {
     static constexpr int kDepth = 2, kExtra = 0;
@@ -58,8 +58,7 @@ struct BFloat16Tile {
     using Sum = Vec;
     static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return zero(); }
     static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, Vec b, Sum c) {
-        __m512 pair = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits_of(*a))));
-        return {_mm512_dpbf16_ps(c.v, (__m512bh)pair, (__m512bh)b.v)};
+        return add_pair_products(a, b, c);
     }
     static SPARSE_ATTN_INLINE Vec value(Sum sum) { return sum; }
 };
@@ -88,11 +87,15 @@ struct Rounded {
     }
 };
 
-#if defined(__AVX512VNNI__)
-// Four components per word. The instruction multiplies unsigned by signed bytes: queries are stored + 128,
-// and the sums start at −128 · Σ key. Behind the words: the scale, then that start.
+#if defined(__AVX512VNNI__) || defined(SPARSE_ATTN_NEON_BYTES)
+// Four components per word. AVX-512's instruction multiplies unsigned by signed bytes: queries are stored
+// + 128, and the sums start at −128 · Σ key. Behind the words: the scale, then that start.
 struct Int8Tile {
-    static constexpr int kDepth = 4, kExtra = 2;
+#if defined(__AVX512VNNI__)
+    static constexpr int kDepth = 4, kExtra = 2, kMore = 128;
+#else
+    static constexpr int kDepth = 4, kExtra = 1, kMore = 0;
+#endif
     template <bool kQuery, class T>
     static SPARSE_ATTN_INLINE void pack_column(float* to, int64_t width, const T* from, int64_t stride,
                                                int64_t n, int64_t words, float sign) {
@@ -105,13 +108,14 @@ struct Int8Tile {
                 const int64_t d = 4 * w + i;
                 const int32_t x = d < n ? static_cast<int32_t>(rounded(to_float(from[d * stride]))) : 0;
                 total += x;
-                word |= static_cast<uint32_t>((x + (kQuery ? 128 : 0)) & 0xff) << (8 * i);
+                word |= static_cast<uint32_t>((x + (kQuery ? kMore : 0)) & 0xff) << (8 * i);
             }
             to[w * width] = float_of(word);
         }
         to[words * width] = rounded.scale * sign;
-        to[(words + 1) * width] = float_of(static_cast<uint32_t>(-128 * total));
+        if constexpr (kMore != 0) to[(words + 1) * width] = float_of(static_cast<uint32_t>(-kMore * total));
     }
+#if defined(__AVX512VNNI__)
     using Sum = __m512i;
     static SPARSE_ATTN_INLINE Sum start(const float* panel, int64_t words) {
         return _mm512_loadu_si512(panel + (words + 1) * NR);
@@ -125,6 +129,14 @@ struct Int8Tile {
         return c;
     }
     static SPARSE_ATTN_INLINE Vec value(Sum sum) { return {_mm512_maskz_cvtepi32_ps(0xffff, sum)}; }
+#else
+    using Sum = int32x4_t;
+    static SPARSE_ATTN_INLINE Sum start(const float*, int64_t) { return vdupq_n_s32(0); }
+    static SPARSE_ATTN_INLINE Sum multiply_add(const float* a, Vec b, Sum c) {
+        return add_byte_products(vreinterpretq_s8_f32(vld1q_dup_f32(a)), vreinterpretq_s8_f32(b.v), c);
+    }
+    static SPARSE_ATTN_INLINE Vec value(Sum sum) { return {vcvtq_f32_s32(sum)}; }
+#endif
 };
 #else
 // The same numbers as floats, which hold their sums exactly up to D = 1,040.

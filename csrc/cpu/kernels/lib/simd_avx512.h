@@ -163,4 +163,12 @@ SPARSE_ATTN_INLINE uint32_t in_range(const int32_t* indices, int32_t low, int32_
                                       _mm512_set1_epi32(high), _MM_CMPINT_LT);
 }
 
+#if defined(__AVX512BF16__)
+#define SPARSE_ATTN_PAIRS
+// c + the products of the two bfloat16 of *a with those of each lane of b. Subnormal numbers count as 0.
+SPARSE_ATTN_INLINE Vec add_pair_products(const float* a, Vec b, Vec c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b.v)};
+}
+#endif
+
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,6 +1,8 @@
 // Vec and its operations with NEON, which every 64-bit ARM has: 4 floats, to the bits of simd_generic.h.
 #pragma once
 
+#define SPARSE_ATTN_NEON
+
 #include <arm_neon.h>
 
 #include "simd_base.h"
@@ -173,5 +175,44 @@ SPARSE_ATTN_INLINE int compress_to(float* values, int32_t* indices, uint32_t bit
     vst1q_f32(values, vreinterpretq_f32_u8(packed));
     return compress_to(indices, bits, from_indices);
 }
+
+// Four rows of four lanes → four columns.
+SPARSE_ATTN_INLINE void transpose(Vec (&v)[4]) {
+    const float32x4_t a = vzip1q_f32(v[0].v, v[2].v), b = vzip2q_f32(v[0].v, v[2].v);
+    const float32x4_t c = vzip1q_f32(v[1].v, v[3].v), d = vzip2q_f32(v[1].v, v[3].v);
+    v[0].v = vzip1q_f32(a, c);
+    v[1].v = vzip2q_f32(a, c);
+    v[2].v = vzip1q_f32(b, d);
+    v[3].v = vzip2q_f32(b, d);
+}
+
+// ---- products that some of these CPUs have
+
+// Each lane of c + the products of its four bytes of a and of b, none of which is −128.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define SPARSE_ATTN_NEON_BYTES
+SPARSE_ATTN_INLINE int32x4_t add_byte_products(int8x16_t a, int8x16_t b, int32x4_t c) {
+    return vdotq_s32(c, a, b);
+}
+#else
+SPARSE_ATTN_INLINE int32x4_t add_byte_products(int8x16_t a, int8x16_t b, int32x4_t c) {
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+    return vaddq_s32(c, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+#endif
+#if defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define SPARSE_ATTN_NEON_BYTE_MATRICES
+#endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define SPARSE_ATTN_PAIRS
+// c + the products of the two bfloat16 of *a with those of each lane of b. Subnormal numbers count as 0.
+SPARSE_ATTN_INLINE Vec add_pair_products(const float* a, Vec b, Vec c) {
+    return {vbfdotq_f32(c.v, vreinterpretq_bf16_f32(vld1q_dup_f32(a)), vreinterpretq_bf16_f32(b.v))};
+}
+// Rounded to even, 4 bfloat16.
+SPARSE_ATTN_INLINE uint16x4_t to_bfloat16(Vec a) {
+    return vreinterpret_u16_bf16(vcvt_bf16_f32(a.v));
+}
+#endif
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
