@@ -9,7 +9,8 @@ steps; once for as many as fit into the time of the dense arm's, by step times m
 arm attends densely for its first fifth, while its indexers learn the attention over all keys, then to what they select.
 Beside the smallest budget stand models that do not forget at once what they leave out: with means of it ("+ mean", "+
 blocks": the tails of `topk_attention`), and with a budget that falls from an eighth of the window in the first half.
-With --threads 1 the seconds are processor time.
+With --threads 1 all seconds, of a step and of a whole run's steps, are processor time: what else the machine does
+counts for little.
 
 The learning rate is the dense arm's best of a small grid by the loss on one half of the held-out windows, at each
 length; all losses reported are of the other half. Rows already in the results file are kept, so that an interrupted run
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -314,10 +314,14 @@ def best_rate(found: results.Results, length: int) -> float:
 def add_step_times(
     times: dict[str, float], lacking: list[str], corpus: Corpus, length: int, settings: Settings
 ) -> None:
-    """Milliseconds of a step of each arm, all in turns with dense attention, in whose time on file they are given."""
-    measured = step_times(list(dict.fromkeys([DENSE, *lacking])), corpus, length, settings)
-    unit = times.get(DENSE, measured[DENSE]) / measured[DENSE]
-    times |= {arm: unit * measured[arm] for arm in lacking}
+    """Milliseconds of a step of each arm, in turns with one whose time is on file and in whose time they are given, for
+    the file may be from another machine: plain top-k for arms that are held against it, dense attention for others."""
+    beside = {
+        arm: plain(arm) if arm in remembering(settings) and plain(arm) in times else DENSE for arm in lacking
+    }
+    measured = step_times(list(dict.fromkeys([DENSE, *beside.values(), *lacking])), corpus, length, settings)
+    for arm, other in beside.items():
+        times[arm] = measured[arm] * times.get(other, measured[other]) / measured[other]
 
 
 def step_times(names: list[str], corpus: Corpus, length: int, settings: Settings) -> dict[str, float]:
@@ -343,7 +347,6 @@ def run(
 ) -> dict:
     times = found.about["step_ms"][str(length)]
     steps = round(settings.steps * times[DENSE] / times[arm]) if rule == TIME else settings.steps
-    began = time.perf_counter()
     training = Training(
         arm,
         corpus,
@@ -353,10 +356,9 @@ def run(
         tokens=settings.tokens,
         rate=rate or best_rate(found, length),
     )
-    for i in range(steps):
-        training.step(i)
+    seconds = sum(training.step(i) for i in range(steps))
     tuning, loss = training.held_out_losses(settings.held_out)
-    return {"steps": steps, "loss": loss, "tuning_loss": tuning, "seconds": time.perf_counter() - began}
+    return {"steps": steps, "loss": loss, "tuning_loss": tuning, "seconds": seconds}
 
 
 # --- what it says --------------------------------------------------------------------------------------------------
