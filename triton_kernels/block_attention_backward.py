@@ -1,4 +1,4 @@
-"""`block_attention`, backward: dQ tile by tile, dK and dV block by block (lib/tile_gradients.py).
+"""`block_attention`, backward: dQ tile by tile (lib/query_gradients.py), dK and dV block by block (key_gradients.py).
 
 The tiles of queries that chose a block are a list, from a stable sort of `blocks` on the device. The first block,
 which all tiles keep, has the longest: as much work as one block is in the backward of dense attention.
@@ -15,9 +15,10 @@ from sparse_attn.rule import PackedRule
 from .block_attention import sizes_of
 from .lib.common import LOG2E, grid_of
 from .lib.gathered_attention_sums import entries_by_key
+from .lib.key_gradients import key_configs, tile_keys
+from .lib.query_gradients import query_configs, tile_queries
 from .lib.soft_cap import factors
 from .lib.tile_attention import launch
-from .lib.tile_gradients import key_configs, query_configs, tile_keys, tile_queries
 from .lib.tile_rows import Shape, strides, visibility
 from .lib.tuning import run_tuned, size_class
 

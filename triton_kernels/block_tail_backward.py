@@ -1,4 +1,4 @@
-"""`block_tail`, backward: as in `block_attention`, of all means (lib/tile_gradients.py).
+"""`block_tail`, backward: as in `block_attention`, of all means (lib/query_gradients.py, key_gradients.py).
 
 There are few means, so the queries are cut into pieces that fill a device; each has a dK and dV of its own, and they
 are added in order (lib/tile_chunks.py).

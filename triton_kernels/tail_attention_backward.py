@@ -1,4 +1,4 @@
-"""`tail_attention`, backward: as in `block_attention`, of all keys (lib/tile_gradients.py).
+"""`tail_attention`, backward: as in `block_attention`, of all keys (lib/query_gradients.py, lib/key_gradients.py).
 
 A key that was not chosen has a probability, so it has a gradient, too: with m the mean of what row i left out,
 dS = P ∘ (dO·v − δ) of the chosen keys and P ∘ (dO·m − δ) of the others, and dV of each of the others gets an equal part

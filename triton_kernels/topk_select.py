@@ -90,7 +90,7 @@ def configs(
         return [Config(32, 32, capacity, budget // 8, 32 * capacity, 1, 1, 1)]
     floats = element_size == 4
     wide_floats = floats and wide >= 512
-    per_thread = 16 if wide_floats else 64 if capacity >= 8192 and not amd else 32
+    per_thread = 16 if wide_floats else 64 if capacity >= 4096 and not amd else 32
 
     def sized(block_m: int, block_n: int, num_warps: int) -> Config:
         return Config(
@@ -101,7 +101,8 @@ def configs(
             cut_elements=num_warps * (64 if amd else 32) * per_thread,
             num_warps=num_warps,
             num_stages=1 if floats else 2 if amd or wide >= 512 else 3,
-            programs_per_processor=2 if capacity <= 1024 and num_warps <= 4 else 1,
+            # A cut is a chain of sums over all threads of a program: a second one fills its pauses.
+            programs_per_processor=2 if (capacity <= 1024 or not amd) and num_warps <= 4 else 1,
             # No more than two programs are launched per multiprocessor, and left to itself the compiler spills to make
             # room for three.
             max_registers=None if wide_floats or amd else 255,
@@ -256,12 +257,10 @@ def select(
     amd = torch.version.hip is not None
 
     def launch(c: Config) -> None:
-        packed = max(n for n in range(1, repeat + 1) if repeat % n == 0 and n <= c.block_m) if together else 1
-        per_tile = c.block_m // packed
+        packed = _packed(repeat, c.block_m) if together else 1
         # The loop at the edges of causal attention is short, but has all keys where there is no other.
         all_edges = mask is not None or words is not None or pages is not None or packed > 1
-        blocks = triton.cdiv(query_length, per_tile) if pages is None else query_length
-        busy = blocks if pages is None else min(blocks, triton.cdiv(query_length, per_tile) + sequences)
+        blocks, busy = _query_blocks(query_length, c.block_m // packed, pages, sequences)
         of_query = batch * (groups // packed)
         tiles = of_query * blocks
         held = _programs(_processors(query.device), c)
@@ -279,13 +278,16 @@ def select(
         of_pages = (None, 0, 1) if pages is None else (pages.table, pages.count, pages.size)
         of_blocks = of_pages[1], block_size, count, query_tile, query_tiles
         if by_mass:
-            parts = max(1, min(held // (batch * heads * busy), longest // (16 * c.block_n)))
+            same = _packed(min(sharing, repeat), c.block_m)
+            blocks_of_lse, busy = _query_blocks(query_length, c.block_m // same, pages, sequences)
+            of_heads = batch * (heads // same)
+            parts = max(1, min(held // (of_heads * busy), longest // (16 * c.block_n)))
             lse = query.new_empty((parts, batch, heads, query_length), dtype=torch.float32)
-            log_sum_exp[(batch * heads * blocks, parts)](
+            log_sum_exp[(of_heads * blocks_of_lse, parts)](
                 query, key, mask, key_lengths, starts, offsets, of_pages[0], words, key_scale, query_scale,
                 rule.sink_logits, lse, *query.stride(), *key_strides, *mask_strides, *of_queries_strides, heads,
-                query_length, key_length, head_dim, causal_offset, window_offset, first_kept, *scoring, blocks,
-                parts, *of_blocks, of_pages[2], is_causal, sharing, repeat, c.block_m, c.block_n, block_d,
+                query_length, key_length, head_dim, causal_offset, window_offset, first_kept, *scoring, blocks_of_lse,
+                parts, *of_blocks, of_pages[2], is_causal, sharing, repeat, same, c.block_m, c.block_n, block_d,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
             per_head = lse[0]
@@ -335,6 +337,17 @@ def select(
             query.device,
         )
     return indices, scores
+
+
+def _packed(heads: int, rows: int) -> int:
+    """How many of the heads that have a key head in common are in a tile of so many rows."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= rows)
+
+
+def _query_blocks(query_length: int, per_tile: int, pages: Pages | None, sequences: int) -> tuple[int, int]:
+    """(tiles of queries, how many of them have something to do)."""
+    full = triton.cdiv(query_length, per_tile)
+    return (full, full) if pages is None else (query_length, min(query_length, full + sequences))
 
 
 def _cut_shape(c: Config, rows: int, capacity: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .candidates import LARGEST, order_key, pack, threshold_of
 from .dot import dot
+from .key_tiles import load_keys, load_queries
 from .merge_pieces import emit, kept_until
 from .visible_keys import window_starts
 
@@ -181,11 +182,7 @@ def settle(
     inside_depth = depth < head_dim
     place = query + batch * query_b + head * query_h + (row % query_length) * query_t
     same = tl.zeros([BLOCK_M], tl.int64)
-    queries = tl.load(
-        place + same[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
-    )
-    if SIGN != 1:
-        queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
+    queries = load_queries(place + same, query_d, depth, inside_depth, SIGN)
     key_head = key + batch * key_b + (head // REPEAT) * key_h
     first_column = (tl.arange(0, BLOCK_M) == 0)[None, :]
     lowest = tl.full([1], LARGEST, tl.int32)
@@ -194,11 +191,7 @@ def settle(
         slot = first + tl.arange(0, BLOCK_N)
         index = tl.load(candidates + row * width + slot, mask=slot < width, other=-1)
         there = index >= 0
-        keys = tl.load(
-            key_head + index.to(tl.int64)[:, None] * key_t + depth.to(tl.int64)[None, :] * key_d,
-            mask=there[:, None] & inside_depth[None, :],
-            other=0.0,
-        )
+        keys = load_keys(key_head, index.to(tl.int64) * key_t, there, key_d, depth, inside_depth)
         tile = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         score = tl.sum(tl.where(first_column, tile, 0.0), 1)
         tl.store(slots + row * width + slot, pack(score, index), mask=slot < width)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .among import in_blocks
 from .dot import dot
+from .key_tiles import load_keys, load_queries
 from .pages import follows, key_places, last_of_tile
 from .shared_scores import LOG2_E, scaled
 from .soft_cap import capped
@@ -68,12 +69,15 @@ def log_sum_exp(
     IS_CAUSAL: tl.constexpr,
     SHARING: tl.constexpr,
     REPEAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PACK: tl.constexpr,  # query heads of a tile, which have one key head and one mask
+    BLOCK_M: tl.constexpr,  # rows of a tile: each of some queries for each of its heads
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """LSE of each query over the keys it sees and its head's sink, NaN left out; +inf where that is −inf, so that
     exp(x − it) is 0. Where keys are split, of each part; the sink is in the first, and −inf stays.
+
+    The heads of a key head are rows of one tile, so that its keys are read once for all of them.
     """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -81,18 +85,22 @@ def log_sum_exp(
     inside_depth = depth < head_dim
     split = tl.program_id(1)
     block = query_blocks - 1 - tl.program_id(0) % query_blocks
-    flat_head = tl.program_id(0) // query_blocks
+    flat_head = tl.program_id(0) // query_blocks * PACK  # the first
     batch = (flat_head // heads).to(tl.int64)
     head = (flat_head % heads).to(tl.int64)
+    QUERIES: tl.constexpr = BLOCK_M // PACK
     if table is None:
-        first_row = block * BLOCK_M
-        last_row = tl.minimum(first_row + BLOCK_M, query_length) - 1
+        first_row = block * QUERIES
+        last_row = tl.minimum(first_row + QUERIES, query_length) - 1
     else:
         first_row = block
-        if follows(first_row, starts, batch, starts_b, starts_t, BLOCK_M):
+        if follows(first_row, starts, batch, starts_b, starts_t, QUERIES):
             return
-        last_row = last_of_tile(first_row, starts, batch, starts_b, starts_t, query_length, BLOCK_M, BLOCK_M)
-    position = tl.minimum(first_row + row, last_row)
+        last_row = last_of_tile(first_row, starts, batch, starts_b, starts_t, query_length, QUERIES, BLOCK_M)
+    wanted_row = first_row + row // PACK
+    position = tl.minimum(wanted_row, last_row)
+    member = (row % PACK).to(tl.int64)  # of the heads
+    of_row = (flat_head.to(tl.int64) + member) * query_length + position
     length = key_length
     if lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_length).to(tl.int32)
@@ -104,17 +112,15 @@ def log_sum_exp(
             tile_end = tl.minimum(tl.maximum(last_row + causal_offset + 1, 0), length)
         else:
             tile_end = tl.max(row_end, 0)
-    query_rows = query + batch * query_b + head * query_h + position.to(tl.int64) * query_t
+    query_rows = query + batch * query_b + (head + member) * query_h + position.to(tl.int64) * query_t
     key_head = key + batch * key_b + (head // REPEAT) * key_h
-    queries = tl.load(
-        query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
-    )
+    queries = load_queries(query_rows, query_d, depth, inside_depth, 1)
     if mask is not None:
         mask_rows = mask + batch * mask_b + (head // SHARING) * mask_g + position.to(tl.int64) * mask_q
     key_scale_head, own_scale = key_scale, 1.0
     if key_scale is not None:
         key_scale_head = key_scale + (batch * (heads // REPEAT) + head // REPEAT) * key_length
-        own_scale = tl.load(query_scale + (flat_head.to(tl.int64) * query_length + position))
+        own_scale = tl.load(query_scale + of_row)
     if words is not None:
         words_rows = words + (
             (batch * (heads // SHARING) + head // SHARING) * query_tiles + position // query_tile
@@ -136,7 +142,7 @@ def log_sum_exp(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sink_logits is not None:
-        sink = tl.load(sink_logits + head)
+        sink = tl.load(sink_logits + head + member)
         top = tl.maximum(top, tl.where((sink == sink) & (split == 0), sink, float("-inf")))
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     part = tl.cdiv(tl.cdiv(tl.maximum(tile_end - tile_start, 0), BLOCK_N), splits) * BLOCK_N
@@ -145,11 +151,7 @@ def log_sum_exp(
     ):
         index = first + column
         place, exists = key_places(first, index, index < tile_end, table, pages, key_b, key_t, PAGE, BLOCK_N)
-        keys = tl.load(
-            key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
-            mask=exists[:, None] & inside_depth[None, :],
-            other=0.0,
-        )
+        keys = load_keys(key_head, place, exists, key_d, depth, inside_depth)
         score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         score = capped(scaled(score, key_scale_head, own_scale, index, index < tile_end) * factor, bound)
         seen = (index[:, None] < row_end[None, :]) & (score == score)
@@ -170,11 +172,11 @@ def log_sum_exp(
         total = total * tl.exp2((top - base) * LOG2_E) + tl.sum(tl.exp2((score - base[None, :]) * LOG2_E), 0)
         top = higher
     lse = tl.where(top == float("inf"), top, top + tl.log(total))
-    rows = (tl.num_programs(0) // query_blocks).to(tl.int64)  # B · Hq
+    rows = (tl.num_programs(0) // query_blocks * PACK).to(tl.int64)  # B · Hq
     if splits == 1:
         lse = tl.where(top == float("-inf"), float("inf"), lse)
     tl.store(
-        shift + ((split * rows + flat_head) * query_length + first_row + row),
+        shift + split * rows * query_length + of_row,
         lse,
-        mask=first_row + row <= last_row,
+        mask=wanted_row <= last_row,
     )

@@ -9,21 +9,11 @@ from .among import any_in_blocks, in_blocks
 from .candidates import LARGEST, count_passes, cut_in_place, pack
 from .dot import dot
 from .key_bounds import highest_scores
+from .key_tiles import load_keys, load_queries
 from .merge_pieces import emit, kept_until
 from .pages import follows, key_places, last_of_tile
 from .shared_scores import attention_mass, indexer_scores, scaled
 from .visible_keys import first_keys, last_keys, window_starts
-
-
-@triton.jit
-def _load_queries(query_rows, query_d, depth, inside_depth, SIGN: tl.constexpr):
-    """[D, BM], times the sign of the scale."""
-    queries = tl.load(
-        query_rows[None, :] + depth.to(tl.int64)[:, None] * query_d, mask=inside_depth[:, None], other=0.0
-    )
-    if SIGN != 1:
-        queries = (queries.to(tl.float32) * SIGN).to(queries.dtype)
-    return queries
 
 
 @triton.jit
@@ -78,14 +68,10 @@ def _ranks(
             SHARING, REPEAT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
-        wanted = inside_depth[None, :]
-        if not WHOLE:
-            wanted = exists[:, None] & inside_depth[None, :]
-        keys = tl.load(
-            key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
-            mask=wanted,
-            other=0.0,
-        )
+        if WHOLE:
+            keys = load_keys(key_head, place, None, key_d, depth, inside_depth)
+        else:
+            keys = load_keys(key_head, place, exists, key_d, depth, inside_depth)
         score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         score = scaled(score, key_scale, own_scale, index, exists)
     return score
@@ -373,7 +359,7 @@ def select_tiles(
             if plain:
                 queries = 0.0
                 if SHARING == 1 and not WEIGHTED:
-                    queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
+                    queries = load_queries(query_rows, query_d, depth, inside_depth, SIGN)
                 for tile_n in range(n, stop):
                     index = tile_n * BLOCK_N + column
                     score = _ranks(
@@ -392,7 +378,7 @@ def select_tiles(
             else:
                 queries = 0.0
                 if SHARING == 1 and not WEIGHTED:
-                    queries = _load_queries(query_rows, query_d, depth, inside_depth, SIGN)
+                    queries = load_queries(query_rows, query_d, depth, inside_depth, SIGN)
                 for tile_n in tl.range(n, stop, num_stages=EDGE_STAGES):
                     index = tile_n * BLOCK_N + column
                     where, exists = key_places(

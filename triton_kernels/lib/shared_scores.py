@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .dot import dot
+from .key_tiles import load_keys, load_queries
 from .soft_cap import capped
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -48,19 +49,11 @@ def indexer_scores(
     BLOCK_N: tl.constexpr,
 ):
     """Σ over the heads of weight · max(0, q·k), float32 [BN, BM]; scales of rounded queries are in the weights."""
-    keys = tl.load(
-        key_head + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
-        mask=exists[:, None] & inside_depth[None, :],
-        other=0.0,
-    )
+    keys = load_keys(key_head, place, exists, key_d, depth, inside_depth)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for number in range(SHARING):
         this = head + number - head  # 64 bits, as is what is made of it
-        queries = tl.load(
-            query_rows[None, :] + this * query_h + depth.to(tl.int64)[:, None] * query_d,
-            mask=inside_depth[:, None],
-            other=0.0,
-        )
+        queries = load_queries(query_rows + this * query_h, query_d, depth, inside_depth, 1)
         product = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         weight = tl.load(weight_rows + this * query_length)
         total += tl.where(product < 0.0, 0.0, product) * weight[None, :]  # NaN stays NaN
@@ -92,11 +85,7 @@ def _mass_of_head(
     BLOCK_N: tl.constexpr,
 ):
     """exp(score − LSE) of one head, float32 [BN, BM]."""
-    queries = tl.load(
-        query_rows[None, :] + this * query_h + depth.to(tl.int64)[:, None] * query_d,
-        mask=inside_depth[:, None],
-        other=0.0,
-    )
+    queries = load_queries(query_rows + this * query_h, query_d, depth, inside_depth, 1)
     score = dot(keys, queries, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     if key_scale is not None:
         own_scale = tl.load(query_scale + this * query_length)
@@ -142,11 +131,7 @@ def attention_mass(
         SAME: tl.constexpr = REPEAT  # heads in a row have one key head
     for of_keys in range(SHARING // SAME):
         first = head - head + of_keys  # 64 bits, as is what is made of it
-        keys = tl.load(
-            key_head + first * key_h + place[:, None] + depth.to(tl.int64)[None, :] * key_d,
-            mask=exists[:, None] & inside_depth[None, :],
-            other=0.0,
-        )
+        keys = load_keys(key_head + first * key_h, place, exists, key_d, depth, inside_depth)
         if depth.shape[0] > 64 and BLOCK_M > 32:
             for number in range(SAME):
                 mass += _mass_of_head(

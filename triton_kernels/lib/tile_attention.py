@@ -1,7 +1,7 @@
 """The forward of `block_attention` and of tails: one online softmax over the rows of keys that a tile names.
 
 A program has BLOCK_M rows of one unit (tile_rows.py) and walks the blocks that its tile of queries chose, or all rows
-of keys. The number of the next block is on its way while this one's keys are, so that their loads can be pipelined.
+of keys (tile_walk.py).
 
 With MEAN the softmax is over all keys, and those that a query did not choose count with the mean of their values:
 beside the weighted sum of the chosen ones there is a plain sum of the others, which is a product with zeros and ones.
@@ -19,61 +19,9 @@ from .dot import dot
 from .rows import load_rows, multiply_rows
 from .soft_cap import capped
 from .softmax import first_of_softmax, softmax_step
-from .tile_rows import (
-    Shape,
-    row_block,
-    row_limits,
-    rows_of_unit,
-    seen_and_bias,
-    seen_and_chosen,
-    strides,
-    words_of_rows,
-)
+from .tile_rows import Shape, row_block, seen_and_bias, seen_and_chosen, strides, words_of_rows
+from .tile_walk import VARYING, blocks_of_tile, tile_of_queries, walk_begins, walk_goes_on
 from .tuning import distinct, run_tuned, size_class
-
-
-@triton.jit
-def listed_steps(
-    blocks_of,  # [M], a tile's blocks
-    blocks_m,
-    slots,  # M
-    block_size,
-    key_rows,
-    high,  # int32: no row of the tile sees this row of keys or a later one
-    BLOCK_S: tl.constexpr,
-):
-    """How many slots there are up to the last one that names a block with a key that some row may see."""
-    count = 0
-    for start in range(0, slots, BLOCK_S):
-        slot = start + tl.arange(0, BLOCK_S)
-        block = tl.load(blocks_of + slot.to(tl.int64) * blocks_m, mask=slot < slots, other=-1)
-        useful = (block >= 0) & (block < tl.cdiv(key_rows, block_size))
-        useful &= tl.where(useful, block, 0) * block_size < high
-        count = tl.maximum(count, tl.max(tl.where(useful, slot + 1, 0), 0))
-    return count
-
-
-@triton.jit
-def block_of(blocks_of, blocks_m, slot, slots):
-    """The block that a slot names, −1 past the last slot."""
-    slot = tl.cast(slot, tl.int64)
-    return tl.load(blocks_of + slot * blocks_m, mask=slot < slots, other=-1)
-
-
-@triton.jit
-def listed_place(
-    block,  # int32, may name no block
-    part,  # which BLOCK_K rows of it
-    block_size,
-    key_rows,
-    BLOCK_K: tl.constexpr,
-):
-    """(int32 [K] rows of keys, bool [K] which of them are there) of one step."""
-    known = (block >= 0) & (block < tl.cdiv(key_rows, block_size))
-    within = part * BLOCK_K + tl.arange(0, BLOCK_K)
-    place = tl.where(known, block, 0) * block_size + within
-    end = tl.where(known, tl.minimum(key_rows, (block + 1) * block_size), 0)
-    return place, place < end
 
 
 @triton.jit
@@ -186,12 +134,6 @@ def _weigh_with_rest(
     return largest, total, mean, outside, left, rest
 
 
-VARYING = (
-    "programs", "query_length", "chunk", "first_query", "key_length", "key_rows", "causal_offset", "query_tile",
-    "block_size", "subs", "starts_b", "causal_offsets_b",
-)  # fmt: skip
-
-
 @triton.jit(do_not_specialize=VARYING)
 def attend_tiles(
     query,  # [B, Hq, Tq, D]
@@ -245,33 +187,11 @@ def attend_tiles(
     finite = tl.maximum(tl.abs(tl.load(extremes)), tl.abs(tl.load(extremes + 1))) < float("inf")
     if (program >= programs) | (finite == SPECIAL):
         return
-    number = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of causal attention come first
-    tile = number // subs
-    unit = program % units
-    b = (program // units).to(tl.int64)
-    row = (tile * query_tile * shared + number % subs * BLOCK_M) + tl.arange(0, BLOCK_M)
-    present, local, t, head = rows_of_unit(
-        row, tl.minimum((tile + 1) * query_tile, chunk) * shared, first_query, unit, shared
-    )
+    b, unit, tile, present, local, t, head, low, high, tile_low, tile_high = tile_of_queries(
+        program, lengths, starts, causal_offsets, starts_b, starts_t, causal_offsets_b, causal_offsets_t, units, shared,
+        chunk, first_query, key_length, key_rows, causal_offset, query_tile, subs, IS_CAUSAL, UNIT, BLOCK_M,
+    )  # fmt: skip
     kv_head = (unit * kv_heads // units).to(tl.int64)
-    low, high = row_limits(
-        t,
-        present,
-        b,
-        lengths,
-        starts,
-        starts_b,
-        starts_t,
-        causal_offsets,
-        causal_offsets_b,
-        causal_offsets_t,
-        key_length,
-        causal_offset,
-        IS_CAUSAL,
-        UNIT,
-    )
-    high = tl.minimum(high, key_rows)
-    tile_low, tile_high = tl.min(tl.where(present, low, key_rows), 0), tl.max(high, 0)
     queries = load_rows(
         query + b * query_b, head * query_h + t.to(tl.int64) * query_t, present, 1, query_d, DIM, BLOCK_DIM
     )
@@ -279,8 +199,7 @@ def attend_tiles(
     value += b * value_b + kv_head * value_h
     blocks_of = None
     if blocks is not None:
-        group = (unit * groups // units).to(tl.int64)
-        blocks_of = blocks + b * blocks_b + group * blocks_g + tile.to(tl.int64) * blocks_n
+        blocks_of = blocks_of_tile(blocks, b, unit, tile, units, groups, blocks_b, blocks_g, blocks_n)
     words_of = None
     if words is not None:
         words_of = words_of_rows(words, b, local, head, units * shared, groups, chunk, key_rows, UNIT, MEAN)[
@@ -289,39 +208,30 @@ def attend_tiles(
 
     largest, total = first_of_softmax(sink_logits, head, present, BLOCK_M)
     mean = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
-    if blocks is not None:
-        parts = tl.cdiv(block_size, BLOCK_K)
-        steps = listed_steps(blocks_of, blocks_m, slots, block_size, key_rows, tile_high, 16) * parts
-        block = block_of(blocks_of, blocks_m, 0, slots)
-        for step in range(steps):
-            next_block = block_of(blocks_of, blocks_m, (step + 1) // parts, slots)
-            place, inside = listed_place(block, step % parts, block_size, key_rows, BLOCK_K)
-            inside &= (place >= tile_low) & (place < tile_high)
-            largest, total, mean = _weigh(
-                queries, key, value, words_of, place, inside, low, high, largest, total, mean, key_t, key_d, value_t,
-                value_d, factor, bound, UNIT, SPECIAL, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-            block = next_block
-    elif MEAN:
+    if MEAN:
         probability, left = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.int32)
         rest = tl.zeros((BLOCK_M, BLOCK_VALUE), tl.float32)
-        for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
-            place = start + tl.arange(0, BLOCK_K)
-            inside = (place >= tile_low) & (place < tile_high)
+    steps, begin, block = walk_begins(
+        blocks_of, blocks_m, slots, block_size, key_rows, tile_low, tile_high, BLOCK_K
+    )
+    for step in range(steps):
+        start, place, inside, next_block = walk_goes_on(
+            step, begin, block, blocks_of, blocks_m, slots, block_size, key_rows, tile_low, tile_high, BLOCK_K
+        )
+        if MEAN:
             largest, total, mean, probability, left, rest = _weigh_with_rest(
                 queries, key, value, words_of, start, place, inside, low, high, largest, total, mean, probability, left,
                 rest, key_t, key_d, value_t, value_d, factor, bound, UNIT, SPECIAL, DIM, VALUE_DIM, BLOCK_DIM,
                 BLOCK_VALUE, BLOCK_M, BLOCK_K,
             )  # fmt: skip
-        mean += rest * (probability / tl.maximum(left, 1).to(tl.float32))[:, None]
-    else:
-        for start in range(tile_low // BLOCK_K * BLOCK_K, tile_high, BLOCK_K):
-            place = start + tl.arange(0, BLOCK_K)
-            inside = (place >= tile_low) & (place < tile_high)
+        else:
             largest, total, mean = _weigh(
                 queries, key, value, words_of, place, inside, low, high, largest, total, mean, key_t, key_d, value_t,
                 value_d, factor, bound, UNIT, SPECIAL, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, BLOCK_M, BLOCK_K,
             )  # fmt: skip
+        block = next_block
+    if MEAN:
+        mean += rest * (probability / tl.maximum(left, 1).to(tl.float32))[:, None]
 
     at = (b * units * shared + head) * query_length + t
     column = tl.arange(0, BLOCK_VALUE)

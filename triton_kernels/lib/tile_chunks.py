@@ -14,9 +14,10 @@ from torch import Tensor
 from sparse_attn.rule import PackedRule
 
 from .common import LOG2E, grid_of
+from .key_gradients import key_configs, tile_keys
+from .query_gradients import query_configs, tile_queries
 from .soft_cap import factors
 from .tile_attention import launch
-from .tile_gradients import key_configs, query_configs, tile_keys, tile_queries
 from .tile_rows import Shape, mark_chosen, strides, visibility
 from .tuning import run_tuned, size_class
 
