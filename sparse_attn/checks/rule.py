@@ -89,13 +89,15 @@ def soft_cap(softcap: object) -> float:
 
 def _finite(name: str, value: object) -> float:
     # The plain float first, as every call of a model has one: to ask whether something is a Real takes its time.
-    plain = type(value) is float
-    if not plain and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat))):
+    if type(value) is float:
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a float or None, got {describe(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite, got an int beyond the range of floats") from None
+    else:
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{name} must be finite, got an int beyond the range of floats") from None
     if not -math.inf < number < math.inf:  # math.isfinite takes no float of a compiler's
         raise ValueError(f"{name} must be finite, got {number}")
     return number
