@@ -39,9 +39,8 @@ _FIELDS = [f"{NAME}_{name}" for name in DEFAULTS]
 
 def options_of(config: Any) -> dict[str, Any]:
     """The options by name, with defaults for what the config does not say."""
-    said = vars(
-        config
-    )  # each layer of each token asks, and asking a config of transformers by name takes its time
+    # Each layer of each token asks, and to ask a config of transformers by name takes its time.
+    said = getattr(config, "__dict__", {})
     return {
         name: said[field] if field in said else getattr(config, field, value)
         for (name, value), field in zip(DEFAULTS.items(), _FIELDS, strict=True)

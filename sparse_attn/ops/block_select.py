@@ -174,12 +174,14 @@ def piece_means(rows: Tensor, size: int) -> Tensor:
 def _mean(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
     """[B, H, pieces, D]: the mean of what exists."""
     if exists is None and rows.shape[2] % size == 0:
-        return rows.unflatten(2, (-1, size)).mean(3, dtype=torch.promote_types(rows.dtype, torch.float32))
+        rows = rows.contiguous().unflatten(2, (-1, size))
+        return rows.mean(3, dtype=torch.promote_types(rows.dtype, torch.float32))
     return _mean_of(*_split(rows, size, exists))
 
 
 def _mean_of(rows: Tensor, there: Tensor) -> Tensor:
-    return torch.where(there, rows, 0.0).sum(3) / there.sum(3).clamp(min=1)
+    # Contiguous, for the order of a sum depends on strides: a pack's pieces have the means of a sequence alone.
+    return torch.where(there, rows, 0.0).contiguous().sum(3) / there.sum(3).clamp(min=1)
 
 
 def _extremes(rows: Tensor, size: int, exists: tuple | None) -> Tensor:
