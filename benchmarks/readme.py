@@ -303,6 +303,7 @@ BLOCKS = {
         "benchmark": ("attention_cpu", details, "sparse-attn bench"),
         "zen4": ("attention_zen4", beside_sdpa, "sparse-attn bench --name attention_zen4"),
         "amx": ("attention_amx", beside_sdpa, "sparse-attn bench --name attention_amx"),
+        "zen3": ("topk_attention_zen3", beside_sdpa, "sparse-attn bench --name topk_attention_zen3"),
         "avx2": ("topk_attention_avx2", beside_sdpa, "sparse-attn bench --name topk_attention_avx2"),
         "widths": ("widths_cpu", widths, "sparse-attn bench --suite widths"),
     },
