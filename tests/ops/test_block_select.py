@@ -8,6 +8,7 @@ from helpers import oracle
 from helpers.inputs import normal
 
 import sparse_attn
+from sparse_attn.ops.block_select import piece_means
 
 CASES = {  # Tq, Tk, block, tile, options
     "plain": (40, 70, 8, 4, {}),
@@ -166,3 +167,11 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=says):
             sparse_attn.block_select(query, key, **{"top_blocks": 4, "is_causal": True} | wrong)
+
+
+@pytest.mark.parametrize("length", [32, 30])  # of whole pieces, and with a part of one
+def test_means_are_the_same_whatever_the_strides(length):
+    """Equal keys tie, and a sum in another order would choose other blocks."""
+    rows = normal(1, 3, length, 6)
+    for view in (rows.mT.contiguous().mT, rows.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert torch.equal(piece_means(view, 8), piece_means(rows, 8))

@@ -251,11 +251,12 @@ def test_gradients(wing):
 
 
 def test_op(wing):
-    query, key, _ = (t.to(wing.device) for t in qkv(1, 2, 1, 2, 60, 9))
+    query, key, value = (t.to(wing.device) for t in qkv(1, 2, 1, 2, 60, 9))
     index = KeyIndex.of(key)
     rule = Rule(scale=1.0).packed(query, key, 5)
-    arguments = query, key, 5, *rule.parts(), index.codes, index.bounds, index.shift
-    torch.library.opcheck(overload("indexed_select", wing.name), arguments)
+    others = 5, *rule.parts(), index.codes, index.bounds, index.shift
+    torch.library.opcheck(overload("indexed_select", wing.name), (query, key, *others))
+    torch.library.opcheck(overload("indexed_attention", wing.name), (query, key, value, *others))
 
 
 @pytest.mark.skipif(not WINGS or bool(WINGS[0].missing), reason="the CPU wing has several ways")

@@ -246,7 +246,8 @@ def test_tiles_of_bfloat16_leave_few_keys(dtype, left):
 def test_long_rows_choose_bounds_by_themselves():
     query, key = normal(1, 1, 1024, 64), normal(1, 1, 1024, 64, seed=1)
     before = native.bounds_counts()
-    sparse_attn.topk_select(query, key, 8, is_causal=True, backend="cpu")
+    budget = 8 if native.cpu_isa().startswith("neon_") else 32  # 64-bit ARM wants longer rows for it
+    sparse_attn.topk_select(query, key, budget, is_causal=True, backend="cpu")
     ran = native.bounds_counts()["blocks"] > before["blocks"]
     assert ran == (native.cpu_isa() not in ("generic", "neon"))
     before = native.bounds_counts()
