@@ -1,6 +1,6 @@
 """A small serving loop: continuous batching over a paged cache, sparse beside dense attention.
 
-    pip install sparse_attn[hf] gguf
+    pip install "sparse-attn[hf]" gguf
     python examples/serve_paged.py --model DIR --gguf FILE --text *.txt --context 4096 --requests 6
 
 Requests arrive one by one, each a piece of the texts. A step either reads the prompt of the next request, or makes the
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise SystemExit(f"{error}: pip install sparse_attn[hf] gguf") from None
+        raise SystemExit(f"{error}: pip install 'sparse-attn[hf]' gguf") from None
     if args.processor_time:
         args.threads, Clock.now = 1, time.process_time
     torch.set_num_threads(args.threads)

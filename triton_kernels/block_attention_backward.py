@@ -1,6 +1,6 @@
 """`block_attention`, backward: dQ tile by tile (lib/query_gradients.py), dK and dV block by block (key_gradients.py).
 
-The tiles of queries that chose a block are a list, from a stable sort of `blocks` on the device. The first block,
+The tiles of queries that chose a block are a list (lib/key_lists.py). The first block,
 which all tiles keep, has the longest: as much work as one block is in the backward of dense attention.
 """
 
@@ -14,8 +14,8 @@ from sparse_attn.rule import PackedRule
 
 from .block_attention import sizes_of
 from .lib.common import LOG2E, grid_of
-from .lib.gathered_attention_sums import entries_by_key
 from .lib.key_gradients import key_configs, tile_keys
+from .lib.key_lists import key_lists
 from .lib.query_gradients import query_configs, tile_queries
 from .lib.soft_cap import factors
 from .lib.tile_attention import launch
@@ -59,7 +59,7 @@ def block_attention_backward(
         **both,
     )  # fmt: skip
     count = triton.cdiv(shape.key_rows, block_size)
-    order, offsets = entries_by_key(blocks, count)
+    order, offsets = key_lists(blocks, count)
     programs = shape.batch * shape.kv_heads
 
     def run(config: dict[str, int]) -> None:

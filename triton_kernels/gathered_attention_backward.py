@@ -2,8 +2,8 @@
 
 With P the probabilities and δ = Σ dO ∘ O − dLSE of a row: dS = P ∘ (dO·Vᵀ − δ), dQ = s·dS·K, dK = s·dSᵀ·Q,
 dV = Pᵀ·dO; with a soft cap, whose tanh is t, dS has the factor 1 − t². Two queries may share a key, so dK and dV are
-sums over lists "key → entries (query, slot)". The lists are a stable sort of `indices` on the device: entries of one
-key end up in query order, so each sum has one order and the result never differs. Bytes decide how a sum is fed:
+sums over lists "key → entries (query, slot)" (lib/key_lists.py). Entries of one key are in query order, so each sum
+has one order and the result never differs. Bytes decide how a sum is fed:
 
 - Heads that share selection and key head (`_tile_queries`): the kernel that makes dQ has each key's dS and P of all
   heads in one tile, so it also writes each entry's dK and dV, summed over the heads, and `sum_entries` adds the
@@ -16,7 +16,7 @@ Both work on chunks of queries, which bounds the scratch memory and the longest 
 to is one program's work for a chunk at most.
 
 Floor at T = 32k, K = 512, D = Dv = 128, bf16, 16 heads in one unit: 8.6 GB gathered from the second-level cache, 8.6 GB
-of entries written and read once, so 7 ms at 3 TB/s with the sort's 1 ms.
+of entries written and read once, so 6 ms at 3 TB/s; the lists are a hundredth of those bytes.
 
 SPARSE_ATTN_ATOMICS=1 in the environment lets each query add to dK and dV with atomics instead, in no
 fixed order; torch.use_deterministic_algorithms(True) wins over it.
@@ -31,14 +31,15 @@ from torch import Tensor
 
 from .lib.common import LOG2_OF_E, LOG2E, grid_of, is_half, outer_program, rounded
 from .lib.dot import dot
-from .lib.gathered_attention_sums import entries_by_key, sum_configs, sum_entries, sum_queries
+from .lib.gathered_attention_sums import sum_configs, sum_entries, sum_queries
+from .lib.key_lists import key_lists
 from .lib.rows import gather_rows, load_rows, multiply_rows, vector_configs
 from .lib.soft_cap import factors
 from .lib.softmax import base_of, gradient_step
 from .lib.tuning import run_tuned, size_class
 
 SCRATCH_BYTES = 1 << 29  # of entries' gradients
-SORTED_ENTRIES = 1 << 25  # of one chunk: 12 bytes each, several times while they are sorted
+LISTED_ENTRIES = 1 << 24  # of one chunk: 64 MiB
 
 
 @triton.jit(do_not_specialize=["programs", "first_query", "query_length", "key_length"])
@@ -335,7 +336,7 @@ def _by_tiles(inputs, sink_logits, strides, sizes, scales, dims, atomics):
     dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
     programs = batch * kv_heads * tiles
     bytes_per_query = programs * budget * (dims["DIM"] + dims["VALUE_DIM"]) * dtype.itemsize
-    largest = min(SCRATCH_BYTES // bytes_per_query, SORTED_ENTRIES // (batch * groups * budget))
+    largest = min(SCRATCH_BYTES // bytes_per_query, LISTED_ENTRIES // (batch * groups * budget))
     chunk = query_length if atomics else chunk_of(query_length, largest)
     grad_query = query.new_empty(query.shape)
     grad_key, grad_value = _sums(key, value, triton.cdiv(query_length, chunk), atomics)
@@ -354,7 +355,7 @@ def _by_tiles(inputs, sink_logits, strides, sizes, scales, dims, atomics):
         )  # fmt: skip
         if atomics:
             continue
-        order, offsets = entries_by_key(indices[:, :, first : first + size], key_length)
+        order, offsets = key_lists(indices, key_length, first, size)
         _run(
             "entries", shape, sum_configs(dims["DIM"], dims["VALUE_DIM"]), first > 0,
             sum_entries, grid_of(key_length, batch * kv_heads), *totals, order, offsets, grad_key, grad_value,
@@ -366,7 +367,7 @@ def _by_tiles(inputs, sink_logits, strides, sizes, scales, dims, atomics):
 def _by_heads(inputs, sink_logits, strides, sizes, scales, dims, atomics):
     grad_out, _, query, key, value, indices, _, lse = inputs
     batch, heads, kv_heads, groups, query_length, key_length, budget = sizes
-    chunk = chunk_of(query_length, SORTED_ENTRIES // (batch * groups * budget))
+    chunk = chunk_of(query_length, LISTED_ENTRIES // (batch * groups * budget))
     grad_query = query.new_empty(query.shape)
     grad_key, grad_value = _sums(key, value, triton.cdiv(query_length, chunk), atomics)
     rows = query.new_empty((2, batch, heads, query_length), dtype=torch.float32)
@@ -379,7 +380,7 @@ def _by_heads(inputs, sink_logits, strides, sizes, scales, dims, atomics):
     )  # fmt: skip
     for first in range(0, 0 if atomics else query_length, chunk):
         size = min(chunk, query_length - first)
-        order, offsets = entries_by_key(indices[:, :, first : first + size], key_length)
+        order, offsets = key_lists(indices, key_length, first, size)
         _run(
             "queries", shape, sum_configs(dims["DIM"], dims["VALUE_DIM"]), first > 0,
             sum_queries, grid_of(key_length, batch * kv_heads), grad_out, query, key, value, lse, rows, order,

@@ -122,8 +122,10 @@ def configs(
         some = [sized(32, 16, 4), sized(32, 32, 4), sized(64, 16, 8)]
         some[1] = replace(some[1], cut_elements=some[1].cut_elements // 2)  # or registers are spilled
         return some if wide_floats or SHUFFLES else [some[1], some[0], some[2]]
+    if wide >= 512:  # of rows so long no more keys at a time fit beside the candidates that are cut
+        return [sized(64, 16, 4), sized(64, 32, 8)]
     some = [sized(128, 32, 4), sized(64, 32, 4), sized(128, 16, 4), sized(128, 32, 8)]
-    return [some[1], some[0], *some[2:]] if heavy or SHUFFLES or wide >= 512 else some
+    return [some[1], some[0], *some[2:]] if heavy or SHUFFLES else some
 
 
 @lru_cache

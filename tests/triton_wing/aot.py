@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -60,7 +61,6 @@ class Case:
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
-    may_spill: bool = False  # not a main configuration: its spills are shown, not refused
     candidate: bool = False  # that tuning tries beside the first: on the main target alone it must not spill
     targets: tuple[str, ...] = tuple(TARGETS)
     options: dict[str, Any] = field(default_factory=dict)  # of the launch beside these
@@ -166,9 +166,7 @@ def compile_one(op: str, case: Case, target: str) -> Resources:
         text = f"{type(error).__name__}: {error}"
         return Resources(op, case.name, target, error=text[-1500:])
     spare = case.candidate and target != MAIN_TARGET
-    return Resources(
-        op, case.name, target, registers, spilled, shared, case.may_spill or spare, spare, seconds
-    )
+    return Resources(op, case.name, target, registers, spilled, shared, spare, spare, seconds)
 
 
 def _cuobjdump() -> str:
@@ -270,16 +268,32 @@ def looked_up(jobs: list[Job], record: dict[str, tuple[int, int, int]]) -> tuple
             missing.append(job)
             continue
         spare = case.candidate and target != MAIN_TARGET
-        found.append(Resources(op, case.name, target, *known, case.may_spill or spare, spare))
+        found.append(Resources(op, case.name, target, *known, spare, spare))
     return found, missing
 
 
 def compile_jobs(jobs: list[Job]) -> Iterator[Resources]:
     """In order, as they get ready."""
-    if not jobs:
-        return
+    left = list(jobs)
+    while left:
+        try:
+            for found in _compiled(left, PROCESSES):
+                del left[0]
+                yield found
+        except (
+            BrokenProcessPool
+        ):  # a compiler that fails an assertion takes its process with it: was it this job's?
+            job = left.pop(0)
+            try:
+                yield next(_compiled([job], 1))
+            except BrokenProcessPool:
+                op, number, target = job
+                yield Resources(op, cases(op)[number].name, target, error="the compiler ended its process")
+
+
+def _compiled(jobs: list[Job], processes: int) -> Iterator[Resources]:
     # A fresh interpreter for each worker: a fork of a process with threads may hang.
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*jobs, strict=True))
 
 

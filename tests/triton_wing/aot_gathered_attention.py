@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparse_attn.triton_kernels import gathered_attention as forward
 from sparse_attn.triton_kernels import gathered_attention_backward as backward
 from sparse_attn.triton_kernels.lib import gathered_attention_sums as sums
+from sparse_attn.triton_kernels.lib.key_lists import walk_entries
 from triton_wing import aot
 
 LENGTH, HEADS, BUDGET = 16384, 16, 512
@@ -41,7 +42,7 @@ def gradients(dtype: str, kv_heads: int, groups: int, dim: int) -> dict:
         "rows": "*fp32",
         "grad_key": "*fp32",
         "grad_value": "*fp32",
-        "order": "*i64",
+        "order": "*i32",
         "offsets": "*i32",
         "key_entries": f"*{dtype}",
         "value_entries": f"*{dtype}",
@@ -92,10 +93,22 @@ def launches(dtype: str, dim: int) -> list[tuple]:
     return [*found, (f"keys, vector {label}", sums.sum_queries, both, sums_of)]
 
 
+def lists(written: bool) -> aot.Case:
+    """Entries by key of 2,048 queries: counted, or written."""
+    indices = {**strides("indices", HEADS, "k", BUDGET), "indices_g": LENGTH * BUDGET}
+    del indices["indices_h"]
+    arguments = {
+        "indices": "*i32", "counts": "*i32", "order": "*i32" if written else None, **indices, "sets": HEADS,
+        "groups": HEADS, "first_query": 2048, "queries": 2048, "size": 64, "budget": BUDGET, "first_key": 0,
+        "keys": LENGTH, "BLOCK": BUDGET,
+    }  # fmt: skip
+    return aot.Case(f"entries, {'written' if written else 'counted'}", walk_entries, arguments)
+
+
 def cases() -> list[aot.Case]:
     import torch
 
-    found = []
+    found = [lists(written) for written in (True, False)]
     for dtype, dim in (
         ("bf16", 128),
         ("bf16", 64),

@@ -39,8 +39,5 @@ def cases() -> list[aot.Case]:
             mean("fp32", 64, 4, 4, amd=amd),
             mean("fp32", 128, 16, 16, amd=amd),
         ):  # by hand alone: they take minutes
-            found += [
-                replace(case, candidate=True, may_spill=bool(case.arguments.get("SPECIAL")))
-                for case in others
-            ]
+            found += [replace(case, candidate=True) for case in others]
     return found

@@ -6,10 +6,8 @@ its entries; each lane of a block adds for itself, and the lanes meet at the end
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .common import outer_program, rounded
 from .rows import load_rows
@@ -37,7 +35,7 @@ def _store_sum(
 def sum_entries(
     key_entries,  # entries' dK [B, Hkv, tiles, chunk, K, D]
     value_entries,  # likewise with Dv
-    order,  # int64 [B, G, chunk · K]: entries, those of one key together
+    order,  # int32 [B, G, chunk · K]: entries, those of one key together
     offsets,  # int32 [B, G, Tk + 1]: where each key's entries start
     grad_key,  # [B, Hkv, Tk, D], contiguous
     grad_value,  # [B, Hkv, Tk, Dv], contiguous
@@ -94,7 +92,7 @@ def sum_queries(
     value,  # [B, Hkv, Tk, Dv]
     lse,  # float32 [B, Hq, Tq], contiguous
     rows,  # float32 [2, B, Hq, Tq] from _vector_queries
-    order,  # int64 [B, G, chunk · K]: entries, those of one key together
+    order,  # int32 [B, G, chunk · K]: entries, those of one key together
     offsets,  # int32 [B, G, Tk + 1]: where each key's entries start
     grad_key,  # [B, Hkv, Tk, D], contiguous
     grad_value,  # [B, Hkv, Tk, Dv], contiguous
@@ -148,7 +146,7 @@ def sum_queries(
         for start in range(first, last, BLOCK_E):
             number = start + tl.arange(0, BLOCK_E)
             valid = number < last
-            entry = tl.load(order + entry_list * entries + number, mask=valid, other=0).to(tl.int32)
+            entry = tl.load(order + entry_list * entries + number, mask=valid, other=0)
             t = (first_query + entry // budget).to(tl.int64)
             queries = load_rows(queries_of, t, valid, query_t, query_d, DIM, BLOCK_DIM).to(tl.float32)
             grads = load_rows(grads_of, t, valid, grad_t, grad_d, VALUE_DIM, BLOCK_VALUE).to(tl.float32)
@@ -194,18 +192,3 @@ def sum_configs(dim: int, value_dim: int) -> list[dict[str, int]]:
         {"BLOCK_E": min(64, max(8, elements // widest)), "num_warps": warps, "num_stages": 2}
         for elements, warps in ((2048, 4), (1024, 2), (512, 1), (4096, 8))
     ]
-
-
-def entries_by_key(
-    indices: Tensor,  # int32 [B, G, chunk, K]
-    key_length: int,
-) -> tuple[Tensor, Tensor]:
-    """(order int64 [B·G, chunk·K], offsets int32 [B·G, Tk + 1]): entries order[offsets[j] : offsets[j + 1]] name
-    key j, in query order; an entry is query · K + slot. Empty slots come after the last key.
-    """
-    rows = indices.flatten(2).flatten(0, 1)
-    rows = torch.where((rows >= 0) & (rows < key_length), rows, key_length)
-    rows, order = torch.sort(rows, dim=1, stable=True)
-    keys = torch.arange(key_length + 1, dtype=rows.dtype, device=rows.device)
-    keys = keys.expand(rows.shape[0], -1).contiguous()
-    return order, torch.searchsorted(rows, keys, out_int32=True)

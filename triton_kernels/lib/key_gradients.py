@@ -107,7 +107,7 @@ def tile_keys(
     query,  # [B, Hq, Tq, D]
     key,  # [B, Hkv, N, D]
     value,  # [B, Hkv, N, Dv]
-    order,  # int64 [B · G, tiles · M]: entries, those of one block together; or None: all queries
+    order,  # int32 [B · G, tiles · M]: entries, those of one block together; or None: all queries
     offsets,  # int32 [B · G, blocks + 1]: where each block's entries start
     words,  # int32 [B, G, chunk, N · words], or None
     lengths,  # int [B] or None
@@ -196,7 +196,7 @@ def tile_keys(
             for step in range((last - first) * subs):
                 ahead = first + (step + 1) // subs
                 next_entry = tl.load(order_of + ahead, mask=ahead < last, other=0)
-                tile = (entry // slots).to(tl.int32)
+                tile = entry // slots
                 row = (tile * query_tile * shared + step % subs * BLOCK_M) + tl.arange(0, BLOCK_M)
                 end = tl.minimum((tile + 1) * query_tile, chunk) * shared
                 to_key, to_value = _key_step(
@@ -251,16 +251,15 @@ def tile_keys(
 
 
 def key_configs(
-    rows: int, dtype, dim: int, value_dim: int, block_size: int, mean: bool = False
+    rows: int, dtype, dim: int, value_dim: int, block_size: int, counted: bool = False, mean: bool = False
 ) -> list[dict[str, int]]:
-    """Block sizes of `tile_keys`: dK and dV are in registers beside two tiles of scores, with the mean words, too."""
+    """Block sizes of `tile_keys`: dK and dV are in registers beside two tiles of scores, with tails words, too."""
     wide, half = max(dim, value_dim), is_half(dtype)
     size = (64 if wide <= (0 if mean else 128) else 32) if half else 16
     keys = max(16, min(triton.next_power_of_2(block_size), size))
     # AMD's compiler has no layout for the bits of wider tiles.
-    tile = (
-        min(16 if mean and (wide > 128 or torch.version.hip) else 32, row_block(rows, dtype)) if half else 16
-    )
+    narrow = (mean and wide > 128) or (torch.version.hip and (counted or wide > 128))
+    tile = min(16 if narrow else 32, row_block(rows, dtype)) if half else 16
     many = 4 if mean and wide <= 128 else warps_of(wide)
     some = ((tile, many, 2), (tile, 12 - many, 2), (16, many, 3)) if half else ((tile, 4, 1),)
     return distinct(

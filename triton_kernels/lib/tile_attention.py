@@ -295,8 +295,10 @@ def launch_attend(
     mean = outside is not None
     configs = attend_configs(rows, query.dtype, shape.dim, shape.value_dim, block_size, counted, mean)
     few = {"BLOCK_K": 16, "num_warps": 4 if mean and torch.version.hip else 8, "num_stages": 1}
-    if mean:
-        few["BLOCK_M"] = min(32, configs[0]["BLOCK_M"])
+    most = (
+        16 if max(shape.dim, shape.value_dim) > 128 else 32 if mean else 64
+    )  # registers for three tiles of rows
+    few["BLOCK_M"] = min(most, configs[0]["BLOCK_M"])
     for special in (False, True):
         launch(
             f"attend_tiles{' mean' if mean else ''}{' special' if special else ''}", attend_tiles,

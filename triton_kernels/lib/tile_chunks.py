@@ -145,7 +145,7 @@ def _of_keys(
     return run_tuned(
         f"{name} keys",
         (query.dtype, shape.shared, shape.dim, shape.value_dim, size_class(rows), size_class(lists)),
-        key_configs(*sizes, of_chunk["MEAN"]),
+        key_configs(*sizes, counted=True, mean=of_chunk["MEAN"]),
         run,
         query.device,
     )

@@ -81,9 +81,9 @@ def test_layouts(wing, layout, shared):
 @pytest.mark.parametrize(
     ("limit", "size", "shared", "dtype"),
     [
-        ("SORTED_ENTRIES", 1, 1, torch.bfloat16),
-        ("SORTED_ENTRIES", 24, 1, torch.float32),
-        ("SORTED_ENTRIES", 24, 4, torch.bfloat16),
+        ("LISTED_ENTRIES", 1, 1, torch.bfloat16),
+        ("LISTED_ENTRIES", 24, 1, torch.float32),
+        ("LISTED_ENTRIES", 24, 4, torch.bfloat16),
         ("SCRATCH_BYTES", 3000, 4, torch.bfloat16),
     ],
 )
