@@ -111,7 +111,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _poison(on: bool) -> None:
     """Fills whatever torch allocates without a value, in Python and C++, with NaN or the largest integer."""
     torch.utils.deterministic.fill_uninitialized_memory = on
-    torch.use_deterministic_algorithms(on, warn_only=True)
+    # As torch.use_deterministic_algorithms, which also loads all of Inductor, in every process that tests anything.
+    torch._C._set_deterministic_algorithms(on, warn_only=True)
 
 
 @pytest.fixture(autouse=True)
