@@ -90,7 +90,7 @@ def configs(
         return [Config(32, 32, capacity, budget // 8, 32 * capacity, 1, 1, 1)]
     floats = element_size == 4
     wide_floats = floats and wide >= 512
-    per_thread = 16 if wide_floats else 64 if capacity >= 4096 and not amd else 32
+    per_thread = 16 if wide_floats else 64 if capacity >= 4096 and wide < 512 and not amd else 32
 
     def sized(block_m: int, block_n: int, num_warps: int) -> Config:
         return Config(

@@ -244,7 +244,7 @@ def query_configs(
     keys = max(16, min(triton.next_power_of_2(block_size), size))
     tile = max(16, row_block(rows, dtype) // (2 if wide > (128 if half else 0 if mean else 64) else 1))
     many = warps_of(128 if mean and not half else wide)
-    some = ((keys, many, 2), (max(16, keys // 2), 4, 3), (2 * keys, 8, 2)) if half else ((keys, many, 1),)
+    some = ((keys, many, 2), (max(16, keys // 2), 4, 3), (2 * keys, 8, 2)) if half else ((keys, many, 2),)
     return distinct(
         [{"BLOCK_M": tile, "BLOCK_K": k, "num_warps": warps, "num_stages": n} for k, warps, n in some]
     )
