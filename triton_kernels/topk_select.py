@@ -90,7 +90,8 @@ def configs(
         return [Config(32, 32, capacity, budget // 8, 32 * capacity, 1, 1, 1)]
     floats = element_size == 4
     wide_floats = floats and wide >= 512
-    per_thread = 16 if wide_floats else 64 if capacity >= 4096 and wide < 512 and not amd else 32
+    many = capacity >= 4096 and wide < 512 and not (amd or SHUFFLES)
+    per_thread = 16 if wide_floats else 64 if many else 32
 
     def sized(block_m: int, block_n: int, num_warps: int) -> Config:
         return Config(
@@ -124,6 +125,8 @@ def configs(
         return some if wide_floats or SHUFFLES else [some[1], some[0], some[2]]
     if wide >= 512:  # of rows so long no more keys at a time fit beside the candidates that are cut
         return [sized(64, 16, 4), sized(64, 32, 8)]
+    if SHUFFLES and (heavy or element_size == 1):
+        return [sized(64, 16, 4), sized(32, 32, 4), sized(64, 32, 8)]
     some = [sized(128, 32, 4), sized(64, 32, 4), sized(128, 16, 4), sized(128, 32, 8)]
     return [some[1], some[0], *some[2:]] if heavy or SHUFFLES else some
 
