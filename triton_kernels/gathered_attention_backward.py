@@ -16,7 +16,7 @@ Both work on chunks of queries, which bounds the scratch memory and the longest 
 to is one program's work for a chunk at most.
 
 Floor at T = 32k, K = 512, D = Dv = 128, bf16, 16 heads in one unit: 8.6 GB gathered from the second-level cache, 8.6 GB
-of entries written and read once, so 6 ms at 3 TB/s; the lists are a hundredth of those bytes.
+of entries written and read once, so 6 ms at 3 TB/s; the lists are a few hundredths of those bytes.
 
 SPARSE_ATTN_ATOMICS=1 in the environment lets each query add to dK and dV with atomics instead, in no
 fixed order; torch.use_deterministic_algorithms(True) wins over it.

@@ -242,7 +242,7 @@ def gathered_attention(device: Device) -> Iterator[dict]:
 
 def block_attention(device: Device) -> Iterator[dict]:
     """Attention to whole blocks, and to a selection with a tail: the means of blocks, or one of all the others."""
-    heads, kv_heads, length, dim, top_k = (2, 1, 20, 16, 4) if device.dry else (16, 4, 16384, 128, 64)
+    heads, kv_heads, length, dim, top_k = (2, 1, 66, 16, 4) if device.dry else (16, 4, 16384, 128, 64)
     slots = 2 if device.dry else 16
     inputs = tensors(device, heads, kv_heads, length, dim)
     wing = {"backend": wings_of("block_attention", device)["ours"]}
@@ -287,7 +287,7 @@ def block_attention(device: Device) -> Iterator[dict]:
 
 def cheap_selection(device: Device) -> Iterator[dict]:
     """By an indexer, by rounded rows and among blocks: what chooses keys for less than exact products."""
-    heads, length, dim, top_k = (1, 20, 16, 4) if device.dry else (16, 16384, 128, 256)
+    heads, length, dim, top_k = (1, 66, 16, 4) if device.dry else (16, 16384, 128, 256)
     query, key, _ = tensors(device, heads, heads, length, dim)
     small = tensors(device, 4 * heads, 1, length, 16 if device.dry else 64, seed=1)[:2]
     weights = torch.ones(1, 4 * heads, length, device=device.name)

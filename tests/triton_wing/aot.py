@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -107,8 +107,7 @@ class Resources:
     registers: int = 0  # of one thread (gfx942: vector registers)
     spilled: int = 0  # bytes of local memory of one thread
     shared: int = 0  # bytes of shared memory of one block
-    may_spill: bool = False
-    may_not_fit: bool = False
+    spare: bool = False  # a candidate of tuning on another than the main target: it may spill, or not fit
     seconds: float = 0.0  # of compiling
     error: str | None = None
 
@@ -118,9 +117,9 @@ class Resources:
             return [self.error]
         limit = TARGETS[self.target][3]
         found = []
-        if self.shared > limit and not self.may_not_fit:
+        if self.shared > limit and not self.spare:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
-        if self.spilled > TOLERATED_SPILL and not self.may_spill and not old_compiler():
+        if self.spilled > TOLERATED_SPILL and not self.spare and not old_compiler():
             found.append(f"{self.spilled} bytes spilled")
         return found
 
@@ -166,7 +165,7 @@ def compile_one(op: str, case: Case, target: str) -> Resources:
         text = f"{type(error).__name__}: {error}"
         return Resources(op, case.name, target, error=text[-1500:])
     spare = case.candidate and target != MAIN_TARGET
-    return Resources(op, case.name, target, registers, spilled, shared, spare, spare, seconds)
+    return Resources(op, case.name, target, registers, spilled, shared, spare, seconds)
 
 
 def _cuobjdump() -> str:
@@ -268,7 +267,7 @@ def looked_up(jobs: list[Job], record: dict[str, tuple[int, int, int]]) -> tuple
             missing.append(job)
             continue
         spare = case.candidate and target != MAIN_TARGET
-        found.append(Resources(op, case.name, target, *known, spare, spare))
+        found.append(Resources(op, case.name, target, *known, spare))
     return found, missing
 
 
@@ -277,12 +276,11 @@ def compile_jobs(jobs: list[Job]) -> Iterator[Resources]:
     left = list(jobs)
     while left:
         try:
-            for found in _compiled(left, PROCESSES):
+            for found in _compiled(tuple(left), PROCESSES):
                 del left[0]
                 yield found
-        except (
-            BrokenProcessPool
-        ):  # a compiler that fails an assertion takes its process with it: was it this job's?
+        except BrokenProcessPool:
+            # A compiler that fails an assertion takes its process with it: was it this job's?
             job = left.pop(0)
             try:
                 yield next(_compiled([job], 1))
@@ -291,7 +289,7 @@ def compile_jobs(jobs: list[Job]) -> Iterator[Resources]:
                 yield Resources(op, cases(op)[number].name, target, error="the compiler ended its process")
 
 
-def _compiled(jobs: list[Job], processes: int) -> Iterator[Resources]:
+def _compiled(jobs: Sequence[Job], processes: int) -> Iterator[Resources]:
     # A fresh interpreter for each worker: a fork of a process with threads may hang.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*jobs, strict=True))

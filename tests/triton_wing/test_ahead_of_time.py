@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,21 @@ def test_a_fingerprint_changes_with_all_that_is_compiled(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(type(case.kernel), "cache_key", "the source of another kernel")
     assert aot.fingerprint(job) != before
+
+
+def test_a_compiler_that_ends_its_process_is_a_fault_of_its_case_alone(monkeypatch):
+    jobs = aot.main_jobs(["topk_select"])[:5]
+
+    def compiled(some, processes):
+        for op, number, target in some:
+            if (op, number, target) in (jobs[1], jobs[3]):
+                raise BrokenProcessPool
+            yield aot.Resources(op, aot.cases(op)[number].name, target)
+
+    monkeypatch.setattr(aot, "_compiled", compiled)
+    found = list(aot.compile_jobs(jobs))
+    assert [(r.case, r.target) for r in found] == [(aot.cases(op)[i].name, t) for op, i, t in jobs]
+    assert [bool(r.faults) for r in found] == [False, True, False, True, False]
 
 
 def test_every_launch_is_compiled_ahead_of_time():

@@ -22,22 +22,13 @@ LEAST = 64  # programs, where many keys leave room for few counters of each
 SMALLEST = 16  # queries of a tile
 
 
-@triton.jit(
-    do_not_specialize=[
-        *(
-            "indices_b",
-            "indices_g",
-            "indices_t",
-            "sets",
-            "groups",
-            "first_query",
-            "queries",
-            "size",
-            "budget",
-        ),
-        *("first_key", "keys"),
-    ]
-)
+VARYING = [
+    *("indices_b", "indices_g", "indices_t", "sets", "groups"),
+    *("first_query", "queries", "size", "budget", "first_key", "keys"),
+]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def walk_entries(
     indices,  # int32 [B, G, Tq, K]
     counts,  # int32 [B · G, tiles, keys]: of each tile and key of the range; with `order` the place of its next entry
